@@ -59,6 +59,7 @@ def engine_options(config: WorkerConfig, half: Half) -> EngineOptions:
         max_num_seqs=config.max_num_seqs,
         prefix_cache=config.prefix_cache,
         threads=config.threads,
+        tensor_parallel_size=config.tensor_parallel_size,
         grammars=config.grammar_limits(),
         engine_args=json.loads(config.engine_args or "{}"),
     )

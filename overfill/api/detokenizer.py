@@ -69,7 +69,7 @@ class StreamDetokenizer:
         return ""
 
     def _release_most(self) -> str:
-        """Release all tokens but the last ones, which may still become a character."""
+        """Releases all tokens but the last ones, which may still become a character."""
 
         def damage(cut: int) -> int:
             # A cut inside a character yields more replacement characters than a cut between two characters.

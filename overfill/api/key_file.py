@@ -44,7 +44,7 @@ def create(
     tiers: Collection[str] | None = None,
     allow_brownout: bool = False,
 ) -> str:
-    """Make a key, add its hash to the file, and return the key, which is not stored. Creates a missing file.
+    """Makes a key, adds its hash to the file, and returns the key, which is not stored. Creates a missing file.
 
     Raises:
         InvalidRequest: the name is invalid or in use, or a limit, scope or tier is wrong.
@@ -66,7 +66,7 @@ def create(
 
 
 def revoke(path: Path, name: str) -> None:
-    """Remove a key. Raises InvalidRequest if the file has no key of that name, and BadKeyFile."""
+    """Removes a key. Raises InvalidRequest if the file has no key of that name, and BadKeyFile."""
     with _locked(path):
         keys = load(path)
         left = [key for key in keys if key.name != name]
@@ -107,7 +107,7 @@ def _is_open_at(path: Path, descriptor: int) -> bool:
 
 
 def _save(path: Path, keys: list[ApiKey]) -> None:
-    """Replace the file. The new one has the old one's owner, group and mode, so that routers can still read it."""
+    """Replaces the file. The new one has the old one's owner, group and mode, so that routers can still read it."""
     text = json.dumps({"format": FORMAT, "keys": [_entry(key) for key in keys]}, indent=2)
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -124,7 +124,7 @@ def _save(path: Path, keys: list[ApiKey]) -> None:
 
 
 def _copy_access(path: Path, old: os.stat_result, new: int) -> None:
-    """Give the open file ``new`` owner, group and mode of ``old``, the status of ``path``. Raises BadKeyFile."""
+    """Gives the open file ``new`` owner, group and mode of ``old``, the status of ``path``. Raises BadKeyFile."""
     mode, made = stat.S_IMODE(old.st_mode), os.fstat(new)
     try:
         if (made.st_uid, made.st_gid) != (old.st_uid, old.st_gid):

@@ -169,7 +169,7 @@ def read_tiers(names: Any) -> frozenset[str]:
 
 
 def check_limits(rate: float | None, concurrency: int | None, priority: int) -> None:
-    """Raise InvalidRequest that names the first of a key's limits that is wrong."""
+    """Raises InvalidRequest that names the first of a key's limits that is wrong."""
     if rate is not None and not 0 < rate < math.inf:
         raise InvalidRequest("rate", f"must be a finite number of requests per second above 0, got {rate!r}")
     if concurrency is not None and (not isinstance(concurrency, int) or concurrency < 1):

@@ -42,7 +42,7 @@ def validate_generate(
     tools: Grammar | None = None,
     reasoning: Reasoning | None = None,
 ) -> Job:
-    """Check ``request``, tokenize its prompt, and set request id, seed and ``max_tokens`` where they are missing.
+    """Checks ``request``, tokenizes its prompt, and sets request id, seed and ``max_tokens`` where they are missing.
 
     Args:
         max_model_len: Maximum number of tokens of prompt and answer together.

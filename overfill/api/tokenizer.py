@@ -94,7 +94,7 @@ class Tokenizer:
     def load(
         cls, folder: str | Path, tool_call_parser: ToolCallParser = "auto", chat_template: Path | None = None
     ) -> Self:
-        """Read tokenizer.json, tokenizer_config.json, the chat template, config.json and generation_config.json.
+        """Reads tokenizer.json, tokenizer_config.json, the chat template, config.json and generation_config.json.
 
         Args:
             tool_call_parser: Format of the model's tool calls.

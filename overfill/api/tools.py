@@ -38,13 +38,13 @@ class ToolDefinition:
 
 
 def check_count(count: int) -> None:
-    """Raise InvalidRequest if ``count`` tools are too many."""
+    """Raises InvalidRequest if ``count`` tools are too many."""
     if count > MAX_TOOLS:
         raise InvalidRequest("chat.tools", f"has {count} tools; at most {MAX_TOOLS} are allowed")
 
 
 def check_tools(tools: Sequence[ToolDefinition]) -> None:
-    """Raise InvalidRequest if a name is invalid or used twice, or parameters do not describe an object."""
+    """Raises InvalidRequest if a name is invalid or used twice, or parameters do not describe an object."""
     check_count(len(tools))
     seen: set[str] = set()
     for index, tool in enumerate(tools):

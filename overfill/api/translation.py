@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,6 +54,21 @@ class Served:
     pair: dict[str, Any]
 
 
+OwnField = Callable[[OverfillError], OverfillError]
+"""Returns an error of the router with the name of the client's field; the same error if it names none."""
+
+
+@contextmanager
+def own_fields(own_field: OwnField) -> Iterator[None]:
+    """Raises errors of the router again as ``own_field`` returns them."""
+    try:
+        yield
+    except OverfillError as error:
+        if (named := own_field(error)) is not error:
+            raise named from error
+        raise
+
+
 @dataclass(frozen=True, slots=True)
 class Translation:
     """A request for one answer.
@@ -61,12 +77,12 @@ class Translation:
         generate: the router's request.
         stream: whether the response is streamed.
         writer: makes what writes the answer.
-        own_field: returns an error of the router with the name of the client's field.
+        own_field: names the client's fields in errors.
         left_out: tools and fields that were left out; a response header names them.
     """
 
     generate: inference_pb2.GenerateRequest
     stream: bool
     writer: Callable[[Served], AnswerWriter]
-    own_field: Callable[[OverfillError], OverfillError]
+    own_field: OwnField
     left_out: Sequence[str] = ()

@@ -36,6 +36,7 @@ from overfill.stack.ports import check_ports
 from overfill.stack.process_runner import ProcessRunner
 from overfill.stack.ray.connection import check_installed
 from overfill.stack.ray.runner import RayRunner
+from overfill.stack.shared import check_gpus
 from overfill.stack.spec import SUFFIXES, StackSpec
 
 _WATCH_SECONDS = 0.5
@@ -81,7 +82,8 @@ def up_command(
     if dry_run:
         click.echo(str(spec), nl=False)
         return 0
-    _prepare(spec)
+    with option_errors():
+        _prepare(spec)
     with _stop_signals() as stopping:
         if spec.runner == "ray":
             return run(RayRunner(spec, _note), stopping)
@@ -177,13 +179,14 @@ def _describe(pair: str, on_ray: bool, options: dict[str, Any], *, prepare: bool
 
 
 def _check_here(spec: StackSpec) -> None:
-    """Raises an error if a port is in use, or if Ray or vLLM is missing that the stack needs."""
+    """Raises an error if a port is in use, or if Ray, vLLM or GPUs are missing that the stack needs."""
     require("server", "`overfill up`", "xxhash" if spec.mock else "torch")  # its processes need them
     if spec.runner == "ray":
         check_installed()
     if spec.joins_cluster:  # processes may run on other machines
         return
     check_ports(spec)
+    check_gpus(spec)
     if "vllm" in {spec.worker_config(name).engine for name in spec.pools}:
         require_vllm()
 

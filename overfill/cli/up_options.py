@@ -26,8 +26,8 @@ from overfill.stack.describe import GRPC_PORT, HTTP_PORT
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _MANAGED = {
-    "config", "pair", "port", "http", "worker_id", "routers", "advertise", "tier", "tiers", "expect_prefill",
-    "expect_decode", "share_port", "join_port", "shared_cores", "gpu_share",
+    "config", "pair", "port", "data_port", "http", "worker_id", "routers", "advertise", "tier", "tiers",
+    "expect_prefill", "expect_decode", "share_port", "join_port", "shared_cores", "gpu_share",
 }  # fmt: skip
 """Settings that ``up`` makes itself, or for which it has an option of its own."""
 
@@ -122,13 +122,22 @@ def _read_shared(ctx: click.Context, param: click.Parameter, path: Path | None) 
     return path
 
 
-def _stage_engines() -> Iterator[Callable[[Any], Any]]:
-    for stage, kind in (("prefill", PrefillConfig), ("decode", DecodeConfig)):
+def _of_stages() -> Iterator[Callable[[Any], Any]]:
+    """Yields the options that set for one stage what another option sets for both."""
+    stages: tuple[tuple[str, type[ServiceConfig]], ...] = (("prefill", PrefillConfig), ("decode", DecodeConfig))
+    for stage, kind in stages:
         field = kind.model_fields["engine"]
         yield click.option(
             f"--{stage}-engine",
             type=click.Choice([str(one) for one in get_args(field.annotation)]),
             help=f"Engine of the {stage} workers.  [default: --engine]",
+        )
+    for stage, kind in stages:
+        name = "tensor_parallel_size"
+        yield click.option(
+            f"--{stage}-tensor-parallel-size",
+            type=SettingParam(name, kind.model_fields[name]),
+            help=f"Number of ranks of each {stage} worker.  [default: --tensor-parallel-size]",
         )
 
 
@@ -206,7 +215,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         envvar=RouterConfig.variable("http"),
     ),
     *(setting_option(name, field, shown=_MADE.get(name)) for name, field in settings_fields().items()),
-    *_stage_engines(),
+    *_of_stages(),
     click.option(
         "--tls",
         "tls",
@@ -229,7 +238,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--worker-gpus",
         type=Number(0),
         help="GPUs that Ray reserves per worker; with 0 a worker computes on the CPU. A fraction is also its share of "
-        "the GPU's memory.  [default: an equal share of this machine; with --ray-address, 0]",
+        "the GPU's memory. A worker with --tensor-parallel-size N reserves 0 or N.  [default: an equal share of this "
+        "machine; with --ray-address, 0]",
     ),
     *(
         click.option(
@@ -251,8 +261,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
 _WORDS_OF_VLLM = {
     "--model": "a stack serves a pair, which is the argument: overfill up PAIR; `overfill pair import --full MODEL "
     "--decoder MODEL --out PAIR` makes one of a model",
-    "--port": "give --http PORT for the OpenAI endpoint, or --grpc PORT for gRPC",
-    "--tensor-parallel-size": "a worker computes on one GPU; give --prefill N and --decode N for more workers",
+    "--port": "give --http PORT for the HTTP endpoint, or --grpc PORT for gRPC",
+    "-tp": "give --tensor-parallel-size N",
     "--gpu-memory-utilization": "workers of one GPU share its memory; give --kv-memory SIZE for the KV cache",
     "--quantization": "give --quantize int8 for the decoder; a checkpoint's own format needs no option",
     "--enforce-eager": "give --engine-args '{\"enforce_eager\": true}' to workers with the engine vllm",
@@ -268,8 +278,8 @@ def _refuse(ctx: click.Context, param: click.Parameter, value: str | bool | None
 def up_options(command: _F) -> _F:
     """Adds all options to ``command``."""
     for flag in _WORDS_OF_VLLM:
-        names = [flag, *(["-tp"] if flag == "--tensor-parallel-size" else []), f"vllm_{field_name(flag[2:])}"]
         eager = flag == "--enforce-eager"  # the only one without a value
+        names = (flag, f"vllm_{field_name(flag[2:])}")
         command = click.option(*names, is_flag=eager, hidden=True, expose_value=False, callback=_refuse)(command)
     for option in reversed(_OPTIONS):
         command = option(command)

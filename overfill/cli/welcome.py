@@ -31,8 +31,10 @@ def welcome(spec: StackSpec, addresses: Sequence[str], describe_workers: Callabl
     urls = spec.openai_urls(addresses)
     rows = [("gRPC", ", ".join(addresses))]
     if urls:
+        roots = [url.removesuffix("/v1") for url in urls]
         rows.append(("OpenAI", ", ".join(urls)))
-        rows.append(("page", ", ".join(url.removesuffix("/v1") + "/ui" for url in urls)))
+        rows.append(("Anthropic", ", ".join(roots)))
+        rows.append(("page", ", ".join(f"{root}/ui" for root in roots)))
     if not spec.tiers:
         rows.append(("pair", spec.pair))
     rows += _worker_rows(spec, describe_workers)

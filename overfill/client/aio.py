@@ -106,7 +106,7 @@ class AsyncStream(AsyncIterator[Delta]):
             self._failover.accepted()
 
     def _fail_over(self, error: grpc.RpcError) -> OverfillError | None:
-        """Ask the next router for the rest of the answer, and return None; or return the error to raise."""
+        """Asks the next router for the rest of the answer, and returns None; or returns the error to raise."""
         if isinstance(error, CallCancelled):
             return RequestCancelled("the client is closed")
         failure = self._failover.next_address_or_error(error, self._builder.has_tokens)
@@ -122,12 +122,12 @@ class AsyncStream(AsyncIterator[Delta]):
         return None
 
     def _call(self) -> AsyncResponses:
-        """Call the current router for the answer, or for the rest of it after another router was lost."""
+        """Calls the current router for the answer, or for the rest of it after another router was lost."""
         call = self._start(self._failover.address, self._builder.request(), self._failover.timeout())
         return AsyncResponses(call)
 
     def cancel(self) -> None:
-        """Cancel the request: the next iteration raises RequestCancelled. After the end of the answer, do nothing."""
+        """Cancels the request: the next iteration raises RequestCancelled. After the answer, does nothing."""
         if self._span is not None:
             self._span.end()
         self._cancelled = True
@@ -166,7 +166,7 @@ class AsyncClient:
         self._closed = False
 
     async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Answer:
-        """Answer ``prompt`` and return the whole answer.
+        """Answers ``prompt`` and returns the whole answer.
 
         Args:
             prompt: Text, which is tokenized unchanged; token ids; or a chat as a list of messages.
@@ -179,7 +179,7 @@ class AsyncClient:
         return await _whole(self.stream(prompt, **options))
 
     async def chat(self, messages: Sequence[Message | Mapping[str, Any]], **options: Unpack[Options]) -> Answer:
-        """Answer a conversation and return its whole next turn; the same as ``generate`` with a list of messages.
+        """Answers a conversation and returns its whole next turn; the same as ``generate`` with a list of messages.
 
         Args:
             messages: Turns so far, as ``Message`` or as mappings with its fields.
@@ -193,7 +193,7 @@ class AsyncClient:
         return await self.generate(messages, **options)
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncStream:
-        """Answer ``prompt`` as a stream of deltas. The call starts the request and does not wait.
+        """Answers ``prompt`` as a stream of deltas. The call starts the request and does not wait.
 
         Args:
             prompt: As in ``generate``.
@@ -217,7 +217,7 @@ class AsyncClient:
         return AsyncStream(start, AddressFailover(self._addresses, timeout), builder, span)
 
     async def samples(self, prompt: Prompt, n: int, **options: Unpack[Options]) -> list[Answer]:
-        """Answer one prompt ``n`` times, concurrently and differently. A seed repeats the ``n`` answers, best effort.
+        """Answers one prompt ``n`` times, concurrently and differently. A seed repeats the ``n`` answers, best effort.
 
         Args:
             prompt: As in ``generate``.
@@ -236,7 +236,7 @@ class AsyncClient:
         special_tokens: bool = True,
         timeout: float | None = 10.0,
     ) -> list[int]:
-        """Return the token ids of a text or a chat, as ``generate`` would compute them.
+        """Returns the token ids of a text or a chat, as ``generate`` would compute them.
 
         Args:
             prompt: Text, or a chat as a list of messages, to which the chat template is applied.
@@ -257,7 +257,7 @@ class AsyncClient:
         return list(response.ids)
 
     async def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = 10.0) -> str:
-        """Return the text of token ids; special tokens have no text.
+        """Returns the text of token ids; special tokens have no text.
 
         Args:
             token_ids: Token ids of the served model.
@@ -273,7 +273,7 @@ class AsyncClient:
         return str(response.text)
 
     async def models(self, *, timeout: float | None = 10.0) -> list[Model]:
-        """Return the models that the router serves, one for each name.
+        """Returns the models that the router serves, one for each name.
 
         Args:
             timeout: Seconds for the call; None means no limit.
@@ -287,7 +287,7 @@ class AsyncClient:
         return [Model.from_proto(model) for model in response.models]
 
     async def status(self, *, timeout: float | None = 10.0) -> StackStatus:
-        """Return the status of the router and of every worker it knows; at a worker's own address, of that worker.
+        """Returns the status of the router and of every worker it knows; at a worker's own address, of that worker.
 
         Args:
             timeout: Seconds for the call; None means no limit.
@@ -304,7 +304,7 @@ class AsyncClient:
         return StackStatus.from_proto(message).reached_at(reached)
 
     async def drain(self, worker_id: str, *, timeout: float | None = 10.0) -> None:
-        """Drain a worker: it accepts no new requests, and exits once its requests have finished or moved.
+        """Drains a worker: it accepts no new requests, and exits once its requests have finished or moved.
 
         Returns as soon as the worker drains; ``status`` lists the worker until it has left.
 
@@ -327,7 +327,7 @@ class AsyncClient:
         await self._unary(start, timeout)
 
     async def close(self) -> None:
-        """Cancel running requests and close all connections."""
+        """Cancels running requests and closes all connections."""
         self._closed = True
         await self._channels.close()
 

@@ -361,7 +361,7 @@ class AnswerBuilder:
         return rest
 
     def _pin_tier(self, rest: inference_pb2.GenerateRequest) -> None:
-        """Let the tier that wrote the last tokens write the rest: another decoder would continue differently."""
+        """Lets the tier that wrote the last tokens write the rest: another decoder would continue differently."""
         rest.tier, rest.allow_brownout = self._tier, False
         if rest.tier != self._requested_tier:
             rest.model = rest.model.removesuffix(f":{self._requested_tier}")
@@ -388,7 +388,7 @@ class AnswerBuilder:
         return error
 
     def add(self, response: inference_pb2.GenerateResponse) -> Delta | None:
-        """Add the next response; returns its delta, or None if it has none.
+        """Adds the next response; returns its delta, or None if it has none.
 
         Raises:
             InternalError: tokens are missing, repeated or without their log-probabilities, or messages are out
@@ -549,7 +549,7 @@ def _parts(messages: Iterable[inference_pb2.AnswerPart]) -> tuple[AnswerPart, ..
 
 
 def _join(parts: list[AnswerPart], new: AnswerPart) -> None:
-    """Add ``new`` to ``parts``. It replaces parts that wrote no token, and continues a part of the same tier."""
+    """Adds ``new`` to ``parts``. It replaces parts that wrote no token, and continues a part of the same tier."""
     while parts and parts[-1].first_index >= new.first_index:
         parts.pop()
     if not parts or parts[-1].tier != new.tier:

@@ -50,7 +50,7 @@ class AsyncResponses:
         return None if response is grpc.aio.EOF else response  # type: ignore[attr-defined]
 
     def cancel(self) -> None:
-        """Cancel the call."""
+        """Cancels the call."""
         self._call.cancel()
 
 
@@ -76,7 +76,7 @@ class Responses:
         return next(self._call, None)
 
     def cancel(self) -> None:
-        """Cancel the call; any thread may do so."""
+        """Cancels the call; any thread may do so."""
         self._call.cancel()
 
 
@@ -97,7 +97,7 @@ class AsyncChannels(dict[str, grpc.aio.Channel]):
         return channel
 
     async def close(self) -> None:
-        """Cancel running calls and close all channels."""
+        """Cancels running calls and closes all channels."""
         for channel in self.values():
             await channel.close(None)
 
@@ -109,7 +109,7 @@ class Channels(dict[str, grpc.Channel]):
         super().__init__((address, open_sync_channel(address, tls)) for address in addresses)
 
     def close(self) -> None:
-        """Cancel running calls and close all channels."""
+        """Cancels running calls and closes all channels."""
         for channel in self.values():
             channel.close()
 

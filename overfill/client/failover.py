@@ -70,16 +70,16 @@ class AddressFailover:
         return left / (len(self._addresses) - self._failures) if self._shared else left
 
     def accepted(self) -> None:
-        """Record that the router at ``address`` has accepted the request."""
+        """Records that the router at ``address`` has accepted the request."""
         self._failures = 0
 
     def progressed(self) -> None:
-        """Record that the router at ``address`` has sent a part of the answer."""
+        """Records that the router at ``address`` has sent a part of the answer."""
         self._failures = self._losses = 0
         self._leave = None
 
     def next_address_or_error(self, error: grpc.RpcError, continues: bool = False) -> OverfillError | None:
-        """Move to the next address after a failed call, and return None; or return the error to raise.
+        """Moves to the next address after a failed call, and returns None; or returns the error to raise.
 
         Args:
             continues: Whether the call asked for the rest of an answer.

@@ -209,7 +209,7 @@ class Options(TypedDict, total=False):
 
 
 def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateRequest:
-    """Build the request message. Checks all that needs no model; raises InvalidRequest that names the field.
+    """Builds the request message. Checks all that needs no model; raises InvalidRequest that names the field.
 
     The message does not include ``timeout``, which gRPC sends as the RPC's deadline.
 
@@ -264,7 +264,7 @@ def build_request(prompt: Prompt, options: Options) -> inference_pb2.GenerateReq
 
 
 def check_messages(messages: object) -> None:
-    """Raise InvalidRequest if ``messages`` is text, which the model would continue without the chat template."""
+    """Raises InvalidRequest if ``messages`` is text, which the model would continue without the chat template."""
     if isinstance(messages, str):
         raise InvalidRequest("messages", 'is text; give a list such as [Message("user", text)], or call generate(text)')
 
@@ -299,7 +299,7 @@ def sample_options(n: int, options: Options) -> list[Options]:
 
 
 def check_timeout(timeout: float | None) -> None:
-    """Raise InvalidRequest unless ``timeout`` is None or a positive, finite number of seconds."""
+    """Raises InvalidRequest unless ``timeout`` is None or a positive, finite number of seconds."""
     if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
         raise InvalidRequest("timeout", f"must be a positive number of seconds or None, got {timeout}")
 

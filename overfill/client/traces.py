@@ -33,7 +33,7 @@ class RequestSpan:
             self.metadata = ((TRACEPARENT, f"00-{context.trace_id:032x}-{context.span_id:016x}-{flags:02x}"),)
 
     def end(self, error: BaseException | None = None) -> None:
-        """End the span, and record ``error`` if there is one. Later calls do nothing."""
+        """Ends the span, and records ``error`` if there is one. Later calls do nothing."""
         if self._span.is_recording():
             if error is not None:
                 self._span.set_status(self._trace.StatusCode.ERROR, str(error))

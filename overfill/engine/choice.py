@@ -14,8 +14,18 @@ FIRST_GPU = ("cuda", "cuda:0")
 """Names of the CUDA device that vLLM takes; it has no setting for another one."""
 
 
+_VOCAB_MULTIPLE = 64
+"""vLLM pads the vocabulary to a multiple of this before it divides it."""
+
+
 def choose_engine(
-    choice: EngineChoice, pair: Pair, half: Half, on_first_gpu: Callable[[], bool], *, has_args: bool = False
+    choice: EngineChoice,
+    pair: Pair,
+    half: Half,
+    on_first_gpu: Callable[[], bool],
+    *,
+    has_args: bool = False,
+    ranks: int = 1,
 ) -> EngineName:
     """The engine for ``half``. ``auto`` is vLLM on the first GPU, where it is installed and can run the half.
 
@@ -24,25 +34,57 @@ def choose_engine(
     Args:
         on_first_gpu: returns True if the half runs on one of ``FIRST_GPU``; called only if the choice depends on it.
         has_args: there are arguments of vLLM itself.
+        ranks: the tensor_parallel_size.
 
     Raises:
         UnsupportedModel: the chosen engine cannot run the half; the message names the engines that can.
         MissingExtra: vLLM is chosen and not installed.
-        InvalidRequest: there are arguments of vLLM, and OverFill's engine is chosen.
+        InvalidRequest: there are arguments of vLLM, or several ranks, and another engine is chosen; or the half cannot
+            be divided among the ranks.
     """
     if choice == "auto":
         choice = "vllm" if "vllm" in pair.engines(half) and vllm_installed() and on_first_gpu() else "overfill"
+    model = "full model" if half == "full" else "decoder"
+    if choice != "vllm" and ranks > 1:
+        raise InvalidRequest(
+            "tensor_parallel_size",
+            f"{ranks} ranks need vllm, but the engine {choice} runs the {model}: choose vllm for it, or give 1",
+        )
     if choice == "mock":
         return "mock"
     pair.check_engine(half, choice)
     if choice == "vllm":
+        check_ranks(pair, half, ranks)
         require_vllm()
     elif has_args:
-        model = "full model" if half == "full" else "decoder"
         raise InvalidRequest(
             "engine_args", f"are for vllm, but the engine overfill runs the {model}: remove them, or choose vllm for it"
         )
     return choice
+
+
+def check_ranks(pair: Pair, half: Half, ranks: int) -> None:
+    """Raises InvalidRequest unless vLLM can divide ``half`` among ``ranks``.
+
+    vLLM gives each rank as many query heads, neurons and rows of the vocabulary. A KV head may be in several ranks.
+    """
+    config, model = (pair.full_config, "full model") if half == "full" else (pair.decoder_config, "decoder")
+
+    heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.intermediate_size
+    rows = -(-config.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+
+    def divide(size: int) -> bool:
+        return not any(count % size for count in (heads, width, rows)) and (
+            kv_heads % size == 0 or size % kv_heads == 0
+        )
+
+    if not divide(ranks):
+        sizes = ", ".join(str(size) for size in range(1, heads + 1) if divide(size))
+        raise InvalidRequest(
+            "tensor_parallel_size",
+            f"{ranks} ranks cannot share the {model}, which has {heads} query heads, {kv_heads} KV heads, MLPs of "
+            f"{width} neurons and {rows} rows of the vocabulary: give one of {sizes}",
+        )
 
 
 def why_not_vllm(pair: Pair, *halves: Half, device: str = "cuda:0") -> str:

@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +53,7 @@ def vllm_utilization(options: EngineOptions) -> float | None:
 
 @contextmanager
 def loading_turn(options: EngineOptions) -> Iterator[None]:
-    """Lets the workers that share a GPU load one after the other.
+    """Lets the workers that share a GPU load one after the other. A worker with several ranks needs all their GPUs.
 
     vLLM measures the memory of its steps by the GPU's free memory, which other workers must not change meanwhile.
     """
@@ -62,7 +62,18 @@ def loading_turn(options: EngineOptions) -> Iterator[None]:
         return
     import torch
 
-    uuid = torch.cuda.get_device_properties(options.device).uuid
+    first = options.device.index or 0
+    devices = range(first, first + options.tensor_parallel_size)
+    uuids = sorted(str(torch.cuda.get_device_properties(device).uuid) for device in devices)
+    with ExitStack() as turns:
+        for uuid in uuids:  # in the same order in all workers, so that no two wait for each other
+            turns.enter_context(_turn(uuid))
+        yield
+
+
+@contextmanager
+def _turn(uuid: str) -> Iterator[None]:
+    """Waits until no other worker loads on the GPU."""
     path = Path(tempfile.gettempdir()) / f"overfill-{os.getuid()}-loading-{uuid}"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -70,7 +81,7 @@ def loading_turn(options: EngineOptions) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.info("another worker loads on %s; this one waits for its turn", options.device)
+                log.info("another worker loads on %s; this one waits for its turn", uuid)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

@@ -26,7 +26,8 @@ def load_engine(choice: EngineChoice, pair: Pair, half: Half, options: EngineOpt
         MissingExtra: the engine is not installed.
     """
     on_first_gpu = str(options.device) in FIRST_GPU
-    engine = choose_engine(choice, pair, half, lambda: on_first_gpu, has_args=bool(options.engine_args))
+    args, ranks = bool(options.engine_args), options.tensor_parallel_size
+    engine = choose_engine(choice, pair, half, lambda: on_first_gpu, has_args=args, ranks=ranks)
     if engine == "vllm":
         # The only import of this package: nothing else needs vLLM, which most installations lack.
         from overfill.engine.vllm.load import load_vllm

@@ -29,6 +29,7 @@ from overfill.errors import InvalidRequest, Overloaded
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import PromptBlocks
+from overfill.kv.ranks import Puller, ServingRanks
 from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
 from overfill.kv.store import KvStore
 from overfill.model.config import ModelConfig
@@ -164,6 +165,8 @@ class ServedHalf:
         codecs: codecs in which KV can leave the store; decode workers store it in any of them.
         prefix_keys: changes of the prefix cache; None without one.
         scores_prompts: whether the engine computes the log-probabilities of a prompt's tokens.
+        puller: decode workers with ranks: pulls KV into them; None means that the KV is in ``store``.
+        serving_ranks: prefill workers with ranks: serve the KV; None means that the KV is in ``store``.
     """
 
     engine_version: str
@@ -181,6 +184,8 @@ class ServedHalf:
     kv_cache_dtype: KvCacheDtype = "auto"
     codecs: tuple[common_pb2.KvCodec, ...] = tuple(CODECS.values())
     scores_prompts: bool = False
+    puller: Puller | None = None
+    serving_ranks: ServingRanks | None = None
 
     async def prepare_processor(
         self, params: SamplingParams, prompt: Sequence[int], eos_ids: Sequence[int], key: str = ""

@@ -21,13 +21,21 @@ _SET_ELSEWHERE = {
     "kv_cache_memory_bytes": "--kv-memory",
     "enable_prefix_caching": "--prefix-cache",
     "kv_cache_dtype": "--kv-cache-dtype",
+    "tensor_parallel_size": "--tensor-parallel-size",
 }
 """Arguments of vLLM that a setting of the worker sets."""
-_SET_HERE = ("kv_transfer_config", "kv_events_config", "logits_processors", "async_scheduling", "skip_tokenizer_init")
+_SET_HERE = (
+    "kv_transfer_config", "kv_events_config", "logits_processors", "async_scheduling", "skip_tokenizer_init",
+    "distributed_executor_backend",
+)  # fmt: skip
 _UNSUPPORTED = {
-    "tensor_parallel_size": 1,
+    "nnodes": 1,
+    "node_rank": 0,
     "pipeline_parallel_size": 1,
     "data_parallel_size": 1,
+    "data_parallel_rank": None,
+    "data_parallel_hybrid_lb": False,
+    "data_parallel_external_lb": False,
     "decode_context_parallel_size": 1,
     "prefill_context_parallel_size": 1,
     "speculative_config": None,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from overfill.errors import Incompatible
 from overfill.kv.spec import KvSpec
 from overfill.request.messages import shared_fields
-from overfill.v1 import common_pb2
+from overfill.rpc.constants import MAX_DATA_ADDRESSES, MAX_NAME_LENGTH
+from overfill.v1 import common_pb2, kv_pb2
 
 CHOSEN_BY_WORKERS = {"kv.dtype": "kv_dtype", "reader_digest": "reader_digest"}
 """Fields of a ``KvIdentity`` that no pair determines, by their dotted names, with their names in ``AnswerIdentity``.
@@ -75,3 +76,19 @@ def check_same(here: Mapping[str, object], there: Mapping[str, object], verdict:
     if differing:
         lines = ", ".join(f"{name} (here {here[name]!r}, there {there[name]!r})" for name in differing)
         raise Incompatible(f"{verdict}; differing fields: {lines}", differing)
+
+
+def data_address_fault(addresses: Sequence[kv_pb2.DataAddress], num_kv_heads: int) -> str:
+    """Returns what is wrong with data addresses, after their field's name; empty if each KV head is at exactly one."""
+    if len(addresses) > (most := min(num_kv_heads, MAX_DATA_ADDRESSES)):
+        return f"must be at most {most} for {num_kv_heads} KV heads; got {len(addresses)}"
+    for one in addresses:
+        host, _, port = one.address.rpartition(":")
+        if not host or not port or len(one.address) > MAX_NAME_LENGTH or not one.address.isprintable():
+            return f"must be host:port, of at most {MAX_NAME_LENGTH} printable characters; got {one.address[:40]!r}"
+    ranges = sorted((one.first_kv_head, one.first_kv_head + one.num_kv_heads) for one in addresses)
+    starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
+    if [*starts, num_kv_heads] == [0, *ends] and all(start < end for start, end in ranges):
+        return ""
+    shown = ", ".join(f"[{start}, {end})" for start, end in ranges)
+    return f"must serve each of the {num_kv_heads} KV heads exactly once; got the ranges {shown}"

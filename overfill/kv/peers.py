@@ -1,7 +1,7 @@
 """A decode worker's open connections to prefill workers: checked once, shared by requests, closed when unused.
 
-``PrefillPeer`` is the connection to one prefill worker: a control channel and ``streams`` data channels, each its own
-TCP connection.
+``PrefillPeer`` is the connection to one prefill worker: a control channel, and ``streams`` data channels to each of its
+data addresses, each its own TCP connection.
 """
 
 from __future__ import annotations
@@ -9,26 +9,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from overfill.errors import DeadlineExceeded, Incompatible, RequestCancelled, Unavailable
-from overfill.kv.handshake import KvIdentity, check_compatible
+from overfill.kv.handshake import KvIdentity, check_compatible, data_address_fault
+from overfill.kv.puller import MAX_IDLE_TIME, DataChannels
 from overfill.kv.shm import ShmClient
-from overfill.kv.spec import KvSpec
 from overfill.rpc.calls import checked_response
 from overfill.rpc.channel import open_channel
-from overfill.rpc.constants import STALL_TIMEOUT
 from overfill.rpc.tls import Credentials
-from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, prefill_pb2_grpc
+from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
 
 _DESCRIBE_TIMEOUT = 5.0  # seconds
-
-_MAX_IDLE_TIME = 300.0
-"""Seconds without use after which a peer is closed, at the next new connection. Its worker may have gone: pods and
-replicas do not return under their old name."""
-
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +31,12 @@ class PrefillPeer:
     """Connection to one incarnation of one prefill worker, usable after ``handshake``.
 
     Args:
-        streams: number of connections for data streams.
+        streams: number of connections for data streams, to each data address.
         shm: whether to share memory with a worker that is on this host and offers it.
 
     Attributes:
+        data: connections to the data addresses.
+        sources: data addresses; each KV head is at exactly one.
         link: shared memory; None means that payloads travel.
         codecs: codecs that the worker can send.
     """
@@ -49,20 +45,20 @@ class PrefillPeer:
         self, target: decode_pb2.AssignPrefill, streams: int, tls: Credentials | None, shm: bool = True
     ) -> None:
         self.target = target
+        self.sources: Sequence[kv_pb2.DataAddress] = target.data_addresses
         self.link: ShmClient | None = None
         self.codecs: frozenset[int] = frozenset()
         self._shm = shm
         self._control = open_channel(target.address, tls)
-        # The answer to a ping waits behind KV, on a lossy link for more than KEEPALIVE_TIMEOUT. Pings on the control
-        # channel detect a silent worker.
-        self.data = [open_channel(_data_address(target), tls, STALL_TIMEOUT) for _ in range(streams)]
+        self.data = DataChannels(streams, tls)
         self.control = prefill_pb2_grpc.PrefillStub(self._control)
 
     async def handshake(self, mine: KvIdentity) -> None:
         """Compares identities, and connects the shared memory.
 
         Raises:
-            Incompatible: the identities differ, or the KV heads are on several addresses; names every such field.
+            Incompatible: the identities differ, or the data addresses do not have each KV head once; names every such
+                field.
             Unavailable: the worker does not answer, or was restarted.
         """
         name = self.target.worker_id
@@ -76,7 +72,10 @@ class PrefillPeer:
         theirs = KvIdentity.from_proto(described.wire_version, described.model, described.kv)
         software = f"software {described.software_version}, engine {described.engine or 'unknown'}"
         check_compatible(mine, theirs, f"prefill worker {name} ({software})")
-        _check_data_addresses(self.target, mine.kv)
+        if not self.sources:
+            self.sources = [kv_pb2.DataAddress(address=self.target.address, num_kv_heads=mine.kv.num_kv_heads)]
+        elif fault := data_address_fault(self.sources, mine.kv.num_kv_heads):
+            raise Incompatible(f"prefill worker {name}: data_addresses {fault}", ["data_addresses"])
         if common_pb2.KV_CODEC_RAW not in described.codecs:
             raise Incompatible(f"prefill worker {name} cannot send KV uncompressed", ["codecs"])
         self.codecs = frozenset(described.codecs)
@@ -87,6 +86,11 @@ class PrefillPeer:
                 logger.info("prefill worker %s shares no memory with this one: %s", name, error)
 
     @property
+    def has_kv(self) -> bool:
+        """Whether the process that serves the control channel has the KV itself, rather than ranks."""
+        return all(source.address == self.target.address for source in self.sources)
+
+    @property
     def lost_link(self) -> bool:
         """Whether memory was shared and the link has closed."""
         return self.link is not None and not self.link.alive
@@ -94,7 +98,7 @@ class PrefillPeer:
     async def close(self) -> None:
         if self.link is not None:
             self.link.close()
-        await asyncio.gather(*(channel.close(None) for channel in (self._control, *self.data)))
+        await asyncio.gather(self._control.close(None), self.data.close())
 
 
 @dataclass(slots=True, eq=False)
@@ -111,7 +115,7 @@ class PeerPool:
 
     Args:
         identity: this worker's identity, which every peer is compared with.
-        streams: number of data connections per peer.
+        streams: number of data connections per data address of a peer.
         shm: whether to share memory with peers on this host.
     """
 
@@ -168,7 +172,7 @@ class PeerPool:
         Returns:
             Peers to close now. The others are closed by their last user.
         """
-        unused = time.monotonic() - _MAX_IDLE_TIME
+        unused = time.monotonic() - MAX_IDLE_TIME
         old = [
             (key, entry)
             for key, entry in self._entries.items()
@@ -184,20 +188,3 @@ class PeerPool:
             entry.checked.cancel()
             await entry.peer.close()
         self._entries.clear()
-
-
-def _data_address(target: decode_pb2.AssignPrefill) -> str:
-    """Returns the address from which to pull KV, ``host:port``."""
-    return target.data_addresses[0].address if target.data_addresses else target.address
-
-
-def _check_data_addresses(target: decode_pb2.AssignPrefill, kv: KvSpec) -> None:
-    """Raises Incompatible unless one address serves all KV heads: heads at other addresses would not be pulled."""
-    heads = [range(one.first_kv_head, one.first_kv_head + one.num_kv_heads) for one in target.data_addresses]
-    if heads not in ([], [range(kv.num_kv_heads)]):
-        ranges = ", ".join(f"[{each.start}, {each.stop})" for each in heads)
-        raise Incompatible(
-            f"data_addresses: this version pulls from one address, which must serve all {kv.num_kv_heads} KV heads; "
-            f"prefill worker {target.worker_id} serves the heads {ranges} at {len(heads)} addresses",
-            ["data_addresses"],
-        )

@@ -94,9 +94,9 @@ def runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def share_among_streams(
-    layers: Sequence[int], tokens: tuple[int, int], num_heads: int, streams: int
+    layers: Sequence[int], tokens: tuple[int, int], heads: tuple[int, int], streams: int
 ) -> list[list[KvRange]]:
-    """Divides a transfer among ``streams``, which take small groups of layers in turn.
+    """Divides the KV of ``heads``, a half-open range, among ``streams``, which take small groups of layers in turn.
 
     Layers are computed in order, so that all streams have work at any time. Neighbours in a group, or in the only
     stream, can share a chunk if the prompt is short.
@@ -107,7 +107,7 @@ def share_among_streams(
     size = max(1, len(layers) // (4 * streams)) if streams > 1 else len(layers)
     groups = [layers[i : i + size] for i in range(0, len(layers), size)]
     shares = [groups[i::streams] for i in range(min(streams, len(groups)))]
-    return [[KvRange(a, b, *tokens, 0, num_heads) for group in share for a, b in runs(group)] for share in shares]
+    return [[KvRange(a, b, *tokens, *heads) for group in share for a, b in runs(group)] for share in shares]
 
 
 _MAX_COMPARED = 64
@@ -121,14 +121,14 @@ class Coverage:
     Args:
         layers: full-model layers that travel, ascending.
         tokens: half-open range of prompt positions that travel.
-        num_heads: KV heads of the full model.
+        heads: half-open range of KV heads of the full model that travel.
     """
 
-    def __init__(self, layers: Sequence[int], tokens: tuple[int, int], num_heads: int) -> None:
+    def __init__(self, layers: Sequence[int], tokens: tuple[int, int], heads: tuple[int, int]) -> None:
         self._row = {layer: i for i, layer in enumerate(layers)}
         self._tokens = tokens
-        self._num_heads = num_heads
-        self._done = np.zeros((len(layers), tokens[1] - tokens[0], num_heads), dtype=bool)
+        self._heads = heads
+        self._done = np.zeros((len(layers), tokens[1] - tokens[0], heads[1] - heads[0]), dtype=bool)
         self._missing = self._done.size
         self._lock = threading.Lock()
 
@@ -146,7 +146,7 @@ class Coverage:
         inside = (
             all(layer in self._row for layer in range(kv_range.layer_start, kv_range.layer_end))
             and self._tokens[0] <= kv_range.token_start < kv_range.token_end <= self._tokens[1]
-            and 0 <= kv_range.head_start < kv_range.head_end <= self._num_heads
+            and self._heads[0] <= kv_range.head_start < kv_range.head_end <= self._heads[1]
             and kv_range.layer_start < kv_range.layer_end
         )
         if not inside:
@@ -155,7 +155,7 @@ class Coverage:
     def check_request(self, ranges: Sequence[KvRange]) -> None:
         """Raises TransferFailed if a range lies outside the transfer or overlaps another one. Marks nothing."""
         if len(ranges) > _MAX_COMPARED:
-            request = Coverage(list(self._row), self._tokens, self._num_heads)
+            request = Coverage(list(self._row), self._tokens, self._heads)
             for kv_range in ranges:
                 request.add(kv_range)
             return
@@ -171,22 +171,11 @@ class Coverage:
             with self._lock:
                 if self._marks(kv_range).all():  # the usual case; the search layer by layer takes milliseconds
                     continue
-            tokens = slice(kv_range.token_start - self._tokens[0], kv_range.token_end - self._tokens[0])
-            for layer in range(kv_range.layer_start, kv_range.layer_end):
+            for layer in kv_range.layers:
+                one = kv_range._replace(layer_start=layer, layer_end=layer + 1)
                 with self._lock:
-                    lacks = ~self._done[self._row[layer], tokens, kv_range.head_start : kv_range.head_end]
-                together = np.array_equal(lacks.any(axis=1), lacks.all(axis=1))
-                heads = [(0, kv_range.num_heads)] if together else [(i, i + 1) for i in range(kv_range.num_heads)]
-                for first, last in heads:
-                    head_start, head_end = kv_range.head_start + first, kv_range.head_start + last
-                    positions = (np.flatnonzero(lacks[:, first]) + kv_range.token_start).tolist()
-                    for start, end in runs(positions):
-                        one = KvRange(layer, layer + 1, start, end, head_start, head_end)
-                        above = found[-1] if found and found[-1].layer_end == layer else None
-                        if above and above._replace(layer_start=layer, layer_end=layer + 1) == one:
-                            found[-1] = above._replace(layer_end=layer + 1)
-                        else:
-                            found.append(one)
+                    lacks = ~self._marks(one)[0]
+                _extend(found, one, lacks)
         return found
 
     def add(self, kv_range: KvRange) -> None:
@@ -212,10 +201,58 @@ class Coverage:
 
     def _marks(self, kv_range: KvRange) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """View of the bitmap of ``kv_range``, which lies inside the transfer. [layers, tokens, heads]"""
-        first = self._row[kv_range.layer_start]
-        offset = self._tokens[0]
+        row, token, head = self._row[kv_range.layer_start], self._tokens[0], self._heads[0]
         return self._done[
-            first : first + kv_range.num_layers,
-            kv_range.token_start - offset : kv_range.token_end - offset,
-            kv_range.head_start : kv_range.head_end,
+            row : row + kv_range.num_layers,
+            kv_range.token_start - token : kv_range.token_end - token,
+            kv_range.head_start - head : kv_range.head_end - head,
         ]
+
+
+class ReplicaCounts:
+    """Finds the ranges that all of several ranks hold, which receive the same KV. Arguments as of ``Coverage``.
+
+    Each rank adds each vector once.
+    """
+
+    def __init__(self, layers: Sequence[int], tokens: tuple[int, int], heads: tuple[int, int], replicas: int) -> None:
+        self._row = {layer: i for i, layer in enumerate(layers)}
+        self._offsets = tokens[0], heads[0]
+        self._replicas = replicas
+        shape = (len(layers), tokens[1] - tokens[0], heads[1] - heads[0]) if replicas > 1 else 0
+        self._counts = np.zeros(shape, dtype=np.uint16)
+
+    def add(self, ranges: Sequence[KvRange]) -> Sequence[KvRange]:
+        """Counts ``ranges``, which one more rank holds. Returns the parts that all ranks hold now."""
+        if self._replicas == 1:
+            return ranges
+        found: list[KvRange] = []
+        token, head = self._offsets
+        for kv_range in ranges:
+            for layer in kv_range.layers:
+                counts = self._counts[
+                    self._row[layer],
+                    kv_range.token_start - token : kv_range.token_end - token,
+                    kv_range.head_start - head : kv_range.head_end - head,
+                ]
+                counts += 1
+                _extend(found, kv_range._replace(layer_start=layer, layer_end=layer + 1), counts == self._replicas)
+        return found
+
+
+def _extend(found: list[KvRange], layer: KvRange, chosen: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+    """Appends the ``chosen`` parts of ``layer``, a range of one layer, to ``found``. ``chosen``: [tokens, heads].
+
+    Joins the last range of ``found``, if it ends below this layer, with an equal one.
+    """
+    together = np.array_equal(chosen.any(axis=1), chosen.all(axis=1))
+    heads = [(0, layer.num_heads)] if together else [(i, i + 1) for i in range(layer.num_heads)]
+    for first, last in heads:
+        positions = (np.flatnonzero(chosen[:, first]) + layer.token_start).tolist()
+        for start, end in runs(positions):
+            one = KvRange(*layer[:2], start, end, layer.head_start + first, layer.head_start + last)
+            above = found[-1] if found and found[-1].layer_end == layer.layer_start else None
+            if above and (above.tokens, above.heads) == (one.tokens, one.heads):
+                found[-1] = above._replace(layer_end=layer.layer_end)
+            else:
+                found.append(one)

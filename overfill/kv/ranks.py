@@ -1,32 +1,36 @@
 """Where a worker's KV is, for both ends of a handoff: in this process, or in ranks that hold a share of the heads each.
 
 With tensor parallelism the process that speaks to routers has no KV. Its ranks serve and pull their own heads; it keeps
-the books: leases, control streams, coverage. ``Puller`` is the part of a handoff that moves bytes on a decode worker.
+the books: leases, control streams, acknowledgements. ``Puller`` is the part of a handoff that moves bytes on a decode
+worker: ``kv.puller.LocalPuller`` where the KV is in the process, ``RankPullers`` over one puller per rank.
 ``ServingRanks`` is what a prefill worker asks of its ranks. No engine is named here.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
+from overfill.errors import RequestCancelled, StepFailed, TransferFailed
 from overfill.kv.chunks import TransferSpec
-from overfill.kv.ranges import KvRange
+from overfill.kv.ranges import KvRange, ReplicaCounts
 from overfill.v1 import kv_pb2
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Progress of a pull: ``ranges`` are in place now. Replicated heads are reported once all replicas hold them.
+    """Progress of a pull: ``ranges`` are in place now. Each vector is reported once.
 
     Attributes:
-        kv_bytes: encoded bytes of the ranges, ``shared_bytes`` of them through shared memory.
-        chunks: number of chunks.
+        kv_bytes: encoded bytes that have arrived, ``shared_bytes`` of them through shared memory.
+        chunks: number of chunks that have arrived.
         broken_streams: data streams that have ended early since the last report.
     """
 
-    ranges: Sequence[KvRange]
+    ranges: Sequence[KvRange] = ()
     kv_bytes: int = 0
     shared_bytes: int = 0
     chunks: int = 0
@@ -34,10 +38,11 @@ class Moved:
 
 
 class Puller(Protocol):
-    """Pulls one prompt's KV from the data addresses of a prefill worker into blocks."""
+    """Pulls prompts' KV from data addresses of prefill workers into blocks. Several pulls may run at once."""
 
     async def pull(
         self,
+        peer: str,
         spec: TransferSpec,
         layer_map: Sequence[int],
         blocks: Sequence[int],
@@ -45,28 +50,87 @@ class Puller(Protocol):
         timeout: float | None,
         on_moved: Callable[[Moved], None],
     ) -> None:
-        """Returns when all that ``spec`` describes is in place. After its end, also by a cancel, nothing writes.
+        """Returns when this puller's share of all that ``spec`` describes is in place.
+
+        After its end, also by an error or a cancel, nothing writes and ``on_moved`` is not called.
 
         Args:
+            peer: name of the prefill worker, for errors.
+            spec: the transfer, of the full model's KV heads, whatever the share of this puller.
+            layer_map: ``layer_map[i]`` is the full-model layer whose KV is stored in cache layer i.
             sources: the prefill worker's data addresses; their ranges contain each KV head exactly once.
+            timeout: seconds left of the request's deadline.
             on_moved: called on the event loop.
 
         Raises:
-            TransferFailed, Unavailable: a chunk was wrong, or a source does not answer.
+            TransferFailed, Unavailable, DeadlineExceeded, ...: a chunk was wrong, or a source or rank does not answer.
         """
         ...
 
 
+class RankPullers:
+    """Pulls with several pullers at once, each of which has a share of the KV heads. Shares are equal or disjoint.
+
+    Args:
+        pullers: each rank's share of heads, a half-open range, and its puller.
+    """
+
+    def __init__(self, pullers: Sequence[tuple[tuple[int, int], Puller]]) -> None:
+        self._pullers = pullers
+
+    async def pull(
+        self,
+        peer: str,
+        spec: TransferSpec,
+        layer_map: Sequence[int],
+        blocks: Sequence[int],
+        sources: Sequence[kv_pb2.DataAddress],
+        timeout: float | None,
+        on_moved: Callable[[Moved], None],
+    ) -> None:
+        """As ``Puller.pull``. Reports a range once all ranks that hold its heads have it in place."""
+        shares = [heads for heads, _ in self._pullers]
+        counts = {heads: ReplicaCounts(spec.layers, spec.tokens, heads, shares.count(heads)) for heads in shares}
+
+        def note(heads: tuple[int, int], moved: Moved) -> None:
+            on_moved(replace(moved, ranges=counts[heads].add(moved.ranges)))
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for heads, puller in self._pullers:
+                    note_own = partial(note, heads)
+                    group.create_task(puller.pull(peer, spec, layer_map, blocks, sources, timeout, note_own))
+        except BaseExceptionGroup as errors:
+            raise root_cause(errors) from errors
+
+
 class ServingRanks(Protocol):
-    """The ranks of a prefill worker, which serve ``PullKv`` on data addresses of their own."""
+    """The ranks of a prefill worker, which serve ``PullKv`` on data addresses of their own.
+
+    Every call ends in bounded time. It raises Unavailable when a rank has gone.
+    """
 
     async def open(self, spec: TransferSpec, block_table: Sequence[int], cached_tokens: int) -> None:
         """Has every rank serve a transfer. ``block_table`` holds the first ``cached_tokens`` tokens already.
 
-        Later tokens become ready layer by layer, as the ranks compute them.
+        Later tokens become ready layer by layer, as the ranks compute them. They may have computed some before.
         """
         ...
 
-    async def close(self, transfer_id: bytes) -> None:
-        """Ends a transfer's streams in every rank. On return no rank reads its blocks."""
+    async def close(self, transfer_id: bytes) -> tuple[int, int]:
+        """Ends a transfer's streams in every rank. On return no rank reads its blocks.
+
+        The transfer may have been closed before, or never opened.
+
+        Returns:
+            Monotonic nanoseconds at which ranks passed the first and the last message to the transport; 0 means never.
+        """
         ...
+
+
+def root_cause(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error to report: first the prefill worker's end, then this worker's own finding, last a cancelled stream."""
+    found = [*errors.exceptions]
+    last, first, second = RequestCancelled, StepFailed, TransferFailed
+    found.sort(key=lambda e: (isinstance(e, last), not isinstance(e, first), not isinstance(e, second)))
+    return found[0]

@@ -1,7 +1,7 @@
-"""The receiving half of a handoff: writes a prompt's KV from a prefill worker into blocks of a decode worker.
+"""The receiving half of a handoff: has a prefill worker compute a prompt, and its KV moved into blocks here.
 
-``PromptPull`` transfers one prompt over a ``PrefillPeer``. It handles token ids and bytes only; sampling and scheduling
-are the engine's.
+``PromptPull`` transfers one prompt over a ``PrefillPeer``. It holds the control stream and the books, and a ``Puller``
+moves the KV. It handles token ids only; sampling and scheduling are the engine's.
 """
 
 from __future__ import annotations
@@ -12,48 +12,28 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc.aio
-
-from overfill.errors import (
-    InternalError,
-    InvalidRequest,
-    OverfillError,
-    RequestCancelled,
-    StepFailed,
-    TransferFailed,
-    Unavailable,
-)
-from overfill.kv.chunks import TRANSFER_ID_BYTES, Chunk, TransferSpec, check, check_head, wrong_checksum
+from overfill.errors import InvalidRequest, OverfillError, RequestCancelled, TransferFailed, Unavailable
+from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec
 from overfill.kv.peers import PrefillPeer
-from overfill.kv.ranges import Coverage, KvRange, share_among_streams
-from overfill.kv.shielded import shielded
-from overfill.kv.shm import ShmClient
+from overfill.kv.puller import MAX_REPEATS, LocalPuller
+from overfill.kv.ranks import Moved, Puller, root_cause
 from overfill.kv.spec import KvSpec
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
-from overfill.kv.store import KvStore, LayerTargets
-from overfill.kv.wire import parse_message, pull_kv
 from overfill.rpc.calls import checked_response, checked_write, responses
 from overfill.rpc.constants import MAX_KV_AT_ONCE
 from overfill.rpc.worker import shared_tokens
 from overfill.telemetry import tracing
 from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2
 
-MAX_REPEATS = 3
-"""Limit on repeats of a data stream, each for the ranges that are still missing, and of ``PrefillAtOnce``, for all KV.
-The transfer then fails."""
-
 _MAX_ENCODED_AT_ONCE = 2 * MAX_KV_AT_ONCE
 """Limit on the bytes of KV in an answer of PrefillAtOnce: KV, scales, and the heads of its chunks."""
 
 _ACK_DELAY = 0.01  # seconds in which acknowledgements are collected into one message; the last ones leave at once
 _FAREWELL = 1.0  # seconds for the prefill worker to end its RPC after the decode worker has received everything
-_REPEAT_DELAY = 0.02  # seconds before the first repeat; doubled for each further one
-_REPEATABLE = (TransferFailed, Unavailable, InternalError)
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +79,7 @@ class PromptPull:
             the prefill worker does not offer it.
         kv: geometry of the full model's KV.
         layer_map: ``layer_map[i]`` is the full-model layer whose KV is stored in cache layer i.
+        puller: moves the KV.
         vocab_size: number of token ids; the first token's is below.
         held_tokens: leading prompt tokens whose KV is in ``blocks`` already.
         limits: time limits of the transfer.
@@ -114,9 +95,8 @@ class PromptPull:
         start: prefill_pb2.StartPrefill,
         kv: KvSpec,
         layer_map: Sequence[int],
-        store: KvStore,
+        puller: Puller,
         blocks: Sequence[int],
-        executor: Executor,
         vocab_size: int,
         held_tokens: int = 0,
         limits: TransferLimits = DEFAULT_LIMITS,
@@ -127,14 +107,11 @@ class PromptPull:
         self._sample_first_token = start.sample_first_token
         # With an answer_start, scores of the prompt come where the first token would.
         self._awaits_first = start.sample_first_token or start.sampling.HasField("prompt_logprobs")
-        self._store = store
+        self._puller = puller
+        self._layer_map = layer_map
         self._blocks = blocks
-        self._executor = executor
         self._vocab_size = vocab_size
         self._limits = limits
-        self._targets = LayerTargets(
-            {layer: [i for i, source in enumerate(layer_map) if source == layer] for layer in layers}
-        )
         self._spec = TransferSpec(
             secrets.token_bytes(TRANSFER_ID_BYTES),
             start.attempt,
@@ -143,6 +120,7 @@ class PromptPull:
             (held_tokens, shared_tokens(start)),
             start.codec if start.codec in peer.codecs else common_pb2.KV_CODEC_RAW,
         )
+        self._vector_bytes = kv.token_layer_bytes // (2 * kv.num_kv_heads)
         self._start = prefill_pb2.PrefillRequest(start=start)
         start = self._start.start
         start.transfer_id = self._spec.transfer_id
@@ -155,7 +133,7 @@ class PromptPull:
         self._farewell = asyncio.timeout(None)
         self._on_in_place: Callable[[], None] = lambda: None
         self._whole = asyncio.Event()  # set when all KV is written
-        self._pulling: list[asyncio.Task[None]] = []  # one task per data stream
+        self._pulling: asyncio.Task[None] | None = None
         self._ended = False
         # An answer of one token needs no KV.
         self._released = start.sample_first_token and start.sampling.max_tokens == 1
@@ -186,7 +164,8 @@ class PromptPull:
                 writes to the blocks any more. ``run`` returns later, because the worker's last word crosses the link.
         """
         self._on_in_place = on_in_place
-        if self._released or self._spec.total_bytes <= MAX_KV_AT_ONCE:
+        little = self._spec.total_bytes <= MAX_KV_AT_ONCE
+        if self._released or (little and self._peer.has_kv and isinstance(self._puller, LocalPuller)):
             await self._run_at_once(timeout, on_first_token)
             return
         self._outgoing.put_nowait(self._start)
@@ -196,11 +175,9 @@ class PromptPull:
                 sending = group.create_task(self._send(control))
                 watch = group.create_task(self._watch())
                 async for message in responses(control, self._worker):
-                    if message.HasField("scheduled"):
+                    if message.HasField("scheduled") and not self._released and self._pulling is None:
                         # The worker has blocks now, and knows the transfer's id, so that PullKv can name it.
-                        shares = [] if self._released or self._pulling else self._shares()
-                        for channel, ranges in zip(self._peer.data, shares, strict=False):
-                            self._pulling.append(group.create_task(self._pull(channel, ranges, timeout)))
+                        self._pulling = group.create_task(self._pull(timeout))
                     self._note_response(message, on_first_token)
                     if message.HasField("first_token"):
                         self._check_in_place()
@@ -211,7 +188,7 @@ class PromptPull:
         except BaseExceptionGroup as errors:
             lost_peer = errors.split((Unavailable, RequestCancelled))[1] is None
             if not self._has_all or not lost_peer:
-                raise _not_the_users(_cause(errors)) from errors
+                raise _not_the_users(root_cause(errors)) from errors
             # Everything is in place; it does not matter that the worker has gone.
         finally:
             self._ended = True
@@ -237,8 +214,10 @@ class PromptPull:
             if not repeats:  # a repeat finds in the prefix cache what the first call computed, and has only KV to give
                 self._note_response(message, on_first_token)
             try:
-                if message.kv:
-                    await self._take(message.kv, None, [])
+                if message.kv and isinstance(self._puller, LocalPuller):
+                    await self._puller.take(
+                        self._worker, self._spec, self._layer_map, self._blocks, message.kv, self._note_moved
+                    )
                 self._check_all()
             except TransferFailed as error:
                 if repeats == MAX_REPEATS or not self._has_first_token:
@@ -284,8 +263,7 @@ class PromptPull:
 
     def _expect_all(self) -> None:
         """Takes all KV for missing."""
-        self._coverage = Coverage(self._spec.layers, self._spec.tokens, self._spec.kv.num_kv_heads)
-        self._unwritten = self._coverage.missing_vectors  # vectors; coverage marks a chunk before it is written
+        self._unwritten = self._spec.total_bytes // self._vector_bytes  # key and value vectors
 
     def _check_all(self) -> None:
         """Raises TransferFailed unless everything has arrived."""
@@ -304,8 +282,8 @@ class PromptPull:
             return False
         if not self._has_all:
             self._released = True
-            for task in self._pulling:
-                task.cancel()
+            if self._pulling is not None:
+                self._pulling.cancel()
             self._outgoing.put_nowait(_release())
             self._check_in_place()
         return True
@@ -349,138 +327,38 @@ class PromptPull:
                         message.ack.ranges.extend(later.ack.ranges)
                 await checked_write(control.write(message), self._worker)
 
-    def _shares(self) -> list[list[KvRange]]:
-        spec = self._spec
-        return share_among_streams(spec.layers, spec.tokens, spec.kv.num_kv_heads, len(self._peer.data))
-
-    async def _pull(self, channel: grpc.aio.Channel, ranges: list[KvRange], timeout: float | None) -> None:
-        """Pulls ``ranges``. Requests the ranges that a wrong chunk or a broken stream leaves out again."""
-        for repeats in itertools.count():
-            error: OverfillError | None = None
-            # On a repeat, payloads travel.
-            link = self._peer.link if repeats == 0 else None
-            link = link if link is not None and link.alive else None
-            try:
-                await self._pull_once(channel, ranges, timeout, link)
-            except _REPEATABLE as failure:
-                error = failure
-            ranges = self._coverage.missing(ranges)
-            if ranges and error is None:
-                error = TransferFailed(f"{self._worker} left out {ranges[0]}")
-            if error is None:
-                return
-            self.stats.broken_streams += 1
-            logger.warning("%s: a data stream broke with %d ranges missing: %s", self._worker, len(ranges), error)
-            if not ranges:
-                return
-            if repeats == MAX_REPEATS:
-                raise error
-            await asyncio.sleep(_REPEAT_DELAY * 2**repeats)
-
-    async def _pull_once(
-        self, channel: grpc.aio.Channel, ranges: list[KvRange], timeout: float | None, link: ShmClient | None
-    ) -> None:
-        stream = link.new_stream() if link is not None else 0
-        request = prefill_pb2.PullKvRequest(
-            transfer_id=self._spec.transfer_id,
-            attempt=self._spec.attempt,
-            ranges=[kv_range.to_proto() for kv_range in ranges],
-            link_id=link.id if link is not None else b"",
-            stream=stream,
+    async def _pull(self, timeout: float | None) -> None:
+        await self._puller.pull(
+            self._worker,
+            self._spec,
+            self._layer_map,
+            self._blocks,
+            self._peer.sources,
+            timeout,
+            self._note_moved,
         )
-        call = pull_kv(channel, request, timeout)
-        try:
-            async for message in responses(call, self._worker):
-                in_place: list[Chunk] = []
-                try:
-                    await self._take(message, link, in_place)
-                finally:
-                    self._acknowledge(in_place)
-        except InvalidRequest as error:  # it concerns this worker's ranges, not the user's request
-            raise TransferFailed(f"{self._worker} refused the ranges: {error}") from error
-        finally:
-            call.cancel()
-            if link is not None:
-                link.end_stream(stream)
 
-    async def _take(self, message: bytes, link: ShmClient | None, in_place: list[Chunk]) -> None:
-        """Has a thread write a message; as ``_write_message``, and counts what is in place."""
-        write = asyncio.get_running_loop().run_in_executor(self._executor, self._write_message, message, link, in_place)
-        try:
-            await shielded(write)
-        finally:
-            if link is not None:
-                link.give_back([chunk.slot for chunk in in_place if chunk.slot is not None])
-            self._note_in_place(in_place)
-
-    def _write_message(self, message: bytes, link: ShmClient | None, in_place: list[Chunk]) -> None:
-        """Writes a message's chunks up to the first wrong one and appends them to ``in_place``, even if it raises.
-
-        Raises:
-            TransferFailed: a chunk is wrong.
-        """
-        received: list[Chunk] = []
-        chunks: list[Chunk] = []  # the same ones as the store takes them
-        try:
-            for chunk in parse_message(message):
-                chunks.append(self._claim(chunk, link))
-                received.append(chunk)
-        finally:
-            num_written = self._store.write(self._blocks, self._targets, chunks)
-            in_place += received[:num_written]
-            for chunk in chunks[num_written:]:
-                self._coverage.remove(chunk.range)
-        if num_written < len(chunks):
-            raise wrong_checksum(chunks[num_written].range)
-
-    def _claim(self, received: Chunk, link: ShmClient | None) -> Chunk:
-        """The chunk to write. Marks its range in the coverage first, so that no other thread writes there.
-
-        The checksum of a raw chunk is compared while it is written, that of an encoded one here.
-        """
-        if received.slot is not None:
-            if link is None:
-                raise TransferFailed(f"{self._worker} put a payload into memory that is not shared")
-            received.payload = link.payload(received.head.shared)
-        spec, codec = self._spec.kv, self._spec.codec
-        if codec == common_pb2.KV_CODEC_RAW:
-            chunk = check_head(self._spec, received)
-        else:
-            # Imported here, because it imports torch, which a process without codecs may lack.
-            from overfill.kv.codecs import check_scales, decode
-
-            kv_range = check(self._spec, received)
-            if codec == self._store.codec:
-                check_scales(received.scales)
-                chunk = Chunk(kv_range, received.payload, scales=received.scales)
-            else:
-                chunk = Chunk(kv_range, decode(spec.dtype, spec.head_dim, received.scales, received.payload))
-        self._coverage.add(chunk.range)
-        return chunk
-
-    def _note_in_place(self, chunks: Sequence[Chunk]) -> None:
-        """Counts written ``chunks``."""
-        if not chunks:
+    def _note_moved(self, moved: Moved) -> None:
+        """Counts what a pull reports, and acknowledges what is in place, unless the KV is released."""
+        stats = self.stats
+        stats.broken_streams += moved.broken_streams
+        stats.kv_chunks += moved.chunks
+        stats.kv_bytes += moved.kv_bytes
+        stats.shared_bytes += moved.shared_bytes
+        if not moved.ranges:
             return
-        now = time.monotonic_ns() - self.stats.started_ns
-        self.stats.first_kv_ns = self.stats.first_kv_ns or now
-        self.stats.last_kv_ns = now
-        self.stats.kv_chunks += len(chunks)
-        for chunk in chunks:
-            self._unwritten -= chunk.range.num_vectors
-            self.stats.kv_bytes += chunk.size
-            self._moved_bytes += self._spec.raw_bytes(chunk.range)
-            self.stats.shared_bytes += chunk.size if chunk.slot is not None else 0
-
-    def _acknowledge(self, chunks: Sequence[Chunk]) -> None:
-        """Acknowledges ``chunks``, which are in place, unless the KV is released."""
-        if not chunks:
+        stats.last_kv_ns = time.monotonic_ns() - stats.started_ns
+        stats.first_kv_ns = stats.first_kv_ns or stats.last_kv_ns
+        num_vectors = sum(kv_range.num_vectors for kv_range in moved.ranges)
+        self._unwritten -= num_vectors
+        self._moved_bytes += num_vectors * self._vector_bytes
+        if self._ended:  # PrefillAtOnce is not acknowledged
             return
         if not self._unwritten:
             self._whole.set()
             self._check_in_place()
         if not self._released:  # a release is the last message
-            ack = prefill_pb2.AckKv(ranges=[chunk.head.range for chunk in chunks])
+            ack = prefill_pb2.AckKv(ranges=[kv_range.to_proto() for kv_range in moved.ranges])
             self._outgoing.put_nowait(prefill_pb2.PrefillRequest(ack=ack))
 
 
@@ -491,11 +369,3 @@ def _release() -> prefill_pb2.PrefillRequest:
 def _not_the_users(error: BaseException) -> BaseException:
     """Returns TransferFailed for a refusal that names no field of the request: another worker may accept it."""
     return TransferFailed(str(error)) if isinstance(error, InvalidRequest) and not error.field else error
-
-
-def _cause(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error to report: first the prefill worker's end, then this worker's own finding, last a cancelled stream."""
-    found = [*errors.exceptions]
-    last, first, second = RequestCancelled, StepFailed, TransferFailed
-    found.sort(key=lambda e: (isinstance(e, last), not isinstance(e, first), not isinstance(e, second)))
-    return found[0]

@@ -69,6 +69,8 @@ class KvSender:
     data stream. ``acknowledge`` records the ranges that have arrived. ``whole_message`` has a little KV at once. The
     blocks must not be released before it has returned and every ``messages`` iterator is closed.
 
+    Where ranks hold the KV, each has a sender for streams, and the process with the lease has one for the books.
+
     Attributes:
         ready_bytes: bytes of raw KV computed so far, in the layers that travel.
         first_sent_ns, last_sent_ns: monotonic time of the first and the latest message; None means none yet.
@@ -79,7 +81,7 @@ class KvSender:
         self._store = store
         self._block_table: Sequence[int] = ()
         self._executor = executor
-        self._acknowledged = Coverage(spec.layers, spec.tokens, spec.kv.num_kv_heads)
+        self._acknowledged = Coverage(spec.layers, spec.tokens, (0, spec.kv.num_kv_heads))
         # Full-model layer -> the cache holds the positions below this.
         self._ready = dict.fromkeys(spec.layers, spec.tokens[0])
         self._event: dict[int, DeviceEvent | None] = {}
@@ -133,7 +135,7 @@ class KvSender:
 
     async def whole_message(self) -> bytes:
         """Returns one message of all KV that travels. Call it once the whole prompt is computed."""
-        (ranges,) = share_among_streams(self.spec.layers, self.spec.tokens, self.spec.kv.num_kv_heads, 1)
+        (ranges,) = share_among_streams(self.spec.layers, self.spec.tokens, (0, self.spec.kv.num_kv_heads), 1)
         message = await shielded(self._read([new_chunk(self.spec, kv_range) for kv_range in ranges]))
         self.first_sent_ns = self.last_sent_ns = time.monotonic_ns()
         return message

@@ -1,4 +1,4 @@
-"""Write a folder so that it appears whole or not at all."""
+"""Writes a folder so that it appears whole or not at all."""
 
 from __future__ import annotations
 

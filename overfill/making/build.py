@@ -1,4 +1,4 @@
-"""Build a pair folder from a full model: score, plan, cut, fit, and write the manifest."""
+"""Builds a pair folder from a full model: scores, plans, cuts, fits, and writes the manifest."""
 
 from __future__ import annotations
 

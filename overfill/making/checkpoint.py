@@ -1,4 +1,4 @@
-"""Write ordinary Hugging Face checkpoints without a model object."""
+"""Writes ordinary Hugging Face checkpoints without a model object."""
 
 from __future__ import annotations
 

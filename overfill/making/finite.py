@@ -1,4 +1,4 @@
-"""Find NaN and infinity in the bytes of a checkpoint's tensors."""
+"""Finds NaN and infinity in the bytes of a checkpoint's tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find full models: folders here, and models that are downloaded once into the cache."""
+"""Finds full models: folders here, and models that are downloaded once into the cache."""
 
 from __future__ import annotations
 

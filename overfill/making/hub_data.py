@@ -1,4 +1,4 @@
-"""Read conversations from data sets on the Hugging Face hub."""
+"""Reads conversations from data sets on the Hugging Face hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compute one layer at a time over packed transcripts, in plain float32 torch.
+"""Computes one layer at a time over packed transcripts, in plain float32 torch.
 
 Scoring and fitting run each layer over all transcripts before the next layer. The engine's forward pass cannot do that,
 because it runs one batch through all layers. The tokens of all transcripts lie end to end; a row is a token. There is

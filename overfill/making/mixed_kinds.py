@@ -1,4 +1,4 @@
-"""Make conversations of several kinds from a full model's plain ones: extract, rewrite, dialogue, and long prompts.
+"""Makes conversations of several kinds from a full model's plain ones: extract, rewrite, dialogue, and long prompts.
 
 ``synthetic_data`` gives short questions only. Here its answers become the texts that other questions are about, so
 that no text from elsewhere is needed. The full model writes the follow-up questions of dialogues and all answers.

@@ -1,4 +1,4 @@
-"""Find conversations that share a run of words with other text, so that a decoder is not judged on what made it."""
+"""Finds conversations that share a run of words with other text, so that a decoder is not judged on what made it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write ``pair.json``, which ``overfill.model.manifest`` describes and reads."""
+"""Writes ``pair.json``, which ``overfill.model.manifest`` describes and reads."""
 
 from __future__ import annotations
 

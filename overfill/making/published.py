@@ -1,4 +1,4 @@
-"""Read a checkpoint as somebody published it: headers and weights, whole or in shards."""
+"""Reads a checkpoint as somebody published it: headers and weights, whole or in shards."""
 
 from __future__ import annotations
 

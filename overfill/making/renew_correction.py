@@ -1,4 +1,4 @@
-"""Write the correction of a named pair from a low-rank training run: ``python -m overfill.making.renew_correction``.
+"""Writes the correction of a named pair from a low-rank training run: ``python -m overfill.making.renew_correction``.
 
 For maintainers; CONTRIBUTING.md has the steps.
 """

@@ -1,4 +1,4 @@
-"""Record the checksums of a cached folder, by which ``overfill.pair.checksums`` detects damage."""
+"""Records the checksums of a cached folder, by which ``overfill.pair.checksums`` detects damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Let a full model generate conversations, for fitting, distilling and judging its decoders without other data.
+"""Lets a full model generate conversations, for fitting, distilling and judging its decoders without other data.
 
 Given only the opening of a user turn, an instruction-tuned model writes a user's message. Given that message, it
 answers (Magpie, arXiv 2406.08464). Both steps run in batches on the project's own engine.

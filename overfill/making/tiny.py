@@ -1,4 +1,4 @@
-"""Make tiny pairs with random weights in a second or two, for tests on a CPU.
+"""Makes tiny pairs with random weights in a second or two, for tests on a CPU.
 
 The weights are scaled so that answers depend on the whole prompt: attention is sharp and its output dominates the
 residual stream. A wrong or lost block of KV therefore changes the answer. The text of answers has no meaning.

@@ -1,4 +1,4 @@
-"""Read decoders in the format of OverFill's authors (arXiv 2508.08446, github.com/friendshipkim/overfill).
+"""Reads decoders in the format of OverFill's authors (arXiv 2508.08446, github.com/friendshipkim/overfill).
 
 They save both stages as one model. The decoder's tensors are called ``student.model.…``, the full model's ``teacher.…``
 if they are there at all. No config gives the decoder's sizes, so they are read from the tensors. Everything else is the

@@ -1,4 +1,4 @@
-"""Write configs that plain transformers loads, for decoders of any hidden size.
+"""Writes configs that plain transformers loads, for decoders of any hidden size.
 
 transformers refuses a Llama whose hidden size is not a multiple of its number of heads. The forward pass does not need
 that, because head_dim is a separate field. The Mistral class accepts any hidden size, as Qwen2 and Qwen3 do. Without a

@@ -1,4 +1,4 @@
-"""Load checkpoints as plain transformers models, which share no forward pass with ``overfill.model``."""
+"""Loads checkpoints as plain transformers models, which share no forward pass with ``overfill.model``."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Run both halves of a pair in one process: the services' engines without sockets."""
+"""Runs both halves of a pair in one process: the services' engines without sockets."""
 
 from __future__ import annotations
 
 import operator
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -170,7 +170,7 @@ class LLM:
         run.close()
         return [self._completion(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
 
-    def chat(self, messages: Sequence[dict[str, str]], sampling: SamplingParams | None = None) -> Completion:
+    def chat(self, messages: Sequence[Mapping[str, str]], sampling: SamplingParams | None = None) -> Completion:
         """Answers one conversation with the checkpoint's chat template.
 
         Args:
@@ -178,8 +178,14 @@ class LLM:
             sampling: As in ``generate``.
 
         Raises:
-            InvalidRequest, Overloaded: as ``generate``.
+            InvalidRequest: a message has no text as ``role`` or ``content``; or as ``generate``.
+            Overloaded: as ``generate``.
         """
+        for index, message in enumerate(messages):
+            fields = [message.get(n) for n in ("role", "content")] if isinstance(message, Mapping) else [None]
+            if not all(isinstance(field, str) for field in fields):
+                reason = f"is {message!r:.80}; give a mapping whose 'role' and 'content' are text"
+                raise InvalidRequest(f"messages[{index}]", reason)
         return self.generate([self.tokenizer.encode_chat(messages)], sampling)[0]
 
     def _request(self, index: int, prompt: list[int], sampling: SamplingParams) -> OfflineRequest:

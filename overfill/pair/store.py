@@ -1,4 +1,4 @@
-"""Find pairs, and have named pairs prepared on first use.
+"""Finds pairs, and has named pairs prepared on first use.
 
 ::
 

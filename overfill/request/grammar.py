@@ -122,11 +122,11 @@ class Grammars:
         return len(self._live)
 
     def close(self) -> None:
-        """End the helper process that tries grammars."""
+        """Ends the helper process that tries grammars."""
         self._trials.close()
 
     async def prepare(self, grammar: Grammar, key: str, make: Callable[[], T]) -> T:
-        """Try ``grammar`` (``Trials.try_text``), then call ``make``, which compiles it, in a thread of its own."""
+        """Tries ``grammar`` (``Trials.try_text``), then calls ``make``, which compiles it, in a thread of its own."""
         seconds = await self._trials.try_text(grammar.kind, grammar.text, key)
         loop = asyncio.get_running_loop()
         if seconds < _COSTLY:
@@ -143,7 +143,7 @@ class Grammars:
         return await asyncio.shield(call)  # nothing can stop the thread: it keeps its permit until it ends
 
     def warm(self) -> None:
-        """Read the tokenizer. Raises InvalidRequest if llguidance is not installed or the model has no end token."""
+        """Reads the tokenizer. Raises InvalidRequest if llguidance is not installed or the model has no end token."""
         check_available()
         with self._lock:
             if self._tokenizer is None:
@@ -201,7 +201,7 @@ class Matcher:
                 )
 
     def fill(self, row: NDArray[np.int32]) -> None:
-        """Write the mask of allowed next tokens into ``row``. Raises GrammarFailed.
+        """Writes the mask of allowed next tokens into ``row``. Raises GrammarFailed.
 
         Bit ``i % 32`` of word ``i // 32`` stands for token i.
         """
@@ -248,7 +248,7 @@ def available() -> bool:
 
 
 def check_available() -> None:
-    """Raise InvalidRequest if llguidance is not installed in this process."""
+    """Raises InvalidRequest if llguidance is not installed in this process."""
     if llguidance is None:
         raise InvalidRequest(
             "sampling.grammar",
@@ -257,7 +257,7 @@ def check_available() -> None:
 
 
 def check_grammar(grammar: Grammar) -> None:
-    """Raise InvalidRequest if ``grammar`` is wrong or unsupported. Without llguidance, leave the check to the workers.
+    """Raises InvalidRequest if ``grammar`` is wrong or unsupported. Without llguidance, leaves that to the workers.
 
     Call it in a trial only, because a grammar may crash the process.
     """

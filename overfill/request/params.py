@@ -204,7 +204,7 @@ class SamplingParams:
         return frozenset(self.stop_token_ids if self.ignore_eos else (*self.stop_token_ids, *eos_ids))
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raise InvalidRequest if a stop token id or a biased token id is outside the vocabulary."""
+        """Raises InvalidRequest if a stop token id or a biased token id is outside the vocabulary."""
         check_token_ids("sampling.stop_token_ids", self.stop_token_ids, vocab_size)
         check_token_ids("sampling.logit_bias", self.logit_bias, vocab_size)
 
@@ -240,13 +240,13 @@ class SamplingParams:
 
 
 def check_priority(priority: int) -> None:
-    """Raise InvalidRequest if ``priority`` is not an integer in range."""
+    """Raises InvalidRequest if ``priority`` is not an integer in range."""
     if not isinstance(priority, int) or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
         raise InvalidRequest("priority", f"must be an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}, got {priority!r}")
 
 
 def check_token_ids(field: str, ids: Collection[int], vocab_size: int) -> None:
-    """Raise InvalidRequest that names ``field`` and the first id outside ``[0, vocab_size)``."""
+    """Raises InvalidRequest that names ``field`` and the first id outside ``[0, vocab_size)``."""
     if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
         return
     index, token = next((i, t) for i, t in enumerate(ids) if not 0 <= t < vocab_size)
@@ -259,7 +259,7 @@ def _check_schema(field: str, text: str) -> None:
 
 
 def _check_counts(stop_token_ids: Sized, logit_bias: Sized) -> None:
-    """Raise InvalidRequest if there are more of them than a real request needs. Workers read each of them too."""
+    """Raises InvalidRequest if there are more of them than a real request needs. Workers read each of them too."""
     if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
         raise _invalid("stop_token_ids", f"has {len(stop_token_ids)} ids; at most {MAX_STOP_TOKEN_IDS} are allowed")
     if len(logit_bias) > MAX_LOGIT_BIASES:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from google.protobuf.message import Message
 
 from overfill.errors import InvalidRequest
-from overfill.kv.handshake import KvIdentity
+from overfill.kv.handshake import KvIdentity, data_address_fault
 from overfill.kv.spec import DTYPE_FROM_PROTO
 from overfill.rpc.constants import MAX_NAME_LENGTH, MAX_STARTUP
 from overfill.v1 import common_pb2, kv_pb2, registry_pb2
@@ -76,7 +76,7 @@ class WorkerInfo:
             incarnation=hello.incarnation,
             stage=stages[0],
             address=hello.address,
-            data_addresses=_data_addresses(hello),
+            data_addresses=tuple(hello.data_addresses),
             identity=KvIdentity.from_proto(hello.wire_version, hello.model, hello.kv),
             max_model_len=hello.max_model_len,
             max_num_seqs=hello.max_num_seqs,
@@ -92,12 +92,13 @@ class WorkerInfo:
 
 
 def _check_bounds(hello: registry_pb2.Hello) -> None:
+    if hello.data_addresses and (fault := data_address_fault(hello.data_addresses, hello.kv.num_kv_heads)):
+        raise InvalidRequest("hello.data_addresses", fault)
     for name in ("worker_id", "address"):
         if not getattr(hello, name):
             raise InvalidRequest(f"hello.{name}", "is empty")
     texts = {f"hello.{name}": text for name, text in _texts(hello).items()}
     texts |= {f"hello.model.{name}": text for name, text in _texts(hello.model).items()}
-    texts |= {f"hello.data_addresses[{i}].address": one.address for i, one in enumerate(hello.data_addresses)}
     for name, text in texts.items():
         if len(text) > MAX_NAME_LENGTH or not text.isprintable():
             raise InvalidRequest(
@@ -128,24 +129,6 @@ def _decoder(model: common_pb2.ModelIdentity) -> dict[str, object]:
         "decoder_quantize": model.decoder_quantize or "none",
         "kv_cache_dtype": model.kv_cache_dtype or "auto",
     }
-
-
-def _data_addresses(hello: registry_pb2.Hello) -> tuple[kv_pb2.DataAddress, ...]:
-    """Returns the addresses of a worker's KV. Decode workers decide whether they can pull from them.
-
-    Newer decode workers may use several addresses, so the router does not refuse a worker that has them.
-    """
-    if not all(one.address for one in hello.data_addresses):
-        raise InvalidRequest("hello.data_addresses", "an address is empty")
-    ranges = sorted((one.first_kv_head, one.first_kv_head + one.num_kv_heads) for one in hello.data_addresses)
-    starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
-    if ranges and ([*starts, hello.kv.num_kv_heads] != [0, *ends] or any(start == end for start, end in ranges)):
-        raise InvalidRequest(
-            "hello.data_addresses",
-            f"must serve each of the {hello.kv.num_kv_heads} KV heads exactly once; got the ranges "
-            + ", ".join(f"[{start}, {end})" for start, end in ranges),
-        )
-    return tuple(hello.data_addresses)
 
 
 @dataclass(eq=False, slots=True)

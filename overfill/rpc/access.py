@@ -142,7 +142,7 @@ ROUTES: Mapping[str, Rule] = {
     "/": _OPEN,  # redirects to /ui
     "/api/hello": _OPEN,  # says nothing: Claude Code asks for its head, to know whether there is a server
 }
-"""Rules of the OpenAI endpoint's routes."""
+"""Rules of the HTTP endpoint's routes."""
 
 METRICS_ROUTES: Mapping[str, Rule] = {"/metrics": _METRICS, "/targets": _METRICS}
 """Rules of the metrics port, which every process has."""

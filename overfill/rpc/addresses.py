@@ -30,7 +30,7 @@ def split_addresses(address: str) -> list[str]:
     if url := next((a for a in addresses if a.lower().startswith(("http://", "https://"))), None):
         raise ValueError(
             f"{url!r} is a URL; an address is HOST:PORT with the router's gRPC port, such as 127.0.0.1:7600. "
-            "Only OpenAI's clients use the URL of the OpenAI endpoint"
+            "Only OpenAI's and Anthropic's clients use the URL of the HTTP endpoint"
         )
     if bare := next((a for a in addresses if a and ":" not in a), None):
         raise ValueError(f"{bare!r} has no port; an address is HOST:PORT, such as {bare}:7600")

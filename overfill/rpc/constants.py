@@ -13,6 +13,9 @@ LAST_UPDATES: Final = ("done", "refused", "failed")
 MAX_NAME_LENGTH: Final = 256
 """Maximum number of characters of a text in a Hello. Names of workers are labels of metrics and part of log lines."""
 
+MAX_DATA_ADDRESSES: Final = 256
+"""Maximum number of data addresses of a prefill worker: ranks with different KV heads have one each."""
+
 MAX_STARTUP: Final = 86_400.0
 """Maximum ``startup_seconds`` of a Hello. A worker in a process that has run for longer says this."""
 

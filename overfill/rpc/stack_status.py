@@ -362,7 +362,7 @@ class StackStatus:
         process: The process that answered.
         workers: The router's workers, ordered by stage and id; a worker with both stages once for each.
         complete: Whether as many workers of each stage are ready as the stack was started with.
-        http_address: host:port of the router's OpenAI endpoint; None means that it serves none.
+        http_address: host:port of the router's HTTP endpoint; None means that it serves none.
         activity: Activity of all router processes at the address; None for a worker.
         pools: Worker counts by stage.
         tiers: Worker counts of the decode stage by tier.

@@ -77,7 +77,15 @@ class WorkerConfig(ServiceConfig):
         "bfloat16; without instructions for it float16 on a GPU, and float32 on a CPU",
     )
     device: Device = Field("auto", description="device to compute on: auto, cpu, cuda or cuda:N")
-    threads: int = Field(1, ge=1, description="number of CPU threads; the workers of a machine share its cores")
+    threads: int = Field(
+        1, ge=1, description="number of CPU threads, of each rank; the workers of a machine share its cores"
+    )
+    tensor_parallel_size: int = Field(
+        1,
+        ge=1,
+        description="number of ranks: processes that each hold a share of every layer's heads and weights, and have a "
+        "GPU each; more than 1 needs vLLM",
+    )
     shared_cores: Path | None = Field(
         None,
         description="file through which the workers of one machine take turns at its cores, a step at a time; steps of "
@@ -99,8 +107,8 @@ class WorkerConfig(ServiceConfig):
     )
     kv_memory: Bytes | None = Field(
         None,
-        description="size of the KV cache, such as 512MiB; by default as much as fits in memory, but at most 1GiB on a "
-        "CPU",
+        description="size of the KV cache, of each rank, such as 512MiB; by default as much as fits in memory, but at "
+        "most 1GiB on a CPU",
     )
     gpu_share: float | None = Field(
         None,
@@ -142,6 +150,15 @@ class WorkerConfig(ServiceConfig):
         return self.max_num_seqs * (1 + MAX_DATA_STREAMS) + SPARE_RPCS
 
     @model_validator(mode="after")
+    def _check_ranks(self) -> Self:
+        if self.tensor_parallel_size > 1 and self.engine in ("overfill", "mock"):
+            raise ValueError(
+                f"--tensor-parallel-size {self.tensor_parallel_size}: only vLLM has ranks; give --engine vllm in place "
+                f"of {self.engine}, or --tensor-parallel-size 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_advertise(self) -> Self:
         if is_wildcard(re.sub(r"(?<=[^:]):\d+$", "", self.advertise) or self.host):
             raise ValueError(
@@ -159,6 +176,27 @@ class PrefillConfig(WorkerConfig):
     section = "prefill"
 
     max_num_batched_tokens: int = Field(2048, ge=1, description="maximum number of prompt tokens computed in one step")
+    data_port: Port = Field(
+        0,
+        description="with --tensor-parallel-size above 1, port at which rank 0 serves its share of the KV; rank 1 has "
+        "the next port, and so on; 0 picks free ones",
+    )
+
+    @model_validator(mode="after")
+    def _check_data_port(self) -> Self:
+        ports = range(self.data_port, self.data_port + self.tensor_parallel_size) if self.data_port else range(0)
+        if ports and ports[-1] > 65535:
+            raise ValueError(
+                f"--data-port {self.data_port}: rank {len(ports) - 1} would have port {ports[-1]}, above 65535: give a "
+                "smaller one"
+            )
+        for flag, port in (("--port", self.port), ("--metrics-port", self.metrics_port)):
+            if port in ports:
+                raise ValueError(
+                    f"--data-port {self.data_port}: the ranks have the ports up to {ports[-1]}, and {flag} is {port}: "
+                    "give another one"
+                )
+        return self
 
 
 class DecodeConfig(WorkerConfig):
@@ -250,6 +288,12 @@ class ColocatedConfig(DecodeConfig):
         if self.engine_args and self.engine != "mock":
             raise ValueError(
                 "--engine-args are for vLLM, and a worker with both stages runs on OverFill's own engine: remove them"
+            )
+        if self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"--tensor-parallel-size {self.tensor_parallel_size}: only vLLM has ranks, and a worker with both "
+                "stages runs on OverFill's own engine; start a worker for each stage, as `overfill up --prefill 1 "
+                "--decode 1 --engine vllm` does"
             )
         return self
 

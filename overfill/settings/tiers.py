@@ -41,8 +41,8 @@ class PoolSpec(BaseModel):
         replicas: number of processes, at most 1000; with ``max_replicas``, the minimum and initial number.
         max_replicas: maximum number, on Ray; None means that the number is fixed.
         num_cpus, num_gpus, resources: resources that Ray reserves for each process. Fractions share a CPU or GPU, and
-            the GPU's memory. With ``num_gpus`` 0, a process sees no GPU. Plain processes refuse these fields and divide
-            all GPUs.
+            the GPU's memory. With ``num_gpus`` 0, a process sees no GPU. A worker with several ranks needs a whole GPU
+            for each. Plain processes refuse these fields and divide all GPUs.
         settings: settings of this pool only, by field.
     """
 

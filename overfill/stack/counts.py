@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfi
 from overfill.settings.reader import BadSettings
 
 _GUIDE = "docs/how-to/latency-or-throughput.md"
+
+_OF_STAGES = ("engine", "tensor_parallel_size")
+"""Settings for which ``up`` has an option for each stage too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ def count_workers(
     """
     if colocated:
         _check_colocated(options)
-        _check_engines(prefill or 0, decode or 0, tiers, options)
+        _check_stages(prefill or 0, decode or 0, tiers, options)
         return WorkerCounts(colocated, prefill or 0, decode or 0)
     if 0 in (prefill, decode):
         stage = "prefill" if prefill == 0 else "decode"
@@ -91,10 +95,10 @@ def _check_colocated(options: Mapping[str, Any]) -> None:
             )
 
 
-def _check_engines(prefill: int, decode: int, tiers: bool, options: Mapping[str, Any]) -> None:
-    for name, workers in (("prefill_engine", prefill), ("decode_engine", decode or tiers)):
+def _check_stages(prefill: int, decode: int, tiers: bool, options: Mapping[str, Any]) -> None:
+    for (stage, workers), setting in product((("prefill", prefill), ("decode", decode or tiers)), _OF_STAGES):
+        name = f"{stage}_{setting}"
         if options.get(name) is not None and not workers:
-            stage = name.removesuffix("_engine")
             raise BadSettings(
                 f"{_flag(name)} is for {stage} workers, and the stack has none: workers with both stages run on "
                 f"OverFill's own engine; remove {_flag(name)}, or add --{stage} 1"
@@ -105,7 +109,8 @@ def _reasons_for_two(options: Mapping[str, Any], *, vllm: bool) -> Iterator[str]
     """Yields why each stage should have a worker of its own, after "because". ``vllm``: auto may choose vLLM."""
     if options.get("engine") == "mock":
         yield "--engine mock is given"
-    for name in ("ray_address", "max_prefill", "max_decode", "prefill_engine", "decode_engine", "engine_args"):
+    of_stages = [f"{stage}_{setting}" for setting in _OF_STAGES for stage in ("prefill", "decode")]
+    for name in ("ray_address", "max_prefill", "max_decode", *of_stages, "engine_args"):
         if options.get(name) is not None:
             yield f"{_flag(name)} is given"
     path: Path | None = options.get("config")
@@ -117,6 +122,8 @@ def _reasons_for_two(options: Mapping[str, Any], *, vllm: bool) -> Iterator[str]
             if os.environ.get(variable):
                 yield f"{variable} is set"
 
+    if (size := _setting(options, "tensor_parallel_size")) not in ("auto", "1"):
+        yield f"--tensor-parallel-size is {size}"
     if _setting(options, "engine") == "vllm" or (vllm and _auto_takes_vllm(options)):
         yield "vLLM runs each stage in a process of its own"
     if (gpus := _gpus(options)) > 1:

@@ -36,7 +36,7 @@ from overfill.stack.spec import (
 
 GRPC_PORT, HTTP_PORT = 7600, 8000  # defaults
 
-_OWN = {"pair", "port", "http", "worker_id", "routers", "expect_prefill", "expect_decode", "tier", "tiers"}
+_OWN = {"pair", "port", "data_port", "http", "worker_id", "routers", "expect_prefill", "expect_decode", "tier", "tiers"}
 """Settings that the document says elsewhere."""
 
 _READ_BY_UP = {("router", "port"), ("router", "http"), ("router", "tiers")}
@@ -96,7 +96,8 @@ def describe(
         share_port: the routers share ``port`` and ``http``.
         threads: CPU threads per worker; None divides the cores.
         settings: fields of the settings classes. Each pool gets the fields that it has; None leaves a field to its
-            environment variable or default. ``prefill_engine`` and ``decode_engine`` are the ``engine`` of one stage.
+            environment variable or default. ``prefill_engine`` and ``decode_engine`` are the ``engine`` of one stage,
+            and so with ``tensor_parallel_size``.
         tls: folder with a certificate per role; replaces the TLS fields of ``settings``.
         ray: place of a stack on Ray; None means plain processes.
         log_dir: folder for one log file per process.
@@ -131,8 +132,9 @@ def describe(
     told = {"tiers": Given(tuple(tiers), "--tier")} if tiers else {}
     pair_of_router = {"pair": Given(default_pair, "--pair")}
     read["router"] = _settings(RouterConfig.made(router | extra | told | pair_of_router), tls, secret)
+    ranks = {name: count * _ranks(given[name]) for name, count in counts.items()}
     for name in counts:
-        threads_made = {"threads": Given(_threads(name, counts, ray), "--threads")}
+        threads_made = {"threads": Given(_threads(name, ranks, ray), "--threads")}
         kind = kind_of(name).settings
         read[name] = _settings(kind.made(threads_made | given[name] | pair_of_router | extra), tls, secret)
 
@@ -220,13 +222,18 @@ def _own_settings(
     of_prefill, *engines = _engines(
         flags.get("prefill_engine"), *(own.get("engine", flags.get("decode_engine")) for own in pools.values())
     )
-    found = {PREFILL: of_prefill} | {
-        name: engine | own for (name, own), engine in zip(pools.items(), engines, strict=True)
+    size_of_prefill, size_of_decode = (
+        {"tensor_parallel_size": size} if (size := flags.get(f"{stage}_tensor_parallel_size")) is not None else {}
+        for stage in ("prefill", "decode")
+    )
+    found = {PREFILL: of_prefill | size_of_prefill} | {
+        name: engine | size_of_decode | own for (name, own), engine in zip(pools.items(), engines, strict=True)
     }
     if COLOCATED in counts:
         own = next((tier_settings(tier, KINDS[COLOCATED].settings) for tier in tiers if tier.name == default), {})
-        # The arguments of vLLM are for the other workers.
-        found[COLOCATED] = own | ({"engine_args": None} if len(counts) > 1 and flags.get("engine") != "mock" else {})
+        # The arguments and ranks of vLLM are for the other workers.
+        of_vllm = {"engine_args": None, "tensor_parallel_size": None}
+        found[COLOCATED] = own | (of_vllm if len(counts) > 1 and flags.get("engine") != "mock" else {})
     return found
 
 
@@ -251,17 +258,23 @@ def tier_settings(tier: TierSpec, kind: type[ServiceConfig]) -> dict[str, Any]:
     return dict(tier.settings)
 
 
-def _threads(name: str, counts: Mapping[str, int], ray: RayPlacement | None) -> int:
-    """Returns the CPU threads of a pool's workers, unless they are set.
+def _ranks(given: Mapping[str, Given]) -> int:
+    """Returns the number of ranks of a pool's workers; 1 for a wrong number, which is refused later."""
+    text = _text(given, "tensor_parallel_size")
+    return max(1, int(text)) if text.isdecimal() else 1
+
+
+def _threads(name: str, ranks: Mapping[str, int], ray: RayPlacement | None) -> int:
+    """Returns the CPU threads of each rank of a pool's workers, unless they are set. ``ranks``: those of each pool.
 
     All cores are divided within each stage, because the stages are rarely busy at the same time, and waiting engine
-    threads sleep. If workers may run on several machines, the cores are divided among all workers.
+    threads sleep. If workers may run on several machines, the cores are divided among all ranks.
     """
     if ray is not None and ray.ray_address is not None:
-        return threads_per_worker(sum(counts.values()))
+        return threads_per_worker(sum(ranks.values()))
     stages = kind_of(name).stages
     return threads_per_worker(
-        max(sum(count for other, count in counts.items() if stage in kind_of(other).stages) for stage in stages)
+        max(sum(count for other, count in ranks.items() if stage in kind_of(other).stages) for stage in stages)
     )
 
 
@@ -292,20 +305,48 @@ def _resources(
             )
     wanted = {name: most[name] or count for name, count in counts.items()}
     on_gpu = {name: read[name].get("device", "auto") != "cpu" for name in counts}
+    ranks: dict[str, int] = {name: read[name].get("tensor_parallel_size", 1) for name in counts}
     cpus, gpus = ray.worker_cpus, ray.worker_gpus
     if ray.ray_address is None:
         free = len(os.sched_getaffinity(0)) - RouterSpec().num_cpus * routers
         cpus = placement.share(free, sum(wanted.values())) if cpus is None else cpus
-        sharing = sum(count for name, count in wanted.items() if on_gpu[name])
-        gpus = placement.gpu_share(float(gpu_count()), sharing) if gpus is None and sharing else gpus
+        gpus = (
+            _gpu_share({name: (wanted[name], ranks[name]) for name in counts if on_gpu[name]}) if gpus is None else gpus
+        )
+
+    def reserved_gpus(name: str) -> float:
+        return 0.0 if not (gpus and on_gpu[name]) else float(ranks[name]) if ranks[name] > 1 else gpus
+
     return {
         name: {
             "max_replicas": most[name],
-            "num_cpus": float(read[name].get("threads", 1)) if cpus is None else cpus,
-            "num_gpus": gpus or 0.0 if on_gpu[name] else 0.0,
+            "num_cpus": float(read[name].get("threads", 1) * ranks[name]) if cpus is None else cpus,
+            "num_gpus": reserved_gpus(name),
         }
         for name in counts
     }
+
+
+def _gpu_share(pools: Mapping[str, tuple[int, int]]) -> float:
+    """Returns what Ray reserves of this machine's GPUs for each worker of one rank; 0 without GPUs.
+
+    Args:
+        pools: numbers of workers, and of ranks of each, by pool. Workers with several ranks take whole GPUs.
+
+    Raises:
+        BadSettings: they leave no GPU to the workers of one rank, which would compute on the CPU.
+    """
+    gpus = gpu_count()
+    taken = sum(count * ranks for count, ranks in pools.values() if ranks > 1)
+    sharing = {name: count for name, (count, ranks) in pools.items() if ranks == 1}
+    if gpus and sharing and taken >= gpus:
+        names = ", ".join(f"{count} of {name}" for name, count in sharing.items())
+        raise BadSettings(
+            f"--tensor-parallel-size: on Ray, each rank has a GPU of its own: the ranks take {taken} of this machine's "
+            f"{gpus}, and none is left for the other workers ({names}); give --no-ray, with which workers share GPUs, "
+            "or a smaller size"
+        )
+    return placement.gpu_share(gpus - taken, sum(sharing.values())) if sharing else float(gpus > 0)
 
 
 def check_used(spec: StackSpec, config: Path | None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from overfill.engine.choice import FIRST_GPU, choose_engine
+from overfill.engine.choice import FIRST_GPU, check_ranks, choose_engine
 from overfill.engine.mock.options import MockOptions
 from overfill.engine.vllm_args import check_vllm_args, installed_arguments
 from overfill.model.manifest import Half, Pair, check_family
@@ -51,6 +51,7 @@ def check_engines(spec: StackSpec) -> None:
     """Raises the errors of ``choose_engine`` for both stages and every tier, such as UnsupportedModel for FP8 weights.
 
     On a joined cluster, workers run on machines that may have other devices and packages: there each worker chooses.
+    Whether ranks can share a model depends on no machine.
     """
     for name in spec.pools:
         worker = spec.worker_config(name)
@@ -60,9 +61,11 @@ def check_engines(spec: StackSpec) -> None:
             pair = load_whole(Path(worker.pair), [half])
             if isinstance(worker, DecodeConfig) and worker.quantize is not None:
                 pair = pair.with_quantize(worker.quantize)
+            check_ranks(pair, half, worker.tensor_parallel_size)
             if not spec.joins_cluster:
                 on_first_gpu = partial(_on_first_gpu, worker.device)
-                choose_engine(engine, pair, half, on_first_gpu, has_args=bool(worker.engine_args))
+                args, ranks = bool(worker.engine_args), worker.tensor_parallel_size
+                choose_engine(engine, pair, half, on_first_gpu, has_args=args, ranks=ranks)
             elif engine != "auto":
                 pair.check_engine(half, engine)
 

@@ -9,13 +9,15 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterable
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import IO
 
-from overfill.process.gpus import visible_gpus
+from overfill.process.gpus import gpu_count, visible_gpus
 from overfill.settings.worker_kinds import WorkerSettings
+from overfill.stack.child import StartFailed
 from overfill.stack.placed import FOLDER, PlacedStack, PlacedWorker
+from overfill.stack.spec import StackSpec
 
 _ALIVE = "runner"
 """File in a shared folder that a runner locks while it lives."""
@@ -88,21 +90,43 @@ def new_file(folder: Path) -> Path:
 def share_gpus(placed: PlacedStack) -> tuple[PlacedStack, dict[str, str]]:
     """Returns ``placed`` with the workers' shares of their GPUs, and their values of ``CUDA_VISIBLE_DEVICES`` by id.
 
-    Workers take the GPUs in turn, and those of one GPU get a share of its memory each. Only workers that choose their
-    GPU themselves have a value: without it, every one of them would take the first GPU.
+    Workers take the GPUs in turn, one for each rank, and those of one GPU get a share of its memory each. Workers with
+    more ranks choose first, so that their GPUs are neighbours. Only workers that choose their GPUs themselves have a
+    value: without it, every one of them would take the first GPUs.
     """
     gpus = visible_gpus()
     if placed.spec.mock or not gpus:
         return placed, {}
     turn = count()
-    choosing = {w.id: next(turn) % len(gpus) for w in placed.workers if w.config.device in ("auto", "cuda")}
-    named = {w.id: int(w.config.device[5:]) for w in placed.workers if w.config.device.startswith("cuda:")}
+    ranks = {w.id: range(w.config.tensor_parallel_size) for w in placed.workers}
+    widest = sorted(placed.workers, key=lambda w: -len(ranks[w.id]))
+    choosing = {
+        w.id: [next(turn) % len(gpus) for _ in ranks[w.id]] for w in widest if w.config.device in ("auto", "cuda")
+    }
+    named = {
+        w.id: [int(w.config.device[5:]) + rank for rank in ranks[w.id]]
+        for w in placed.workers
+        if w.config.device.startswith("cuda:")
+    }
     places = choosing | named
-    workers = Counter(places.values())
+    workers = Counter(chain.from_iterable(places.values()))
 
     def shared(worker: PlacedWorker) -> WorkerSettings:
         if worker.id not in places or worker.config.gpu_share is not None:
             return worker.config
-        return worker.config.model_copy(update={"gpu_share": 1 / workers[places[worker.id]]})
+        return worker.config.model_copy(update={"gpu_share": 1 / max(workers[place] for place in places[worker.id])})
 
-    return placed.with_configs(shared), {id: gpus[place] for id, place in choosing.items()}
+    return placed.with_configs(shared), {id: ",".join(gpus[place] for place in own) for id, own in choosing.items()}
+
+
+def check_gpus(spec: StackSpec) -> None:
+    """Raises StartFailed if a worker that computes on GPUs has more ranks than this machine has GPUs."""
+    gpus = gpu_count()
+    for name in spec.pools:
+        worker = spec.worker_config(name)
+        on_gpus = worker.device.startswith("cuda") or (worker.device == "auto" and gpus > 0)
+        if on_gpus and 1 < worker.tensor_parallel_size > gpus:
+            raise StartFailed(
+                f"{name}: --tensor-parallel-size {worker.tensor_parallel_size} needs a GPU for each rank, and this "
+                f"machine has {gpus} (CUDA_VISIBLE_DEVICES counts): give a smaller size"
+            )

@@ -42,8 +42,8 @@ DRAIN_MARGIN = 10.0
 """Seconds after the grace period that a process on Ray has to exit before Ray kills it."""
 
 _MADE = {
-    "pair", "port", "http", "share_port", "join_port", "worker_id", "routers", "tier", "tiers", "expect_prefill",
-    "expect_decode",
+    "pair", "port", "data_port", "http", "share_port", "join_port", "worker_id", "routers", "tier", "tiers",
+    "expect_prefill", "expect_decode",
 }  # fmt: skip
 """Settings that each process gets from the stack's other fields, so that a value of theirs would have no effect."""
 
@@ -201,6 +201,7 @@ class StackSpec(BaseModel):
             if made := sorted(settings.keys() & _MADE):
                 raise ValueError(f"{place}: {', '.join(made)}: the other fields of the document set this: remove it")
         self.router_config()
+        self._check_ranks()
         engines = {name: self.worker_config(name).engine for name in self.pools}
         if "mock" in engines.values() and len(set(engines.values())) > 1:
             raise ValueError(
@@ -234,6 +235,16 @@ class StackSpec(BaseModel):
             raise ValueError(
                 f"router.ports: got {ports} for {routers} routers; give 1, which they share, or one for each"
             )
+
+    def _check_ranks(self) -> None:
+        """Raises ValueError if Ray would reserve another number of GPUs for a worker than one for each of its ranks."""
+        for name, pool in self.pools.items():
+            ranks = self.worker_config(name).tensor_parallel_size
+            if ranks > 1 and pool.num_gpus not in (0, ranks):
+                raise ValueError(
+                    f"{_place(name)}.num_gpus: got {pool.num_gpus:g} with tensor_parallel_size {ranks}: give {ranks}, "
+                    "a GPU for each rank, or 0 for ranks on CPUs"
+                )
 
     def _check_formats(self) -> None:
         """Raises ValueError unless all workers of a tier run its decoder in the same format."""

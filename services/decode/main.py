@@ -36,7 +36,8 @@ def decode_stage(
     config: DecodeConfig, served: ServedHalf, hello: registry_pb2.Hello, metrics: DecodeMetrics
 ) -> tuple[DecodeServicer, StageService]:
     """Returns the decode service of a worker that runs the half ``served``."""
-    peers = PeerPool(served.kv_identity, config.data_streams, config.credentials(), config.shm)
+    # A rank shares no memory with a prefill worker.
+    peers = PeerPool(served.kv_identity, config.data_streams, config.credentials(), config.shm and not served.puller)
     limits = TransferLimits(whole=config.max_transfer_time)
     writers = device_executor(_WRITERS, "kv-in", served.device)
     servicer = DecodeServicer(served, hello, peers, writers, CODECS[config.codec], metrics, limits)

@@ -12,6 +12,7 @@ from overfill.engine.protocol import ServedHalf
 from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule, by_sequence
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
 from overfill.kv.peers import PeerPool, PrefillPeer
+from overfill.kv.puller import LocalPuller
 from overfill.kv.receiver import PromptPull
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
 from overfill.request.names import CODEC_NAMES
@@ -89,7 +90,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         """Passes engine events to their sessions. Call it on the event loop."""
         for event in by_sequence(events):
             if session := self._sessions.get(event.id):
-                session.inbox.put_nowait(event)
+                session.take(event)
 
     async def Describe(
         self, request: decode_pb2.DescribeDecodeRequest, context: Context
@@ -229,9 +230,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             request,
             self._half.kv,
             self._half.pair.layer_map,
-            self._half.store,
+            self._half.puller or LocalPuller(self._half.store, self._executor, peer.data, peer.link),
             session.blocks,
-            self._executor,
             self._half.config.vocab_size,
             session.held_tokens,
             self._limits,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -29,7 +30,6 @@ from overfill.errors import (
     OverfillError,
     Overloaded,
     PromptTooLong,
-    TransferFailed,
     Unavailable,
 )
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec
@@ -37,6 +37,7 @@ from overfill.kv.ranges import KvRange
 from overfill.kv.sender import KvSender
 from overfill.kv.shm import ShmServer
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
+from overfill.kv.streams import TransferStreams, unknown_transfer
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc.constants import MAX_KV_AT_ONCE
 from overfill.rpc.interceptors import Context
@@ -48,6 +49,8 @@ from overfill.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
 from services.hosting import EnginePort
 from services.messages import first_token_to_proto
 from services.prompt_hasher import PromptHasher
+
+logger = logging.getLogger(__name__)
 
 
 class Lease:
@@ -69,8 +72,8 @@ class Lease:
         # Queue of the RPC: engine events, an error that ends the RPC, or None to check for the end again.
         self.events: asyncio.Queue[PrefillEvent | Exception | None] = asyncio.Queue()
         self.sender = KvSender(self.spec, served.store, executor)
-        self.readers: set[asyncio.Task[object]] = set()
-        self.ended = False  # True once no new stream may read the blocks
+        self.streams = TransferStreams(self.sender)
+        self.ranks = served.serving_ranks
         self.released = False  # True once the decode worker needs no more KV
         self.scheduled_ns = 0
         self.trace = kv_pb2.PrefillTrace()
@@ -93,8 +96,13 @@ class Lease:
                 self.sender.mark_ready(layer, end, mark)
                 return
             case PromptComputed(time_ns=now):
-                self.trace.layer_end_ns.append(now - self.scheduled_ns)
-            case ChunkComputed() | SequenceFailed():
+                if self.trace.layer_start_ns:  # the engine reports layers
+                    self.trace.layer_end_ns.append(now - self.scheduled_ns)
+            case ChunkComputed(token_end=end):
+                if self.ranks is not None:  # which know the layers; here are the books
+                    for layer in self.spec.layers:
+                        self.sender.mark_ready(layer, end, None)
+            case SequenceFailed():
                 pass
             case _:
                 assert_never(event)
@@ -115,13 +123,17 @@ class Lease:
         ready, moved = (lambda: 0 if self.released else sender.ready_bytes), (lambda: sender.acknowledged_bytes)
         await watch_transfer("the decode worker", self.spec.total_bytes, limits, ready, moved)
 
-    async def join_readers(self) -> None:
-        """Cancels every stream that reads the blocks, and waits until all have ended."""
-        self.ended = True
-        while self.readers:
-            for task in self.readers:
-                task.cancel()
-            await asyncio.wait(self.readers)
+    async def begin_streams(self, event: PrefillScheduled) -> None:
+        """Has the ranks that hold the KV serve it; without ranks, this process serves it already."""
+        if self.ranks is not None:
+            await self.ranks.open(self.spec, event.blocks, event.cached_tokens)
+
+    async def join_streams(self) -> None:
+        """Ends every stream that reads the blocks, here and in ranks, and waits until all have ended."""
+        await self.streams.join()
+        if self.ranks is not None:
+            first, last = await self.ranks.close(self.spec.transfer_id)
+            self.sender.first_sent_ns, self.sender.last_sent_ns = first or None, last or None
 
     def finished_trace(self) -> kv_pb2.PrefillTrace:
         now = time.monotonic_ns()
@@ -208,6 +220,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
 
     async def PrefillAtOnce(self, request: prefill_pb2.StartPrefill, context: Context) -> prefill_pb2.PrefillResponse:
         with self._metrics.prompt():
+            if not request.without_kv:
+                self._check_has_kv("PrefillAtOnce with KV")
             async with self._lease(request) as lease:
                 if not request.without_kv and lease.spec.total_bytes > MAX_KV_AT_ONCE:
                     left = f"leaves {lease.spec.total_bytes} bytes of KV; PrefillAtOnce sends at most {MAX_KV_AT_ONCE}"
@@ -244,26 +258,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
 
     async def PullKv(self, request: prefill_pb2.PullKvRequest, context: Context) -> AsyncIterator[bytes]:
         """Yields encoded ``KvChunk``s."""
-        lease = self._leases.get(request.transfer_id.hex())
-        if lease is None or lease.ended or lease.spec.attempt != request.attempt:
-            raise TransferFailed("unknown transfer: it has ended or was never started here")
-        ranges = [KvRange.from_proto(box) for box in request.ranges]
-        try:
-            lease.sender.check_ranges(ranges)
-        except TransferFailed as error:
-            raise InvalidRequest("ranges", str(error)) from error
-        task = asyncio.current_task()
-        assert task is not None
-        slots = self._shm_server.link(request.link_id).stream(request.stream) if request.link_id else None
-        lease.readers.add(task)
-        try:
-            async with aclosing(lease.sender.messages(ranges, slots)) as messages:
-                async for message in messages:
-                    yield message
-        finally:
-            lease.readers.discard(task)
-            if slots is not None:
-                slots.writes_finished()
+        self._check_has_kv("PullKv")
+        if (lease := self._leases.get(request.transfer_id.hex())) is None:
+            raise unknown_transfer()
+        async with aclosing(lease.streams.serve(request, self._shm_server)) as messages:
+            async for message in messages:
+                yield message
 
     async def _parse(self, start: prefill_pb2.StartPrefill) -> PrefillSequence:
         """Returns the prompt that ``start`` asks for, as the engine takes it.
@@ -308,17 +308,27 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         if len(self._leases) >= self._max_leases:
             raise Overloaded(f"{self._hello.worker_id} has {len(self._leases)} prompts, which is its maximum")
 
+    def _check_has_kv(self, rpc: str) -> None:
+        """Raises Incompatible if this process has no KV."""
+        if self._half.serving_ranks is not None:
+            raise Incompatible(f"{rpc}: the ranks of {self._hello.worker_id} have its KV", ["data_addresses"])
+
     def _end(self, lease: Lease) -> None:
         """Ends the lease. The engine stops at once; the blocks return to the pool after the last reader has ended."""
-        lease.sequence.cancelled = lease.ended = True
+        lease.sequence.cancelled = True
         # A task of its own: the RPC's task may be cancelled again while the readers are being joined.
         task = asyncio.ensure_future(self._release(lease))
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
 
     async def _release(self, lease: Lease) -> None:
-        await lease.join_readers()
-        del self._leases[lease.sequence.id]
+        try:
+            await lease.join_streams()
+        except Exception as error:  # a rank has gone, and this worker ends; other ranks may still read the blocks
+            logger.error("the blocks of a prompt stay in use: %s", error)
+            return
+        finally:
+            del self._leases[lease.sequence.id]
         self.engine.send(Release(lease.sequence.id))
 
     async def _serve(self, lease: Lease, trace: bool) -> AsyncIterator[prefill_pb2.PrefillResponse]:
@@ -329,6 +339,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             while True:
                 if isinstance(event, Exception):
                     raise event
+                if isinstance(event, PrefillScheduled):
+                    await lease.begin_streams(event)  # the decode worker pulls when it hears of it
                 if event is not None:
                     self._note(lease, event, response)
                     computed = computed or isinstance(event, PromptComputed)
@@ -337,6 +349,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                 event = lease.events.get_nowait()
             ended = computed and (lease.sender.complete or lease.released)
             if ended and trace:
+                if lease.ranks is not None:  # they know when they sent
+                    await lease.join_streams()
                 response.done.trace.CopyFrom(lease.finished_trace())
             if response.ListFields():
                 yield response

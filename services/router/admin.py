@@ -34,7 +34,7 @@ class RouterProcess(Protocol):
 
     @property
     def http_address(self) -> str:
-        """Address of the OpenAI endpoint; empty without one."""
+        """Address of the HTTP endpoint; empty without one."""
 
     def status(self) -> admin_pb2.ProcessStatus:
         """Returns the router's own status."""

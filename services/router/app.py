@@ -81,7 +81,7 @@ The client then connects again, and may reach another router.
 
 
 class Router:
-    """Serves Inference, Registry and Admin on one port, and the OpenAI API on another if configured.
+    """Serves Inference, Registry and Admin on one port, and the HTTP endpoint on another if configured.
 
     With ``config.share_port``, other router processes serve the same two ports, and each serves Registry on a third
     port of its own. It serves Admin on both: there for itself, and on the shared port for all of the processes.
@@ -271,7 +271,7 @@ class Router:
 
     @property
     def http_address(self) -> str:
-        """Address of the OpenAI endpoint, ``host:port``; empty without one, and before ``start``."""
+        """Address of the HTTP endpoint, ``host:port``; empty without one, and before ``start``."""
         return self._http_address
 
     def drain(self) -> None:

@@ -21,6 +21,7 @@ from overfill.kv.chunks import TransferSpec
 from overfill.kv.codecs import encode
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.peers import PeerPool
+from overfill.kv.puller import MAX_REPEATS, LocalPuller
 from overfill.kv.ranges import KvRange
 from overfill.kv.receiver import PromptPull
 from overfill.kv.spec import KvSpec, RopeSpec
@@ -170,7 +171,9 @@ async def pull(worker):
             )
             target = decode_pb2.AssignPrefill(worker_id="scripted", incarnation=7, address=worker.address)
             async with pool.use(target) as peer:
-                handoff = run.handoff = PromptPull(peer, request, KV, [0, 1], cache, [2, 0], executor, 10)
+                handoff = run.handoff = PromptPull(
+                    peer, request, KV, [0, 1], LocalPuller(cache, executor, peer.data, peer.link), [2, 0], 10
+                )
                 await handoff.run(timeout, tokens.append)
                 run.stats = handoff.stats
             return cache, tokens
@@ -277,7 +280,7 @@ async def test_kv_that_stays_wrong_fails_the_attempt_and_says_why(pull, worker, 
     if way == "pulled":
         await asyncio.wait_for(worker.ended.wait(), 5)  # the worker is notified and may free its blocks
     else:
-        assert worker.pulls == 1 + receiver.MAX_REPEATS
+        assert worker.pulls == 1 + MAX_REPEATS
 
 
 async def test_a_write_that_fails_fails_the_attempt_even_for_the_last_chunk(pull, worker, monkeypatch):

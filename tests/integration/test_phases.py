@@ -23,7 +23,7 @@ from overfill.engine.protocol import EngineOptions
 from overfill.engine.sequence import PrefillSequence, Release
 from overfill.engine.thread import EngineThread
 from overfill.errors import DeadlineExceeded, InvalidRequest, Unavailable
-from overfill.kv import receiver
+from overfill.kv import puller
 from overfill.kv.peers import PeerPool
 from overfill.kv.wire import add_prefill_to_server
 from overfill.lab.faults.proxy import TcpProxy
@@ -174,8 +174,9 @@ class Workers:
             target.data_addresses.add(address=address, first_kv_head=number * share, num_kv_heads=share)
         await call.send(assign_prefill=target)
 
-    async def answer(self, call):
-        ids = []
+    async def answer(self, call, ids=()):
+        """Reads the rest of an answer whose first tokens are ``ids``."""
+        ids = [*ids]
         while True:
             message = await call.read()
             kind = message.WhichOneof("message")
@@ -284,8 +285,8 @@ def outcomes(metrics, name):
 async def test_an_answer_that_its_first_token_ends_releases_its_kv_and_is_no_failure(
     workers, reference, last, monkeypatch
 ):
-    pulls, pull_kv = [], receiver.pull_kv
-    monkeypatch.setattr(receiver, "pull_kv", lambda *args: pulls.append(args) or pull_kv(*args))
+    pulls, pull_kv = [], puller.pull_kv
+    monkeypatch.setattr(puller, "pull_kv", lambda *args: pulls.append(args) or pull_kv(*args))
     (first,) = reference.generate(PROMPT, 1)
     options = {"max_tokens": 1} if last == "length" else {"stop_token_ids": [first]}
     async with TcpProxy(workers.target.address, 10_000) as proxy:
@@ -353,13 +354,39 @@ async def test_a_prefill_worker_that_fails_is_reported_and_another_may_follow(wo
     assert ids == reference.generate(PROMPT, 20)
 
 
-async def test_kv_that_is_divided_among_addresses_is_refused_by_name(workers, reference):
+async def test_each_data_address_sends_its_own_heads(workers, reference, monkeypatch):
+    pulls, pull_kv = [], puller.pull_kv
+    monkeypatch.setattr(puller, "pull_kv", lambda *args: pulls.append(args) or pull_kv(*args))
     call = await workers.reserve()
-    await workers.assign(call, workers.target.address, workers.target.address)
+    async with TcpProxy(workers.target.address) as first, TcpProxy(workers.target.address) as second:
+        await workers.assign(call, first.address, second.address)
+        ids, _ = await workers.answer(call)
+    assert ids == reference.generate(PROMPT, 20)
+    pulled = {(channel, box.head_start, box.head_end) for channel, request, _ in pulls for box in request.ranges}
+    assert len(pulled) == len(pulls) == 4, "two streams to each address"
+    assert sorted(heads for _, *heads in pulled) == [[0, 1], [0, 1], [1, 2], [1, 2]]
+
+
+async def test_a_data_address_that_nobody_serves_fails_the_prefill_and_another_may_follow(workers, reference):
+    call = await workers.reserve()
+    await workers.assign(call, workers.target.address, "127.0.0.1:1")
+    first = list((await call.read()).tokens.ids)
+    need = (await call.read()).need_prefill
+    assert need.reason == decode_pb2.NeedPrefill.REASON_PREFILL_FAILED
+    await workers.assign(call)
+    ids, _ = await workers.answer(call, first)
+    assert ids == reference.generate(PROMPT, 20)
+
+
+async def test_addresses_that_lack_a_head_are_refused_by_name(workers, reference):
+    call = await workers.reserve()
+    target = decode_pb2.AssignPrefill()
+    target.CopyFrom(workers.target)
+    target.data_addresses.add(address=target.address, num_kv_heads=1)
+    await call.send(assign_prefill=target)
     need = (await call.read()).need_prefill
     assert need.reason == decode_pb2.NeedPrefill.REASON_INCOMPATIBLE
-    assert "data_addresses: this version pulls from one address" in need.detail
-    assert "prefill worker p serves the heads [0, 1), [1, 2) at 2 addresses" in need.detail
+    assert "data_addresses must serve each of the 2 KV heads exactly once; got the ranges [0, 1)" in need.detail
     await workers.assign(call)
     ids, _ = await workers.answer(call)
     assert ids == reference.generate(PROMPT, 20)

@@ -177,11 +177,7 @@ VLLM_REFUSES = (
     Refusal(
         "KV cache in int8 (`--kv-cache-dtype int8`)", "int8 needs --engine overfill", {"kv_cache_dtype": "int8"}, True
     ),
-    Refusal(
-        "tensor parallelism",
-        "tensor_parallel_size 2 is not supported in this version",
-        {"engine_args": {"tensor_parallel_size": 2}},
-    ),
+    Refusal("ranks on several hosts", "nnodes 2 is not supported in this version", {"engine_args": {"nnodes": 2}}),
     Refusal(
         "pipeline parallelism",
         "pipeline_parallel_size 2 is not supported in this version",
@@ -202,4 +198,5 @@ OVERFILL_REFUSES = (
         "the engine overfill cannot run the decoder",
         other_works=True,
     ),
+    Refusal("tensor parallelism", "2 ranks need vllm, but the engine overfill runs the decoder", other_works=True),
 )

@@ -16,6 +16,7 @@ from stacks import ForkedChild
 
 from overfill.kv.cache import KvCache
 from overfill.kv.peers import PrefillPeer
+from overfill.kv.puller import LocalPuller
 from overfill.kv.receiver import PromptPull, PullStats
 from overfill.kv.spec import KvSpec
 from overfill.request.params import SamplingParams
@@ -82,6 +83,7 @@ async def pull(
         sample_first_token=True,
         cache_namespace=namespace,
     )
-    handoff = PromptPull(peer, request, spec, layer_map, cache, blocks, executor, 2**32, **options)
+    puller = LocalPuller(cache, executor, peer.data, peer.link)
+    handoff = PromptPull(peer, request, spec, layer_map, puller, blocks, 2**32, **options)
     await handoff.run(timeout, on_token)
     return cache, handoff.stats

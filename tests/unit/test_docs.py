@@ -15,7 +15,7 @@ import click
 import pytest
 
 from overfill.cli.main import cli
-from overfill.settings.config import ColocatedConfig, RouterConfig
+from overfill.settings.config import SERVICES
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs" / "site"))
@@ -32,6 +32,7 @@ _OTHER = "claude|codex|curl|docker|helm|jupyter|kubectl|locust|opencode|promethe
 OTHER_PROGRAM = re.compile(rf"(?:^|[ /])({_OTHER}) ")
 # Options of locust, docker, Ray, Dynamo and vLLM that the text names without a command.
 OTHER_OPTIONS = {
+    *("--query-gpu", "--format", "--gpus", "--shm-size", "--num_processes"),  # of nvidia-smi, docker, accelerate
     *("--client-tls-cert", "--client-tls-key", "--run-time", "--spawn-rate", "--expect-workers", "--stop-timeout"),
     *("--exit-code-on-error", "--class-picker", "--config-users", "--tags", "--exclude-tags", "--build-arg"),
     *("--migration-limit", "--shutdown-timeout", "--dashboard-host", "--num-cpus"),
@@ -65,7 +66,7 @@ def options(command: click.Command) -> set[str]:
 
 @functools.cache
 def all_options() -> frozenset[str]:
-    services = {name for config in (RouterConfig, ColocatedConfig) for name in config.model_fields}
+    services = {name for config in SERVICES for name in config.model_fields}
     return frozenset(options(cli) | {f"--{name.replace('_', '-')}" for name in services})
 
 

@@ -48,7 +48,7 @@ class ToolCallReader:
         return self._began
 
     def push(self, text: str, *, may_end: bool = True) -> tuple[str, list[ToolCallDelta]]:
-        """Add a piece. Returns text that is certainly outside of calls, and new parts of calls, without ids.
+        """Adds a piece. Returns text that is certainly outside of calls, and new parts of calls, without ids.
 
         Args:
             may_end: As for ``StopStrings.push``.

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from overfill.api.messages.errors import error_body
-from overfill.api.messages.signatures import signature
+from overfill.api.opaque_reasoning import encode_reasoning
 from overfill.api.openai.answers import encode, encode_text
 from overfill.api.openai.errors import ApiError
 from overfill.api.report import answer_report
@@ -138,7 +138,7 @@ class MessageWriter:
             return content
         if answer.reasoning:
             shown, hidden = ("", answer.reasoning) if self._hide_thinking else (answer.reasoning, "")
-            content.append(encode({"type": "thinking", "thinking": shown, "signature": signature(hidden)}))
+            content.append(encode({"type": "thinking", "thinking": shown, "signature": encode_reasoning(hidden)}))
         if answer.text:
             content.append(encode({"type": "text", "text": answer.text}))
         for part in answer.tool_calls:
@@ -166,7 +166,7 @@ class MessageWriter:
             return b""
         events = b""
         if self._open == "thinking":
-            signed = {"type": "signature_delta", "signature": signature("".join(self._hidden))}
+            signed = {"type": "signature_delta", "signature": encode_reasoning("".join(self._hidden))}
             events = _event("content_block_delta", index=self._index, delta=signed)
         self._open = ""
         return events + _event("content_block_stop", index=self._index)

@@ -29,7 +29,7 @@ def is_anthropic(path: str, headers: Container[bytes]) -> bool:
 def error_body(error: ApiError, request_id: str) -> dict[str, Any]:
     """Returns the JSON of ``error``."""
     kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    told: dict[str, Any] = {"type": kind, "message": error.body["error"]["message"]}
+    content: dict[str, Any] = {"type": kind, "message": error.body["error"]["message"]}
     if error.code == THREAD_UNSUPPORTED:
-        told["details"] = {"error_code": error.code, "unsupported": []}
-    return {"type": "error", "error": told, "request_id": request_id}
+        content["details"] = {"error_code": error.code, "unsupported": []}
+    return {"type": "error", "error": content, "request_id": request_id}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,11 +12,11 @@ from typing import Any
 from overfill.api.messages import schema
 from overfill.api.messages.answers import MessageWriter
 from overfill.api.messages.errors import THREAD_UNSUPPORTED
-from overfill.api.messages.signatures import hidden_text
+from overfill.api.opaque_reasoning import decode_reasoning
 from overfill.api.openai.errors import ApiError
 from overfill.api.openai.fields import function_tool, invalid, json_text, schema_grammar, set_filters
 from overfill.api.reasoning import thinking_variables
-from overfill.api.translation import Served, Translation
+from overfill.api.translation import OwnField, Served, Translation
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
 from overfill.v1 import common_pb2, inference_pb2
 
@@ -44,7 +44,7 @@ _TOOL = re.compile(r"(?<=^tools\[)\d+")
 
 
 def messages(request: schema.MessagesRequest, request_id: str) -> Translation:
-    """Translate a request for a message. Raises ApiError."""
+    """Translates a request for a message. Raises ApiError."""
     if request.thread is not None:
         message = "'thread' is not supported: the server stores nothing; send the whole conversation"
         raise ApiError(400, message, param="thread", code=THREAD_UNSUPPORTED)
@@ -68,20 +68,20 @@ def messages(request: schema.MessagesRequest, request_id: str) -> Translation:
 
 def count_tokens(
     request: schema.CountTokensRequest,
-) -> tuple[inference_pb2.TokenizeRequest, Callable[[OverfillError], OverfillError]]:
-    """Translate a request to count a prompt's tokens; also returns ``Translation.own_field``. Raises ApiError."""
+) -> tuple[inference_pb2.TokenizeRequest, OwnField]:
+    """Translates a request to count a prompt's tokens; also returns ``Translation.own_field``. Raises ApiError."""
     chat, places, _ = _chat(request)
     return inference_pb2.TokenizeRequest(model=request.model, chat=chat), partial(_own_field, places)
 
 
 def _own_field(tools: Sequence[int], error: OverfillError) -> OverfillError:
-    """``error`` with Anthropic's name of the field. ``tools`` are the places of the tools in the request."""
+    """Returns ``error`` with Anthropic's name of the field. ``tools`` are the places of the tools in the request."""
     if not isinstance(error, InvalidRequest):
         return error
     if isinstance(error, PromptTooLong) and error.field == "prompt":
         # Claude Code recognises this sentence.
-        told = f"{error.tokens} tokens > {error.limit} maximum" if error.tokens else error.reason
-        return PromptTooLong("", f"prompt is too long: {told}")
+        sizes = f"{error.tokens} tokens > {error.limit} maximum" if error.tokens else error.reason
+        return PromptTooLong("", f"prompt is too long: {sizes}")
     name = error.field
     for pattern, replacement in _FIELDS:
         name = pattern.sub(replacement, name)
@@ -188,7 +188,7 @@ class _Turns:
                     raise invalid(f"{place}.tool_use_id", f"is {id!r}; no 'tool_use' block before it has this id")
                 self.all.append(_Turn("tool", block.tool_use_id, [self._result(block, place)]))
             case schema.ThinkingBlock(), "assistant":
-                text = block.thinking or hidden_text(block.signature)
+                text = block.thinking or decode_reasoning(block.signature)
                 self._turn(role).reasoning += [text] if text else []
             case schema.RedactedThinkingBlock(), "assistant":
                 self._turn(role)
@@ -221,7 +221,7 @@ class _Turns:
 def _add_tools(
     request: schema.CountTokensRequest, offered: set[str], chat: inference_pb2.Chat
 ) -> tuple[list[int], list[str]]:
-    """Add the tools of a request to ``chat``. Returns their places in the request, and the types of those left out."""
+    """Adds the tools of a request to ``chat``. Returns their places in the request, and the types of those left out."""
     places, left_out, tools = [], [], request.tools or ()
     # This server cannot search the deferred tools for the model, so it offers all of them.
     unsearched = any((tool.type or "").startswith(_SEARCH) for tool in tools)

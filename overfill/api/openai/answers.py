@@ -120,7 +120,7 @@ class Choice:
     _calls: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, delta: AnswerDelta) -> None:
-        """Add ``delta`` to the whole answer."""
+        """Adds ``delta`` to the whole answer."""
         if delta.prompt_logprobs is not None:
             self._scores_of_prompt = PromptScores(self.prompt, delta.prompt_logprobs)
         if self.without_answer:
@@ -167,7 +167,7 @@ class Choice:
         return self._chunk(self.echo, None) if self.echo else None
 
     def only_text(self, delta: AnswerDelta) -> bool:
-        """Count the tokens of ``delta`` and return True if its chunk is ``text(delta.text)``; else do nothing."""
+        """Counts the tokens of ``delta`` and returns True if its chunk is ``text(delta.text)``; else does nothing."""
         if self.logprobs or delta.tool_calls or delta.reasoning or not delta.text:
             return False
         self.completion_tokens += len(delta.token_ids)

@@ -22,7 +22,7 @@ _BAD_JSON = "We could not parse the JSON body of your request"
 
 
 def check_items(body: bytes, name: str) -> None:
-    """Raise ApiError if the list ``name`` of ``body``, its items, or its tools have too many elements with their parts.
+    """Raises ApiError if the list ``name`` of ``body``, its items or its tools have too many elements with their parts.
 
     Parsing them takes a hundred times as long as this check, and holds the interpreter's lock for all that time.
     """
@@ -50,7 +50,7 @@ def _count(value: Any) -> int:
 
 
 def parse(kind: type[R], body: bytes) -> R:
-    """Parse ``body`` as a request of class ``kind``. Raises ApiError that names the wrong field."""
+    """Parses ``body`` as a request of class ``kind``. Raises ApiError that names the wrong field."""
     try:
         request = kind.model_validate_json(body)
     except ValidationError as error:

@@ -68,7 +68,7 @@ class ApiRequest:
         """Whether the response has vLLM's ``prompt_logprobs``."""
         return self.prompts[0].sampling.HasField("prompt_logprobs") and not self.echoes_scores
 
-    def with_own_field(self, error: OverfillError) -> OverfillError:
+    def own_field(self, error: OverfillError) -> OverfillError:
         """``error`` with the name of this request's field, if it is about the grammar or the prompt's scores."""
         if not isinstance(error, InvalidRequest):
             return error
@@ -83,7 +83,7 @@ class ApiRequest:
 
 
 def chat(request: schema.ChatRequest, request_id: str) -> ApiRequest:
-    """Translate a chat request. Raises ApiError."""
+    """Translates a chat request. Raises ApiError."""
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     generate = _generate(request, request_id, _sampling(request, max_tokens, request.prompt_logprobs))
     generate.chat.CopyFrom(_chat(request.messages, request, thinking_variables(request.reasoning_effort)))
@@ -99,7 +99,7 @@ def chat(request: schema.ChatRequest, request_id: str) -> ApiRequest:
 
 
 def completion(request: schema.CompletionRequest, request_id: str) -> ApiRequest:
-    """Translate a completion request. Raises ApiError."""
+    """Translates a completion request. Raises ApiError."""
     prompts = _prompts(request.prompt)
     if len(prompts) > schema.MAX_PROMPTS:
         raise invalid("prompt", f"holds {len(prompts)} prompts; at most {schema.MAX_PROMPTS} are allowed")
@@ -131,7 +131,7 @@ def completion(request: schema.CompletionRequest, request_id: str) -> ApiRequest
 
 
 def tokenize(request: schema.TokenizeRequest) -> inference_pb2.TokenizeRequest:
-    """Translate a request to tokenize. Raises ApiError."""
+    """Translates a request to tokenize. Raises ApiError."""
     if (request.prompt is None) == (request.messages is None):
         raise invalid("prompt", "or 'messages' must be given, and not both")
     if request.messages is not None:
@@ -146,7 +146,7 @@ def tokenize(request: schema.TokenizeRequest) -> inference_pb2.TokenizeRequest:
 
 
 def detokenize(request: schema.DetokenizeRequest) -> inference_pb2.DetokenizeRequest:
-    """Translate a request to detokenize. Raises ApiError."""
+    """Translates a request to detokenize. Raises ApiError."""
     message = inference_pb2.DetokenizeRequest(model=request.model or "")
     _set_ids(message.ids, request.tokens, "tokens")
     return message
@@ -287,7 +287,7 @@ def _tool_choice(request: schema.ChatRequest, chat: inference_pb2.Chat) -> None:
 
 
 def _keep_tools(allowed: Sequence[schema.NamedTool], chat: inference_pb2.Chat) -> None:
-    """Remove the tools of ``chat`` that are not ``allowed``."""
+    """Removes the tools of ``chat`` that are not ``allowed``."""
     known = {tool.name for tool in chat.tools}
     for index, tool in enumerate(allowed):
         if tool.function.name not in known:
@@ -300,7 +300,7 @@ def _keep_tools(allowed: Sequence[schema.NamedTool], chat: inference_pb2.Chat) -
 
 
 def _set_grammar(request: schema.Sampling, sampling: common_pb2.SamplingParams) -> str:
-    """Set the grammar of the answers. Returns the field that sets it, or ""; raises ApiError if two fields do."""
+    """Sets the grammar of the answers. Returns the field that sets it, or ""; raises ApiError if two fields do."""
     grammars = [*_response_format(request), *_structured_outputs(request), *_guided(request)]
     if not grammars:
         return ""

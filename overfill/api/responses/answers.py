@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from overfill.api.opaque_reasoning import encode_reasoning
 from overfill.api.openai.answers import encode, encode_text
 from overfill.api.openai.errors import ApiError
 from overfill.api.report import answer_report
@@ -17,9 +17,6 @@ from overfill.api.translation import Served
 from overfill.request.names import FINISH_REASONS
 from overfill.routing.answer import AnswerDelta
 from overfill.v1 import inference_pb2
-
-ENCRYPTED = "overfill-reasoning-1:"
-"""Begins the ``encrypted_content`` of reasoning that this server wrote. The rest is its text in base64."""
 
 _UNKNOWN = inference_pb2.Accepted()
 
@@ -131,7 +128,7 @@ class _Item:
         if kind.part is None:
             return encode(fields | {kind.text: text})
         if encrypts:
-            fields["encrypted_content"] = encrypted(text)
+            fields["encrypted_content"] = encode_reasoning(text)
         opened = status != "in_progress"
         return encode(fields | {"content": [kind.part | {kind.text: text}] if opened else []})
 
@@ -294,11 +291,6 @@ class ResponseWriter:
             changing["overfill"] = {"pair": self._served.pair, **report}
         output = b"" if status == "in_progress" else b",".join(self._done)
         return b'%b,%b,"output":[%b]}' % (self._constant, encode(changing)[1:-1], output)
-
-
-def encrypted(text: str) -> str:
-    """Returns the ``encrypted_content`` of reasoning. The client has the text too, so nothing is secret."""
-    return ENCRYPTED + base64.b64encode(text.encode()).decode()
 
 
 def _usage(usage: Any) -> dict[str, Any]:

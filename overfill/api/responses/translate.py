@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
+from overfill.api.opaque_reasoning import decode_reasoning
 from overfill.api.openai.errors import ApiError
 from overfill.api.openai.fields import invalid, json_text, router_request, sampling_params, schema_grammar, uint32
 from overfill.api.reasoning import thinking_variables
 from overfill.api.responses import schema
-from overfill.api.responses.answers import ENCRYPTED, Asked, ResponseWriter
+from overfill.api.responses.answers import Asked, ResponseWriter
 from overfill.api.responses.tools import ToolSet
 from overfill.api.tools import TEXT_PARAMETER
 from overfill.api.translation import AnswerWriter, Served, Translation
@@ -177,13 +177,7 @@ def _reasoning(item: schema.ReasoningItem, place: str) -> str:
     """Returns the text of reasoning that the client sends back; empty if only another server can read it."""
     if item.content:
         return _text(item.content, f"{place}.content")
-    if (item.encrypted_content or "").startswith(ENCRYPTED):
-        assert item.encrypted_content is not None
-        try:
-            return base64.b64decode(item.encrypted_content.removeprefix(ENCRYPTED), validate=True).decode()
-        except ValueError:
-            raise invalid(f"{place}.encrypted_content", "is not what this server has sent") from None
-    return _text(item.summary or (), f"{place}.summary")
+    return decode_reasoning(item.encrypted_content or "") or _text(item.summary or (), f"{place}.summary")
 
 
 def _format(request: schema.ResponsesRequest, sampling: common_pb2.SamplingParams) -> None:

@@ -28,14 +28,21 @@ class VllmKvStore:
         caches: one tensor per layer of the model, in order, whose first axis is blocks.
         layouts: of keys and of values; equal in all layers.
         block_size: tokens per block.
+        first_head: the full model's KV head that is the caches' first one. Chunks count the full model's heads.
     """
 
     codec = common_pb2.KV_CODEC_RAW
 
     def __init__(
-        self, caches: Sequence[torch.Tensor], layouts: tuple[BlockLayout, BlockLayout], block_size: int
+        self,
+        caches: Sequence[torch.Tensor],
+        layouts: tuple[BlockLayout, BlockLayout],
+        block_size: int,
+        first_head: int = 0,
     ) -> None:
         self.block_size = block_size
+        self._first_head = first_head
+        self._num_heads = math.prod(layouts[0].heads.sizes)
         self._head_dim = math.prod(layouts[0].dims.sizes)
         self._sizes = [(layout.tokens.sizes, layout.dims.sizes) for layout in layouts]
         self._views = [[layout.view(cache).view(_BITS[cache.element_size()]) for cache in caches] for layout in layouts]
@@ -83,6 +90,18 @@ class VllmKvStore:
             spans.append(_Span.of_tokens(block_table, last * size, end, start, size))
         return spans
 
+    def _heads(self, chunk: Chunk) -> slice:
+        """The caches' heads of a chunk.
+
+        Raises:
+            IndexError: the caches do not hold all of them.
+        """
+        start, end = (head - self._first_head for head in chunk.range.heads)
+        if not 0 <= start < end <= self._num_heads:
+            last = self._first_head + self._num_heads
+            raise IndexError(f"{chunk.range} is not within heads {self._first_head}:{last}, which this cache holds")
+        return slice(start, end)
+
     def _payload_shape(self, chunk: Chunk) -> tuple[int, ...]:
         kv_range = chunk.range
         return (2, kv_range.num_layers, kv_range.num_tokens, kv_range.num_heads, self._head_dim)
@@ -99,7 +118,7 @@ class VllmKvStore:
         return (span.blocks, *np.unravel_index(span.slots, tokens), heads)
 
     def _read_host(self, chunk: Chunk, spans: Sequence[_Span]) -> None:
-        heads = slice(*chunk.range.heads)
+        heads = self._heads(chunk)
         payload = np.frombuffer(chunk.payload, dtype=self._arrays[0][0].dtype).reshape(self._payload_shape(chunk))
         for half, (i, layer), span in itertools.product((0, 1), enumerate(chunk.range.layers), spans):
             view = self._arrays[half][layer]
@@ -112,7 +131,7 @@ class VllmKvStore:
                 row[:] = view[block][picked]
 
     def _write_host(self, chunk: Chunk, spans: Sequence[_Span], targets: LayerTargets) -> None:
-        heads = slice(*chunk.range.heads)
+        heads = self._heads(chunk)
         payload = np.frombuffer(chunk.payload, dtype=self._arrays[0][0].dtype).reshape(self._payload_shape(chunk))
         for half, (i, layer), span in itertools.product((0, 1), enumerate(chunk.range.layers), spans):
             source = payload[half, i, span.place].reshape(self._shape(half, span, chunk.range.num_heads))
@@ -126,7 +145,7 @@ class VllmKvStore:
                     view[block][picked] = row
 
     def _read_device(self, chunk: Chunk, spans: Sequence[_Span], after: DeviceEvent | None) -> None:
-        heads, shape = slice(*chunk.range.heads), self._payload_shape(chunk)
+        heads, shape = self._heads(chunk), self._payload_shape(chunk)
         with self._in_stream():
             if self._stream is not None and after is not None:
                 self._stream.wait_event(after)
@@ -137,7 +156,7 @@ class VllmKvStore:
             memoryview(chunk.payload)[:] = gathered.view(torch.uint8).cpu().numpy().reshape(-1).data
 
     def _write_device(self, chunk: Chunk, spans: Sequence[_Span], targets: LayerTargets) -> None:
-        heads, shape = slice(*chunk.range.heads), self._payload_shape(chunk)
+        heads, shape = self._heads(chunk), self._payload_shape(chunk)
         with self._in_stream():
             # The copy avoids torch's warning about read-only buffers.
             data = torch.frombuffer(bytearray(chunk.payload), dtype=self._views[0][0].dtype).view(shape)

@@ -88,6 +88,11 @@ class Probe:
             self._tell({"at": phase, "request": request, "breakpoint": None if breakpoint is None else breakpoint.id})
         return breakpoint
 
+    def waits_for(self, *phases: str) -> bool:
+        """True while a request that enters one of ``phases`` is to be held."""
+        with self._lock:
+            return any(self._breakpoints.get(phase) for phase in phases)
+
     async def hold(self, phase: str, request: str, *, quiet: bool = False) -> None:
         """Calls ``reached``, and waits while a breakpoint holds the request."""
         breakpoint = self.reached(phase, request, quiet=quiet)
@@ -267,13 +272,21 @@ def _watch_prefill_service(probe: Probe) -> _Scheduling:
 
 
 def watch_decode(probe: Probe) -> None:
-    import overfill.kv.receiver
+    import overfill.kv.puller
     from overfill.engine.sequence import Reserved, TokenSampled
-    from overfill.kv.receiver import PromptPull
+    from overfill.telemetry import logs
 
     session = importlib.import_module("services.decode.sequence_session").SequenceSession
-    receiver: Any = overfill.kv.receiver
-    handle, write_message, check = session._handle, PromptPull._write_message, receiver.check_head
+    puller: Any = overfill.kv.puller
+    transfer = puller._Transfer
+    handle, init, write_message, check = session._handle, transfer.__init__, transfer._write_message, puller.check_head
+    take = session.take
+
+    def take_held(self: Any, event: Any) -> None:
+        if isinstance(event, TokenSampled) and probe.waits_for("decode", "finishing"):
+            self.inbox.put_nowait(event)  # only the session's task can be held
+        else:
+            take(self, event)
 
     async def handle_held(self: Any, item: Any) -> bool:
         request = self.start.request_id
@@ -286,8 +299,12 @@ def watch_decode(probe: Probe) -> None:
                 await probe.hold("decode", request, quiet=True)
         return bool(await handle(self, item))
 
-    def write_held(self: PromptPull, *arguments: Any) -> None:
-        probe.hold_thread("handoff", self._start.start.request_id)
+    def init_named(self: Any, *arguments: Any) -> None:
+        init(self, *arguments)
+        self.request = logs.request_id.get()
+
+    def write_held(self: Any, *arguments: Any) -> None:
+        probe.hold_thread("handoff", self.request)
         write_message(self, *arguments)
 
     def damage_and_check(spec: Any, chunk: Any) -> Any:
@@ -297,9 +314,9 @@ def watch_decode(probe: Probe) -> None:
             chunk.payload = damaged
         return check(spec, chunk)
 
-    session._handle = handle_held
-    receiver.PromptPull._write_message = write_held
-    receiver.check_head = damage_and_check
+    session._handle, session.take = handle_held, take_held
+    transfer.__init__, transfer._write_message = init_named, write_held
+    puller.check_head = damage_and_check
 
 
 WATCH: dict[str, dict[str, Callable[[Probe], None]]] = {

@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 
-import overfill.kv.receiver
+import overfill.kv.puller
 from overfill.engine.runner import ModelRunner
 from overfill.engine.work import Work
 from overfill.kv.blocks import BlockPool
@@ -181,8 +181,8 @@ def delay_kv() -> None:
 
 
 def flip_kv_bit() -> None:
-    receiver: Any = overfill.kv.receiver
-    check, chunks = receiver.check_head, itertools.count(1)
+    puller: Any = overfill.kv.puller
+    check, chunks = puller.check_head, itertools.count(1)
 
     def flip_and_check(spec: TransferSpec, chunk: Chunk) -> Any:
         if next(chunks) % 5 == 0:
@@ -191,7 +191,7 @@ def flip_kv_bit() -> None:
             chunk.payload = damaged
         return check(spec, chunk)
 
-    receiver.check_head = flip_and_check
+    puller.check_head = flip_and_check
 
 
 def slow_steps() -> None:

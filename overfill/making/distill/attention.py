@@ -1,4 +1,4 @@
-"""Compute differentiable attention over packed rows: each transcript attends to its prefix and, causally, to itself.
+"""Computes differentiable attention over packed rows: each transcript attends to its prefix and, causally, to itself.
 
 On a CPU, attention runs transcript by transcript, without padding. Elsewhere it runs as one padded batch, because many
 small launches would cost more than the padding. Masks and indices are computed once for all layers.

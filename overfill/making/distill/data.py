@@ -1,4 +1,4 @@
-"""Load the transcripts to train and to judge on, and draw the batches of a run."""
+"""Loads the transcripts to train and to judge on, and draws the batches of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compute cross-entropy and forward KL over a large vocabulary without holding all logits in memory.
+"""Computes cross-entropy and forward KL over a large vocabulary without holding all logits in memory.
 
 Rows go through the heads in chunks. The gradients for the decoder's hidden states and head have a closed form, so the
 forward pass computes them together with the loss; the backward pass only scales them. Logits are thus computed once,

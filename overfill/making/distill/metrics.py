@@ -1,4 +1,4 @@
-"""Record a run's metrics: ``metrics.jsonl`` (an object per step and per evaluation) and TensorBoard events."""
+"""Records a run's metrics: ``metrics.jsonl`` (an object per step and per evaluation) and TensorBoard events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read training recipes: TOML files with the models, the data and every hyperparameter. Needs no torch.
+"""Reads training recipes: TOML files with the models, the data and every hyperparameter. Needs no torch.
 
 A name selects a recipe in the package; anything else is a file. Unknown keys are errors.
 """

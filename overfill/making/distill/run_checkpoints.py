@@ -1,4 +1,4 @@
-"""Write a run's checkpoints and its finished pair, each atomically."""
+"""Writes a run's checkpoints and its finished pair, each atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Record the settings that determine a run's results, so that only an equal run resumes in its folder."""
+"""Records the settings that determine a run's results, so that only an equal run resumes in its folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compute the learning rate over a run."""
+"""Computes the learning rate over a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run the training: steps, schedule, evaluation, checkpoints and the finished pair. Knows no arithmetic of models."""
+"""Runs the training: steps, schedule, evaluation, checkpoints and the finished pair. Knows no arithmetic of models."""
 
 from __future__ import annotations
 

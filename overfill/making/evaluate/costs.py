@@ -1,4 +1,4 @@
-"""Compute the cost of one decode step from a model's geometry: weights, bytes and operations per token."""
+"""Computes the cost of one decode step from a model's geometry: weights, bytes and operations per token."""
 
 from __future__ import annotations
 

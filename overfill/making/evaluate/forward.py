@@ -1,4 +1,4 @@
-"""Run whole transcripts through both halves of a pair, with the services' forward pass.
+"""Runs whole transcripts through both halves of a pair, with the services' forward pass.
 
 The engine's ``Transformer`` runs over a KV cache that holds one batch of sequences, without scheduling or padding. A
 block is one token: a token's slot is its sequence's first slot plus its position.

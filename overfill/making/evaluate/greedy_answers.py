@@ -1,4 +1,4 @@
-"""Write greedy answers with models that are in memory: the full model reads a prompt, a decoder writes on its KV.
+"""Writes greedy answers with models that are in memory: the full model reads a prompt, a decoder writes on its KV.
 
 The engine's runner computes, so that the tokens are those of a worker. There is no scheduler: a prompt starts as soon
 as blocks are free, and each step decodes all running answers.

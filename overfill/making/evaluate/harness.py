@@ -1,4 +1,4 @@
-"""Run tasks of the lm-evaluation-harness on a pair. Needs the extra ``pairs``."""
+"""Runs tasks of the lm-evaluation-harness on a pair. Needs the extra ``pairs``."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The router's HTTP side: the OpenAI API, status, metrics and the chat page."""
+"""The router's HTTP side: the APIs of OpenAI and Anthropic, status, metrics and the chat page."""

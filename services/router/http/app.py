@@ -1,4 +1,4 @@
-"""The HTTP endpoint: the routes of OpenAI's API and some of our own, with access control, errors and metrics."""
+"""The HTTP endpoint: routes of the three APIs and some of our own, with access control, errors and metrics."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from overfill.api.openai.translate import ApiRequest
 from overfill.api.responses.schema import ResponsesRequest
 from overfill.api.responses.translate import responses
 from overfill.api.sessions import session_of
-from overfill.api.translation import Served, Translation
-from overfill.errors import OverfillError
+from overfill.api.translation import Served, Translation, own_fields
 from overfill.request.params import REQUEST_ID_CHARACTERS
 from overfill.rpc.access import ROUTES, AccessPolicy, Rule, bearer, unknown
 from overfill.rpc.addresses import is_loopback
@@ -45,7 +44,6 @@ from services.router.http.one_answer import OneAnswer
 from services.router.http.request import Headers, Request
 from services.router.quota_hold import QuotaHold
 from services.router.request_handler import RequestHandler
-from services.router.running_answer import RunningAnswer
 
 B = TypeVar("B", bound=schema.Strict)
 S = TypeVar("S", bound=schema.Sampling)
@@ -242,10 +240,10 @@ class HttpApi:
                 return Envelope(kind, id, self._model_name(tier), self._pair_json(tier), fingerprint, self._tokens)
 
             answers = RunningChoices(handler, asked, envelope, self._span(request), self._encoding)
-            with handler.statistics.refusing(hold, ApiError):
+            with handler.statistics.refusing(hold, ApiError), own_fields(asked.own_field):
                 await answers.start(received, hold)
         headers = [(b"x-request-id", id.encode()), *self._cors.headers(request)]
-        with answers:
+        with own_fields(asked.own_field), answers:
             if asked.stream:
                 await answers.stream(request, headers)
                 return
@@ -262,10 +260,8 @@ class HttpApi:
     async def _count_tokens(self, request: Request, caller: ApiKey | None) -> None:
         with self._handler.hold_quota(caller) as hold:
             asked, own_field = await self._read(request, CountTokensRequest, messages.count_tokens, hold)
-            try:
+            with own_fields(own_field):
                 ids = await self._handler.tokenize(asked, hold)
-            except OverfillError as error:
-                raise own_field(error) from error
         id = _request_id(request, None, "req_")
         self._json(request, {"input_tokens": len(ids)}, [(b"request-id", id.encode())])
 
@@ -296,8 +292,8 @@ class HttpApi:
             received = asyncio.get_running_loop().time()  # the upload is not the router's time
             span = self._span(request)
             try:
-                with handler.statistics.refusing(hold, ApiError):
-                    answer = await self._start(asked, hold, received)
+                with handler.statistics.refusing(hold, ApiError), own_fields(asked.own_field):
+                    answer = handler.start(await handler.check(asked.generate, hold, received), hold)
             except BaseException as error:
                 span.end(error)
                 raise
@@ -307,19 +303,12 @@ class HttpApi:
             headers.append((b"request-id", id.encode()))
         if asked.left_out:
             headers.append((b"x-overfill-left-out", _listed(asked.left_out)))
-        with answer, OneAnswer(answer, asked.writer(served), request, headers, span) as running:
+        running = OneAnswer(answer, asked.writer(served), asked.own_field, request, headers, span)
+        with own_fields(asked.own_field), answer, running:
             if asked.stream:
                 await running.stream()
             else:
                 request.respond(200, await running.whole(), [_JSON, *headers])
-
-    async def _start(self, asked: Translation, hold: QuotaHold, received: float) -> RunningAnswer:
-        try:
-            return self._handler.start(await self._handler.check(asked.generate, hold, received), hold)
-        except OverfillError as error:
-            if (named := asked.own_field(error)) is not error:
-                raise named from error
-            raise
 
     def _span(self, request: Request) -> Span:
         parent = request.headers.get(tracing.TRACEPARENT.encode())

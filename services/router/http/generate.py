@@ -1,4 +1,4 @@
-"""Runs one generating request of the OpenAI API, from its choices to the last byte of the response."""
+"""Runs one request for chat completions or completions, from its choices to the last byte of the response."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from overfill.api.openai import answers
 from overfill.api.openai.answers import Choice, Envelope, EventFrame
 from overfill.api.openai.errors import from_error
 from overfill.api.openai.translate import ApiRequest
-from overfill.errors import InvalidRequest, OverfillError
+from overfill.errors import InvalidRequest
 from overfill.routing.answer import AnswerDelta
 from overfill.routing.job import Job
 from overfill.rpc.status import as_overfill_error
@@ -89,17 +89,11 @@ class RunningChoices:
         except BaseException as error:
             self._failure = error
             self.close()
-            self._raise_named(error)
             raise
 
     @cached_property
     def _envelope(self) -> Envelope:
         return self._make_envelope(self._running[0].accepted.tier)
-
-    def _raise_named(self, error: BaseException) -> None:
-        """Raises an error about the grammar or the prompt's scores again, with the field as the client named it."""
-        if isinstance(error, OverfillError) and (named := self._asked.with_own_field(error)) is not error:
-            raise named from error
 
     def _choice(self, prompt: int, request: Job, answer: RunningAnswer) -> Choice:
         asked = self._asked
@@ -176,7 +170,8 @@ class RunningChoices:
         except Exception as error:
             if request.status is None:
                 raise
-            request.write(answers.event(from_error(as_overfill_error(error)).body), last=True)
+            failure = from_error(self._asked.own_field(as_overfill_error(error)))
+            request.write(answers.event(failure.body), last=True)
 
     async def _run_all(self, run: Callable[[Choice, RunningAnswer], Coroutine[Any, Any, None]]) -> None:
         """Runs all choices at once. If one fails, cancels the others and raises its error."""
@@ -195,7 +190,6 @@ class RunningChoices:
                     task.cancel()
         except BaseException as error:
             self._failure = error
-            self._raise_named(error)
             raise
 
     async def _collect(self, choice: Choice, answer: RunningAnswer) -> None:

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from overfill.api.openai.errors import from_error
-from overfill.api.translation import AnswerWriter
+from overfill.api.translation import AnswerWriter, OwnField
 from overfill.routing.answer import AnswerDelta, joined
 from overfill.rpc.status import as_overfill_error
 from overfill.telemetry.tracing import Span
@@ -25,15 +25,23 @@ class OneAnswer:
     Args:
         answer: runs; callers end it.
         writer: writes it.
+        own_field: names the client's fields in the errors of a stream.
         headers: of the response, without the content type of a stream.
         span: of the request.
     """
 
     def __init__(
-        self, answer: RunningAnswer, writer: AnswerWriter, request: Request, headers: Headers, span: Span
+        self,
+        answer: RunningAnswer,
+        writer: AnswerWriter,
+        own_field: OwnField,
+        request: Request,
+        headers: Headers,
+        span: Span,
     ) -> None:
         self._answer = answer
         self._writer = writer
+        self._own_field = own_field
         self._request = request
         self._headers = headers
         self._span = span
@@ -91,7 +99,8 @@ class OneAnswer:
             if request.status is None:
                 raise
             self._failure = error
-            request.write(events + writer.fail(from_error(as_overfill_error(error))), last=True)
+            failure = from_error(self._own_field(as_overfill_error(error)))
+            request.write(events + writer.fail(failure), last=True)
         finally:
             self._timer.cancel()
 

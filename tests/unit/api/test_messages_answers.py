@@ -8,7 +8,7 @@ import pytest
 
 from overfill.api.messages.answers import MessageWriter
 from overfill.api.messages.errors import THREAD_UNSUPPORTED, error_body
-from overfill.api.messages.signatures import hidden_text, signature
+from overfill.api.opaque_reasoning import decode_reasoning, encode_reasoning
 from overfill.api.openai.errors import ApiError
 from overfill.api.translation import Served
 from overfill.routing.answer import AnswerDelta, joined
@@ -118,7 +118,7 @@ def test_the_events_of_a_stream():
         ("content_block_start", 0, None),
         ("content_block_delta", 0, {"type": "thinking_delta", "thinking": "Hm"}),
         ("content_block_delta", 0, {"type": "thinking_delta", "thinking": "m."}),
-        ("content_block_delta", 0, {"type": "signature_delta", "signature": signature()}),
+        ("content_block_delta", 0, {"type": "signature_delta", "signature": encode_reasoning()}),
         ("content_block_stop", 0, None),
         ("content_block_start", 1, None),
         ("content_block_delta", 1, {"type": "text_delta", "text": "It"}),
@@ -151,13 +151,13 @@ def test_the_first_and_the_last_event():
     assert (last["overfill"]["pair"], last["overfill"]["seed"]) == ({"name": "p"}, 7)
 
 
-def test_hidden_thinking_comes_back_in_the_signature():
+def test_hidden_thinking_comes_back_in_the_encode_reasoning():
     (block, *_) = whole(THOUGHT, finished(), hide_thinking=True)["content"]
     assert block["thinking"] == ""
-    assert hidden_text(block["signature"]) == "Hmm."
+    assert decode_reasoning(block["signature"]) == "Hmm."
     assert all("Hm" not in str(event) for event in streamed(THOUGHT, finished(), hide_thinking=True))
-    for foreign in ("", "b3RoZXI=", "not base64", signature()[:-1], "b3ZlcmZpbGz/"):
-        assert hidden_text(foreign) == ""
+    for foreign in ("", "b3RoZXI=", "not base64", "é", encode_reasoning()[:-1], "b3ZlcmZpbGz/"):
+        assert decode_reasoning(foreign) == ""
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from overfill.api.messages.schema import CountTokensRequest, MessagesRequest
-from overfill.api.messages.signatures import signature
 from overfill.api.messages.translate import count_tokens, messages
+from overfill.api.opaque_reasoning import encode_reasoning
 from overfill.api.openai.errors import ApiError
 from overfill.api.openai.parse import check_items, parse
 from overfill.api.reasoning import thinking_variables
@@ -79,7 +79,7 @@ def chat_of(*turns, **fields):
         ),
         (  # the signature has what the client did not want to see
             [
-                ("assistant", [{"type": "thinking", "thinking": "", "signature": signature("hm é")}, text("b")]),
+                ("assistant", [{"type": "thinking", "thinking": "", "signature": encode_reasoning("hm é")}, text("b")]),
                 ("user", "c"),
                 ("assistant", [{"type": "thinking", "thinking": "", "signature": "b3RoZXI="}]),
                 ("user", "d"),

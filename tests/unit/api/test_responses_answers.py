@@ -8,9 +8,9 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from overfill.api.opaque_reasoning import encode_reasoning
 from overfill.api.openai.errors import ApiError
 from overfill.api.openai.parse import parse
-from overfill.api.responses.answers import encrypted
 from overfill.api.responses.input_text import InputText
 from overfill.api.responses.schema import ResponsesRequest
 from overfill.api.responses.translate import responses
@@ -213,9 +213,9 @@ def test_a_schema_is_repeated_under_its_name():
 
 def test_reasoning_has_what_codex_sends_back_only_if_the_client_asks():
     [made, _] = whole([delta("Hi", "Hm é")], include=["reasoning.encrypted_content"])["output"]
-    assert made["encrypted_content"] == encrypted("Hm é")
+    assert made["encrypted_content"] == encode_reasoning("Hm é")
     *_, last = stream([delta("Hi", "Hm")], include=["reasoning.encrypted_content"])
-    assert last["response"]["output"][0]["encrypted_content"] == encrypted("Hm")
+    assert last["response"]["output"][0]["encrypted_content"] == encode_reasoning("Hm")
 
 
 FAILURES = [

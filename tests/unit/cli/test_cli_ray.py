@@ -15,6 +15,7 @@ from described import described
 
 from overfill.cli import up
 from overfill.cli.main import main
+from overfill.settings.reader import BadSettings
 from overfill.stack.describe import RayPlacement
 from overfill.stack.ray.runner import RayRunner, failed, progress
 from overfill.stack.spec import StackSpec
@@ -65,6 +66,24 @@ def test_gpus_of_this_machine_are_shared_and_those_of_a_cluster_are_asked_for(ma
     joined = on_ray(placement=RayPlacement(ray_address="auto", worker_gpus=1))
     assert joined.decode is not None
     assert (joined.decode.num_gpus, joined.decode.num_cpus) == (1, 1)
+
+
+def test_a_worker_reserves_a_gpu_for_each_rank(machine: Machine) -> None:
+    machine(32, 4)
+    own = {"engine": "vllm", "prefill": 1, "prefill_tensor_parallel_size": "2"}
+    assert gpus_of(on_ray(**own, decode=4)) == {"prefill": 2, "decode": 0.5}, "the others share what is left"
+    assert gpus_of(on_ray(**own, device="cpu")) == {"prefill": 0, "decode": 0}
+    joined = on_ray(**own, placement=RayPlacement(ray_address="auto", worker_gpus=0.5))
+    assert gpus_of(joined) == {"prefill": 2, "decode": 0.5}
+    assert {name: pool.num_cpus for name, pool in joined.pools.items()} == {"prefill": 2, "decode": 1}
+    assert gpus_of(on_ray(**own, placement=RayPlacement(ray_address="auto"))) == {"prefill": 0, "decode": 0}
+    machine(32, 2)
+    with pytest.raises(
+        BadSettings, match=r"the ranks take 2 of this machine's 2, .* the other workers \(3 of decode\)"
+    ):
+        on_ray(**own)
+    machine(32, 0)
+    assert gpus_of(on_ray(**own)) == {"prefill": 0, "decode": 0}
 
 
 def test_each_stage_reserves_for_its_own_threads_and_device(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:

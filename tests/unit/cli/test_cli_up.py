@@ -27,7 +27,7 @@ from json_edits import edit
 from overfill.cli import up
 from overfill.cli import welcome as welcome_module
 from overfill.cli.main import main
-from overfill.errors import UnsupportedModel
+from overfill.errors import InvalidRequest, UnsupportedModel
 from overfill.process.extras import MissingExtra
 from overfill.rpc import certificates
 from overfill.rpc.access import Role
@@ -138,6 +138,10 @@ def test_cores_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     made = placed(prefill=1, decode=3, ray=RayPlacement(ray_address="auto"))
     assert (made.prefill[0].threads, made.decode[2].threads) == (2, 2)
     assert placed(threads=5).prefill[0].threads == 5
+    made = placed(prefill=1, decode=2, engine="vllm", prefill_tensor_parallel_size="4")
+    assert (made.prefill[0].threads, made.decode[0].threads) == (2, 4), "threads of a rank"
+    made = placed(prefill=1, decode=2, ray=RayPlacement(ray_address="auto"), tensor_parallel_size="2", engine="vllm")
+    assert (made.prefill[0].threads, made.decode[0].threads) == (1, 1)
 
 
 def test_workers_with_more_threads_than_cores_share_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +231,84 @@ def test_workers_of_one_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) ->
     assert set(shares(["0", "1"], monkeypatch, placed(device="cuda:1")).values()) == {0.5}
     monkeypatch.setenv("OVERFILL_DECODE_GPU_SHARE", "0.7")
     assert shares(["0"], monkeypatch, placed()) == {"prefill-0": 0.5, "decode-0": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "expected"),
+    [
+        ("abcd", {"prefill_tensor_parallel_size": "2", "decode": 2}, ["ab", "c", "d"]),
+        ("abcd", {"decode_tensor_parallel_size": "2"}, ["c", "ab"]),  # a wider worker's GPUs are neighbours
+        (
+            "abcdefgh",
+            {"tensor_parallel_size": "2", "prefill_tensor_parallel_size": "4", "decode": 2},
+            ["abcd", "ef", "gh"],
+        ),
+    ],
+)
+def test_each_rank_has_a_gpu(
+    names: str, settings: dict[str, Any], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_module, "visible_gpus", lambda: list(names))
+    shared, visible = shared_module.share_gpus(placed(engine="vllm", **settings))
+    assert [visible[worker.id] for worker in shared.workers] == [",".join(gpus) for gpus in expected]
+    assert {worker.config.gpu_share for worker in shared.workers} == {1}
+
+
+def test_ranks_share_gpus_with_other_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = placed(engine="vllm", decode=1, prefill_tensor_parallel_size="2")
+    assert shares(["0", "1"], monkeypatch, made) == {"prefill-0": 0.5, "decode-0": 0.5}
+    assert shared_module.share_gpus(made)[1] == {"prefill-0": "0,1", "decode-0": "0"}
+    made = placed(engine="vllm", decode=2, prefill_tensor_parallel_size="2")
+    assert shares(["0", "1"], monkeypatch, made) == {"prefill-0": 0.5, "decode-0": 0.5, "decode-1": 0.5}
+    monkeypatch.setenv("OVERFILL_PREFILL_DEVICE", "cuda:0")  # its ranks take the first GPUs
+    made = placed(engine="vllm", decode=2, prefill_tensor_parallel_size="2")
+    assert shares(["0", "1", "2"], monkeypatch, made) == {"prefill-0": 0.5, "decode-0": 0.5, "decode-1": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "refused"), [(2, "auto", True), (0, "cuda", True), (0, "auto", False), (2, "cpu", False)]
+)
+@pytest.mark.parametrize("runner", ["--ray", "--no-ray"])
+def test_more_ranks_than_gpus_are_refused_before_anything_starts(
+    gpus: int,
+    device: str,
+    refused: bool,
+    runner: str,
+    monkeypatch: pytest.MonkeyPatch,
+    unchecked: list[PlacedStack],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(up, "require_vllm", lambda: None)
+    for module in ("stack.shared", "stack.describe", "stack.counts"):
+        monkeypatch.setattr(f"overfill.{module}.gpu_count", lambda: gpus)
+    flags = ["--engine", "vllm", "--tensor-parallel-size", "4", "--device", device]
+    assert main(["up", runner, "--pair", "p", "--grpc", "0", "--http", "off", *flags]) == (1 if refused else 0)
+    assert bool(unchecked) is not refused
+    if refused:
+        said = f"prefill: --tensor-parallel-size 4 needs a GPU for each rank, and this machine has {gpus} "
+        assert said in capsys.readouterr().err
+
+
+def test_the_size_of_a_stage_or_tier_replaces_that_of_all() -> None:
+    made = described(engine="vllm", tensor_parallel_size="2", decode_tensor_parallel_size="4")
+    assert {name: made.worker_config(name).tensor_parallel_size for name in made.pools} == {"prefill": 2, "decode": 4}
+    tiers = ("a=p,tensor-parallel-size=1", "b=q")
+    made = described(*tiers, decode_tensor_parallel_size="2", colocated=1)
+    sizes = {"colocated": 1, "prefill": 1, "decode-a": 1, "decode-b": 2}
+    assert {name: made.worker_config(name).tensor_parallel_size for name in made.pools} == sizes
+    assert StackSpec.read(made.document()) == made
+
+
+@pytest.mark.parametrize("ray", [None, RayPlacement(ray_address="auto")])
+def test_ranks_that_cannot_share_the_heads_are_refused(
+    ray: RayPlacement | None, fresh: Callable[[], Path], with_vllm: Callable[[bool], None]
+) -> None:
+    with_vllm(True)
+    made = described(pair=fresh(), ray=ray, device="cpu", engine="vllm", decode_tensor_parallel_size="3")
+    with pytest.raises(
+        InvalidRequest, match=r"tensor_parallel_size: 3 ranks cannot share the decoder, which has \d+ query"
+    ):
+        up.check_engines(made)
 
 
 def test_variables_reach_the_workers_through_the_document_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +422,12 @@ def test_a_command_to_copy_is_one_line_and_curl_asks_for_a_short_answer() -> Non
     assert words[1] == "http://127.0.0.1:8000/v1/chat/completions"
     body = json.loads(words[words.index("-d") + 1])
     assert (body["model"], body["max_tokens"]) == ("mine", 256)
-    assert "http://127.0.0.1:8000/ui" in said
+    urls = [line.split()[:2] for line in said.splitlines()[2:5]]
+    assert urls == [
+        ["OpenAI", "http://127.0.0.1:8000/v1"],
+        ["Anthropic", "http://127.0.0.1:8000"],
+        ["page", "http://127.0.0.1:8000/ui"],
+    ]
     assert "curl" not in welcome(described())
     elsewhere = welcome(described(port=7600, routers=2, http=8000), address="10.0.0.7:7601")
     assert "http://10.0.0.7:8001/v1" in elsewhere, "on Ray, the router may run on another machine"
@@ -483,7 +570,12 @@ def test_vllm_is_refused_where_it_is_not_installed_before_the_pair_is_looked_for
         ("decoder", ["--engine", "vllm"], "the engine vllm cannot run the decoder"),
         ("decoder", ["--engine", "vllm", "--decode-engine", "overfill"], None),
         ("full", ["--decode-engine", "vllm"], None),
-        ("full", ["--engine-args", '{"enforce_eager": true}'], "engine_args: are for vllm"),
+        ("full", ["--engine-args", '{"enforce_eager": true}'], "--engine-args: are for vllm"),
+        (
+            "full",
+            ["--tensor-parallel-size", "2"],
+            "--tensor-parallel-size: 2 ranks need vllm, but the engine overfill runs",
+        ),
     ],
 )
 def test_a_half_that_its_stages_engine_cannot_run_is_refused(
@@ -501,7 +593,7 @@ def test_a_half_that_its_stages_engine_cannot_run_is_refused(
     pair = fresh()
     edit(pair / "pair.json", lambda manifest: manifest[half].update(engines=["overfill"]))
     arguments = ["up", "--no-ray", "--device", "cpu", "--pair", str(pair), "--grpc", "0", "--http", "off", *flags]
-    assert main(arguments) == (1 if refusal else 0)
+    assert main(arguments) == (0 if refusal is None else 2 if refusal.startswith("--") else 1)
     assert (refusal or "") in capsys.readouterr().err
     assert bool(started) == (refusal is None)
 
@@ -733,7 +825,10 @@ def test_what_is_started_is_what_was_printed(
         ("mock", {"stpe": 1}, "--engine-args: stpe: Extra inputs are not permitted; the mock engine knows"),
         ("vllm", {"enforce_eagre": True}, "--engine-args: enforce_eagre is no argument of this vLLM's EngineArgs; did"),
         ("auto", {"model": "m"}, "--engine-args: model is set by --pair"),
-        ("auto", {"tensor_parallel_size": 2}, "--engine-args: tensor_parallel_size 2 is not supported in this version"),
+        ("auto", {"tensor_parallel_size": 2}, "tensor_parallel_size is set by --tensor-parallel-size"),
+        ("vllm", {"nnodes": 2}, "--engine-args: nnodes 2 is not supported in this version; leave it at 1"),
+        ("vllm", {"data_parallel_rank": 0}, "--engine-args: data_parallel_rank 0 is not supported in this version"),
+        ("vllm", {"distributed_executor_backend": "ray"}, "distributed_executor_backend is set by OverFill"),
     ],
 )
 def test_a_dry_run_names_arguments_that_the_engine_does_not_have(
@@ -748,6 +843,8 @@ def test_a_dry_run_names_arguments_that_the_engine_does_not_have(
     (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError")
     source = (
         "class EngineArgs:\n    model: str = 'm'\n    enforce_eager: bool = False\n    tensor_parallel_size: int = 1\n"
+        "    nnodes: int = 1\n    data_parallel_rank: int | None = None\n"
+        "    distributed_executor_backend: str | None = None\n"
     )
     (tmp_path / "vllm" / "engine" / "arg_utils.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)

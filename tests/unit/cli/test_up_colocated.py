@@ -165,6 +165,7 @@ def test_one_machine_gets_one_worker_and_up_says_why(
         (["--colocated", "1", "--prefill", "1", "--decode", "2"], (1, 1, 2)),
         (["--colocated", "--decode", "1"], (1, 0, 1)),
         (["--colocated", "--engine", "mock"], ONE),
+        (["--colocated", "--tensor-parallel-size", "1"], ONE),
         (["--tier", "a=p", "--tier", "b=q"], (0, 1, 2)),
         (["--colocated", "--tier", "a=p:0", "--tier", "b=q"], (1, 0, 1)),
     ],
@@ -187,6 +188,8 @@ def test_a_number_that_is_given_is_no_choice_of_up(
         (["--max-decode", "3"], "--max-decode is given"),
         (["--prefill-engine", "overfill"], "--prefill-engine is given"),
         (["--engine", "vllm"], "vLLM runs each stage in a process of its own"),
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size is 2"),
+        (["--prefill-tensor-parallel-size", "2"], "--prefill-tensor-parallel-size is given"),
     ],
 )
 def test_what_is_for_one_stage_keeps_the_stages_apart(

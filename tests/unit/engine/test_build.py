@@ -163,6 +163,17 @@ def test_workers_that_share_a_gpu_load_one_after_the_other(gpu, tmp_path, monkey
     assert not is_locked(path)
 
 
+def test_a_worker_with_ranks_waits_for_all_their_gpus(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU-{9 - device}"))
+    taken = []
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda file, how: (taken.append(target(file)), flock(file, how)))
+    with gpu_memory.loading_turn(EngineOptions(CUDA, gpu_share=0.5, tensor_parallel_size=2)):
+        assert [name[-5:] for name in taken] == ["GPU-8", "GPU-9"], "in the order of the names"
+        assert [is_locked(path) for path in tmp_path.iterdir()] == [True, True]
+
+
 def test_a_child_process_does_not_keep_the_turn_to_load(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with gpu_memory.loading_turn(EngineOptions(CUDA, gpu_share=0.5)):

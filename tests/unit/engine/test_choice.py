@@ -2,13 +2,14 @@
 
 import contextlib
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from json_edits import edit
 
-from overfill.engine.choice import choose_engine
+from overfill.engine.choice import check_ranks, choose_engine
 from overfill.engine.load import EngineOptions, load_engine
 from overfill.errors import InvalidRequest, UnsupportedModel
 from overfill.model.manifest import Pair
@@ -68,6 +69,41 @@ def test_a_worker_refuses_vllm_where_it_is_not_installed(with_vllm, pair):
     options = EngineOptions(torch.device("cpu"))
     with pytest.raises(MissingExtra, match=r"the engine vllm needs the extra overfill\[vllm\].*install.*\[vllm\]"):
         load_engine("vllm", pair("overfill", "vllm"), "decoder", options)
+
+
+@pytest.mark.parametrize("choice", ["auto", "overfill", "mock"])
+def test_only_vllm_has_ranks(pair, choice):
+    options = EngineOptions(torch.device("cpu"), tensor_parallel_size=2)
+    with pytest.raises(InvalidRequest, match=r"tensor_parallel_size: 2 ranks need vllm, but the engine \w+ runs the"):
+        load_engine(choice, pair("overfill", "vllm"), "decoder", options)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "vocabulary", "works"),
+    [
+        (12, 4, 96, 49_152, (1, 2, 4, 12)),
+        (12, 4, 2334, 49_152, (1, 2)),
+        (9, 3, 1536, 49_152, (1, 3)),
+        (9, 3, 1536, 49_153, (1,)),  # 49,216 rows
+        (8, 2, 64, 100, (1, 2, 4, 8)),  # 128 rows
+    ],
+)
+def test_ranks_share_heads_neurons_and_rows_evenly_and_kv_heads_may_repeat(
+    pair, heads, kv_heads, width, vocabulary, works
+):
+    made = pair("vllm")
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "intermediate_size": width, "vocab_size": vocabulary}
+    shape = replace(made.decoder_config, **sizes)
+    made = replace(made, decoder_config=shape)
+    for ranks in range(1, 14):
+        if ranks in works:
+            check_ranks(made, "decoder", ranks)
+            continue
+        with pytest.raises(InvalidRequest) as raised:
+            check_ranks(made, "decoder", ranks)
+        said = str(raised.value)
+        assert f"tensor_parallel_size: {ranks} ranks cannot share the decoder, which has {heads} query heads" in said
+        assert said.endswith(f": give one of {', '.join(map(str, works))}")
 
 
 @pytest.mark.parametrize("choice", ["auto", "overfill"])

@@ -64,7 +64,7 @@ async def chunks_of(sender, ranges):
 async def test_every_stream_together_sends_everything_once(executor):
     cache = make_cache()
     sender = new_sender(cache, executor, tokens=(3, 10), layers=(0, 2, 3))
-    coverage = Coverage((0, 2, 3), (3, 10), 2)
+    coverage = Coverage((0, 2, 3), (3, 10), (0, 2))
 
     async def pull(ranges):
         async for chunk in chunks_of(sender, ranges):
@@ -73,7 +73,7 @@ async def test_every_stream_together_sends_everything_once(executor):
             assert chunk.payload == read_range(cache, [5, 0, 3], kv_range)
             sender.acknowledge(kv_range)
 
-    pulls = [asyncio.ensure_future(pull(r)) for r in share_among_streams((0, 2, 3), (3, 10), 2, 2)]
+    pulls = [asyncio.ensure_future(pull(r)) for r in share_among_streams((0, 2, 3), (3, 10), (0, 2), 2)]
     for end in (4, 10):  # two chunks of the prompt
         for layer in range(4):
             sender.mark_ready(layer, end, None)

@@ -47,7 +47,7 @@ async def test_connections_that_are_idle_too_long_are_closed(pool, monkeypatch):
     await use(pool, "prefill-0")
     await use(pool, "prefill-1")
     assert [peer.closed for peer in Peer.made] == [False, False]
-    monkeypatch.setattr(peers, "_MAX_IDLE_TIME", 0.0)
+    monkeypatch.setattr(peers, "MAX_IDLE_TIME", 0.0)
     await use(pool, "prefill-2")
     assert [peer.closed for peer in Peer.made] == [True, True, False]
 
@@ -65,7 +65,7 @@ async def test_a_peer_that_has_lost_its_shared_memory_is_replaced_at_once_and_cl
 
 
 async def test_a_peer_in_use_is_never_closed(pool, monkeypatch):
-    monkeypatch.setattr(peers, "_MAX_IDLE_TIME", 0.0)
+    monkeypatch.setattr(peers, "MAX_IDLE_TIME", 0.0)
     target = decode_pb2.AssignPrefill(worker_id="prefill-0", incarnation=1, address="127.0.0.1:1")
     async with pool.use(target) as peer:
         await use(pool, "prefill-1")

@@ -11,7 +11,7 @@ from overfill.kv.ranges import Coverage, KvRange, runs, share_among_streams
 
 
 def test_a_duplicate_or_overlap_is_refused_and_changes_nothing():
-    coverage = Coverage([0], (0, 8), num_heads=1)
+    coverage = Coverage([0], (0, 8), (0, 1))
     coverage.add(KvRange(0, 1, 2, 6, 0, 1))
     for box in (KvRange(0, 1, 2, 6, 0, 1), KvRange(0, 1, 5, 8, 0, 1)):
         with pytest.raises(TransferFailed, match="overlaps"):
@@ -23,8 +23,8 @@ def test_a_duplicate_or_overlap_is_refused_and_changes_nothing():
 def test_shares_of_all_streams_cover_the_transfer_once(layers, streams, start, length):
     ordered = sorted(layers)
     tokens = (start, start + length)
-    coverage = Coverage(ordered, tokens, num_heads=2)
-    for share in share_among_streams(ordered, tokens, 2, streams):
+    coverage = Coverage(ordered, tokens, (0, 2))
+    for share in share_among_streams(ordered, tokens, (0, 2), streams):
         assert share
         for box in share:
             coverage.add(box)
@@ -44,7 +44,7 @@ BOXES = st.tuples(spans(0, 2) | st.just([3, 4]), spans(4, 9), spans(0, 3)).map(
 @settings(deadline=None)
 @given(st.lists(BOXES, max_size=3))
 def test_few_ranges_are_judged_as_by_the_bitmap(boxes):
-    coverage = Coverage([0, 1, 3], (4, 9), num_heads=3)
+    coverage = Coverage([0, 1, 3], (4, 9), (0, 3))
 
     def accepted(most):
         with pytest.MonkeyPatch.context() as patch:
@@ -82,7 +82,7 @@ class Receiving(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.coverage = Coverage(self.LAYERS, (10, 16), 2)
+        self.coverage = Coverage(self.LAYERS, (10, 16), (0, 2))
         self.arrived = set()
 
     @rule(

@@ -15,6 +15,7 @@ from overfill.kv.cache import KvCache
 from overfill.kv.chunks import TransferSpec
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.peers import PrefillPeer
+from overfill.kv.puller import LocalPuller
 from overfill.kv.ranges import KvRange
 from overfill.kv.receiver import PromptPull
 from overfill.kv.sender import KvSender
@@ -113,7 +114,8 @@ async def pull(peer):
         request_id="r", prompt_token_ids=[0] * TOKENS, sampling=SamplingParams(temperature=0).to_proto()
     )
     with ThreadPoolExecutor(2) as executor:
-        handoff = PromptPull(peer, request, KV, range(3), cache, [1, 3, 0], executor, 1)
+        puller = LocalPuller(cache, executor, peer.data, peer.link)
+        handoff = PromptPull(peer, request, KV, range(3), puller, [1, 3, 0], 1)
         await handoff.run(10.0, lambda token: None)
     return cache, handoff.stats
 

@@ -250,6 +250,13 @@ def test_bad_prompts_are_refused(llm, prompts, message):
     assert_nothing_leaked(llm)
 
 
+@pytest.mark.parametrize("wrong", [[{"role": "user"}], "Hi", {"role": "user"}, {"role": "user", "content": None}])
+def test_a_message_without_role_or_content_is_refused_with_its_value(llm, wrong):
+    with pytest.raises(InvalidRequest) as caught:
+        llm.chat([{"role": "user", "content": "Hi"}, wrong], GREEDY)
+    assert str(caught.value).startswith(f"messages[1]: is {wrong!r}; give a mapping")
+
+
 def test_a_prompt_too_long_is_refused_with_both_numbers(llm):
     with pytest.raises(PromptTooLong, match=r"has 300 tokens, the context 256"):
         llm.generate([[5] * 300], GREEDY)

@@ -85,15 +85,15 @@ async def test_a_worker_loads_with_its_share_of_the_gpu_and_in_its_turn(with_vll
 
     @contextmanager
     def turn(options):
-        turns.append(options.gpu_share)
+        turns.append((options.gpu_share, options.tensor_parallel_size))
         yield
         assert len(loaded) == len(turns)
 
     monkeypatch.setattr(loading, "loading_turn", turn)
     monkeypatch.setattr(loading, "load_engine", lambda *what: loaded.append(what))
     await warnings(DecodeConfig, "--gpu-share", "0.25")
-    await warnings(DecodeConfig)
-    assert turns == [0.25, 1.0]
+    await warnings(DecodeConfig, "--tensor-parallel-size", "2")
+    assert turns == [(0.25, 1), (1.0, 2)]
 
 
 @pytest.mark.parametrize("loads", [True, False])

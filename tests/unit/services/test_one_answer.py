@@ -87,7 +87,7 @@ class Response:
 def _one(answer: Answer, response: Response) -> tuple[OneAnswer, list[BaseException | None]]:
     spans: list[BaseException | None] = []
     span: Any = SimpleNamespace(end=lambda error=None: spans.append(error))
-    made: Any = OneAnswer(answer, Writer(), response, [], span)  # type: ignore[arg-type]
+    made: Any = OneAnswer(answer, Writer(), lambda error: error, response, [], span)  # type: ignore[arg-type]
     return made, spans
 
 

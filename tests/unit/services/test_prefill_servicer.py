@@ -9,8 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from overfill.engine.sequence import KvWritten, PrefillScheduled, PrefillSequence, PromptComputed, Release
-from overfill.errors import InvalidRequest, Overloaded, TransferFailed
+from overfill.engine.sequence import (
+    ChunkComputed,
+    KvWritten,
+    PrefillScheduled,
+    PrefillSequence,
+    PromptComputed,
+    Release,
+)
+from overfill.errors import Incompatible, InvalidRequest, Overloaded, TransferFailed, Unavailable
 from overfill.kv import stall
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
@@ -59,6 +66,7 @@ async def bench(monkeypatch):
         config=SimpleNamespace(vocab_size=64, num_layers=2),
         codecs=tuple(CODECS.values()),
         new_scores=lambda sampling: None,
+        serving_ranks=None,
     )
     released_while_busy = []
 
@@ -70,7 +78,7 @@ async def bench(monkeypatch):
         servicer = PrefillServicer(parts, registry_pb2.Hello(worker_id="p"), executor, max_leases=2)
         servicer.engine = SimpleNamespace(send=send, load=SimpleNamespace(waiting=0))
         servicer.host = SimpleNamespace(draining=False)
-        yield SimpleNamespace(servicer=servicer, cache=cache, releases=released_while_busy)
+        yield SimpleNamespace(servicer=servicer, cache=cache, releases=released_while_busy, parts=parts)
         cache.go_on.set()
 
 
@@ -239,3 +247,115 @@ async def test_a_full_worker_refuses(bench):
     await until(lambda: len(bench.releases) == 2)
     bench.servicer._end(accepted(bench.servicer, b"3" * 16))
     await until(lambda: len(bench.releases) == 3)
+
+
+class Ranks:
+    """Ranks that hold the KV. ``answer`` gates their answers; they fail with ``error`` if it is set."""
+
+    def __init__(self):
+        self.calls = []
+        self.answer = asyncio.Event()
+        self.error = None
+
+    async def open(self, spec, block_table, cached_tokens):
+        self.calls.append(("open", spec.transfer_id, [*block_table], cached_tokens))
+        await self._end()
+
+    async def close(self, transfer_id):
+        self.calls.append(("close", transfer_id))
+        await self._end()
+        return 1_000, 3_000
+
+    async def _end(self):
+        await self.answer.wait()
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def ranks(bench):
+    bench.parts.serving_ranks = Ranks()
+    return bench.parts.serving_ranks
+
+
+async def scheduled_by(servicer):
+    await until(lambda: servicer.active)
+    (lease,) = servicer._leases.values()
+    lease.received_ns = 0
+    lease.on_event(PrefillScheduled(lease.sequence.id, [3], 1, None, 500))
+    return lease
+
+
+def begun(servicer, *requests, trace=False):
+    """Begins a Prefill, and returns its responses. The decode worker then sends ``requests``, and no more."""
+
+    async def sent():
+        for request in (prefill_pb2.PrefillRequest(start=start(trace=trace)), *requests):
+            yield request
+        await asyncio.Event().wait()
+
+    return servicer.Prefill(sent(), None)
+
+
+ACKNOWLEDGED = prefill_pb2.PrefillRequest(
+    ack=prefill_pb2.AckKv(ranges=[kv_pb2.KvRange(layer_end=2, token_end=4, head_end=1)])
+)
+
+
+async def test_a_decode_worker_pulls_from_ranks_only_when_all_know_the_transfer(bench, ranks):
+    responses = begun(bench.servicer, ACKNOWLEDGED, trace=True)
+    first = asyncio.ensure_future(anext(responses))
+    lease = await scheduled_by(bench.servicer)
+    await until(lambda: ranks.calls)
+    assert ranks.calls == [("open", b"t" * 16, [3], 1)]
+    assert not first.done(), "the decode worker would pull now"
+    ranks.answer.set()
+    response = await first
+    assert response.scheduled.cached_tokens == 1
+    assert lease.sender.ready_bytes == KV.token_bytes
+    lease.on_event(ChunkComputed(lease.sequence.id, 1, 4))
+    assert lease.sender.ready_bytes == 4 * KV.token_bytes, "a chunk is ready in all layers"
+    lease.on_event(PromptComputed(lease.sequence.id, SampledToken(7), 2_000))
+    rest = [response async for response in responses]
+    trace = rest[-1].done.trace
+    assert (trace.first_kv_sent_ns, trace.last_kv_sent_ns, len(trace.layer_end_ns)) == (500, 2_500, 0)
+    await until(lambda: bench.releases)
+    assert ranks.calls[-1] == ("close", b"t" * 16)
+
+
+async def test_blocks_are_released_after_no_rank_reads_them(bench, ranks):
+    responses = begun(bench.servicer)
+    first = asyncio.ensure_future(anext(responses))
+    await scheduled_by(bench.servicer)
+    await until(lambda: ranks.calls)
+    first.cancel()  # the decode worker has gone while the ranks learn of the transfer
+    await until(lambda: len(ranks.calls) == 2)
+    assert ranks.calls[-1] == ("close", b"t" * 16)
+    assert not bench.releases
+    ranks.answer.set()
+    await until(lambda: bench.releases)
+    assert bench.servicer.active == 0
+
+
+async def test_a_rank_that_has_gone_ends_the_prefill_and_its_blocks_stay_in_use(bench, ranks):
+    ranks.answer.set()
+    ranks.error = Unavailable("rank 1 has gone")
+    first = asyncio.ensure_future(anext(begun(bench.servicer)))
+    await scheduled_by(bench.servicer)
+    with pytest.raises(Unavailable, match="rank 1 has gone"):
+        await first
+    await until(lambda: not bench.servicer.active)
+    assert not bench.releases, "another rank may still read them; the worker ends"
+
+
+async def test_a_process_without_kv_sends_none(bench, ranks):
+    ranks.answer.set()
+    with pytest.raises(Incompatible, match="PrefillAtOnce with KV: the ranks of p have its KV") as caught:
+        await at_once(bench.servicer)
+    assert caught.value.fields == ("data_addresses",)
+    with pytest.raises(Incompatible, match="PullKv: the ranks of p have its KV"):
+        await pull(bench.servicer, 0)
+    answer = at_once(bench.servicer, without_kv=True)
+    await compute(bench.servicer)
+    assert list((await answer).first_token.ids) == [7]
+    await until(lambda: bench.releases)

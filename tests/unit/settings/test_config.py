@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from overfill.api.keys import BadKeyFile
-from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
+from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.reader import SETTINGS, BadSettings
 
 KINDS = (PrefillConfig, DecodeConfig, RouterConfig)
@@ -253,6 +253,30 @@ def test_settings_by_name_make_the_same_configuration_and_the_same_errors() -> N
         DecodeConfig.of({"pair": "p", "kv_memroy": "1MiB"})
     with pytest.raises(ValueError, match="--data-streams"):
         DecodeConfig.of({"pair": "p", "data_streams": 0})
+
+
+@pytest.mark.parametrize(
+    ("kind", "argv", "words"),
+    [
+        (DecodeConfig, "--tensor-parallel-size 0", "--tensor-parallel-size"),
+        (PrefillConfig, "--tensor-parallel-size 2 --engine overfill", "only vLLM has ranks; give --engine vllm"),
+        (DecodeConfig, "--tensor-parallel-size 2 --engine mock", "in place of mock"),
+        (ColocatedConfig, "--tensor-parallel-size 2", "a worker with both stages runs on OverFill's own engine"),
+        (PrefillConfig, "--tensor-parallel-size 4 --data-port 65533", "rank 3 would have port 65536, above 65535"),
+        (PrefillConfig, "--tensor-parallel-size 4 --data-port 7600 --port 7603", "up to 7603, and --port is 7603"),
+        (PrefillConfig, "--data-port 7690 --metrics-port 7690", "--metrics-port is 7690"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused_by_name(
+    kind: type[ServiceConfig], argv: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in refused(kind, ["--pair", "p", *argv.split()], capsys)
+
+
+def test_ranks_have_consecutive_ports() -> None:
+    argv = ["--pair", "p", "--tensor-parallel-size", "4", "--data-port", "7604", "--port", "7603"]
+    assert PrefillConfig.read(argv).data_port == 7604
+    assert PrefillConfig.read([*argv[:-3], "65532"]).data_port == 65532
 
 
 def test_settings_by_name_read_no_file(monkeypatch: pytest.MonkeyPatch) -> None:

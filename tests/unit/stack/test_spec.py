@@ -322,6 +322,18 @@ def test_a_replica_has_the_share_of_the_memory_that_it_has_of_the_gpu() -> None:
     assert (made.worker_config(PREFILL).gpu_share, made.worker_config(DECODE).gpu_share) == (0.4, 0.5)
 
 
+def test_a_replica_reserves_a_whole_gpu_for_each_rank() -> None:
+    ranks = {"settings": {"tensor_parallel_size": 2}}
+    made = spec(prefill={"num_gpus": 2} | ranks, decode={"num_gpus": 0} | ranks)
+    assert deployment_options(made, PREFILL)["ray_actor_options"]["num_gpus"] == 2
+    assert environment(made, DECODE)["CUDA_VISIBLE_DEVICES"] == "", "its ranks compute on CPUs"
+    for number in (0.5, 1, 3):
+        with pytest.raises(
+            ValidationError, match=rf"prefill.num_gpus: got {number:g} with tensor_parallel_size 2: give 2"
+        ):
+            spec(prefill={"num_gpus": number} | ranks)
+
+
 def test_the_config_gives_back_the_spec_and_names_a_policy_only_when_there_is_something_to_decide() -> None:
     made = spec(decode={"replicas": 2, "max_replicas": 4})
     (application,) = serve_config(made, "chat", {"ttft": 1.0})["applications"]
