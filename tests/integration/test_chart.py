@@ -191,8 +191,8 @@ HALVES = {
     ("values-ranks.yaml", "prefill"): (80, 131.4),
     ("values-ranks.yaml", "decode"): (80, 48.5),
 }
-"""Layers and GiB of weights in bfloat16: Llama 3.1 8B and its decoder of 3B, Llama 3.3 70B and one of 26B. All have 8 KV
-heads of 128."""
+"""Layers and GiB of weights in bfloat16: Llama 3.1 8B and its decoder of 3B, Llama 3.3 70B and one of 26B. All have 8
+KV heads of 128."""
 
 
 @pytest.mark.parametrize(("values", "stage"), HALVES)
