@@ -66,7 +66,7 @@ class OverfillConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def update_connector_output(self, connector_output: Any) -> None:
         if hub.hooks is not None and isinstance(extras := connector_output.kv_connector_worker_meta, RankExtras):
-            hub.hooks.sampled_by_ranks(extras.tokens, extras.errors)
+            hub.hooks.sampled_by_ranks(extras)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return hub.hooks is not None and hub.hooks.ending(request.request_id), None

@@ -67,7 +67,10 @@ class RankWorker(Worker):  # type: ignore[misc]
 
     def sample_tokens(self, *args: Any, **options: Any) -> Any:
         with self._ends():
-            return super().sample_tokens(*args, **options)
+            output = super().sample_tokens(*args, **options)
+            runner: Any = hub.runner
+            runner.end_step(output.req_ids, output.sampled_token_ids)
+            return output
 
     @contextmanager
     def _told(self, config: Any, rank: int) -> Iterator[None]:

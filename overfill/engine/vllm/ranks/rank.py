@@ -15,7 +15,7 @@ import torch
 from overfill.engine.device import record_event
 from overfill.engine.protocol import MIN_NOTIFY_BYTES
 from overfill.engine.sequence import Processor
-from overfill.engine.vllm.ranks.steps import RankExtras, RankStep, RowSpec
+from overfill.engine.vllm.ranks.steps import RankExtras, RankStep, RowSpec, portable
 from overfill.engine.vllm.sampler import StepSampler
 from overfill.kv.store import DeviceEvent
 
@@ -58,7 +58,7 @@ class RankRow:
         return self._emitted
 
     @property
-    def position(self) -> int:
+    def sampled_position(self) -> int:
         """Position of the next token."""
         return self._num_prompt + self._known + len(self._output)
 
@@ -139,14 +139,22 @@ class RankHooks:
         sampling = spec.sampling if self._first else replace(spec.sampling, logprobs=None)
         self._rows[id] = RankRow(replace(spec, sampling=sampling), processor, prompt, output)
 
-    def sample(self, logits: torch.Tensor, request_ids: Sequence[str | None]) -> None:
-        rows: dict[str, Any] = {id: self._rows[id] for id in self._step.sampling if id in self._rows}
+    def sample(self, logits: torch.Tensor, request_ids: Sequence[str], rows: Sequence[int]) -> None:
         try:
-            self._sampler.sample(logits, request_ids, {id: (row, row.position) for id, row in rows.items()})
+            self._sampler.sample(logits, request_ids, rows, self._sampled)
         except Exception as error:
             log.exception("sampling failed")
-            self._sampler.errors |= dict.fromkeys(rows, error)
-        self._extras.fail(self._sampler.errors)
+            self._sampler.errors |= dict.fromkeys(request_ids, error)
+
+    def end_step(self, ids: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
+        """vLLM has taken the step's tokens, one or none for each request. Fills the extras."""
+        self._sampler.finish()
+        for id, taken in zip(ids, tokens, strict=True):
+            if taken and (error := self._sampler.error(id, taken[0])):
+                self._extras.errors[id] = portable(error)
         if self._first:
-            self._extras.tokens |= self._sampler.tokens
-        self._sampler = StepSampler()
+            self._extras.details |= self._sampler.details
+        self._sampler.clear()
+
+    def _sampled(self, id: str) -> Any:
+        return None if id in self._step.unsampled else self._rows[id]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
@@ -51,12 +51,12 @@ class RankStep(KVConnectorMetadata):  # type: ignore[misc]
 
     Attributes:
         num_tokens: tokens of all chunks.
-        sampling: requests that get a token.
+        unsampled: requests that get no token.
     """
 
     chunks: Sequence[RankChunk] = ()
     num_tokens: int = 0
-    sampling: Sequence[str] = ()
+    unsampled: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -64,21 +64,18 @@ class RankExtras(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """What a rank says of a step's tokens besides their ids. vLLM takes the object before the rank fills it.
 
     Attributes:
-        tokens: request -> its token with log-probabilities; from rank 0 alone.
-        errors: request -> why it has no token; from any rank.
+        details: request -> its token with log-probabilities, where it wants them; from rank 0 alone.
+        errors: request -> why its token is void; from any rank.
     """
 
-    tokens: dict[str, SampledToken] = field(default_factory=dict)
+    details: dict[str, SampledToken] = field(default_factory=dict)
     errors: dict[str, Exception] = field(default_factory=dict)
 
     def aggregate(self, other: RankExtras) -> RankExtras:
-        return RankExtras(self.tokens | other.tokens, other.errors | self.errors)
-
-    def fail(self, errors: Mapping[str, Exception]) -> None:
-        self.errors |= {id: _portable(error) for id, error in errors.items()}
+        return RankExtras(self.details | other.details, other.errors | self.errors)
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """The error, or one with its words if it does not survive the way to another process."""
     try:
         pickle.loads(pickle.dumps(error))
