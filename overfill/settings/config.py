@@ -229,8 +229,8 @@ class DecodeConfig(WorkerConfig):
         2,
         ge=1,
         le=MAX_DATA_STREAMS,
-        description="number of parallel connections that transfer a request's KV; with ranks, of each rank to each that "
-        "serves some of its heads",
+        description="number of parallel connections that transfer a request's KV; with ranks, of each rank to each "
+        "that serves some of its heads",
     )
 
     @model_validator(mode="after")
