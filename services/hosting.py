@@ -172,6 +172,14 @@ async def serve_stages(
     file = file_of_turns(config)
     cores = None if file is None else SharedCores(file)
     step_timeout, first_step_timeout = _step_timeouts(config.step_timeout, device)
+    changed = False  # a change of the load was told to the loop, and no report has it yet
+
+    def on_load_change(freed: bool) -> None:
+        nonlocal changed
+        if freed or not changed:  # waking the loop for each step that takes a block would cost as much as the tokens
+            changed = True
+            loop.call_soon_threadsafe(partial(host.notify, debounce=not freed))
+
     engine = EngineThread(
         core,
         "engine",
@@ -179,7 +187,7 @@ async def serve_stages(
         step_timeout,
         # Exit at once: an orderly shutdown might wait for the stuck device. Peers see their connections break.
         on_stuck=lambda: os._exit(1),
-        on_load_change=lambda freed: loop.call_soon_threadsafe(partial(host.notify, debounce=not freed)),
+        on_load_change=on_load_change,
         device=device,
         cores=cores or nullcontext(),
         first_step_timeout=first_step_timeout,
@@ -191,7 +199,12 @@ async def serve_stages(
     loads = loads[-len(stages) :]
 
     def report(stage: StageService, load: Callable[[], EngineLoad]) -> Callable[[], decode_pb2.WorkerLoad]:
-        return lambda: worker_load(load(), stage.served.store.block_size)
+        def current() -> decode_pb2.WorkerLoad:
+            nonlocal changed
+            changed = False  # first: a change after it is told again
+            return worker_load(load(), stage.served.store.block_size)
+
+        return current
 
     def end_all(error: OverfillError) -> None:
         for stage in stages:

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 import yaml
 
-from overfill.settings.config import SERVICES, ServiceConfig
+from overfill.settings.config import SERVICES, ColocatedConfig, ServiceConfig
 from overfill.settings.config_file import flag_name
 from overfill.settings.tiers import MAX_TIERS
 
@@ -32,6 +32,9 @@ MANAGED = {
     "routers", "worker_id", "advertise", "expect_prefill", "expect_decode", "share_port", "join_port", "tiers", "tier",
 }  # fmt: skip
 """Settings that the chart derives from other values."""
+
+REFUSED = {(ColocatedConfig, "tensor_parallel_size")}
+"""Settings that a kind of worker has only to refuse them."""
 
 _OBJECT = {"type": "object"}
 _STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
@@ -72,6 +75,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "queuedTokens": _COUNT,
     "running": _COUNT,
     "startupSeconds": _COUNT,
+    "shmSize": {"type": "string", "pattern": r"^[1-9]\d*(Ki|Mi|Gi)$"},
     "kvShare": {"type": "string", "pattern": r"^0?\.\d+$|^1(\.0+)?$"},
     "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
     "whenUnsatisfiable": {"enum": ["ScheduleAnyway", "DoNotSchedule"]},
@@ -88,7 +92,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 def settings_schema(kind: type[ServiceConfig]) -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for name, field in kind.model_fields.items():
-        if name not in MANAGED:
+        if name not in MANAGED and (kind, name) not in REFUSED:
             kinds = (field.annotation, *get_args(field.annotation))  # itself, or one of a union
             choices = [choice for kind in kinds for choice in get_args(kind) if isinstance(choice, str)]
             described: dict[str, Any] = {"description": field.description}

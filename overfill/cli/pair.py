@@ -160,7 +160,7 @@ def build_command(full: str, calibration: str, threads: int | None, out: Path, *
     """
     from overfill.cli.progress import show_progress
     from overfill.making.full_models import resolve_model
-    from overfill.making.recipe import DecoderRecipe
+    from overfill.making.recipe import DecoderRecipe, slow_sizes
 
     recipe = DecoderRecipe(**sizes)
     with show_progress() as report:
@@ -169,7 +169,9 @@ def build_command(full: str, calibration: str, threads: int | None, out: Path, *
         from overfill.making.build import build_pair
         from overfill.making.calibration import calibration_text
 
-        recipe.check(folder)
+        made = recipe.check(folder)
+        if slow := slow_sizes(made["hidden_size"], made["intermediate_size"]):
+            click.echo(f"overfill: warning: {slow}", err=True)
         conversations = calibration_text(calibration, folder, recipe.tokens, report)
         pair = build_pair(folder, out, recipe, conversations, calibration=calibration, report=report)
         agreement = _agreement(pair, report)

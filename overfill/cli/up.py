@@ -82,7 +82,8 @@ def up_command(
     if dry_run:
         click.echo(str(spec), nl=False)
         return 0
-    _prepare(spec)
+    with option_errors():
+        _prepare(spec)
     with _stop_signals() as stopping:
         if spec.runner == "ray":
             return run(RayRunner(spec, _note), stopping)

@@ -14,6 +14,10 @@ FIRST_GPU = ("cuda", "cuda:0")
 """Names of the CUDA device that vLLM takes; it has no setting for another one."""
 
 
+_VOCAB_MULTIPLE = 64
+"""vLLM pads the vocabulary to a multiple of this before it divides it."""
+
+
 def choose_engine(
     choice: EngineChoice,
     pair: Pair,
@@ -62,20 +66,24 @@ def choose_engine(
 def check_ranks(pair: Pair, half: Half, ranks: int) -> None:
     """Raises InvalidRequest unless vLLM can divide ``half`` among ``ranks``.
 
-    vLLM gives each rank as many query heads and rows of the MLP. A KV head may be in several ranks.
+    vLLM gives each rank as many query heads, neurons and rows of the vocabulary. A KV head may be in several ranks.
     """
     config, model = (pair.full_config, "full model") if half == "full" else (pair.decoder_config, "decoder")
 
+    heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.intermediate_size
+    rows = -(-config.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+
     def divide(size: int) -> bool:
-        heads, kv = config.num_heads, config.num_kv_heads
-        return heads % size == 0 and config.intermediate_size % size == 0 and (kv % size == 0 or size % kv == 0)
+        return not any(count % size for count in (heads, width, rows)) and (
+            kv_heads % size == 0 or size % kv_heads == 0
+        )
 
     if not divide(ranks):
-        sizes = ", ".join(str(size) for size in range(1, config.num_heads + 1) if divide(size))
+        sizes = ", ".join(str(size) for size in range(1, heads + 1) if divide(size))
         raise InvalidRequest(
             "tensor_parallel_size",
-            f"{ranks} ranks cannot share the {model}, which has {config.num_heads} query heads, {config.num_kv_heads} "
-            f"KV heads and an MLP {config.intermediate_size} wide: give one of {sizes}",
+            f"{ranks} ranks cannot share the {model}, which has {heads} query heads, {kv_heads} KV heads, MLPs of "
+            f"{width} neurons and {rows} rows of the vocabulary: give one of {sizes}",
         )
 
 

@@ -24,6 +24,10 @@ FIRST_STEPS = 100
 _IDLE = 1.0
 """Seconds without work after which the thread checks its core."""
 
+_LOAD_GAP = 0.02
+"""Minimum seconds between two looks at the load of a core that only steps. Counting sequences and blocks costs more
+than a step may spare, and no worker reports more often."""
+
 
 class EngineThread:
     """Delivers messages to a core between its steps, and steps the core while it has work.
@@ -42,7 +46,7 @@ class EngineThread:
         cores: entered for each step.
 
     Attributes:
-        load: snapshot after the last message or step.
+        load: snapshot after the last messages, or after a step at most ``_LOAD_GAP`` seconds later.
         failure: error that ended the thread, such as a broken invariant or, on vLLM, a failed step; else None.
     """
 
@@ -71,6 +75,7 @@ class EngineThread:
         self._on_load_change = on_load_change
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.load = core.load()
+        self._load_due = 0.0  # on the clock of ``time.monotonic``
         self.failure: BaseException | None = None
 
     def start(self) -> None:
@@ -131,7 +136,8 @@ class EngineThread:
                         busy = self._core.step() or self._core.delay > 0
                     self._step_began = None
                     self._num_steps += 1
-                    self._publish_load()
+                    if not busy or time.monotonic() >= self._load_due:
+                        self._publish_load()
                     continue
                 if not self._handle_all(message):
                     self._core.check()
@@ -156,6 +162,7 @@ class EngineThread:
         return False
 
     def _publish_load(self) -> None:
+        self._load_due = time.monotonic() + _LOAD_GAP
         load = self._core.load()
         if load != self.load:
             before, self.load = self.load, load

@@ -22,7 +22,7 @@ from overfill.making.evaluate.costs import DecodeCost
 from overfill.making.finite import check_finite
 from overfill.making.pair_json import write_manifest
 from overfill.making.published import PublishedCheckpoint
-from overfill.making.recipe import KeptLayers, kept_layers
+from overfill.making.recipe import KeptLayers, kept_layers, slow_sizes
 from overfill.making.two_stage_format import (
     check_teacher,
     count_layers,
@@ -319,6 +319,8 @@ def _warnings(plan: ImportPlan) -> list[str]:
         found.append("the layer map has a layer twice: two decoder layers read the same KV")
     if sorted(plan.layer_map) != list(plan.layer_map):
         found.append("the layer map is not in ascending order")
+    if slow := slow_sizes(plan.decoder.config.hidden_size, plan.decoder.config.intermediate_size):
+        found.append(f"decoder: {slow}")
     return found
 
 

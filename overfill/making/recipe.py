@@ -50,8 +50,8 @@ class DecoderRecipe:
     head_tokens: Size = 1.0
     tail_rank: int = 96
 
-    def check(self, full: Path) -> None:
-        """Checks the sizes against a full model.
+    def check(self, full: Path) -> dict[str, int]:
+        """Checks the sizes against a full model, and returns them as numbers.
 
         Args:
             full: Folder of its checkpoint.
@@ -60,7 +60,7 @@ class DecoderRecipe:
             InvalidRequest: a size does not fit.
             InvalidPair, UnsupportedModel: as ``ModelConfig.load``.
         """
-        self.sizes(ModelConfig.load(full))
+        return self.sizes(ModelConfig.load(full))
 
     def sizes(self, full: ModelConfig) -> dict[str, int]:
         """Returns all sizes as numbers; ``tail_rank`` is 0 when all rows of the head stay whole.
@@ -103,6 +103,17 @@ def resolve_size(name: str, size: Size, full: int, multiple: int = MULTIPLE) -> 
     if not 1 <= size <= full:
         raise InvalidRequest(name, f"must be in 1..{full} (the full model has {full}); got {size}")
     return size
+
+
+def slow_sizes(hidden_size: int, intermediate_size: int) -> str:
+    """Says which widths GPUs multiply slowly, for a warning; empty if there are none."""
+    sizes = {"hidden size": hidden_size, "MLP size": intermediate_size}
+    slow = [f"{name} {size:,}" for name, size in sizes.items() if size % 8]  # cuBLAS wants rows of 16 bytes
+    return (
+        f"{' and '.join(slow)}: GPUs multiply slowly unless a size is a multiple of 8; those of {MULTIPLE} are best"
+        if slow
+        else ""
+    )
 
 
 def kept_layers(strategy: KeptLayers, full_layers: int, layers: int) -> tuple[int, ...]:

@@ -53,6 +53,11 @@ class ServedSequence:
         self.answered = self.answered or update.WhichOneof("message") in LAST_UPDATES
         self.outgoing.put(self.number, update)
 
+    def put_token(self, index: int, token: int) -> None:
+        """Queues token ``index`` of the answer, without log-probabilities."""
+        if not self.cancelled:
+            self.outgoing.put_token(self.number, index, token)
+
     def fail(self, error: Exception, trace_id: str) -> None:
         """Queues the sequence's error for the router."""
         failed = decode_pb2.SequenceFailed(status=to_bytes(error), trace_id=trace_id)
@@ -193,10 +198,12 @@ class _RouterStream:
 
 
 class OutgoingUpdates:
-    """Updates that the router has not been sent yet, by sequence."""
+    """Updates that the router has not been sent yet, in the messages that will carry them."""
 
     def __init__(self) -> None:
-        self._waiting: dict[int, deque[decode_pb2.SequenceUpdate]] = {}
+        self._messages: deque[decode_pb2.WorkerMessage] = deque()  # only the last one takes updates
+        self._size = 0  # of the last message
+        self._last: dict[int, decode_pb2.SequenceUpdate] = {}  # each sequence's last update in the last message
         self._changed = asyncio.Event()
         self._closed = False
 
@@ -207,40 +214,65 @@ class OutgoingUpdates:
 
     def put(self, number: int, update: decode_pb2.SequenceUpdate) -> None:
         """Queues an update. Tokens are appended to the sequence's last update if they continue it."""
-        waiting = self._waiting.setdefault(number, deque())
-        if waiting and _continues(waiting[-1], update):
-            waiting[-1].tokens.ids.extend(update.tokens.ids)
-            waiting[-1].tokens.logprobs.extend(update.tokens.logprobs)
+        size, message = _size(update.tokens), self._open_message()
+        last = self._last.get(number)
+        if last is not None and _continues(last, update):
+            last.tokens.ids.extend(update.tokens.ids)
+            last.tokens.logprobs.extend(update.tokens.logprobs)
         else:
             update.sequence = number
-            waiting.append(update)
-        self._changed.set()
+            message.updates.append(update)
+            self._last[number] = message.updates[-1]
+        self._size += size
+
+    def put_token(self, number: int, index: int, token: int) -> None:
+        """Queues one token without log-probabilities, as ``put`` would."""
+        message = self._open_message()
+        last = self._last.get(number)
+        if last is not None and _takes(last, index, False):
+            last.tokens.ids.append(token)
+        else:
+            self._last[number] = update = message.updates.add(sequence=number)
+            tokens = update.tokens
+            tokens.first_index = index
+            tokens.ids.append(token)
+        self._size += 1
 
     def drop(self, number: int) -> None:
         """Forgets the updates of a sequence that the router no longer wants."""
-        self._waiting.pop(number, None)
+        for message in self._messages:
+            for place in reversed(range(len(message.updates))):
+                if message.updates[place].sequence == number:
+                    del message.updates[place]
+        self._last.pop(number, None)
 
     def take(self) -> decode_pb2.WorkerMessage:
-        """Removes waiting updates, up to a bound and at most one update more, and returns them as one message."""
-        message, size = decode_pb2.WorkerMessage(), 0
-        while self._waiting and size < _MAX_TOKENS_PER_MESSAGE:
-            number, waiting = next(iter(self._waiting.items()))
-            while waiting and size < _MAX_TOKENS_PER_MESSAGE:
-                update = waiting.popleft()
-                size += _size(update.tokens)
-                message.updates.append(update)
-            if not waiting:
-                del self._waiting[number]
+        """Removes the updates of one message and returns it; it has none when none wait."""
+        if not self._messages:
+            return decode_pb2.WorkerMessage()
+        message = self._messages.popleft()
+        if not self._messages:
+            self._last.clear()
         return message
 
     async def write_to(self, context: Context) -> None:
         """Writes messages until ``close``. Raises what ``context.write`` raises when the call has ended."""
         while not self._closed:
-            if self._waiting:
-                await context.write(self.take())
+            if self._messages:
+                if (message := self.take()).updates:  # all may have been dropped
+                    await context.write(message)
             else:
                 self._changed.clear()
                 await self._changed.wait()
+
+    def _open_message(self) -> decode_pb2.WorkerMessage:
+        """Returns the message that takes the next update: a new one once the last has as much as a message may."""
+        if not self._messages or self._size >= _MAX_TOKENS_PER_MESSAGE:
+            self._messages.append(decode_pb2.WorkerMessage())
+            self._size = 0
+            self._last.clear()
+            self._changed.set()
+        return self._messages[-1]
 
 
 def _size(tokens: decode_pb2.Tokens) -> int:
@@ -254,11 +286,18 @@ def _continues(last: decode_pb2.SequenceUpdate, update: decode_pb2.SequenceUpdat
 
     An update with ``so_far`` stays separate: it concerns the handoff before its own tokens.
     """
-    if not (last.HasField("tokens") and update.HasField("tokens")) or update.tokens.HasField("so_far"):
+    if not update.HasField("tokens") or update.tokens.HasField("so_far"):
+        return False
+    return _takes(last, update.tokens.first_index, bool(update.tokens.logprobs))
+
+
+def _takes(last: decode_pb2.SequenceUpdate, index: int, logprobs: bool) -> bool:
+    """True if tokens from ``index`` on, with or without log-probabilities, can follow those of ``last``."""
+    if not last.HasField("tokens"):
         return False
     count = len(last.tokens.ids)
     return (
         count < _MAX_TOKENS_PER_UPDATE
-        and update.tokens.first_index == last.tokens.first_index + count
-        and bool(update.tokens.logprobs) == bool(last.tokens.logprobs)
+        and index == last.tokens.first_index + count
+        and logprobs == bool(last.tokens.logprobs)
     )

@@ -59,8 +59,10 @@ class PullEnded:
     error: OverfillError | None
 
 
-Item = DecodeEvent | decode_pb2.AssignPrefill | decode_pb2.Evict | decode_pb2.Tokens | PullEnded | Exception
-"""What may happen to a sequence; Tokens is the full model's token."""
+Item = (
+    DecodeEvent | FinishReason | decode_pb2.AssignPrefill | decode_pb2.Evict | decode_pb2.Tokens | PullEnded | Exception
+)
+"""What may happen to a sequence. Tokens is the full model's token, and FinishReason the end after a token was told."""
 
 
 class Handoff(Protocol):
@@ -164,6 +166,7 @@ class SequenceSession:
         self._reserved = self._refused = False
         self._failure: BaseException | None = None
         self._wants_kv = False
+        self._waiting = False  # True while the session's task waits for an item and handles none
         self._first_known_ns: int | None = None
         self._first_step_ns: int | None = None
 
@@ -185,7 +188,7 @@ class SequenceSession:
         """
         self._worker.send(Reserve(self.sequence))
         try:
-            while not await self._handle(await self.inbox.get()):
+            while not await self._handle(await self._next_item()):
                 pass
             if not self._refused:  # the engine counts refusals
                 self._metrics.ended(None)
@@ -200,6 +203,30 @@ class SequenceSession:
             finally:
                 self._worker.send(Release(self.sequence.id))
                 self._log()
+
+    def take(self, event: DecodeEvent) -> None:
+        """Takes an event of the engine. Call it on the event loop; it does not raise.
+
+        A token is told to the router at once, because waking the session's task costs more than the token. When other
+        items wait before it, or the task handles one, the token waits its turn.
+        """
+        if not (isinstance(event, TokenSampled) and self._waiting and self.inbox.empty()):
+            self.inbox.put_nowait(event)
+            return
+        try:
+            self._tell(event)
+        except Exception as error:  # a defect of one sequence must not keep the step's events from the others
+            self.inbox.put_nowait(error)
+            return
+        if event.finish is not None:
+            self.inbox.put_nowait(event.finish)
+
+    async def _next_item(self) -> Item:
+        self._waiting = True
+        try:
+            return await self.inbox.get()
+        finally:
+            self._waiting = False
 
     def _log(self) -> None:
         outcome = "refused" if self._refused else outcome_of(self._failure)
@@ -246,8 +273,14 @@ class SequenceSession:
                 self._wants_kv = False
                 await self._join_pull(cancel=True)
                 self._worker.send(Yielded(self.sequence.id))
-            case TokenSampled():
-                return await self._on_token(item)
+            case TokenSampled(finish=finish):
+                self._tell(item)
+                if finish is not None:
+                    await self._finish(finish)
+                    return True
+            case FinishReason():
+                await self._finish(item)
+                return True
             case SequenceFailed():
                 item.raise_for("decode")
             case decode_pb2.Evict():
@@ -365,26 +398,28 @@ class SequenceSession:
             await self._finish(finish)
         return finish is not None
 
-    async def _on_token(self, event: TokenSampled) -> bool:
+    def _tell(self, event: TokenSampled) -> None:
+        """Tells the router of a token of a decode step."""
         if self._first_step_ns is None:
             self._first_step_ns = event.step_started_ns
             if self._first_known_ns is not None:
                 self._metrics.exposed((self._first_step_ns - self._first_known_ns) / 1e9)
-        tokens = decode_pb2.Tokens()
-        if event.token is not None:
+        token, scores = event.token, event.scores
+        if token is not None:
             self._emitted = event.index + 1
-            tokens = tokens_to_proto(event.token, event.index)
-        if event.scores is not None:
+            if token.logprob is None and scores is None and not self._untold:
+                self._served.put_token(event.index, token.token_id)
+                return
+        elif scores is None:
+            return
+        tokens = decode_pb2.Tokens() if token is None else tokens_to_proto(token, event.index)
+        if scores is not None:
             tokens.MergeFrom(self._full_scores)
-            tokens.prompt_logprobs.MergeFrom(event.scores)
-        if event.token is not None or event.scores is not None:
-            if self._untold:
-                self._untold = False
-                tokens.so_far.CopyFrom(self._so_far())
-            self._served.put(decode_pb2.SequenceUpdate(tokens=tokens))
-        if event.finish is not None:
-            await self._finish(event.finish)
-        return event.finish is not None
+            tokens.prompt_logprobs.MergeFrom(scores)
+        if self._untold:
+            self._untold = False
+            tokens.so_far.CopyFrom(self._so_far())
+        self._served.put(decode_pb2.SequenceUpdate(tokens=tokens))
 
     def _so_far(self) -> decode_pb2.DecodeDone:
         """Returns what ``DecodeDone`` would say now, without a reason."""

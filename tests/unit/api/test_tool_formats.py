@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -18,7 +19,7 @@ from overfill.api.tools import ToolDefinition
 from overfill.api.tools_grammar import tools_grammar
 from overfill.errors import InvalidRequest
 from overfill.making.mock_pair import FOLDER
-from overfill.request.grammar import Grammars
+from overfill.request.grammar import Grammars, Matcher
 from overfill.request.params import Grammar
 from overfill.routing.answer import AnswerDelta
 
@@ -71,6 +72,7 @@ TOOLS = [
     ),
 ]
 KNOWN = KnownTools(TOOLS)
+ANSWER = closed(["n"], n=INTEGER)
 
 CALLS = {
     "one": [("write", {"path": "a.py", "text": "x = 1\n"})],
@@ -107,6 +109,7 @@ def format_of(tokenizer):
     """Makes a format with the special tokens of the mock pair's tokenizer, or without any."""
     special = {tokenizer.token_bytes(id).decode(): id for id in range(6000, 6060)}
 
+    @cache
     def make(name, with_tokens=True):
         bare = make_format(name, ())
         return make_format(name, [special.get(text) if with_tokens else None for text in bare.special])
@@ -152,8 +155,19 @@ def divisions(text):
         yield [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
 
 
+@cache
+def grammar_of(format, mode, *, single, answer=False):
+    """The grammar of TOOLS, with ``answer`` also of the answer ANSWER."""
+    return tools_grammar(TOOLS, mode, single=single, answer=ANSWER if answer else None, format=format)
+
+
+@cache
+def compiled(grammars, grammar):
+    return grammars.matcher(Grammar("lark", grammar))._matcher
+
+
 def accepts(grammars, tokenizer, grammar, text):
-    matcher = grammars.matcher(Grammar("lark", grammar))
+    matcher = Matcher(compiled(grammars, grammar).deep_copy())
     try:
         matcher.accept([*tokenizer.encode_continuation(text), tokenizer.end_of_answer])
     except InvalidRequest:
@@ -181,14 +195,14 @@ def test_the_grammar_accepts_what_the_format_writes(format_of, grammars, tokeniz
     format, text = format_of(name), format_of(name).write(as_json(calls), KNOWN)
     for mode in ("auto", "required"):
         for single in (True, False):
-            grammar = tools_grammar(TOOLS, mode, single=single, format=format)
+            grammar = grammar_of(format, mode, single=single)
             fits = len(calls) == 1 or not single
             assert accepts(grammars, tokenizer, grammar, text) == fits
             assert accepts(grammars, tokenizer, grammar, f"First this.\n{text}") == (fits and mode == "auto")
             assert accepts(grammars, tokenizer, grammar, "Only text.") == (mode == "auto")
             assert not accepts(grammars, tokenizer, grammar, f"{text} more")
             assert not accepts(grammars, tokenizer, grammar, text[:-1])
-    answers = tools_grammar(TOOLS, "auto", single=False, answer=closed(["n"], n=INTEGER), format=format)
+    answers = grammar_of(format, "auto", single=False, answer=True)
     assert accepts(grammars, tokenizer, answers, text)
     assert accepts(grammars, tokenizer, answers, '{"n": 1}')
     assert not accepts(grammars, tokenizer, answers, f'{{"n": 1}}{text}')
@@ -214,7 +228,7 @@ def test_the_grammar_accepts_what_the_format_writes(format_of, grammars, tokeniz
 @pytest.mark.parametrize("name", PARSERS)
 def test_the_grammar_refuses_other_calls(format_of, grammars, tokenizer, name, wrong):
     format = format_of(name)
-    grammar = tools_grammar(TOOLS, "required", single=False, format=format)
+    grammar = grammar_of(format, "required", single=False)
     assert not accepts(grammars, tokenizer, grammar, format.write(as_json([wrong]), KNOWN))
 
 
@@ -298,7 +312,7 @@ def test_stop_strings_count_only_before_calls(format_of, name, stop):
 def test_calls_without_a_marker_begin_a_line(format_of, grammars, tokenizer, name):
     format = format_of(name, with_tokens=False)
     written = format.write(as_json(CALLS["one"]), KNOWN)
-    grammar = tools_grammar(TOOLS, "auto", single=False, format=format)
+    grammar = grammar_of(format, "auto", single=False)
     for before in ("", " ", "\n\t ", "Now:\n"):
         for pieces in divisions(before + written):
             assert read(format, pieces) == (before.strip(), as_json(CALLS["one"]), True)
@@ -375,7 +389,7 @@ def test_special_tokens_are_no_text(format_of, tokenizer):
 def test_llama_s_tag_begins_calls_anywhere(format_of, grammars, tokenizer):
     format = format_of("llama3_json")
     text = "Look: <|python_tag|>" + format.write(as_json(CALLS["several"]), KNOWN)
-    assert accepts(grammars, tokenizer, tools_grammar(TOOLS, "auto", single=False, format=format), text)
+    assert accepts(grammars, tokenizer, grammar_of(format, "auto", single=False), text)
     for pieces in divisions(marked(format, text)):
         assert read(format, pieces) == ("Look:", as_json(CALLS["several"]), True)
 
@@ -386,17 +400,15 @@ def test_pythonic_takes_python_s_words(format_of, grammars, tokenizer):
     calls = as_json([("write", {"path": "a", "force": False}), ("place-it", {"level": None})])
     assert text == format.write(calls, KNOWN)
     for said in (text, text.replace("False", "false").replace("None", "null")):
-        assert accepts(grammars, tokenizer, tools_grammar(TOOLS, "auto", single=False, format=format), said)
+        assert accepts(grammars, tokenizer, grammar_of(format, "auto", single=False), said)
         assert read(format, list(said))[1] == calls
 
 
 def test_mistral_may_write_ids(format_of, grammars, tokenizer):
     format = format_of("mistral")
     text = '[TOOL_CALLS] [{"name": "now", "arguments": {}, "id": "a1B2c3D4e"}, {"name": "now", "arguments": {}}]'
-    assert accepts(grammars, tokenizer, tools_grammar(TOOLS, "auto", single=False, format=format), text)
-    assert not accepts(
-        grammars, tokenizer, tools_grammar(TOOLS, "auto", single=False, format=format), text.replace("a1B2c3D4e", "x")
-    )
+    assert accepts(grammars, tokenizer, grammar_of(format, "auto", single=False), text)
+    assert not accepts(grammars, tokenizer, grammar_of(format, "auto", single=False), text.replace("a1B2c3D4e", "x"))
     assert read(format, [marked(format, text)]) == ("", [("now", "{}")] * 2, True)
     assert format.template_id("call_0123456789") == format.template_id("call_0123456789") != format.template_id("b")
     assert len(format.template_id("call_0123456789")) == 9
@@ -405,7 +417,7 @@ def test_mistral_may_write_ids(format_of, grammars, tokenizer):
 
 def test_qwen3_coder_quotes_text_only_where_a_strict_tool_constrains_it(format_of, grammars, tokenizer):
     format = format_of("qwen3_coder")
-    grammar = tools_grammar(TOOLS, "required", single=True, format=format)
+    grammar = grammar_of(format, "required", single=True)
 
     def call(name, parameters):
         tags = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in parameters.items())
@@ -460,7 +472,7 @@ def test_a_tag_that_is_a_shown_token_is_this_token_in_answers(tmp_path):
     format, calls = tokenizer.tool_format, as_json(CALLS["several"])
     ids = tokenizer.encode_continuation(f"So: {format.write(calls)}")
     grammars = Grammars(tmp_path / "tokenizer.json", 6144, tokenizer.eos_token_ids)
-    matcher = grammars.matcher(Grammar("lark", tools_grammar(TOOLS, "auto", single=False, format=format)))
+    matcher = grammars.matcher(Grammar("lark", grammar_of(format, "auto", single=False)))
     matcher.accept([*ids, tokenizer.end_of_answer])
     text = AnswerText(StreamDetokenizer(tokenizer, (), format.shown), (), (), (format, TOOLS))
     delta = text.push(AnswerDelta(0, ids))
@@ -473,9 +485,10 @@ def test_a_tag_that_is_a_shown_token_is_this_token_in_answers(tmp_path):
     [("hermes", "x", "    "), ("pythonic", "\n[write(mode=", "1234"), ("qwen3_coder", QWEN_MODE, "1234")],
 )
 def test_a_reader_of_endless_pieces_does_not_look_at_all_of_them_again(format_of, name, begun, piece):
-    """With time in the square of the pieces, this test runs into its time limit."""
+    """With time in the square of the text, this test runs into its time limit."""
+    piece, count = piece * 128, 100_000
     reader = ToolCallReader(StopStrings([]), format_of(name), TOOLS)
-    shown = [reader.push(begun)[0]] + [reader.push(piece)[0] for _ in range(600_000)]
+    shown = [reader.push(begun)[0]] + [reader.push(piece)[0] for _ in range(count)]
     assert "".join(shown).strip() == begun.strip() * (name == "hermes")
     if name == "hermes":
-        assert reader.finish() == piece * 600_000
+        assert reader.finish() == piece * count

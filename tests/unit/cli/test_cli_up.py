@@ -570,7 +570,12 @@ def test_vllm_is_refused_where_it_is_not_installed_before_the_pair_is_looked_for
         ("decoder", ["--engine", "vllm"], "the engine vllm cannot run the decoder"),
         ("decoder", ["--engine", "vllm", "--decode-engine", "overfill"], None),
         ("full", ["--decode-engine", "vllm"], None),
-        ("full", ["--engine-args", '{"enforce_eager": true}'], "engine_args: are for vllm"),
+        ("full", ["--engine-args", '{"enforce_eager": true}'], "--engine-args: are for vllm"),
+        (
+            "full",
+            ["--tensor-parallel-size", "2"],
+            "--tensor-parallel-size: 2 ranks need vllm, but the engine overfill runs",
+        ),
     ],
 )
 def test_a_half_that_its_stages_engine_cannot_run_is_refused(
@@ -588,7 +593,7 @@ def test_a_half_that_its_stages_engine_cannot_run_is_refused(
     pair = fresh()
     edit(pair / "pair.json", lambda manifest: manifest[half].update(engines=["overfill"]))
     arguments = ["up", "--no-ray", "--device", "cpu", "--pair", str(pair), "--grpc", "0", "--http", "off", *flags]
-    assert main(arguments) == (1 if refusal else 0)
+    assert main(arguments) == (0 if refusal is None else 2 if refusal.startswith("--") else 1)
     assert (refusal or "") in capsys.readouterr().err
     assert bool(started) == (refusal is None)
 

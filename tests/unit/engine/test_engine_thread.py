@@ -36,6 +36,24 @@ def test_only_freed_capacity_is_reported_at_once(core):
     assert told == [False, True]
 
 
+def test_steps_in_a_row_look_at_the_load_rarely_and_the_last_one_always(core, monkeypatch):
+    monkeypatch.setattr(thread, "_LOAD_GAP", 3600.0)
+    looks, left = [], [1, 2, 3, 4]
+
+    def load():
+        looks.append(len(left))
+        return EngineLoad(2, 8, 1, 0)
+
+    core.load = load
+    core.step = lambda: left.pop() > 1
+    engine = EngineThread(core, "e", 1)
+    engine.start()
+    engine.send("work")
+    assert core.checked.acquire(timeout=10)
+    engine.stop()
+    assert looks[:3] == [4, 4, 0], "at first, after the message, and after the step that ends the work"
+
+
 def test_a_lost_block_ends_the_engine(core):
     engine = EngineThread(core, "e", 1)
     core.fault = AssertionError("block 3 is lost")

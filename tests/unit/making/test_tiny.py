@@ -77,5 +77,6 @@ def test_the_answers_of_tiny_tiers_differ_and_depend_on_every_block(tiny_tiers: 
         assert sum(v.kind == "error" for v in verdicts) >= 0.95 * len(verdicts)
         for start in range(0, PROMPT_TOKENS, BLOCK):
             damaged = [[*p[:start], *[2] * BLOCK, *p[start + BLOCK :]] for p in prompts]
-            changed = [reference.generate(d, 24) != a for d, a in zip(damaged, own, strict=True)]
+            # A greedy answer changes where a token of the old one is not the greedy one after those before it.
+            changed = [any(v.kind == "error" for v in reference.score(d, a)) for d, a in zip(damaged, own, strict=True)]
             assert sum(changed) >= 0.9 * len(changed)

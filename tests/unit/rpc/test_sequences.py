@@ -422,10 +422,15 @@ async def test_a_stream_that_cannot_be_written_ends(ends: Ends, monkeypatch: pyt
     assert isinstance(await sequence.end(), Unavailable)
 
 
-async def test_unread_tokens_merge_into_one_update() -> None:
+@pytest.mark.parametrize("alone", [0, 1, 2])
+async def test_unread_tokens_merge_into_one_update(alone: int) -> None:
+    """Tokens that are put alone, and in an update, follow each other in the same way."""
     outgoing = OutgoingUpdates()
     for index in range(1000):
-        outgoing.put(3, tokens(index, index))
+        if index % 2 < alone:
+            outgoing.put_token(3, index, index)
+        else:
+            outgoing.put(3, tokens(index, index))
     outgoing.put(3, done())
     first, last = outgoing.take().updates
     assert list(first.tokens.ids) == list(range(1000))
@@ -473,7 +478,25 @@ async def test_tokens_with_a_gap_or_of_another_form_do_not_merge() -> None:
     outgoing.put(1, tokens(0, 5))
     outgoing.put(1, tokens(2, 6))
     outgoing.put(1, Update(tokens=decode_pb2.Tokens(first_index=3, ids=[7], logprobs=[entry])))
-    assert [list(update.tokens.ids) for update in outgoing.take().updates] == [[5], [6], [7]]
+    outgoing.put_token(1, 4, 8)
+    outgoing.put_token(1, 6, 9)
+    outgoing.put(1, Update(need_prefill=decode_pb2.NeedPrefill()))
+    outgoing.put_token(1, 7, 10)
+    assert [list(update.tokens.ids) for update in outgoing.take().updates] == [[5], [6], [7], [8], [9], [], [10]]
+
+
+async def test_a_dropped_sequence_leaves_nothing_in_any_message_and_its_number_is_free() -> None:
+    outgoing = OutgoingUpdates()
+    for index in range(20_000):  # more than a message takes
+        outgoing.put_token(1, index, 5)
+        outgoing.put_token(2, index, 6)
+    outgoing.drop(1)
+    outgoing.put_token(1, 0, 7)
+    sent = {1: [], 2: []}  # type: dict[int, list[int]]
+    while (message := outgoing.take()).updates:
+        for update in message.updates:
+            sent[update.sequence] += update.tokens.ids
+    assert sent == {1: [7], 2: [6] * 20_000}
 
 
 async def test_tokens_merge_without_the_loss_of_what_they_say_of_the_handoff() -> None:

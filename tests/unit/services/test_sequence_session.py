@@ -11,6 +11,7 @@ from overfill.engine.decode import DecodeEngine
 from overfill.engine.sequence import (
     DecodeSequence,
     DecodeState,
+    FinishReason,
     Preempted,
     Release,
     Reserve,
@@ -18,11 +19,13 @@ from overfill.engine.sequence import (
     SequenceFailed,
     Start,
     StopRule,
+    TokenSampled,
     Yielded,
 )
 from overfill.errors import InternalError, StepFailed, TransferFailed, Unavailable
 from overfill.kv.blocks import BlockPool
 from overfill.kv.receiver import PullStats
+from overfill.model.steps import SampledToken
 from overfill.request.params import SamplingParams
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2
@@ -76,6 +79,9 @@ class SessionHarness:
             start=decode_pb2.StartDecode(emitted_token_ids=[7]),
             commands=asyncio.Queue(),
             put=self.told.append,
+            put_token=lambda index, token: self.told.append(
+                decode_pb2.SequenceUpdate(tokens=decode_pb2.Tokens(first_index=index, ids=[token]))
+            ),
             time_left=lambda: None,
         )
         self.session = SequenceSession(served, sequence, self)
@@ -85,7 +91,7 @@ class SessionHarness:
 
     def take(self, events):
         for event in events:
-            self.session.inbox.put_nowait(event)
+            self.session.take(event)
 
     def send(self, message):
         self.sent.append(message)
@@ -379,3 +385,60 @@ async def test_scores_of_both_models_come_with_the_decoder_s_first_token(stop):
     assert told.prefill_queue_ns == 3
     assert harness.kinds[-1] == "done"
     await task
+
+
+def sampled(index, finish=None, **scores):
+    return TokenSampled("s", index, SampledToken(40 + index, **scores), finish, 1)
+
+
+async def test_a_token_reaches_the_router_without_a_turn_of_the_loop(harness):
+    before = len(harness.told)
+    for index in (1, 2):
+        harness.session.take(sampled(index))
+    harness.session.take(sampled(3, logprob=-1.0, top=[]))
+    harness.session.take(sampled(4, FinishReason.LENGTH))
+    told = [update.tokens for update in harness.told[before:]]
+    assert [(one.first_index, list(one.ids), len(one.logprobs)) for one in told] == [
+        (1, [41], 0), (2, [42], 0), (3, [43], 1), (4, [44], 0)
+    ]  # fmt: skip
+    await harness.task
+    assert (harness.kinds[-1], harness.told[-1].done.usage.completion_tokens) == ("done", 5)
+    harness.session.take(sampled(5))
+    assert harness.kinds[-1] == "done", "nothing follows the end"
+
+
+@pytest.mark.parametrize(
+    ("item", "error"),
+    [
+        (decode_pb2.Evict(reason="moved"), Unavailable),
+        (SequenceFailed("s", RuntimeError("a bug")), InternalError),
+        (Unavailable("the worker shuts down"), Unavailable),
+        (FinishReason.STOP, None),
+    ],
+)
+async def test_a_token_never_overtakes_what_came_before_it(harness, item, error):
+    harness.session.inbox.put_nowait(item)
+    harness.session.take(sampled(1))
+    await asyncio.wait([harness.task])
+    assert type(harness.task.exception()) is (error or type(None))
+    assert "tokens" not in harness.kinds
+
+
+async def test_a_token_waits_while_the_session_handles_an_event(harness):
+    pull = await harness.assign()
+    pull.on_in_place()
+    await settle()
+    harness.session.inbox.put_nowait(Reserved("s", [1], 0))  # waits for the prefill worker's last word
+    await settle()
+    harness.session.take(sampled(1))
+    assert harness.kinds == ["reserved"]
+    pull.end()
+    await settle()
+    assert harness.kinds == ["reserved", "need_prefill", "tokens"]
+
+
+async def test_a_token_that_cannot_be_told_fails_its_own_sequence(harness):
+    harness.session._served.put_token = lambda *token: 1 / 0
+    harness.session.take(sampled(1))
+    with pytest.raises(ZeroDivisionError):
+        await harness.task

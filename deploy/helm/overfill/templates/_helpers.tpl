@@ -12,6 +12,16 @@
 {{ dict "router" 7600 "prefill" 7601 "decode" 7602 "colocated" 7603 | toJson }}
 {{- end }}
 
+{{/* Port of a prefill worker's first rank; the others have the next ones. */}}
+{{- define "overfill.dataPort" -}}
+7610
+{{- end }}
+
+{{/* Number of ranks of a pool's workers. Argument: the pool's values. */}}
+{{- define "overfill.ranks" -}}
+{{ index .settings "tensor-parallel-size" | default 1 | int }}
+{{- end }}
+
 {{/* Components that have pods, as a JSON list. */}}
 {{- define "overfill.components" -}}
 {{- $components := list -}}

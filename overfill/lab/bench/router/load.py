@@ -7,6 +7,7 @@ parent starts a ``Load`` in all processes of a ``LoadProcesses``, and reads thei
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import re
 import selectors
@@ -46,7 +47,8 @@ class Load:
 
     Attributes:
         address: ``host:port`` of the server.
-        request: A whole HTTP request, or a serialized ``GenerateRequest``.
+        requests: Whole HTTP requests, or serialized ``GenerateRequest``s, of which each client process sends one after
+            another in turn.
         tokens: Tokens of a complete answer.
         streams: Number of requests that run at any time. The next one starts when one ends.
         rate: Requests per second, sent at fixed times instead. None means ``streams``.
@@ -55,7 +57,7 @@ class Load:
 
     protocol: Protocol
     address: str
-    request: bytes
+    requests: tuple[bytes, ...]
     tokens: int
     streams: int = 0
     rate: float | None = None
@@ -163,6 +165,7 @@ class _Client:
 
     def __init__(self, load: Load, pipe: Connection) -> None:
         self.load = load
+        self.requests = itertools.cycle(load.requests)
         self.counts = Received()
         self.selector = selectors.DefaultSelector()
         self.selector.register(pipe, selectors.EVENT_READ, self._obey)
@@ -259,7 +262,7 @@ class _HttpConnection:
 
     def begin(self) -> None:
         self._sent, self._tokens, self._rest, self._tail = time.perf_counter(), 0, b"", b""
-        self._socket.sendall(self._client.load.request)
+        self._socket.sendall(next(self._client.requests))
 
     def _read(self) -> None:
         data = self._socket.recv(1 << 18)
@@ -303,11 +306,9 @@ class _GrpcConnection:
         self._received = b""
         self._unacknowledged = 0
         self._send_window = 65_535
-        self._waiting: deque[bytes] = deque()
+        self._waiting: deque[tuple[int, bytes]] = deque()  # bytes of the message, and the frames of the request
         self._streams: dict[int, list[Any]] = {}  # id -> [time of the request or last event, tokens, rest of a message]
         self._next_id = 1
-        message = client.load.request
-        self._message = b"\0" + struct.pack(">I", len(message)) + message
         authority = client.load.address.encode()
         # HPACK without compression: indexed fields, then literals that are not indexed.
         self._head = b"".join(
@@ -330,15 +331,17 @@ class _GrpcConnection:
         stream = self._next_id
         self._next_id += 2
         self._streams[stream] = [time.perf_counter(), 0, b""]
-        self._waiting.append(
-            _frame(_HEADERS, _END_HEADERS, stream, self._head) + _frame(_DATA, _END_STREAM, stream, self._message)
-        )
+        message = next(self._client.requests)
+        message = b"\0" + struct.pack(">I", len(message)) + message
+        head = _frame(_HEADERS, _END_HEADERS, stream, self._head)
+        self._waiting.append((len(message), head + _frame(_DATA, _END_STREAM, stream, message)))
         self._send()
 
     def _send(self) -> None:
-        while self._waiting and self._send_window >= len(self._message):
-            self._send_window -= len(self._message)
-            self._socket.sendall(self._waiting.popleft())
+        while self._waiting and self._send_window >= self._waiting[0][0]:
+            size, frames = self._waiting.popleft()
+            self._send_window -= size
+            self._socket.sendall(frames)
 
     def _read(self) -> None:
         data = self._socket.recv(1 << 18)

@@ -64,7 +64,7 @@ class Server:
     def load(self, tokens: int, streams: int = 0, rate: float | None = None) -> Load:
         """A load of requests for ``tokens`` tokens."""
         request = make_request(self.protocol, self.model, tokens, self.api)
-        return Load(self.protocol, self.address, request, tokens, streams, rate, self.api)
+        return Load(self.protocol, self.address, (request,), tokens, streams, rate, self.api)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Windows:
     def measure(self, server: Server, tokens: int, streams: int) -> Window:
         """Keeps ``streams`` requests of ``tokens`` tokens running, and measures once all have their first token."""
         with self._running(server.load(tokens, streams)) as counts:
-            _wait_for_first_tokens(counts, streams)
+            wait_for_first_tokens(counts, streams)
             time.sleep(self._settle)
             before, workers, cpu, start = counts(), _cpu_of(server.others), cpu_seconds(server.pid), time.perf_counter()
             time.sleep(self._seconds)
@@ -134,17 +134,17 @@ class Windows:
     def ttft_at_once(self, server: Server, streams: int) -> list[float]:
         """Starts ``streams`` requests of two tokens at once. Returns the seconds to the first token of each."""
         with self._running(server.load(2, streams)) as counts:
-            return _wait_for_first_tokens(counts, streams)
+            return wait_for_first_tokens(counts, streams)
 
     def memory(self, server: Server, streams: int) -> float:
         """KiB per open stream that has its first token and waits for the next."""
         process, load = psutil.Process(server.pid), server.load(2, streams)
         with self._running(replace(load, streams=_WARM_STREAMS)) as counts:
-            _wait_for_first_tokens(counts, _WARM_STREAMS)
+            wait_for_first_tokens(counts, _WARM_STREAMS)
         time.sleep(2 * self._settle)
         before = process.memory_info().rss
         with self._running(load) as counts:
-            _wait_for_first_tokens(counts, streams)
+            wait_for_first_tokens(counts, streams)
             return (process.memory_info().rss - before) / streams / 1024
 
     @contextmanager
@@ -202,7 +202,7 @@ def _difference(after: Received, before: Received) -> Received:
     )
 
 
-def _wait_for_first_tokens(counts: Callable[[], Received], streams: int) -> list[float]:
+def wait_for_first_tokens(counts: Callable[[], Received], streams: int) -> list[float]:
     """Returns the seconds to the first token of each request that has begun, once ``streams`` have."""
     deadline, ttft = time.monotonic() + _START_SECONDS, list[float]()
     while True:

@@ -106,12 +106,15 @@ class StackEngine:
 class PlainEngine(JsonProcess):
     """One model in plain vLLM, in a process of its own. The constructor starts the process and loads the model.
 
+    Args:
+        whole: Count CPU time of all of vLLM's processes, not of the one that computes.
+
     Raises:
         PeerFailed: vLLM did not start.
     """
 
-    def __init__(self, name: str, model: Path, settings: VllmSettings, log: Path) -> None:
-        environment = child_environment(os.environ, settings.threads) | _PLAIN_ENVIRONMENT
+    def __init__(self, name: str, model: Path, settings: VllmSettings, log: Path, whole: bool = False) -> None:
+        environment = plain_environment(settings)
         super().__init__(name, [sys.executable, "-m", "overfill.lab.bench.vllm.plain"], environment, log)
         arguments = {
             "model": str(model),
@@ -126,7 +129,7 @@ class PlainEngine(JsonProcess):
             **settings.engine_args,
         }
         try:
-            self.ask("load", arguments=arguments)
+            self.ask("load", arguments=arguments, whole=whole)
         except BaseException:
             self.close()
             raise
@@ -142,6 +145,11 @@ class PlainEngine(JsonProcess):
         return found["times"], found["cpu"]
 
 
+def plain_environment(settings: VllmSettings) -> dict[str, str]:
+    """Environment of a process with plain vLLM."""
+    return child_environment(os.environ, settings.threads) | _PLAIN_ENVIRONMENT
+
+
 @contextmanager
 def two_stage_stack(pair: Pair, settings: VllmSettings, log: Log) -> Iterator[str]:
     """A stack of one prefill and one decode worker. Yields the router's address.
@@ -149,7 +157,7 @@ def two_stage_stack(pair: Pair, settings: VllmSettings, log: Log) -> Iterator[st
     Raises:
         StartFailed: a process exited.
     """
-    plan = _plan(pair.folder, settings, free_ports("127.0.0.1", 1)[0])
+    plan = stack_plan(pair.folder, settings, free_ports("127.0.0.1", 1)[0])
     with _running(plan, log):
         yield plan.addresses[0]
 
@@ -167,7 +175,7 @@ def both_stacks(
         StartFailed: a process exited.
     """
     ports = free_ports("127.0.0.1", 2)
-    ours, full = _plan(pair.folder, settings, ports[0]), _plan(identity, settings, ports[1])
+    ours, full = stack_plan(pair.folder, settings, ports[0]), stack_plan(identity, settings, ports[1])
     joins = ours.join_addresses + full.join_addresses
     prefill = [replace(w, config=w.config.model_copy(update={"routers": joins})) for w in ours.of_stage("prefill")]
     of_full = [
@@ -213,7 +221,8 @@ def _running(placed: PlacedStack, log: Log) -> Iterator[ProcessRunner]:
         stack.stop()
 
 
-def _plan(folder: Path, settings: VllmSettings, port: int) -> PlacedStack:
+def stack_plan(folder: Path, settings: VllmSettings, port: int) -> PlacedStack:
+    """A router on ``port``, a prefill and a decode worker, all on this machine and without prefix caches."""
     return place(
         describe(
             folder,

@@ -2,11 +2,12 @@
 
 It knows nothing of pairs, workers and handoffs. Each line on stdin is a request; each line on stdout is its answer::
 
-    {"op": "load", "arguments": {...}}                         -> {}
+    {"op": "load", "arguments": {...}, "whole"}                -> {}
     {"op": "decode", "prompts": [[...], ...], "max_tokens", "steps"} -> the fields of ``DecodeWindow``
     {"op": "answer", "prompt": [...], "max_tokens"}            -> {"times": [...], "cpu"}
 
-or ``{"error": ...}``. vLLM's own output goes to stderr. CPU seconds are those of the process that computes.
+or ``{"error": ...}``. vLLM's own output goes to stderr. CPU seconds are those of the process that computes, or, if
+``whole``, of this process and all that it has started.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class PlainVllm:
         self._ids = itertools.count()
         self._computing: list[int] = []
 
-    async def load(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    async def load(self, arguments: dict[str, Any], whole: bool) -> dict[str, Any]:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -43,7 +44,7 @@ class PlainVllm:
         started = psutil.Process().children(recursive=True)
         # On a CPU, vLLM computes in a worker process. The process of the scheduler spins while it waits for the worker.
         workers = [child for child in started if "Worker" in " ".join(child.cmdline())]
-        self._computing = [child.pid for child in workers or started]
+        self._computing = [os.getpid(), *(c.pid for c in started)] if whole else [c.pid for c in workers or started]
         return {}
 
     async def decode(self, prompts: list[list[int]], max_tokens: int, steps: int) -> dict[str, Any]:

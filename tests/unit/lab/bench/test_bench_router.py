@@ -46,7 +46,7 @@ def clients():
 class TestLoad:
     def test_every_token_of_every_answer_is_counted(self, clients, protocol):
         with bare_server(protocol, recording(protocol), SendingPace(step=0.001)) as (address, _):
-            load = Load(protocol, address, make_request(protocol, "m", 7), 7, streams=5)
+            load = Load(protocol, address, (make_request(protocol, "m", 7),), 7, streams=5)
             with clients.running(load) as counts:
                 found = wait_for(counts, lambda found: found.ended >= 200)
         assert found.failed == 0
@@ -57,7 +57,7 @@ class TestLoad:
 
     def test_an_answer_without_all_its_tokens_has_failed(self, clients, protocol):
         with bare_server(protocol, recording(protocol), SendingPace()) as (address, _):
-            load = Load(protocol, address, make_request(protocol, "m", 3), 4, streams=2)
+            load = Load(protocol, address, (make_request(protocol, "m", 3),), 4, streams=2)
             with clients.running(load) as counts:
                 assert wait_for(counts, lambda found: found.failed >= 10).ended == 0
 
@@ -78,7 +78,7 @@ def test_the_tokens_of_each_api_are_counted_once(clients, api, event, end):
     token, tail = (f"data: {data}\n\n".encode() for data in (event, end))
     answer = Recording((b"event: first\ndata: {}\n\n",), token, (tail,))
     with bare_server("http", answer, SendingPace(step=0.001)) as (address, _):
-        load = Load("http", address, make_request("http", "m", 3), 3, streams=2, api=api)
+        load = Load("http", address, (make_request("http", "m", 3),), 3, streams=2, api=api)
         with clients.running(load) as counts:
             found = wait_for(counts, lambda found: found.ended >= 20)
     assert found.failed == 0

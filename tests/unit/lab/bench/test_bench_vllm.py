@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import threading
+import time
 
 import pytest
 from click.testing import CliRunner
@@ -15,6 +17,8 @@ from overfill.lab.bench.vllm.figures import (
     decode_figures,
     prompt_figures,
 )
+from overfill.lab.bench.vllm.host import RowsRound, profile, rows_figures
+from overfill.lab.bench.vllm.step_clock import LINES, StepClock, StepTimes, new_file, read_times
 from overfill.lab.bench.vllm.window import DecodeWindow, decode_window
 from overfill.lab.commands import bench_vllm
 from overfill.pair.reference import JudgedAnswer, Verdict
@@ -138,7 +142,9 @@ def command(monkeypatch, tiny_pair):
 
         monkeypatch.setattr("overfill.lab.bench.vllm.measure.measure_vllm", measured)
         monkeypatch.setattr("overfill.process.extras.require", lambda *names: None)
-        arguments = [f"--pair={tiny_pair}", "--device=cpu", "--threads=1", *arguments]
+        if "--host" not in arguments:
+            arguments = [f"--pair={tiny_pair}", *arguments]
+        arguments = ["--device=cpu", "--threads=1", *arguments]
         return CliRunner().invoke(bench_vllm.vllm_command, arguments, standalone_mode=False)
 
     return run
@@ -184,7 +190,72 @@ def test_a_run_that_breaks_off_leaves_its_figures_and_the_reason(command, tmp_pa
     [
         (["--engine-args=[]"], "--engine-args []: expected a JSON object"),
         (["--kv-memory=lots"], "--kv-memory lots: "),
+        (["--host", "--prompts=64"], "--prompts does not go with --host"),
+        (["--host", "--pair=default"], "--pair does not go with --host"),
+        (["--host", "--engine-args=[]"], "--engine-args []: expected a JSON object"),
+        (["--profile"], "--profile needs --host"),
     ],
 )
 def test_a_wrong_value_names_its_option(command, arguments, message):
     assert message in str(command([], *arguments).exception)
+
+
+def step_times(steps, cpu, **lines):
+    return StepTimes(steps, cpu, cpu, dict.fromkeys(LINES, (0, 0.0)) | lines)
+
+
+def rows_round(thread=0.01, rate=100.0, cpu=0.02):
+    """A round of 100 steps with 64 rows; the peers take 10 ms per step, 100 tokens/s, and 20 ms of CPU per token."""
+    ours, sync = step_times(100, 100 * thread), step_times(100, 1.0)
+    return RowsRound(ours, 6400, 6400 / rate, 6400 * cpu, 32.0, sync, 0.011, 100.0, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("rows", "name", "good", "bad"),
+    [
+        (64, "thread", {"thread": 0.0114}, {"thread": 0.0116}),
+        (256, "rate", {"rate": 91}, {"rate": 89}),
+        (32, "cpu_worker", {"cpu": 0.0229}, {"cpu": 0.0231}),
+    ],
+)
+def test_the_host_s_aims_are_multiples_of_the_peers(rows, name, good, bad):
+    assert by_name(rows_figures(rows, [rows_round(**good)] * 2))[f"{name}_{rows}"].reached
+    assert not by_name(rows_figures(rows, [rows_round(**bad)] * 2))[f"{name}_{rows}"].reached
+    without_aim = by_name(rows_figures(32, [rows_round(thread=1.0, rate=1.0)]))
+    assert without_aim["thread_32"].reached
+    assert without_aim["thread_32"].value == pytest.approx(1e3)
+    assert without_aim["rate_32"].reached
+
+
+def test_a_profile_divides_the_thread_s_time_by_line():
+    ours = [step_times(10, 0.1, forward=(20, 0.06)), step_times(30, 0.3, forward=(60, 0.18))]
+    found = profile(ours, [step_times(1, 0.005, forward=(2, 0.001))])
+    assert found["forward"] == pytest.approx((6.0, 1.0))
+    assert found["all"] == pytest.approx((10.0, 5.0))
+    assert found["other"] == pytest.approx((4.0, 4.0))
+
+
+def test_the_clock_counts_a_line_without_the_lines_within_it(tmp_path):
+    file = new_file(tmp_path / "steps")
+    clock = StepClock(file)
+
+    def burn(seconds):
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    inner = clock.timed("forward", lambda: burn(0.02))
+    outer = clock.timed("runner", lambda: (burn(0.01), inner()))
+    step = clock.stepped(lambda computes: (outer(), computes))
+    inner()  # before a thread has stepped
+    before = read_times(file)
+    assert before.steps == before.lines["forward"][0] == 0
+    step(True)
+    step(False)
+    other = threading.Thread(target=outer)
+    other.start()
+    other.join()
+    found = read_times(file).since(before)
+    assert found.steps == 1
+    assert found.lines["forward"][0] == found.lines["runner"][0] == 2
+    assert found.lines["forward"][1] > found.lines["runner"][1] > 0.02

@@ -35,6 +35,7 @@ class Vllm:
         kv_bytes: int,
         dtype: str,
         context: int,
+        engine_args: dict[str, Any] | None = None,
     ) -> None:
         os.environ.update(
             VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -53,6 +54,7 @@ class Vllm:
             max_num_batched_tokens=max(max_num_batched_tokens, context),
             enable_prefix_caching=False,
             disable_log_stats=True,
+            **(engine_args or {}),
         ).llm_engine
         self._seen: dict[int, int] = {}
 
@@ -100,9 +102,11 @@ class Peer:
         return {}
 
     def begin(self, batch: int, prompt_tokens: int, steps: int) -> dict[str, Any]:
-        # More tokens than are measured, so that no sequence ends during the measurement.
-        self._add([prompt_tokens] * batch, steps + 8)
-        self._until(batch)
+        # More tokens than are measured, so that no sequence ends during the measurement, nor while others begin.
+        self._add([prompt_tokens] * batch, steps + batch + 8)
+        waiting = set(self._running)
+        while waiting:
+            waiting -= self._engine.step().keys()
         return {}
 
     def steps(self, count: int) -> dict[str, Any]:
