@@ -1,7 +1,11 @@
-"""Tests the network of a worker with ranks: who may call them, where they listen, and that they end with the worker."""
+"""Tests ranks in processes of their own: who may call them, where they listen, and how they end.
+
+The worker has no model, and neither have the ranks.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -16,11 +20,16 @@ import psutil
 import pytest
 import ranked_worker
 from listening import listening
+from rank_agents import rank_process, running_ranks
 
-from overfill.errors import PermissionDenied, TransferFailed, Unauthenticated, Unreachable
+from overfill.engine.vllm.ranks.link import RankLinks
+from overfill.engine.vllm.ranks.worker import WorkerRanks
+from overfill.errors import PermissionDenied, TransferFailed, Unauthenticated, Unavailable, Unreachable
+from overfill.kv.chunks import TransferSpec
+from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.kv.wire import pull_kv
 from overfill.rpc import certificates
-from overfill.rpc.access import Role
+from overfill.rpc.access import AccessPolicy, Role
 from overfill.rpc.addresses import split_address
 from overfill.rpc.calls import responses
 from overfill.rpc.channel import open_channel
@@ -40,6 +49,35 @@ def run(pair, *flags):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.mark.parametrize("end", [signal.SIGSTOP, signal.SIGKILL])
+async def test_a_rank_that_ends_or_freezes_during_a_pull_ends_it_in_bounded_time(end):
+    kv, lost, shares = KvSpec(2, 2, 4, "float32", RopeSpec()), [], [(0, 1), (1, 2)]
+    links = RankLinks(2, lambda rank, reason: lost.append(rank), silence=2.0)
+    ranks = [rank_process(links, rank, kv, heads) for rank, heads in enumerate(shares)]
+    try:
+        with running_ranks(kv, [(0, 2)]) as prefill:
+            decode = WorkerRanks(links, await asyncio.to_thread(links.wait, 60), kv)
+            sources = await prefill.kv.serve("127.0.0.1", 0, None, AccessPolicy(), None)
+            await decode.connect(1, None)
+            spec, moved = TransferSpec(bytes(16), 1, kv, (0, 1), (0, 8)), asyncio.Queue()
+            await prefill.kv.open(spec, [0, 1], 0)
+            pull = asyncio.create_task(
+                decode.puller.pull("p", spec, (0, 1), [0, 1], sources, None, lambda news: moved.put_nowait(news))
+            )
+            prefill.agents[0].mark_ready([(spec.transfer_id, 8)], 0, None)
+            await moved.get()
+            ranks[1].send_signal(end)
+            with pytest.raises(Unavailable, match="rank 1"):  # the other rank's pull has been cancelled and joined
+                await pull
+            assert lost == [1]
+            await prefill.kv.stop()
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+        links.close()
 
 
 @contextmanager
