@@ -136,7 +136,7 @@ class ListeningRanks(Protocol):
     async def serve(
         self, host: str, port: int, tls: ServerTls | None, access: AccessPolicy, max_rpcs: int | None
     ) -> Sequence[kv_pb2.DataAddress]:
-        """Has ranks listen on ``host`` for PullKv, each on ``port`` plus its number, and returns who serves which heads.
+        """Has ranks listen on ``host`` for PullKv, each on ``port`` plus its number, and returns their addresses.
 
         Of ranks that hold the same heads, one serves.
 
