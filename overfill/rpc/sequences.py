@@ -264,6 +264,9 @@ class OutgoingUpdates:
             else:
                 self._changed.clear()
                 await self._changed.wait()
+                # What this turn of the loop adds shares the message, such as the end behind a last token. A prefill RPC
+                # that it begins leaves first.
+                await asyncio.sleep(0)
 
     def _open_message(self) -> decode_pb2.WorkerMessage:
         """Returns the message that takes the next update: a new one once the last has as much as a message may."""
