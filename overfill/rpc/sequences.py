@@ -228,15 +228,15 @@ class OutgoingUpdates:
     def put_token(self, number: int, index: int, token: int) -> None:
         """Queues one token without log-probabilities, as ``put`` would."""
         message = self._open_message()
-        last = self._last.get(number)
-        if last is not None and _takes(last, index, False):
-            last.tokens.ids.append(token)
-        else:
-            self._last[number] = update = message.updates.add(sequence=number)
-            tokens = update.tokens
-            tokens.first_index = index
-            tokens.ids.append(token)
         self._size += 1
+        if (last := self._last.get(number)) is not None and _takes(last, index, False):
+            last.tokens.ids.append(token)
+            return
+        update = self._last[number] = message.updates.add()
+        update.sequence = number
+        tokens = update.tokens
+        tokens.first_index = index
+        tokens.ids.append(token)
 
     def drop(self, number: int) -> None:
         """Forgets the updates of a sequence that the router no longer wants."""

@@ -223,6 +223,21 @@ class SequenceSession:
         else:
             self.inbox.put_nowait(event)
 
+    def take_plain(self, index: int, token: int) -> bool:
+        """Takes a token of the engine that is neither the first nor the last, without log-probabilities.
+
+        Returns:
+            False if the session must ``take`` it instead. Most tokens take this way, which is the shortest.
+        """
+        if not (self._waiting and self.inbox.empty()) or self._untold or self._first_step_ns is None:
+            return False
+        self._emitted = index + 1
+        try:
+            self._served.put_token(index, token)
+        except Exception as error:  # a defect of one sequence must not keep the step's tokens from the others
+            self.inbox.put_nowait(error)
+        return True
+
     def take_first(self, tokens: decode_pb2.Tokens) -> None:
         """Takes the full model's token, as ``take`` takes those of the engine."""
         if self._is_next:
@@ -238,7 +253,7 @@ class SequenceSession:
     def _at_once(self, tell: Callable[[_Token], FinishReason | None], token: _Token) -> None:
         try:
             finish = tell(token)
-        except Exception as error:  # a defect of one sequence must not keep the step's events from the others
+        except Exception as error:  # as in ``take_plain``
             self.inbox.put_nowait(error)
             return
         if finish is not None:
