@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from overfill.engine.device import cpu_settings, is_out_of_memory, on_cpu
 from overfill.engine.protocol import EngineCore, ServedHalf
 from overfill.engine.thread import EngineThread
-from overfill.errors import OverfillError
+from overfill.errors import OverfillError, Unavailable
 from overfill.process import startup
 from overfill.process.cores import SharedCores
 from overfill.process.leaving import exit_now
@@ -247,6 +247,10 @@ async def serve_stages(
         startup.freeze()
         code = await host.run(f"{config.host}:{config.port}", on_ready)
     finally:
+        for stage in stages:
+            if stage.served.ranks is not None:
+                with suppress(Unavailable):  # a lost rank serves nothing more
+                    await stage.served.ranks.stop()
         engine.stop()
         if exporter is not None:
             exporter.close()
