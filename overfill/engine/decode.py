@@ -28,7 +28,7 @@ from overfill.engine.sequence import (
     Reserved,
     SequenceFailed,
     Start,
-    TokenSampled,
+    StepSampled,
     Yielded,
 )
 from overfill.engine.work import Runner, Work, new_scoring, score_error
@@ -315,22 +315,22 @@ class DecodeEngine:
                 self._fail(sequence, error)
             return [SequenceFailed(s.id, error) for s in sequences]
         events: list[DecodeEvent] = []
+        step = StepSampled(started)
         for row, (sequence, token) in enumerate(zip(sequences, sampled, strict=True)):
             if row in refused:
                 self._fail(sequence, refused[row])
                 events.append(SequenceFailed(sequence.id, refused[row]))
                 continue
-            sequence.computed = sequence.num_tokens
-            index = len(sequence.emitted)
-            emitted, finish = sequence.stop.judge(token.token_id, index)
-            if emitted:
-                sequence.emitted.append(token.token_id)
-            scores, sequence.scores = sequence.scores, None
-            if finish is not None:
+            if token.logprob is not None:
+                step.details[sequence.id] = token
+            if sequence.scores is not None:
+                step.scores[sequence.id], sequence.scores = sequence.scores, None
+            if step.take(sequence, token.token_id):
                 # No kernel touches the blocks any more. They are free before the router learns of the end.
                 self._free(sequence)
                 del self._sequences[sequence.id]
-            events.append(TokenSampled(sequence.id, index, token if emitted else None, finish, started, scores))
+        if step.ids:
+            events.append(step)
         self._count_step(started, len(sequences), len(sequences), replayed)
         return events
 

@@ -22,7 +22,7 @@ from overfill.engine.sequence import (
     Reserved,
     SequenceFailed,
     Start,
-    TokenSampled,
+    StepSampled,
     Yielded,
 )
 from overfill.errors import Overloaded
@@ -136,8 +136,9 @@ class OfflineRun:
                 self._engine.handle(Yielded(id))
             case PromptComputed(id=id, first=first):
                 self._start(self._prompts.pop(id), first)
-            case TokenSampled(id=id, token=token, finish=finish):
-                self._accept(self._requests[id], token, finish)
+            case StepSampled():
+                for one in event.by_sequence():
+                    self._accept(self._requests[one.id], one.token, one.finish)
             case SequenceFailed(id=id):
                 event.raise_for("prefill" if id in self._prompts else "decode")
             case _:

@@ -7,7 +7,7 @@ the sequence's blocks) and *scheduled* (part of the running step).
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias
 
@@ -99,6 +99,11 @@ class PrefillSequence:
     def emitted(self) -> Sequence[int]:
         """The answer so far: none, because a prompt is computed before it."""
         return ()
+
+    @property
+    def sampled_position(self) -> int:
+        """Position of the next sampled token."""
+        return len(self.prompt)
 
     @property
     def scores_all(self) -> bool:
@@ -276,6 +281,11 @@ class DecodeSequence:
         return len(self.prompt) + len(self.emitted)
 
     @property
+    def sampled_position(self) -> int:
+        """Position of the next sampled token."""
+        return self.num_tokens
+
+    @property
     def num_shared(self) -> int:
         """Number of leading prompt tokens whose KV is the full model's."""
         return len(self.prompt) if self.answer_start is None else self.answer_start
@@ -346,9 +356,9 @@ class Preempted:
     id: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenSampled:
-    """The step has sampled a token of the answer. ``token`` is None when a stop id ended the sequence.
+    """One sequence's part of ``StepSampled``. ``token`` is None when a stop id ended the sequence.
 
     ``scores``, with the first token, are those of the prompt's tokens if the sequence asks for them.
     """
@@ -361,4 +371,61 @@ class TokenSampled:
     scores: common_pb2.PromptLogprobs | None = None
 
 
-DecodeEvent = Reserved | Refused | Preempted | TokenSampled | SequenceFailed
+@dataclass(slots=True)
+class StepSampled:
+    """A step has sampled one token for each of these sequences.
+
+    There is one event per step, because the engine's thread has no time for an object per token.
+
+    Attributes:
+        ids: the sequences.
+        indices: index of each token in its answer.
+        token_ids: the tokens. One that ends its sequence for ``FinishReason.STOP`` is not emitted.
+        finishes: why sequences have ended, by id.
+        details: tokens with log-probabilities, by id.
+        scores: log-probabilities of prompts whose first token is among these, by id.
+    """
+
+    step_started_ns: int
+    ids: list[str] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finishes: dict[str, FinishReason] = field(default_factory=dict)
+    details: dict[str, SampledToken] = field(default_factory=dict)
+    scores: dict[str, common_pb2.PromptLogprobs] = field(default_factory=dict)
+
+    def take(self, sequence: DecodeSequence, token: int) -> bool:
+        """Adds the step's token to ``sequence``, all of whose known tokens are computed. Returns whether it ends."""
+        id, index = sequence.id, len(sequence.emitted)
+        sequence.computed = sequence.num_tokens
+        emitted, finish = sequence.stop.judge(token, index)
+        if emitted:
+            sequence.emitted.append(token)
+        self.ids.append(id)
+        self.indices.append(index)
+        self.token_ids.append(token)
+        if finish is None:
+            return False
+        self.finishes[id] = finish
+        return True
+
+    def by_sequence(self) -> Iterator[TokenSampled]:
+        """Each sequence's part."""
+        for id, index, token_id in zip(self.ids, self.indices, self.token_ids, strict=True):
+            finish = self.finishes.get(id)
+            token = None if finish is FinishReason.STOP else self.details.get(id) or SampledToken(token_id)
+            yield TokenSampled(id, index, token, finish, self.step_started_ns, self.scores.get(id))
+
+
+DecodeEvent = Reserved | Refused | Preempted | StepSampled | SequenceFailed
+SequenceEvent = Reserved | Refused | Preempted | TokenSampled | SequenceFailed
+"""What a decode engine tells of one sequence."""
+
+
+def by_sequence(events: Iterable[DecodeEvent]) -> Iterator[SequenceEvent]:
+    """The events of a decode engine, each of one sequence."""
+    for event in events:
+        if isinstance(event, StepSampled):
+            yield from event.by_sequence()
+        else:
+            yield event

@@ -69,6 +69,11 @@ def plain_greedy(sequence: Sampled) -> bool:
     return sampling.greedy and not changed and sampling.logprobs is None
 
 
+def always_plain(sequence: Sampled) -> bool:
+    """True if ``plain_greedy`` holds for each token of the answer."""
+    return sequence.processor is None and sequence.sampling.greedy and sequence.sampling.logprobs is None
+
+
 def new_scoring(sequence: Sampled, targets: Sequence[int]) -> Scoring | None:
     """What a step scores of a sequence; None if nothing."""
     count = sequence.sampling.prompt_logprobs

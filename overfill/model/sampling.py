@@ -62,31 +62,49 @@ def sample(
     Raises:
         ValueError: a row that is not greedy has no seed.
     """
-    drawn = [row for row, p in enumerate(params) if not p.greedy]
-    unseeded = [row for row in drawn if params[row].seed is None]
-    if unseeded:
-        raise ValueError(f"rows {unseeded} are sampled but have no seed")
-    chosen = _most_likely(logits) if len(drawn) < len(params) else logits.new_empty(len(params), dtype=torch.int64)
-    if drawn:
-        rows = _rows([not p.greedy for p in params], logits.device)
-        chosen[rows] = _draw(
-            logits[rows],
-            [params[row] for row in drawn],
-            [positions[row] for row in drawn],
-            [sample_indices[row] for row in drawn],
-        )
+    chosen = choose(logits, params, positions, sample_indices)
     tokens = chosen.tolist()
     failed = non_finite_errors(tokens)
     requested = {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None and row not in failed}
     result = [SampledToken(token) for token in tokens]
-    for row, scored in zip(requested, _logprobs(logits, chosen, requested), strict=True):
+    for row, scored in zip(requested, logprobs(logits, chosen, requested), strict=True):
         result[row] = scored
     return result, failed
 
 
+def choose(
+    logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int], sample_indices: Sequence[int]
+) -> Tensor:
+    """As ``sample``, without log-probabilities. Leaves the tokens on the device: -1 for broken rows. [N] int64"""
+    drawn = [row for row, p in enumerate(params) if not p.greedy]
+    unseeded = [row for row in drawn if params[row].seed is None]
+    if unseeded:
+        raise ValueError(f"rows {unseeded} are sampled but have no seed")
+    if not drawn:
+        return _most_likely(logits)
+    if len(drawn) == len(params):
+        return _draw(logits, params, positions, sample_indices)
+    chosen = logits.new_empty(len(params), dtype=torch.int64)
+    likely = _rows([p.greedy for p in params], logits.device)
+    chosen[likely] = _most_likely(logits[likely])
+    rows = _rows([not p.greedy for p in params], logits.device)
+    chosen[rows] = _draw(
+        logits[rows],
+        [params[row] for row in drawn],
+        [positions[row] for row in drawn],
+        [sample_indices[row] for row in drawn],
+    )
+    return chosen
+
+
 def non_finite_errors(tokens: Sequence[int]) -> dict[int, Exception]:
     """Row -> error for tokens of -1, which mark rows of logits that are not finite."""
-    return {row: InternalError("the logits are not finite") for row, token in enumerate(tokens) if token < 0}
+    return {row: non_finite() for row, token in enumerate(tokens) if token < 0}
+
+
+def non_finite() -> InternalError:
+    """The error of a row whose logits are not finite."""
+    return InternalError("the logits are not finite")
 
 
 def _most_likely(logits: Tensor) -> Tensor:
@@ -274,10 +292,11 @@ def _column(values: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)
 
 
-def _logprobs(logits: Tensor, chosen: Tensor, requested: dict[int, int]) -> list[SampledToken]:
+def logprobs(logits: Tensor, chosen: Tensor, requested: dict[int, int]) -> list[SampledToken]:
     """Adds log-probabilities to the tokens of the rows in ``requested``, in its order.
 
     Args:
+        chosen: the token of each row of ``logits``. [N] int64
         requested: row -> number of most likely tokens to list.
     """
     if not requested:

@@ -18,6 +18,7 @@ from overfill.engine.sequence import (
     PromptComputed,
     Release,
     SequenceFailed,
+    StepSampled,
 )
 from overfill.errors import DeadlineExceeded
 from overfill.kv.receiver import PullStats
@@ -71,7 +72,7 @@ class LocalPrefills:
     def on_events(self, events: Iterable[PrefillEvent | DecodeEvent]) -> None:
         """Passes engine events to their prompts. Call it on the event loop."""
         for event in events:
-            if queue := self.events.get(event.id):
+            if not isinstance(event, StepSampled) and (queue := self.events.get(event.id)):
                 queue.put_nowait(event)
 
     async def sequence(self, session: SequenceSession) -> PrefillSequence:

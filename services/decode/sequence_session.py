@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Protocol, assert_never
 
 from overfill.engine.sequence import (
-    DecodeEvent,
     DecodeSequence,
     FinishReason,
     Preempted,
@@ -21,6 +20,7 @@ from overfill.engine.sequence import (
     Release,
     Reserve,
     Reserved,
+    SequenceEvent,
     SequenceFailed,
     Start,
     TokenSampled,
@@ -60,7 +60,13 @@ class PullEnded:
 
 
 Item = (
-    DecodeEvent | FinishReason | decode_pb2.AssignPrefill | decode_pb2.Evict | decode_pb2.Tokens | PullEnded | Exception
+    SequenceEvent
+    | FinishReason
+    | decode_pb2.AssignPrefill
+    | decode_pb2.Evict
+    | decode_pb2.Tokens
+    | PullEnded
+    | Exception
 )
 """What may happen to a sequence. Tokens is the full model's token, and FinishReason the end after a token was told."""
 
@@ -204,7 +210,7 @@ class SequenceSession:
                 self._worker.send(Release(self.sequence.id))
                 self._log()
 
-    def take(self, event: DecodeEvent) -> None:
+    def take(self, event: SequenceEvent) -> None:
         """Takes an event of the engine. Call it on the event loop; it does not raise.
 
         A token is told to the router at once, because waking the session's task costs more than the token. When other

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from overfill.engine.protocol import ServedHalf
-from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule
+from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule, by_sequence
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
 from overfill.kv.peers import PeerPool, PrefillPeer
 from overfill.kv.puller import LocalPuller
@@ -88,7 +88,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
 
     def on_events(self, events: Sequence[DecodeEvent]) -> None:
         """Passes engine events to their sessions. Call it on the event loop."""
-        for event in events:
+        for event in by_sequence(events):
             if session := self._sessions.get(event.id):
                 session.take(event)
 

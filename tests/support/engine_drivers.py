@@ -17,7 +17,6 @@ from sampled_reference import Request, SampledReference
 from overfill.engine.protocol import LoadedEngine
 from overfill.engine.sequence import (
     ChunkComputed,
-    DecodeEvent,
     DecodeSequence,
     FinishReason,
     KvWritten,
@@ -32,12 +31,14 @@ from overfill.engine.sequence import (
     Release,
     Reserve,
     Reserved,
+    SequenceEvent,
     SequenceFailed,
     Start,
     StopRule,
     Submit,
     TokenSampled,
     Yielded,
+    by_sequence,
 )
 from overfill.kv.chunks import Chunk, TransferSpec, digest, is_damaged, new_chunk
 from overfill.kv.ranges import KvRange
@@ -112,7 +113,7 @@ class _Driver:
         self.core.check()
 
     def _emit(self, events: list[Any]) -> None:
-        for event in events:
+        for event in by_sequence(events):
             try:
                 self._take(event)
             except Exception as fault:  # raised inside a step, it would look like the engine's own error
@@ -307,7 +308,7 @@ class DecodeDriver(_Driver):
         self.write(decoding, self.reference.kv(decoding.request.prompt))
         self.start(decoding)
 
-    def _take(self, event: DecodeEvent) -> None:
+    def _take(self, event: SequenceEvent) -> None:
         decoding = self.sequences.get(event.id)
         if decoding is None or decoding.released:
             return
@@ -372,7 +373,7 @@ class LocalDecodeDriver(DecodeDriver):
                 self._drop_prompt(decoding)
         return super()._answer_events()
 
-    def _take(self, event: DecodeEvent | PrefillScheduled | PromptComputed) -> None:
+    def _take(self, event: SequenceEvent | PrefillScheduled | PromptComputed) -> None:
         match event:
             case PromptComputed(id=id, first=first):
                 decoding = self._prompts.pop(id)

@@ -49,7 +49,8 @@ FORMS: dict[str, tuple[str, ...]] = {
         "overfill.engine.sequence:PrefillSequence",
     ),
     "token": (
-        "overfill.model.steps:SampledToken", "overfill.engine.sequence:TokenSampled",
+        "overfill.model.steps:SampledToken", "overfill.engine.sequence:StepSampled",
+        "overfill.engine.sequence:TokenSampled",
         "overfill.engine.sequence:PromptComputed", "v1.Tokens",
         "v1.SequenceUpdate", "v1.WorkerMessage", "overfill.routing.answer:AnswerDelta", "v1.Delta",
         "v1.GenerateResponse",

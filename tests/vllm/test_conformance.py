@@ -73,7 +73,7 @@ class TestDecode(OnVllm, CountsLeaks, decode.DecodeConformance):
         driver.run()
         decode.assert_right(driver, replaying, *driver.answer(left_out.request))
 
-    @pytest.mark.parametrize("part", ["process", "sample"])
+    @pytest.mark.parametrize("part", ["process", "choose"])
     def test_sampling_that_fails_for_all_ends_the_step_s_sequences_and_not_the_engine(
         self, driver: Any, monkeypatch: pytest.MonkeyPatch, part: str
     ) -> None:

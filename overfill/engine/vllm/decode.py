@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from overfill.engine.sequence import (
@@ -28,13 +28,13 @@ from overfill.engine.sequence import (
     Reserved,
     SequenceFailed,
     Start,
-    TokenSampled,
+    StepSampled,
     Yielded,
 )
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.hashes import block_hasher
 from overfill.engine.vllm.internals import VllmCore
-from overfill.engine.work import Sampled
+from overfill.engine.work import Sampled, always_plain
 from overfill.errors import InternalError
 from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import DecodeMetrics
@@ -51,12 +51,12 @@ class _Plan:
 
     Attributes:
         num_tokens: tokens of each request in the step.
-        sampling: requests whose last known token is in the step, so that it samples the next one.
+        replaying: requests whose last known token is in a later step, so that this one samples nothing.
         preempted: whether vLLM has preempted a sequence for it.
     """
 
-    num_tokens: dict[str, int] = field(default_factory=dict)
-    sampling: list[str] = field(default_factory=list)
+    num_tokens: Mapping[str, int] = field(default_factory=dict)
+    replaying: set[str] = field(default_factory=set)
     preempted: bool = False
 
 
@@ -77,7 +77,9 @@ class VllmDecodeEngine(VllmEngine):
         self._emit = emit
         self._metrics = metrics
         self._sequences: dict[str, DecodeSequence] = {}  # in order of arrival, oldest first
-        self._asked: dict[str, DecodeSequence] = {}  # those among them that vLLM has given no blocks yet
+        self._receiving: dict[str, DecodeSequence] = {}  # those among them whose prompt's KV is not complete
+        self._asked: dict[str, DecodeSequence] = {}  # those among these that vLLM has given no blocks yet
+        self._preempted: set[str] = set()  # running ones without blocks
         self._spoilt: dict[str, Exception] = {}  # sequences of whose prompt the decoder has computed a part
         self._early: list[DecodeEvent] = []  # events of the step that need not wait for its end
         self._plan = _Plan()
@@ -87,9 +89,7 @@ class VllmDecodeEngine(VllmEngine):
     def load(self) -> EngineLoad:
         """A snapshot of the load; ``waiting`` counts sequences without blocks or without complete prompt KV."""
         self._recount()
-        running = sum(
-            s.state is DecodeState.RUNNING and not self._vllm.preempted(s.id) for s in self._sequences.values()
-        )
+        running = len(self._sequences) - len(self._receiving) - len(self._preempted)
         return EngineLoad(
             self._num_used,
             self._vllm.num_blocks,
@@ -98,7 +98,7 @@ class VllmDecodeEngine(VllmEngine):
             blocks_cached=min(self._cached, self._vllm.num_free),
             prefix_tokens_looked_up=self.tokens_looked_up,
             prefix_tokens_found=self.tokens_found,
-            blocks_reserved=sum(len(s.blocks) for s in self._sequences.values() if s.state is DecodeState.RECEIVING),
+            blocks_reserved=sum(len(s.blocks) for s in self._receiving.values()),
             blocks_leaked=self._leaked,
         )
 
@@ -118,16 +118,20 @@ class VllmDecodeEngine(VllmEngine):
 
     def step(self) -> bool:
         """Computes one token of every running sequence, or replays. Returns False when nothing runs."""
-        if not self._changed and all(s.state is not DecodeState.RUNNING for s in self._sequences.values()):
+        if not self._changed and len(self._receiving) == len(self._sequences):
             return False
         self._changed = False
         self._plan = _Plan()
         started = time.monotonic_ns()
         outputs, executed = self._step()
         events: list[DecodeEvent] = []
+        step = StepSampled(started)
         for output in outputs:
-            if (sequence := self._sequences.get(output.request_id)) and output.new_token_ids:
-                self._take(sequence, output.new_token_ids, started, events)
+            sequence, taken = self._sequences.get(output.request_id), output.new_token_ids
+            if sequence is not None and taken and (failed := self._take(sequence, taken[0], step)):
+                events.append(failed)
+        if step.ids:
+            events.append(step)
         for id in list(self._asked):  # too few blocks, or running sequences and replays filled the step
             self._end(id)
             events.append(self._refuse(id, "blocks", "vLLM's scheduler has no room for the sequence now"))
@@ -148,13 +152,14 @@ class VllmDecodeEngine(VllmEngine):
         if len(self._sequences) >= self._max_num_seqs:
             reason = f"{len(self._sequences)} sequences, this worker's maximum"
             return self._refuse(sequence.id, "sequences", reason)
-        if any(self._vllm.preempted(id) for id in self._sequences):
+        if self._preempted:
             return self._refuse(sequence.id, "preempted", "preempted sequences resume first")
         request = self._vllm.new_request(
             sequence.id,
             sequence.prompt + (sequence.emitted or [_PLACEHOLDER]),
             max(1, sequence.stop.max_tokens - max(1, len(sequence.emitted))),
             block_hasher(sequence.prompt_blocks, self._num_shared(sequence), self._vllm.block_size),
+            always_plain(sequence),
         )
         needed = self._blocks_for(sequence.num_tokens + 1)
         kept, free = self._num_growing(), self._vllm.num_free
@@ -162,7 +167,7 @@ class VllmDecodeEngine(VllmEngine):
             reason = f"{needed} KV blocks needed; {free} free, {kept} of them kept for running sequences"
             return self._refuse(sequence.id, "blocks", reason)
         sequence.state = DecodeState.RECEIVING
-        self._sequences[sequence.id] = self._asked[sequence.id] = sequence
+        self._sequences[sequence.id] = self._receiving[sequence.id] = self._asked[sequence.id] = sequence
         self._vllm.add(request)
         return None
 
@@ -195,6 +200,7 @@ class VllmDecodeEngine(VllmEngine):
             self._vllm.replace_token(sequence.id, len(sequence.prompt), first)
         sequence.computed = len(sequence.prompt)
         sequence.state = DecodeState.RUNNING
+        del self._receiving[sequence.id]
         self._vllm.received(sequence.id)
         return None
 
@@ -203,7 +209,9 @@ class VllmDecodeEngine(VllmEngine):
         if id in self._sequences:
             self._vllm.abort(id)
             del self._sequences[id]
+            self._receiving.pop(id, None)
             self._asked.pop(id, None)
+            self._preempted.discard(id)
             self._spoilt.pop(id, None)
 
     # What vLLM asks while it plans a step
@@ -217,25 +225,29 @@ class VllmDecodeEngine(VllmEngine):
         held = len(sequence.prompt) - num_loaded
         sequence.blocks = self._vllm.blocks(request_id)
         sequence.state = DecodeState.RECEIVING
+        self._receiving[request_id] = sequence
         self._asked.pop(request_id, None)
+        self._preempted.discard(request_id)
         self.tokens_looked_up += len(sequence.prompt)
         self.tokens_found += held
         self._early.append(Reserved(request_id, sequence.blocks, held))
 
     def scheduled(self, num_tokens: Mapping[str, int], preempted: Collection[str]) -> None:
         super().scheduled(num_tokens, preempted)
-        self._plan = plan = _Plan(dict(num_tokens), preempted=bool(preempted))
-        for _ in preempted:
+        self._plan = plan = _Plan(num_tokens, preempted=bool(preempted))
+        for id in preempted:
             self._metrics.preempted()
-        for id, count in num_tokens.items():
-            sequence, start = self._sequences[id], self._vllm.num_computed(id)
-            if start < len(sequence.prompt):
-                wrong = min(count, len(sequence.prompt) - start)
+            self._preempted.add(id)
+        for (id, count), start in zip(num_tokens.items(), self._vllm.num_computed(num_tokens), strict=True):
+            sequence = self._sequences[id]
+            prompt = len(sequence.prompt)
+            if start < prompt:
+                wrong = min(count, prompt - start)
                 self._metrics.prompt_tokens_computed(wrong)
                 log.error("the decoder computes %d tokens of a prompt, which are the full model's", wrong)
                 self._spoilt[id] = InternalError(f"the decoder computed {wrong} tokens of the prompt")
-            if start + count == self._vllm.num_tokens(id):
-                plan.sampling.append(id)
+            if start + count < prompt + len(sequence.emitted):
+                plan.replaying.add(id)
         early, self._early = self._early, []
         if early:
             self._emit(early)
@@ -246,35 +258,27 @@ class VllmDecodeEngine(VllmEngine):
         self._vllm.forget(self._vllm.blocks(request_id)[self._num_shared(sequence) :])
         return False
 
-    def _sampled(self) -> Mapping[str, tuple[Sampled, int]]:
-        return {id: (self._sequences[id], self._sequences[id].num_tokens) for id in self._plan.sampling}
+    def _sampled(self, id: str) -> Sampled | None:
+        return None if id in self._plan.replaying else self._sequences[id]
 
     # What a step has brought
 
-    def _take(self, sequence: DecodeSequence, taken: Sequence[int], started: int, events: list[DecodeEvent]) -> None:
-        """Takes the token that a step has sampled for a sequence; vLLM has put ``taken`` behind it."""
+    def _take(self, sequence: DecodeSequence, token: int, step: StepSampled) -> SequenceFailed | None:
+        """Takes the token that vLLM has put behind a sequence, unless it is void."""
         id = sequence.id
-        error = self._spoilt.get(id) or self._sampler.errors.pop(id, None)
-        token = self._sampler.tokens.pop(id, None)
-        if error is None and (token is None or [token.token_id] != list(taken)):
-            error = InternalError("vLLM took another token than was sampled")
-        if error is not None or token is None:
+        if error := self._spoilt.get(id) or self._sampler.error(id, token):
             sequence.failed = True
             if self._vllm.known(id):
                 self._vllm.discard(self._vllm.blocks(id))  # their KV may be the cause
             self._end(id)
-            events.append(SequenceFailed(id, error or InternalError("vLLM sampled no token")))
-            return
-        sequence.computed = sequence.num_tokens
-        index = len(sequence.emitted)
-        emitted, finish = sequence.stop.judge(token.token_id, index)
-        if emitted:
-            sequence.emitted.append(token.token_id)
-        if finish is not None:
+            return SequenceFailed(id, error)
+        if details := self._sampler.details.get(id):
+            step.details[id] = details
+        if step.take(sequence, token):
             self._end(id)
-        events.append(TokenSampled(id, index, token if emitted else None, finish, started))
+        return None
 
     def _count_step(self, started_ns: int) -> None:
         sequences, computed = self.step_shape
-        sampled = len(self._plan.sampling)
+        sampled = sequences - len(self._plan.replaying)
         self._metrics.step((time.monotonic_ns() - started_ns) / 1e9, sequences, sampled, computed - sampled)

@@ -18,7 +18,7 @@ from overfill.telemetry.metrics import EngineMetrics
 log = logging.getLogger(__name__)
 
 _RECOUNT = 10.0
-"""Seconds between counts of cached and leaked blocks while the engine is busy: a count looks at every block."""
+"""Seconds between counts of cached and leaked blocks while the engine is busy: a count looks at every block in use."""
 
 
 class VllmEngine:
@@ -57,7 +57,7 @@ class VllmEngine:
         ids = self._live()
         if extra := self._vllm.num_requests() - sum(map(self._vllm.known, ids)):
             raise AssertionError(f"vLLM holds {extra} requests that no sequence has")
-        if leaked := self._num_leaked():
+        if leaked := self._num_used - self._vllm.count_blocks(ids)[0]:
             raise AssertionError(f"{leaked} blocks are in use, and no sequence has them")
 
     def _live(self) -> list[str]:
@@ -70,8 +70,11 @@ class VllmEngine:
 
     def _step(self) -> tuple[list[Any], bool]:
         """Takes vLLM's step. Counts a failed one, which ends the engine's thread, and fails the sequences in it."""
+        self._sampler.clear()
         try:
-            return self._vllm.step()
+            taken = self._vllm.step()
+            self._sampler.finish()
+            return taken
         except Exception as error:
             self._metrics.step_failed()
             self._emit([SequenceFailed(id, error, ends_engine=True) for id in self._planned()])
@@ -81,14 +84,13 @@ class VllmEngine:
     def _num_used(self) -> int:
         return self._vllm.num_blocks - self._vllm.num_free
 
-    def _num_leaked(self) -> int:
-        return self._num_used - len({b for id in self._live() if self._vllm.known(id) for b in self._vllm.blocks(id)})
-
     def _recount(self) -> None:
         """Counts cached and leaked blocks again when the last count is too old."""
         now = time.monotonic()
         if now - self._counted > _RECOUNT:
-            self._cached, self._leaked, self._counted = self._vllm.num_cached(self._live()), self._num_leaked(), now
+            owned, self._cached = self._vllm.count_blocks(self._live())
+            self._leaked = self._num_used - owned
+            self._counted = now
 
     # Hooks, as in ``internals.Hooks``
 
@@ -116,15 +118,14 @@ class VllmEngine:
     def blocks_removed(self, hashes: Iterable[int]) -> None:
         pass
 
-    def sample(self, logits: torch.Tensor, request_ids: Sequence[str | None]) -> None:
-        sampled = self._sampled()
+    def sample(self, logits: torch.Tensor, request_ids: Sequence[str], rows: Sequence[int]) -> None:
         try:
-            self._sampler.sample(logits, request_ids, sampled)
+            self._sampler.sample(logits, request_ids, rows, self._sampled)
         except Exception as error:
             log.exception("sampling failed")
             self._metrics.step_failed()
-            self._sampler.errors |= dict.fromkeys(sampled, error)
+            self._sampler.errors |= dict.fromkeys(request_ids, error)
 
-    def _sampled(self) -> Mapping[str, tuple[Sampled, int]]:
-        """The sequences that get a token in this step, by id, and the position of the token."""
+    def _sampled(self, id: str) -> Sampled | None:
+        """The sequence ``id`` if it gets a token in this step."""
         raise NotImplementedError

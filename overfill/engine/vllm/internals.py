@@ -90,8 +90,13 @@ class Hooks(Protocol):
         """A request ends. Returns whether its blocks stay until ``VllmCore.sent``; else they are free afterwards."""
         ...
 
-    def sample(self, logits: torch.Tensor, request_ids: Sequence[str | None]) -> None:
-        """Changes each request's row of ``logits`` so that its greatest element is the token to take."""
+    def sample(self, logits: torch.Tensor, request_ids: Sequence[str], rows: Sequence[int]) -> None:
+        """Changes ``rows`` of the logits so that their greatest elements are the tokens to take.
+
+        Args:
+            request_ids: the request of each row.
+            rows: ascending rows of the requests that are not ``plain``.
+        """
         ...
 
     def blocks_stored(self, hashes: Iterable[int]) -> None: ...
@@ -179,18 +184,21 @@ class VllmCore:
 
     # Requests ---------------------------------------------------------------------------------------------------
 
-    def new_request(self, id: str, tokens: list[int], max_tokens: int, hasher: Callable[[Any], list[bytes]]) -> Request:
+    def new_request(
+        self, id: str, tokens: list[int], max_tokens: int, hasher: Callable[[Any], list[bytes]], plain: bool
+    ) -> Request:
         """A request that samples ``max_tokens`` tokens after ``tokens``; no token ends it earlier.
 
         Args:
             hasher: returns the hashes of the request's full blocks that have none yet.
+            plain: whether each of its tokens is the most likely one, which vLLM finds by itself.
         """
         sampling = SamplingParams(
             temperature=0,
             max_tokens=max_tokens,
             ignore_eos=True,
             detokenize=False,
-            extra_args={REQUEST_ID: id},
+            extra_args={REQUEST_ID: id, PLAIN: plain},
         )
         return Request(
             request_id=id,
@@ -235,18 +243,10 @@ class VllmCore:
     def num_requests(self) -> int:
         return len(self._scheduler.requests)
 
-    def preempted(self, id: str) -> bool:
-        """Whether vLLM took the request's blocks back and has not given it others."""
-        request = self._scheduler.requests.get(id)
-        return request is not None and request.status == RequestStatus.PREEMPTED and not request.num_computed_tokens
-
-    def num_computed(self, id: str) -> int:
-        """Tokens of a request whose KV its blocks hold, before the planned step."""
-        return int(self._scheduler.requests[id].num_computed_tokens)
-
-    def num_tokens(self, id: str) -> int:
-        """Known tokens of a request."""
-        return int(self._scheduler.requests[id].num_tokens)
+    def num_computed(self, ids: Iterable[str]) -> list[int]:
+        """For each request, the tokens whose KV its blocks hold, before the planned step."""
+        requests = self._scheduler.requests
+        return [requests[id].num_computed_tokens for id in ids]
 
     # Blocks -----------------------------------------------------------------------------------------------------
 
@@ -280,11 +280,13 @@ class VllmCore:
         for cache in hub.caches.values():
             cache[alone] = 0
 
-    def num_cached(self, ids: Iterable[str]) -> int:
-        """Blocks that hold a cached prefix and are in no live request; ``ids`` are all live ones."""
-        in_use = {block for id in ids if self.known(id) for block in self.blocks(id)}
-        cached = {block.block_id for block in self._pool.blocks if block.block_hash is not None}
-        return len(cached - in_use)
+    def count_blocks(self, ids: Iterable[str]) -> tuple[int, int]:
+        """Blocks of the live requests, which are ``ids``; and other blocks that hold a cached prefix."""
+        requests = self._scheduler.requests
+        held = (self._manager.get_blocks(id).blocks[0] for id in ids if id in requests)
+        owned = {block.block_id: block for blocks in held for block in blocks}
+        cached = len(self._pool.cached_block_hash_to_block)  # of equal blocks, it counts one
+        return len(owned), max(0, cached - sum(block.block_hash is not None for block in owned.values()))
 
     # Steps ------------------------------------------------------------------------------------------------------
 
@@ -307,3 +309,5 @@ CONNECTOR = "OverfillConnector"
 """Class in ``connector.py``."""
 REQUEST_ID = "overfill_request"
 """Name under which a request's sampling parameters carry its id to the logits processor."""
+PLAIN = "overfill_plain"
+"""As ``REQUEST_ID``, for whether vLLM chooses the request's tokens by itself."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -33,9 +33,9 @@ from overfill.engine.sequence import (
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.hashes import block_hasher
 from overfill.engine.vllm.internals import Request, VllmCore
-from overfill.engine.work import Sampled
-from overfill.errors import InternalError
+from overfill.engine.work import Sampled, always_plain
 from overfill.kv.journal import KeyJournal
+from overfill.model.steps import SampledToken
 from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import PrefillMetrics
 
@@ -142,7 +142,7 @@ class VllmPrefillEngine(VllmEngine):
             events.append(ChunkComputed(chunk.sequence.id, chunk.start, chunk.end))
         for output in outputs:
             if (sequence := self._running.get(output.request_id)) and output.new_token_ids:
-                events.append(self._finish(sequence, output.new_token_ids, now))
+                events.append(self._finish(sequence, output.new_token_ids[0], now))
         if executed:
             self._metrics.step(time.monotonic() - started, *self.step_shape)
         if events:
@@ -165,7 +165,8 @@ class VllmPrefillEngine(VllmEngine):
             if request is None or request.request_id != sequence.id:
                 size = self._vllm.block_size
                 hasher = block_hasher(sequence.prompt_blocks, len(sequence.prompt) // size, size)
-                request = self._next = self._vllm.new_request(sequence.id, sequence.prompt, 1, hasher)
+                plain = always_plain(sequence) or not sequence.sample_first_token
+                request = self._next = self._vllm.new_request(sequence.id, sequence.prompt, 1, hasher, plain)
             needed = self._blocks_for(sequence) - self._vllm.num_shared(request)
             if needed > self._vllm.num_free - self._num_promised():
                 break
@@ -200,7 +201,7 @@ class VllmPrefillEngine(VllmEngine):
         super().scheduled(num_tokens, preempted)
         events: list[PrefillEvent] = []
         now = time.monotonic_ns()
-        starts = {id: self._vllm.num_computed(id) for id in num_tokens}
+        starts = dict(zip(num_tokens, self._vllm.num_computed(num_tokens), strict=True))
         blocks = {id: self._vllm.blocks(id) for id in num_tokens}
         size = self._vllm.block_size
         # vLLM lets a prompt share blocks that another one computes in this very step.
@@ -249,9 +250,9 @@ class VllmPrefillEngine(VllmEngine):
         for key in hashes:
             self._journal.remove(key)
 
-    def _sampled(self) -> Mapping[str, tuple[Sampled, int]]:
-        finishing = [c.sequence for c in self._chunks if c.end == len(c.sequence.prompt)]
-        return {s.id: (s, len(s.prompt)) for s in finishing if s.sample_first_token}
+    def _sampled(self, id: str) -> Sampled | None:
+        finishing = (c.sequence for c in self._chunks if c.end == len(c.sequence.prompt))
+        return next((s for s in finishing if s.id == id), None)
 
     def _unreported(self, chunk: _Chunk) -> list[PrefillEvent]:
         """Layers of a chunk for which vLLM did not call: their KV is there too, since the step is over."""
@@ -263,14 +264,12 @@ class VllmPrefillEngine(VllmEngine):
         event = record_event(self._device)
         return [KvWritten(chunk.sequence.id, layer, chunk.end, event) for layer in range(self._vllm.num_layers)]
 
-    def _finish(self, sequence: PrefillSequence, taken: Sequence[int], now: int) -> PrefillEvent:
+    def _finish(self, sequence: PrefillSequence, token: int, now: int) -> PrefillEvent:
         id = sequence.id
         del self._running[id]
         self._awaiting_release[id] = sequence
-        error, token = self._sampler.errors.pop(id, None), self._sampler.tokens.pop(id, None)
-        if error is None and sequence.sample_first_token and (token is None or [token.token_id] != list(taken)):
-            error = InternalError("vLLM took another first token than was sampled")
-        if error is not None:
+        if error := self._sampler.error(id, token):
             self._vllm.discard(sequence.blocks)  # their KV may be the cause
             return SequenceFailed(id, error)
-        return PromptComputed(id, token, now)
+        first = self._sampler.details.get(id) or SampledToken(token)
+        return PromptComputed(id, first if sequence.sample_first_token else None, now)

@@ -1,29 +1,40 @@
-"""vLLM's logits processor: lets OverFill's own sampling choose the token of every row.
+"""vLLM's logits processor: lets OverFill's own sampling choose the tokens of rows that need it.
 
-vLLM is asked for greedy sampling always. This processor sees the logits first, chooses by the request's parameters, and
-leaves the chosen token as the greatest element of its row. So both engines draw the same tokens from the same logits.
+vLLM is asked for greedy sampling always, so a row's token is the greatest element of its logits. Rows that want just
+that are left to vLLM. For the others this processor sees the logits first, chooses by the request's parameters, and
+makes the chosen token the greatest. So both engines draw the same tokens from the same logits.
+
+Nothing here waits for the device before vLLM does, unless a row wants log-probabilities or a grammar. Beside the
+logits, sampling needs a copy of the rows that vLLM cannot choose for, and what ``model.sampling`` says. That is less
+than the sampler needs that vLLM runs while it measures its memory, which sorts all rows and is never used afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirectionality
 
-from overfill.engine.vllm.internals import REQUEST_ID, hub
-from overfill.engine.work import Sampled, plain_greedy
+from overfill.engine.vllm.internals import PLAIN, REQUEST_ID, hub
+from overfill.engine.work import Sampled
+from overfill.errors import InternalError
 from overfill.model.processors import process, row_by_row
-from overfill.model.sampling import sample
+from overfill.model.sampling import choose, logprobs, non_finite
 from overfill.model.steps import SampledToken
+
+_CHECKED_COLUMNS = 32
+"""Columns of the logits in which each row is checked, spread over the vocabulary."""
 
 
 class OverfillSampler(LogitsProcessor):  # type: ignore[misc]
     """Keeps track of which request is in which row, and asks the engine to sample."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self._ids: dict[int, str] = {}  # row -> request
+        self._rows: dict[int, tuple[str, bool]] = {}  # row -> request, and whether vLLM chooses its token
+        self._ids: list[str] = []
+        self._chosen: list[int] = []
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -31,77 +42,115 @@ class OverfillSampler(LogitsProcessor):  # type: ignore[misc]
     def update_state(self, batch_update: Any) -> None:
         if batch_update is None:
             return
-        ids = self._ids
+        rows = self._rows
         for row in batch_update.removed:
-            ids.pop(row, None)
+            rows.pop(row, None)
         for row, params, _prompt, _output in batch_update.added:
-            ids[row] = (params.extra_args or {}).get(REQUEST_ID, "")
+            extra = params.extra_args or {}
+            rows[row] = extra.get(REQUEST_ID, ""), extra.get(PLAIN, True)
         for source, target, direction in batch_update.moved:
-            moved, replaced = ids.pop(source, None), ids.pop(target, None)
+            moved, replaced = rows.pop(source, None), rows.pop(target, None)
             if moved is not None:
-                ids[target] = moved
+                rows[target] = moved
             if replaced is not None and direction == MoveDirectionality.SWAP:
-                ids[source] = replaced
+                rows[source] = replaced
+        self._ids = [rows[row][0] if row in rows else "" for row in range(batch_update.batch_size)]
+        self._chosen = sorted(row for row, (_, plain) in rows.items() if not plain)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         if hub.hooks is not None:
-            hub.hooks.sample(logits, [self._ids.get(row) for row in range(len(logits))])
+            hub.hooks.sample(logits, self._ids, self._chosen)
         return logits
 
 
 class StepSampler:
-    """Samples the tokens of one step.
+    """Samples the tokens of one step. Tensor parallelism has one in each rank, and all choose the same tokens.
 
     Attributes:
-        tokens: request -> its token.
-        errors: request -> why it has none.
+        details: request -> its token with log-probabilities, where it wants them.
+        errors: request -> why its token is void. Complete after ``finish``.
+        chosen: request -> its token, of requests that vLLM cannot choose for. Complete after ``finish``.
     """
 
     def __init__(self) -> None:
-        self.tokens: dict[str, SampledToken] = {}
+        self.details: dict[str, SampledToken] = {}
         self.errors: dict[str, Exception] = {}
+        self.chosen: dict[str, int] = {}
+        self._ids: Sequence[str] = ()
+        self._broken: torch.Tensor | None = None  # [N] bool, on the device
+        self._tokens: tuple[list[str], torch.Tensor] | None = None  # ``chosen``, on the device
 
     def sample(
-        self, logits: torch.Tensor, ids: Sequence[str | None], sampled: Mapping[str, tuple[Sampled, int]]
+        self, logits: torch.Tensor, ids: Sequence[str], rows: Sequence[int], sampled: Callable[[str], Sampled | None]
     ) -> None:
-        """Samples for the rows whose requests are in ``sampled``, and makes each token the greatest of its row.
+        """Chooses the tokens of ``rows``, and makes each the greatest element of its row. Checks all rows.
 
         Args:
             logits: [N, vocab] float32.
             ids: the request of each row.
-            sampled: request -> its sequence, and the position of the token.
+            rows: rows that vLLM cannot choose for.
+            sampled: returns a request's sequence, or None if it samples no token in this step.
         """
-        rows = [row for row, id in enumerate(ids) if id in sampled]
-        if not rows:
-            return
-        own = logits if len(rows) == len(logits) else logits[rows]
-        named = [id for row in rows if (id := ids[row]) is not None]
-        how = [sampled[id][0] for id in named]
-        tokens: dict[int, SampledToken] = {}
+        self._ids = ids
+        # A hidden state with a NaN or an infinity spoils every column, because every element of the output head is
+        # multiplied with it. Under tensor parallelism a rank that fails spoils the columns that it has computed.
+        sums = logits[:, :: max(1, logits.shape[1] // _CHECKED_COLUMNS)].sum(dim=1)
+        self._broken = sums.isfinite().logical_not_()
+        found = [(row, sequence) for row in rows if (sequence := sampled(ids[row])) is not None]
+        if found:
+            self._choose(logits, [row for row, _ in found], [sequence for _, sequence in found])
+
+    def finish(self) -> None:
+        """Completes the results. Waits for the device, so call it once vLLM has taken the step's tokens."""
+        if self._tokens is not None:
+            ids, tokens = self._tokens
+            self.chosen, self._tokens = dict(zip(ids, tokens.tolist(), strict=True)), None
+        broken, self._broken = self._broken, None
+        if broken is not None and broken.any():
+            for row in broken.nonzero().squeeze(1).tolist():
+                self.errors.setdefault(self._ids[row], non_finite())
+
+    def error(self, id: str, token: int) -> Exception | None:
+        """Why ``token``, which vLLM has taken for a request, is void; None if it is right."""
+        if error := self.errors.get(id):
+            return error
+        if self.chosen.get(id, token) != token:
+            return InternalError("vLLM took another token than was sampled")
+        return None
+
+    def clear(self) -> None:
+        """Drops the step's results."""
+        self.details.clear()
+        self.errors.clear()
+        self.chosen.clear()
+
+    def _choose(self, logits: torch.Tensor, rows: Sequence[int], sequences: Sequence[Sampled]) -> None:
+        everything = len(rows) == len(logits)
+        index = torch.tensor(rows, device=logits.device)
+        own = logits if everything else logits[index]
         failed: dict[int, Exception] = {}
+        chosen = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
 
-        def choose(part: Sequence[tuple[int, str]]) -> None:
-            places = [place for place, _ in part]
-            chosen, wrong = sample(
-                own if len(part) == len(own) else own[places],
-                [how[place].sampling for place in places],
-                [sampled[id][1] for _, id in part],
-                [how[place].sample_index for place in places],
+        def choose_for(part: Sequence[tuple[int, Sampled]]) -> None:
+            alone = len(part) < len(sequences)
+            places = [place for place, _ in part] if alone else slice(None)
+            chosen[places] = choose(
+                own[places],
+                [s.sampling for _, s in part],
+                [s.sampled_position for _, s in part],
+                [s.sample_index for _, s in part],
             )
-            tokens.update(zip(places, chosen, strict=True))
-            failed.update({places[row]: error for row, error in wrong.items()})
 
-        refused = process(own, [s.processor for s in how], [s.emitted for s in how])
-        row_by_row(choose, list(enumerate(named)), failed)
+        refused = process(own, [s.processor for s in sequences], [s.emitted for s in sequences])
+        row_by_row(choose_for, list(enumerate(sequences)), failed)
         failed |= refused  # a refusal explains the row better than the broken logits that it causes
-        for place, id in enumerate(named):
-            if place in failed:
-                self.errors[id] = failed[place]
-            else:
-                self.tokens[id] = tokens[place]
-        forced = [place for place, sequence in enumerate(how) if place in failed or not plain_greedy(sequence)]
-        if forced:
-            index = torch.tensor([rows[place] for place in forced], device=logits.device)
-            chosen = [0 if place in failed else tokens[place].token_id for place in forced]
-            logits[index] = -torch.inf
-            logits[index, torch.tensor(chosen, device=logits.device)] = 0.0
+        assert self._broken is not None
+        self._broken[index] |= chosen < 0
+        chosen.clamp_(min=0)
+        ids = [self._ids[row] for row in rows]
+        self._tokens = ids, chosen
+        wanted = {place: s.sampling.logprobs for place, s in enumerate(sequences) if s.sampling.logprobs is not None}
+        for place, token in zip(wanted, logprobs(own, chosen, wanted), strict=True):
+            self.details[ids[place]] = token
+        self.errors |= {ids[place]: error for place, error in failed.items()}
+        logits[index, chosen] = torch.inf

@@ -31,6 +31,7 @@ from overfill.engine.sequence import (
     Submit,
     TokenSampled,
     Yielded,
+    by_sequence,
 )
 from overfill.engine.turns import Turns
 from overfill.kv.blocks import BlockPool
@@ -89,14 +90,17 @@ class Worker:
         pools = self.full_prefix.pool, self.decoder_prefix.pool
         self.engine = ColocatedEngine(
             lambda emit: PrefillEngine(self.full, pools[0], max_tokens, 8, emit, self.full_prefix),
-            DecodeEngine(self.decoder, pools[1], 8, 16, self.told.extend, self.decoder_prefix),
+            DecodeEngine(self.decoder, pools[1], 8, 16, self.tell, self.decoder_prefix),
             self.full,
             self.decoder,
             LAYER_MAP,
             turns or Turns(max_tokens),
             self.told_others.extend,
-            self.told.extend,
+            self.tell,
         )
+
+    def tell(self, events):
+        self.told.extend(by_sequence(events))
 
     def handle(self, *messages):
         for message in messages:

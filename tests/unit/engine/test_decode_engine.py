@@ -24,6 +24,7 @@ from overfill.engine.sequence import (
     StopRule,
     TokenSampled,
     Yielded,
+    by_sequence,
 )
 from overfill.errors import InternalError, InvalidRequest
 from overfill.kv.blocks import BlockPool
@@ -33,7 +34,7 @@ from overfill.v1 import common_pb2
 
 
 def new_engine(runner, pool, events, max_num_seqs=8, replay_budget=16):
-    return DecodeEngine(runner, pool, max_num_seqs, replay_budget, events.extend)
+    return DecodeEngine(runner, pool, max_num_seqs, replay_budget, lambda new: events.extend(by_sequence(new)))
 
 
 def sequence(name, prompt=4, emitted=(), max_tokens=4, stop=()):
@@ -326,7 +327,7 @@ class DecodeMachine(EngineMachine):
         self.must_release: set[str] = set()
 
     def take(self, events):
-        for event in events:
+        for event in by_sequence(events):
             match event:
                 case Reserved(id=id):
                     self.receiving.add(id)

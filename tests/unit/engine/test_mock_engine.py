@@ -28,9 +28,9 @@ from overfill.engine.sequence import (
     PrefillSequence,
     Reserve,
     Start,
+    StepSampled,
     StopRule,
     Submit,
-    TokenSampled,
 )
 from overfill.errors import Incompatible, InvalidRequest
 from overfill.kv.handshake import check_compatible
@@ -232,5 +232,5 @@ def test_a_colocated_worker_goes_on_with_its_answers_while_a_prompt_waits_for_bl
     core.handle(Start("answer", events[-1].first.token_id))
     core.handle(Submit(prompt("leased", [8] * 60)))  # no decode worker takes its KV, so its blocks stay in use
     core.handle(Submit(prompt("waiting", [9] * 60)))
-    while not any(isinstance(one, TokenSampled) and one.finish is FinishReason.LENGTH for one in events):
+    while not any(isinstance(one, StepSampled) and FinishReason.LENGTH in one.finishes.values() for one in events):
         assert core.step(), "the engine's thread would wait for a message"

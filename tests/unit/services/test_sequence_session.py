@@ -21,6 +21,7 @@ from overfill.engine.sequence import (
     StopRule,
     TokenSampled,
     Yielded,
+    by_sequence,
 )
 from overfill.errors import InternalError, StepFailed, TransferFailed, Unavailable
 from overfill.kv.blocks import BlockPool
@@ -90,7 +91,7 @@ class SessionHarness:
         return self.own
 
     def take(self, events):
-        for event in events:
+        for event in by_sequence(events):
             self.session.take(event)
 
     def send(self, message):

@@ -24,9 +24,9 @@ from overfill.engine.sequence import (
     Reserved,
     SequenceFailed,
     Start,
+    StepSampled,
     StopRule,
     Submit,
-    TokenSampled,
 )
 from overfill.engine.stage import Stage
 from overfill.errors import InternalError
@@ -214,9 +214,9 @@ class OverfillEngine:
             for event in self._pop_events():
                 if isinstance(event, SequenceFailed):
                     raise event.error
-                if not isinstance(event, TokenSampled) or event.finish is not None:
+                if not isinstance(event, StepSampled) or event.finishes:
                     raise InternalError(f"unexpected event in a decode run: {event}")
-                remaining -= 1
+                remaining -= len(event.ids)
         return time.perf_counter() - start
 
     def _pop_events(self) -> list[DecodeEvent]:
