@@ -226,7 +226,11 @@ class DecodeConfig(WorkerConfig):
         "some quality",
     )
     data_streams: int = Field(
-        2, ge=1, le=MAX_DATA_STREAMS, description="number of parallel connections that transfer a request's KV"
+        2,
+        ge=1,
+        le=MAX_DATA_STREAMS,
+        description="number of parallel connections that transfer a request's KV; with ranks, of each rank to each "
+        "that serves some of its heads",
     )
 
     @model_validator(mode="after")
