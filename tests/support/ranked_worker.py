@@ -1,7 +1,7 @@
 """A prefill worker on the mock engine with two ranks, processes without a model. Takes the worker's arguments.
 
-Prints a line once it serves: its address, the ranks' data addresses, and their process ids, as JSON. Prints another line
-once it has served: the number of the ranks' listeners. Then it ends the ranks, as vLLM does.
+Prints a line once it serves: its address, the ranks' data addresses, and their process ids, as JSON. Prints another
+line once it has served: the number of the ranks' listeners. Then it ends the ranks, as vLLM does.
 """
 
 from __future__ import annotations
