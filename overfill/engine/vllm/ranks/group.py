@@ -65,12 +65,12 @@ class RankGroup:
         """Returns the half as it runs in these ranks."""
         assert self._ranks is not None
         known = {field.name: getattr(served, field.name) for field in fields(served)}
-        known["new_processor"] = self._new_processor
+        known |= {"new_processor": self._new_processor, "ranks": self._ranks}
         if served.half == "full":
             known["serving_ranks"] = self._ranks
         else:
             known["puller"] = self._ranks.puller
-        return RankedHalf(**known, ranks=self._ranks)
+        return RankedHalf(**known)
 
     def failure(self) -> OverfillError | None:
         """Ends the links after a failed start, and returns what a rank said of it."""
