@@ -1,7 +1,6 @@
 """Stacks whose stages run in ranks: their answers, and what ends with a rank."""
 
 import signal
-import time
 
 import psutil
 import pytest
@@ -23,7 +22,9 @@ def test_stages_in_ranks_answer_right_and_a_lost_rank_ends_its_worker_alone(vllm
     settings = engines("vllm", "vllm") | {"tensor_parallel_size": "2", "max_attempts": "40"}
     with running_stack(vllm_pair, 1, 2, **settings) as (stack, address), Client(address) as client:
         assert wrong_answers(client, reference, prompts(16)) == []
-        sampling = SamplingParams(temperature=1, seed=3, max_tokens=20, logprobs=2, grammar=Grammar("regex", "[a-z]{5}"))
+        sampling = SamplingParams(
+            temperature=1, seed=3, max_tokens=20, logprobs=2, grammar=Grammar("regex", "[a-z]{5}")
+        )
         answer = client.generate(prompts(1)[0], sampling=sampling)
         assert len(answer.text) == 5
         doomed = stack.worker("decode-0")

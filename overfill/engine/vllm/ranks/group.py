@@ -65,7 +65,7 @@ class RankGroup:
         """Returns the half as it runs in these ranks."""
         assert self._ranks is not None
         known = {field.name: getattr(served, field.name) for field in fields(served)}
-        known |= {"new_processor": self._new_processor, "ranks": self._ranks, "makers": self._ranks}
+        known |= {"new_processor": self._new_processor, "ranks": self._ranks}
         if served.half == "full":
             known["serving_ranks"] = self._ranks
         else:
@@ -105,21 +105,21 @@ class RankGroup:
 
 @dataclass(frozen=True, slots=True)
 class RankedHalf(ServedHalf):
-    """A half that runs in ranks, ``makers``, which make the processors of answers before the engine gets them."""
+    """A half that runs in ranks, which make the processors of answers before the engine gets them."""
 
-    makers: WorkerRanks | None = None
+    ranks: WorkerRanks | None = None
 
     async def prepare_processor(
         self, params: SamplingParams, prompt: Sequence[int], eos_ids: Sequence[int], key: str = ""
     ) -> Processor | None:
         """As ``ServedHalf.prepare_processor``. All ranks have the processor before this returns."""
-        assert self.makers is not None
+        assert self.ranks is not None
         if not needs_processor(params, eos_ids):
             return None
         if params.grammar is not None:  # also tries the grammar, in a process of its own
             return await super(RankedHalf, self).prepare_processor(params, prompt, eos_ids, key)
-        made = new_handle(self.makers)
-        await self.makers.prepare(made.key, params, prompt, eos_ids)
+        made = new_handle(self.ranks)
+        await self.ranks.prepare(made.key, params, prompt, eos_ids)
         return made
 
 
