@@ -78,7 +78,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     if options.tensor_parallel_size > 1:
         group = RankGroup(options.tensor_parallel_size)
         arguments |= group.arguments
-        grammar_args = (pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids)
+        tokenizer = (pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids)
         extra |= {
             "ranks": group.links.config,
             "refusals": refusals,
