@@ -82,7 +82,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         extra |= {
             "ranks": group.links.config,
             "refusals": refusals,
-            "grammars": grammar_args,
+            "grammars": tokenizer,
             "logs": logs.configured(),
         }
     arguments["kv_transfer_config"] = KVTransferConfig(
