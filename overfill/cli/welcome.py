@@ -72,7 +72,8 @@ def _each(spec: StackSpec, pool: str) -> str:
     config = spec.worker_config(pool)
     stages = "both stages, " if len(kind_of(pool).stages) > 1 else ""
     given = "".join(f"{text}, " for text in (config.engine, config.dtype) if text not in (None, "auto"))
-    return f"{stages}{given}CPU threads each: {config.threads}"
+    ranks = f"ranks each: {config.tensor_parallel_size}, " if config.tensor_parallel_size > 1 else ""
+    return f"{stages}{given}{ranks}CPU threads each: {config.threads}"
 
 
 def _curl(spec: StackSpec, base: str) -> str:

@@ -72,7 +72,7 @@ MAX_PENDING_RPCS: Final = 16_384
 """Maximum number of RPCs that have arrived at a gRPC server and that it has not accepted yet."""
 
 MAX_DATA_STREAMS: Final = 64
-"""Maximum number of parallel connections for one prompt's KV."""
+"""Maximum number of parallel connections for one prompt's KV, from a process to a data address."""
 
 SPARE_RPCS: Final = 256
 """Concurrent RPCs that a worker allows in addition to those of its prompts: health checks, status, routers' streams."""

@@ -122,14 +122,10 @@ class MetricSet:
         self._read(what, "counter", help, lambda: list(counts.items()), labels)
         return counts
 
-    def _tally(self, what: str, help: str, buckets: Sequence[float]) -> Tally:
-        """Declares a histogram for values that come with every token or request."""
-        return self._tallies(what, help, buckets)[()]
-
     def _tallies(
         self, what: str, help: str, buckets: Sequence[float], labels: Labels | None = None
     ) -> Mapping[tuple[str, ...], Tally]:
-        """Declares a histogram like ``_tally``, with one tally for each combination of label values."""
+        """Declares a histogram for values that come with every token or request, one for all values of the labels."""
         spec = self._declare(what, "histogram", help, labels, buckets)
         tallies = {values: Tally(buckets) for values in itertools.product(*spec.labels.values())}
         self.registry.register(

@@ -4,6 +4,7 @@ The prefill worker's service and the receiver are real. Ranks are servers of thi
 """
 
 import asyncio
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
@@ -318,6 +319,16 @@ async def test_a_rank_that_dies_fails_the_handoff_and_both_sides_are_free(worker
     dying.spoil = die
     with pytest.raises(Unavailable):
         await hand_over(workers)
+    await freed(workers)
+
+
+async def test_an_address_that_accepts_and_says_nothing_fails_the_handoff_in_bounded_time(workers, monkeypatch):
+    monkeypatch.setattr("overfill.rpc.channel.CONNECT_TIMEOUT", 0.2)
+    workers = await workers(SHARES[2], SHARES[3])
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        workers.prefill.target.data_addresses[1].address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(Unavailable):
+            await hand_over(workers)
     await freed(workers)
 
 

@@ -138,6 +138,9 @@ def test_the_welcome_says_which_workers_have_both_stages() -> None:
     (line,) = said(plan(threads=2))
     assert line.split(maxsplit=1) == ["colocated", "colocated-0 (both stages, CPU threads each: 2)"]
     assert [line.split()[0] for line in said(plan(prefill=1, decode=1))] == ["colocated", "prefill", "decode"]
+    _, prefill, decode = said(plan(prefill=1, decode=1, prefill_tensor_parallel_size="2", threads=3))
+    assert prefill.endswith("(ranks each: 2, CPU threads each: 3)")
+    assert decode.endswith("(CPU threads each: 3)")
     tier = said(plan("a=p", "b=q", threads=2))[0]
     assert "a (default): p: colocated-0 (both stages, CPU threads each: 2), decode-a-0 (CPU threads each: 2)" in tier
 

@@ -250,6 +250,13 @@ def test_data_addresses_that_miss_or_repeat_a_kv_head_are_refused(ranges):
     assert caught.value.field == "hello.data_addresses"
 
 
+def test_too_many_data_addresses_are_refused_before_they_are_read():
+    hello = hello_with_addresses(*[(head, 1) for head in range(257)])
+    hello.kv.num_kv_heads = 257
+    with pytest.raises(InvalidRequest, match="at most 256 for 257 KV heads; got 257"):
+        WorkerInfo.from_hello(hello)
+
+
 def test_the_keys_of_a_prefix_cache_are_mirrored(make_info, make_report):
     pool = Pool(PREFILL)
     worker = pool.join(make_info("p0"))
