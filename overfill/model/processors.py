@@ -232,8 +232,8 @@ def _mask(logits: Tensor, rows: _Rows) -> None:
     if len(rows) == len(logits):
         logits.masked_fill_(moved, -torch.inf)
     elif logits.device.type == "cpu":  # a call per row costs less than two copies of the rows
-        for (row, _), line in zip(rows, moved.unbind(), strict=True):
-            logits[row].masked_fill_(line, -torch.inf)
+        for (row, _), mask in zip(rows, moved.unbind(), strict=True):
+            logits[row].masked_fill_(mask, -torch.inf)
     else:
         index = _tensor(np.array([row for row, _ in rows]), logits)
         logits[index] = logits[index].masked_fill_(moved, -torch.inf)
