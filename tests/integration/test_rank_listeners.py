@@ -54,7 +54,7 @@ def run(pair, *flags):
 @pytest.mark.parametrize("end", [signal.SIGSTOP, signal.SIGKILL])
 async def test_a_rank_that_ends_or_freezes_during_a_pull_ends_it_in_bounded_time(end):
     kv, lost, shares = KvSpec(2, 2, 4, "float32", RopeSpec()), [], [(0, 1), (1, 2)]
-    links = RankLinks(2, lambda rank, reason: lost.append(rank), silence=2.0)
+    links = RankLinks(2, lambda rank, reason: lost.append(rank), silence=ranked_worker.SILENCE)
     ranks = [rank_process(links, rank, kv, heads) for rank, heads in enumerate(shares)]
     try:
         with running_ranks(kv, [(0, 2)]) as prefill:
@@ -139,6 +139,7 @@ async def test_ranks_admit_workers_only_and_listen_where_they_were_told(tiny_pai
             assert await error_of(address, shown(Role.WORKER)) is TransferFailed, "it has no such transfer"
         it.process.send_signal(signal.SIGTERM)
         assert it.process.wait(60) == 0
+        assert it.process.stdout.read() == "0\n", "its ranks had no listener in the end"
 
 
 async def test_ranks_want_the_secret_of_the_stack(tiny_pair, tmp_path):
@@ -151,6 +152,7 @@ async def test_ranks_want_the_secret_of_the_stack(tiny_pair, tmp_path):
             assert await error_of(address, Credentials(secret=SECRET)) is TransferFailed
         it.process.send_signal(signal.SIGTERM)
         assert it.process.wait(60) == 0
+        assert it.process.stdout.read() == "0\n", "its ranks had no listener in the end"
 
 
 @pytest.mark.parametrize("whom", ["worker", "rank", "frozen"])

@@ -1,6 +1,7 @@
 """A prefill worker on the mock engine with two ranks, processes without a model. Takes the worker's arguments.
 
-Prints one line once it serves: its address, the ranks' data addresses, and their process ids, as JSON.
+Prints a line once it serves: its address, the ranks' data addresses, and their process ids, as JSON. Prints another
+line once it has served: the number of the ranks' listeners. Then it ends the ranks, as vLLM does.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 from dataclasses import replace
 
+from listening import listening
 from rank_agents import rank_process
 
 from overfill.engine.protocol import LoadedEngine
@@ -22,7 +25,7 @@ from overfill.settings.config import PrefillConfig, WorkerConfig
 from services.hosting import run_worker_process
 from services.prefill import main as prefill
 
-SILENCE = 3.0  # seconds
+SILENCE = 6.0  # seconds; a machine under load must not make a rank silent
 
 _load, _pids = prefill.load_half_of, []
 
@@ -48,7 +51,15 @@ def _ready(host: WorkerHost) -> None:
     print(json.dumps({"address": host.address, "shares": shares, "pids": _pids}), flush=True)
 
 
+async def _serve(config: PrefillConfig) -> int:
+    code = await prefill.serve(config, _ready)
+    print(len(listening(_pids)), flush=True)
+    for pid in _pids:
+        os.kill(pid, signal.SIGKILL)
+    return code
+
+
 if __name__ == "__main__":
     prefill.load_half_of = _with_ranks
     config = PrefillConfig.parse(sys.argv[1:])
-    run_worker_process(prefill.serve(config, _ready), config)
+    run_worker_process(_serve(config), config)

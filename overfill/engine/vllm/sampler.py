@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirectionality
 
-from overfill.engine.vllm.internals import PLAIN, REQUEST_ID, hub
+from overfill.engine.vllm.internals import PLAIN, REQUEST_ID, ROW_SPEC, hub
 from overfill.engine.work import Sampled
 from overfill.errors import InternalError
 from overfill.model.processors import process, row_by_row
@@ -45,9 +45,11 @@ class OverfillSampler(LogitsProcessor):  # type: ignore[misc]
         rows = self._rows
         for row in batch_update.removed:
             rows.pop(row, None)
-        for row, params, _prompt, _output in batch_update.added:
+        for row, params, prompt, output in batch_update.added:
             extra = params.extra_args or {}
-            rows[row] = extra.get(REQUEST_ID, ""), extra.get(PLAIN, True)
+            rows[row] = id, plain = extra.get(REQUEST_ID, ""), extra.get(PLAIN, True)
+            if not plain and hub.runner is not None:
+                hub.runner.row_added(id, extra.get(ROW_SPEC), prompt, output)
         for source, target, direction in batch_update.moved:
             moved, replaced = rows.pop(source, None), rows.pop(target, None)
             if moved is not None:
@@ -58,8 +60,8 @@ class OverfillSampler(LogitsProcessor):  # type: ignore[misc]
         self._chosen = sorted(row for row, (_, plain) in rows.items() if not plain)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        if hub.hooks is not None:
-            hub.hooks.sample(logits, self._ids, self._chosen)
+        if hub.runner is not None:
+            hub.runner.sample(logits, self._ids, self._chosen)
         return logits
 
 
