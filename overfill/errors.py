@@ -79,6 +79,9 @@ class InvalidRequest(OverfillError):
         super().__init__(f"{field}: {message}" if field else message)
         self.field, self.reason = field, message
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.reason)  # pickle would give the one argument of Exception
+
 
 class PromptTooLong(InvalidRequest):
     """The prompt, or prompt and answer together, exceed the context; the message gives both lengths.

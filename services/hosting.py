@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from overfill.engine.device import cpu_settings, is_out_of_memory, on_cpu
 from overfill.engine.protocol import EngineCore, ServedHalf
 from overfill.engine.thread import EngineThread
-from overfill.errors import OverfillError
+from overfill.errors import OverfillError, Unavailable
 from overfill.process import startup
 from overfill.process.cores import SharedCores
 from overfill.process.leaving import exit_now
@@ -39,10 +39,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CUDA_STEP_TIMEOUT = 60.0
-"""Default of ``step_timeout`` on CUDA, in seconds. There is none on the CPU, which cannot hang and may be slow."""
+_STEP_TIMEOUT = 60.0
+"""Default of ``step_timeout`` on CUDA and with several ranks, in seconds. One process on a CPU cannot hang and may be
+slow, so it has none."""
 
-_CUDA_FIRST_STEP_TIMEOUT = 600.0
+_FIRST_STEP_TIMEOUT = 600.0
 """The same for an engine's first steps, which compile kernels for shapes that are new."""
 
 OnReady = Callable[[WorkerHost], object]
@@ -121,11 +122,13 @@ class StageService:
     on_drain: Callable[[], None] = lambda: None
 
 
-def _step_timeouts(setting: float | None, device: torch.device | None) -> tuple[float | None, float | None]:
+def _step_timeouts(
+    setting: float | None, device: torch.device | None, *, ranks: bool
+) -> tuple[float | None, float | None]:
     """Returns the limits of a step and of an engine's first steps, in seconds."""
-    if setting is not None or on_cpu(device):
+    if setting is not None or (on_cpu(device) and not ranks):
         return setting, setting
-    return _CUDA_STEP_TIMEOUT, _CUDA_FIRST_STEP_TIMEOUT
+    return _STEP_TIMEOUT, _FIRST_STEP_TIMEOUT
 
 
 class _StagePort:
@@ -171,7 +174,9 @@ async def serve_stages(
     loop, device = asyncio.get_running_loop(), stages[0].served.device
     file = file_of_turns(config)
     cores = None if file is None else SharedCores(file)
-    step_timeout, first_step_timeout = _step_timeouts(config.step_timeout, device)
+    served = stages[0].served
+    ranks = served.puller is not None or served.serving_ranks is not None
+    step_timeout, first_step_timeout = _step_timeouts(config.step_timeout, device, ranks=ranks)
     changed = False  # a change of the load was told to the loop, and no report has it yet
 
     def on_load_change(freed: bool) -> None:
@@ -247,6 +252,10 @@ async def serve_stages(
         startup.freeze()
         code = await host.run(f"{config.host}:{config.port}", on_ready)
     finally:
+        for stage in stages:
+            if stage.served.ranks is not None:
+                with suppress(Unavailable):  # a lost rank serves nothing more
+                    await stage.served.ranks.stop()
         engine.stop()
         if exporter is not None:
             exporter.close()

@@ -29,7 +29,7 @@ from overfill.errors import InvalidRequest, Overloaded
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import PromptBlocks
-from overfill.kv.ranks import Puller, ServingRanks
+from overfill.kv.ranks import ListeningRanks, Puller, ServingRanks
 from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
 from overfill.kv.store import KvStore
 from overfill.model.config import ModelConfig
@@ -167,6 +167,7 @@ class ServedHalf:
         scores_prompts: whether the engine computes the log-probabilities of a prompt's tokens.
         puller: decode workers with ranks: pulls KV into them; None means that the KV is in ``store``.
         serving_ranks: prefill workers with ranks: serve the KV; None means that the KV is in ``store``.
+        ranks: the same ranks, as the worker's process starts and stops what they do.
     """
 
     engine_version: str
@@ -186,6 +187,7 @@ class ServedHalf:
     scores_prompts: bool = False
     puller: Puller | None = None
     serving_ranks: ServingRanks | None = None
+    ranks: ListeningRanks | None = None
 
     async def prepare_processor(
         self, params: SamplingParams, prompt: Sequence[int], eos_ids: Sequence[int], key: str = ""

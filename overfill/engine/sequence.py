@@ -409,12 +409,21 @@ class StepSampled:
         self.finishes[id] = finish
         return True
 
+    @property
+    def not_plain(self) -> set[str]:
+        """The sequences of which the step tells more than a token."""
+        return self.finishes.keys() | self.details.keys() | self.scores.keys()
+
+    def part(self, row: int) -> TokenSampled:
+        """The part of one sequence."""
+        id, token_id = self.ids[row], self.token_ids[row]
+        finish = self.finishes.get(id)
+        token = None if finish is FinishReason.STOP else self.details.get(id) or SampledToken(token_id)
+        return TokenSampled(id, self.indices[row], token, finish, self.step_started_ns, self.scores.get(id))
+
     def by_sequence(self) -> Iterator[TokenSampled]:
         """Each sequence's part."""
-        for id, index, token_id in zip(self.ids, self.indices, self.token_ids, strict=True):
-            finish = self.finishes.get(id)
-            token = None if finish is FinishReason.STOP else self.details.get(id) or SampledToken(token_id)
-            yield TokenSampled(id, index, token, finish, self.step_started_ns, self.scores.get(id))
+        return map(self.part, range(len(self.ids)))
 
 
 DecodeEvent = Reserved | Refused | Preempted | StepSampled | SequenceFailed

@@ -26,7 +26,7 @@ _SET_ELSEWHERE = {
 """Arguments of vLLM that a setting of the worker sets."""
 _SET_HERE = (
     "kv_transfer_config", "kv_events_config", "logits_processors", "async_scheduling", "skip_tokenizer_init",
-    "distributed_executor_backend",
+    "distributed_executor_backend", "worker_cls",
 )  # fmt: skip
 _UNSUPPORTED = {
     "nnodes": 1,
@@ -41,6 +41,8 @@ _UNSUPPORTED = {
     "speculative_config": None,
     "enable_lora": False,
     "enable_dbo": False,
+    "enable_batch_sharded_sampling": False,
+    "enable_elastic_ep": False,
     "kv_offloading_size": None,
 }
 """Arguments that this version cannot serve, with the value that it can."""

@@ -17,6 +17,8 @@ from typing import Protocol
 from overfill.errors import RequestCancelled, StepFailed, TransferFailed
 from overfill.kv.chunks import TransferSpec
 from overfill.kv.ranges import KvRange, ReplicaCounts
+from overfill.rpc.access import AccessPolicy
+from overfill.rpc.tls import Credentials, ServerTls
 from overfill.v1 import kv_pb2
 
 
@@ -124,6 +126,38 @@ class ServingRanks(Protocol):
 
         Returns:
             Monotonic nanoseconds at which ranks passed the first and the last message to the transport; 0 means never.
+        """
+        ...
+
+
+class ListeningRanks(Protocol):
+    """The ranks of a worker, as its process starts and stops their share of its network."""
+
+    async def serve(
+        self, host: str, port: int, tls: ServerTls | None, access: AccessPolicy, max_rpcs: int | None
+    ) -> Sequence[kv_pb2.DataAddress]:
+        """Has ranks listen on ``host`` for PullKv, each on ``port`` plus its number, and returns their addresses.
+
+        Of ranks that hold the same heads, one serves.
+
+        Args:
+            port: 0 has each rank take a free port.
+            tls, access, max_rpcs: as of the worker's own ``RpcServer``.
+
+        Raises:
+            Unavailable: a rank cannot listen there.
+        """
+        ...
+
+    async def connect(self, streams: int, credentials: Credentials | None) -> None:
+        """Says how ranks pull: with ``streams`` connections to each data address, and these credentials."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends all streams, listeners and connections of the ranks.
+
+        Raises:
+            Unavailable: a rank is lost, and with it its listeners and connections.
         """
         ...
 

@@ -213,6 +213,9 @@ class PromptPull:
                 raise TransferFailed(f"{self._worker} sent {len(message.kv)} bytes; at most {_MAX_ENCODED_AT_ONCE} fit")
             if not repeats:  # a repeat finds in the prefix cache what the first call computed, and has only KV to give
                 self._note_response(message, on_first_token)
+                # Two turns of the loop send the first token. Then a thread that writes KV takes the interpreter's lock.
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
             try:
                 if message.kv and isinstance(self._puller, LocalPuller):
                     await self._puller.take(

@@ -49,18 +49,28 @@ class AnswerDelta:
         self.tool_calls = [*self.tool_calls, *later.tool_calls]
         self.parts = [*self.parts, *later.parts]
 
+    def fill(self, message: inference_pb2.Delta) -> None:
+        """Fills in the wire's message; keyword arguments and a copy would cost twice as much."""
+        message.first_index = self.first_index
+        message.token_ids.extend(self.token_ids)
+        if self.text:
+            message.text = self.text
+        if self.reasoning:
+            message.reasoning = self.reasoning
+        if self.logprobs:
+            message.logprobs.extend(self.logprobs)
+        if self.tool_calls:
+            message.tool_calls.extend(self.tool_calls)
+        if self.parts:
+            message.parts.extend(self.parts)
+        if self.prompt_logprobs is not None:
+            message.prompt_logprobs.CopyFrom(self.prompt_logprobs)
+
     def to_proto(self) -> inference_pb2.Delta:
         """The delta as the wire's message."""
-        return inference_pb2.Delta(
-            first_index=self.first_index,
-            token_ids=self.token_ids,
-            text=self.text,
-            reasoning=self.reasoning,
-            logprobs=self.logprobs or None,
-            tool_calls=self.tool_calls or None,
-            parts=self.parts or None,
-            prompt_logprobs=self.prompt_logprobs,
-        )
+        message = inference_pb2.Delta()
+        self.fill(message)
+        return message
 
 
 def joined(parts: Sequence[AnswerDelta]) -> AnswerDelta:
@@ -134,6 +144,7 @@ class AnswerState:
         self._unread: AnswerDelta | None = None
         self._end: decode_pb2.DecodeDone | OverfillError | None = None
         self._waiter: asyncio.Future[None] | None = None  # of the reader, which waits for a change
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the reader
 
     @property
     def full(self) -> bool:
@@ -290,7 +301,9 @@ class AnswerState:
             OverfillError: the answer failed; all earlier tokens have been returned.
         """
         while self._unread is None and self._end is None:
-            self._waiter = asyncio.get_running_loop().create_future()
+            if self._loop is None:
+                self._loop = asyncio.get_running_loop()  # asks the kernel for the process each time
+            self._waiter = self._loop.create_future()
             await self._waiter
         if self._unread is not None:
             delta, self._unread = self._unread, None

@@ -228,15 +228,15 @@ class OutgoingUpdates:
     def put_token(self, number: int, index: int, token: int) -> None:
         """Queues one token without log-probabilities, as ``put`` would."""
         message = self._open_message()
-        last = self._last.get(number)
-        if last is not None and _takes(last, index, False):
-            last.tokens.ids.append(token)
-        else:
-            self._last[number] = update = message.updates.add(sequence=number)
-            tokens = update.tokens
-            tokens.first_index = index
-            tokens.ids.append(token)
         self._size += 1
+        if (last := self._last.get(number)) is not None and _takes(last, index, False):
+            last.tokens.ids.append(token)
+            return
+        update = self._last[number] = message.updates.add()
+        update.sequence = number
+        tokens = update.tokens
+        tokens.first_index = index
+        tokens.ids.append(token)
 
     def drop(self, number: int) -> None:
         """Forgets the updates of a sequence that the router no longer wants."""
@@ -264,6 +264,9 @@ class OutgoingUpdates:
             else:
                 self._changed.clear()
                 await self._changed.wait()
+                # What this turn of the loop adds shares the message, such as the end behind a last token. A prefill RPC
+                # that it begins leaves first.
+                await asyncio.sleep(0)
 
     def _open_message(self) -> decode_pb2.WorkerMessage:
         """Returns the message that takes the next update: a new one once the last has as much as a message may."""

@@ -20,6 +20,7 @@ class SharedTimeout:
         # Times on the event loop's clock, oldest wait first; infinity once the wait has been given up.
         self._deadlines: dict[asyncio.Task[object], float] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def wait(self, awaitable: Awaitable[T], seconds: float) -> T:
         """Awaits ``awaitable`` for at most ``seconds``. A task may have one wait at a time.
@@ -27,7 +28,9 @@ class SharedTimeout:
         Raises:
             TimeoutError: ``seconds`` have passed; ``awaitable`` has been cancelled.
         """
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        if (loop := self._loop) is None:
+            loop = self._loop = asyncio.get_running_loop()  # asks the kernel for the process each time
+        task = asyncio.current_task(loop)
         assert task is not None
         deadline = self._deadlines[task] = loop.time() + seconds
         if self._timer is None:

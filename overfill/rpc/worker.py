@@ -70,12 +70,14 @@ class WorkerHost:
 
     Args:
         server: server with the worker's own service added, not started.
-        hello: description of the worker, without addresses, ``startup_seconds`` and ``max_num_seqs``.
+        hello: description of the worker, without addresses, ``startup_seconds`` and ``max_num_seqs``. A worker with
+            ranks has their data addresses in it.
         worker: the worker itself.
         routers: routers to join, as for ``Membership``.
         tls: credentials to send to routers; None sends none, without TLS.
         grace: seconds for running requests to finish after a drain has started.
-        advertise: host or ``host:port`` at which others reach this worker; empty means the address it listens on.
+        advertise: host or ``host:port`` at which others reach this worker; empty means the address it listens on. The
+            ranks of a worker have the host and their own ports.
     """
 
     def __init__(
@@ -276,14 +278,17 @@ def fill_description(description: _Description, hello: registry_pb2.Hello) -> _D
 
 
 def announce(hello: registry_pb2.Hello, address: str) -> None:
-    """Enters ``address``, ``host:port``, into ``hello``. On a prefill worker it serves all KV heads too.
+    """Enters ``address``, ``host:port``, into ``hello``. On a prefill worker without ranks it serves all KV heads too.
 
-    Metrics that are served on every interface are announced at the same host.
+    Ranks, and metrics that are served on every interface, are announced at the same host.
     """
     hello.address = address
+    host = split_address(address)[0]
     if hello.metrics_address:
-        hello.metrics_address = instead_of_wildcard(hello.metrics_address, split_address(address)[0])
-    if common_pb2.STAGE_PREFILL in hello.stages:
+        hello.metrics_address = instead_of_wildcard(hello.metrics_address, host)
+    for share in hello.data_addresses:
+        share.address = f"{host}:{split_address(share.address)[1]}"
+    if common_pb2.STAGE_PREFILL in hello.stages and not hello.data_addresses:
         hello.data_addresses.add(address=address, num_kv_heads=hello.kv.num_kv_heads)
 
 

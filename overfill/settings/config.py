@@ -137,7 +137,8 @@ class WorkerConfig(ServiceConfig):
         None,
         gt=0,
         description="seconds after which a step counts as stuck and the worker exits; its requests move to other "
-        "workers; by default 60 on a GPU, where the first 100 steps may take 600, and no limit on a CPU",
+        "workers; by default 60 on a GPU and with several ranks, where the first 100 steps may take 600, and no limit "
+        "in one process on a CPU",
     )
 
     @property

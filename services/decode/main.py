@@ -26,6 +26,8 @@ async def serve(config: DecodeConfig, on_ready: OnReady = lambda host: None) -> 
     """Loads the decoder, serves until drained, and returns the exit code. Calls ``on_ready`` once it serves."""
     loaded = await load_half_of(config, "decoder")
     hello = new_hello(config.worker_id, [loaded.served], config.tier)
+    if (ranks := loaded.served.ranks) is not None:
+        await ranks.connect(config.data_streams, config.credentials())
     metrics = DecodeMetrics()
     servicer, stage = decode_stage(config, loaded.served, hello, metrics)
     core = loaded.new_core(on_loop(servicer.on_events), metrics)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol, assert_never
+from typing import Protocol, TypeVar, assert_never
 
 from overfill.engine.sequence import (
     DecodeSequence,
@@ -45,6 +45,7 @@ from overfill.v1 import common_pb2, decode_pb2
 from services.messages import tokens_to_proto
 
 _Need = decode_pb2.NeedPrefill
+_Token = TypeVar("_Token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +159,7 @@ class SequenceSession:
         self._served = served
         self._worker = worker
         self._metrics = worker.metrics
+        self._span = tracing.current()
         self._received_ns = time.monotonic_ns()
         self._emitted = len(sequence.emitted)
         self._first_token: int | None = None
@@ -216,16 +218,46 @@ class SequenceSession:
         A token is told to the router at once, because waking the session's task costs more than the token. When other
         items wait before it, or the task handles one, the token waits its turn.
         """
-        if not (isinstance(event, TokenSampled) and self._waiting and self.inbox.empty()):
+        if isinstance(event, TokenSampled) and self._is_next:
+            self._at_once(self._tell, event)
+        else:
             self.inbox.put_nowait(event)
-            return
+
+    def take_plain(self, index: int, token: int) -> bool:
+        """Takes a token of the engine that is neither the first nor the last, without log-probabilities.
+
+        Returns:
+            False if the session must ``take`` it instead. Most tokens take this way, which is the shortest.
+        """
+        if not (self._waiting and self.inbox.empty()) or self._untold or self._first_step_ns is None:
+            return False
+        self._emitted = index + 1
         try:
-            self._tell(event)
-        except Exception as error:  # a defect of one sequence must not keep the step's events from the others
+            self._served.put_token(index, token)
+        except Exception as error:  # a defect of one sequence must not keep the step's tokens from the others
+            self.inbox.put_nowait(error)
+        return True
+
+    def take_first(self, tokens: decode_pb2.Tokens) -> None:
+        """Takes the full model's token, as ``take`` takes those of the engine."""
+        if self._is_next:
+            self._at_once(self._tell_first, tokens)
+        else:
+            self.inbox.put_nowait(tokens)
+
+    @property
+    def _is_next(self) -> bool:
+        """Whether nothing comes before an item that arrives now."""
+        return self._waiting and self.inbox.empty()
+
+    def _at_once(self, tell: Callable[[_Token], FinishReason | None], token: _Token) -> None:
+        try:
+            finish = tell(token)
+        except Exception as error:  # as in ``take_plain``
             self.inbox.put_nowait(error)
             return
-        if event.finish is not None:
-            self.inbox.put_nowait(event.finish)
+        if finish is not None:
+            self.inbox.put_nowait(finish)
 
     async def _next_item(self) -> Item:
         self._waiting = True
@@ -262,7 +294,9 @@ class SequenceSession:
             case decode_pb2.AssignPrefill():
                 self._begin_pull(item)
             case decode_pb2.Tokens():
-                return await self._on_first_token(item)
+                if (finish := self._tell_first(item)) is not None:
+                    await self._finish(finish)
+                    return True
             case PullEnded() if item.pull != self._pulls or self._pull is None:
                 pass
             case PullEnded(worker_id=worker, error=None):
@@ -279,9 +313,8 @@ class SequenceSession:
                 self._wants_kv = False
                 await self._join_pull(cancel=True)
                 self._worker.send(Yielded(self.sequence.id))
-            case TokenSampled(finish=finish):
-                self._tell(item)
-                if finish is not None:
+            case TokenSampled():
+                if (finish := self._tell(item)) is not None:
                     await self._finish(finish)
                     return True
             case FinishReason():
@@ -305,12 +338,13 @@ class SequenceSession:
         reservation_ns = time.monotonic_ns() - self._received_ns
         self._metrics.reserved(reservation_ns / 1e9)
         tracing.current().past("decode.reservation", self._received_ns, self._received_ns + reservation_ns)
-        reserved = decode_pb2.Reserved(blocks=len(self.blocks), reservation_ns=reservation_ns)
-        self._served.put(decode_pb2.SequenceUpdate(reserved=reserved))
+        # The pull begins first, because the first token waits for it and for nothing else.
         if self.start.HasField("assign_prefill"):
             self._begin_pull(self.start.assign_prefill)
         elif (own := self._worker.own_assignment(len(self.sequence.prompt))) is not None:
             self._begin_pull(own)
+        reserved = decode_pb2.Reserved(blocks=len(self.blocks), reservation_ns=reservation_ns)
+        self._served.put(decode_pb2.SequenceUpdate(reserved=reserved))
 
     def _begin_pull(self, target: decode_pb2.AssignPrefill) -> None:
         # Ignores an assignment that arrives after the sequence lost its blocks: it will ask again.
@@ -343,7 +377,7 @@ class SequenceSession:
                 async with self._worker.new_handoff(target, self) as handoff:
                     self._handoff = handoff
                     try:
-                        await handoff.run(self._served.time_left(), self.inbox.put_nowait, on_in_place)
+                        await handoff.run(self._served.time_left(), self.take_first, on_in_place)
                         if not handoff.codec:
                             self._metrics.prefilled_here()
                         elif in_place:
@@ -379,17 +413,18 @@ class SequenceSession:
         if self._cached_tokens is None:
             self._cached_tokens = handoff.stats.cached_tokens
 
-    async def _on_first_token(self, tokens: decode_pb2.Tokens) -> bool:
+    def _tell_first(self, tokens: decode_pb2.Tokens) -> FinishReason | None:
+        """Tells the router of the full model's token. Returns the reason if the answer ends with it."""
         if self._emitted or self._handoff is None:  # an earlier prefill of this session has sent it
-            return False
+            return None
         self._note_handoff()
         if not tokens.ids:  # the decoder samples the first token, and scores the prompt's last ones
             self._full_scores = tokens
-            return False
+            return None
         stats = self._handoff.stats
         emitted, finish = self.sequence.stop.judge(tokens.ids[0], 0)
         self._first_known_ns = stats.started_ns + stats.first_token_ns
-        tracing.current().event("first token")
+        self._span.event("first token")
         self._first_token = tokens.ids[0]
         if emitted:
             self._emitted = 1
@@ -401,11 +436,10 @@ class SequenceSession:
             self._served.put(decode_pb2.SequenceUpdate(tokens=tokens))
         if finish is not None:
             self._wants_kv = not self._handoff.release()
-            await self._finish(finish)
-        return finish is not None
+        return finish
 
-    def _tell(self, event: TokenSampled) -> None:
-        """Tells the router of a token of a decode step."""
+    def _tell(self, event: TokenSampled) -> FinishReason | None:
+        """Tells the router of a token of a decode step. Returns the reason if the answer ends with it."""
         if self._first_step_ns is None:
             self._first_step_ns = event.step_started_ns
             if self._first_known_ns is not None:
@@ -415,9 +449,9 @@ class SequenceSession:
             self._emitted = event.index + 1
             if token.logprob is None and scores is None and not self._untold:
                 self._served.put_token(event.index, token.token_id)
-                return
+                return event.finish
         elif scores is None:
-            return
+            return event.finish
         tokens = decode_pb2.Tokens() if token is None else tokens_to_proto(token, event.index)
         if scores is not None:
             tokens.MergeFrom(self._full_scores)
@@ -426,6 +460,7 @@ class SequenceSession:
             self._untold = False
             tokens.so_far.CopyFrom(self._so_far())
         self._served.put(decode_pb2.SequenceUpdate(tokens=tokens))
+        return event.finish
 
     def _so_far(self) -> decode_pb2.DecodeDone:
         """Returns what ``DecodeDone`` would say now, without a reason."""

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from overfill.engine.protocol import ServedHalf
-from overfill.engine.sequence import DecodeEvent, DecodeSequence, StopRule, by_sequence
+from overfill.engine.sequence import DecodeEvent, DecodeSequence, StepSampled, StopRule
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
 from overfill.kv.peers import PeerPool, PrefillPeer
 from overfill.kv.puller import LocalPuller
@@ -88,9 +88,19 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
 
     def on_events(self, events: Sequence[DecodeEvent]) -> None:
         """Passes engine events to their sessions. Call it on the event loop."""
-        for event in by_sequence(events):
-            if session := self._sessions.get(event.id):
+        for event in events:
+            if isinstance(event, StepSampled):
+                self._on_step(event)
+            elif session := self._sessions.get(event.id):
                 session.take(event)
+
+    def _on_step(self, step: StepSampled) -> None:
+        sessions, not_plain = self._sessions, step.not_plain
+        for row, id in enumerate(step.ids):
+            if (session := sessions.get(id)) is None:
+                continue
+            if id in not_plain or not session.take_plain(step.indices[row], step.token_ids[row]):
+                session.take(step.part(row))
 
     async def Describe(
         self, request: decode_pb2.DescribeDecodeRequest, context: Context

@@ -26,6 +26,9 @@ async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) ->
     """Loads the full model, serves until drained, and returns the exit code. Calls ``on_ready`` once it serves."""
     loaded = await load_half_of(config, "full")
     hello = new_hello(config.worker_id, [loaded.served])
+    if (ranks := loaded.served.ranks) is not None:
+        tls, access = config.server_tls(), config.access()
+        hello.data_addresses.extend(await ranks.serve(config.host, config.data_port, tls, access, config.max_rpcs))
     metrics = PrefillMetrics()
     servicer, stage = prefill_stage(config, loaded.served, hello, metrics)
     core = loaded.new_core(on_loop(servicer.on_events), metrics)

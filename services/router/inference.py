@@ -50,14 +50,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     if delta.first_index and answer.complete:
                         last = delta  # it shares a message with the end, which is known
                     else:
-                        message = _delta(delta, identity)
+                        response = _Response()
+                        _fill(response.delta, delta, identity)
                         if first:
-                            message.cached_tokens, first = answer.cached_tokens, False
-                        await self._write(context, _Response(delta=message))
+                            response.delta.cached_tokens, first = answer.cached_tokens, False
+                        await self._write(context, response)
                 if last is not None:
                     if answer.rest is not None:
                         last.extend(answer.rest)
-                    answer.finished.rest.CopyFrom(_delta(last, identity))
+                    answer.finished.rest.Clear()  # it is in ``last``
+                    _fill(answer.finished.rest, last, identity)
                 await self._write(context, _Response(finished=answer.finished))
         except TimeoutError:
             raise DeadlineExceeded(f"the client has read nothing for {STALLED_TIMEOUT:g} s") from None
@@ -91,12 +93,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             return inference_pb2.DetokenizeResponse(text=await self._handler.detokenize(request, hold))
 
 
-def _delta(delta: AnswerDelta, identity: Callable[[str], inference_pb2.AnswerIdentity]) -> inference_pb2.Delta:
-    """Converts a delta. ``identity`` returns what an answer of a tier depends on."""
-    message = delta.to_proto()
+def _fill(
+    message: inference_pb2.Delta, delta: AnswerDelta, identity: Callable[[str], inference_pb2.AnswerIdentity]
+) -> None:
+    """Fills in a delta. ``identity`` returns what an answer of a tier depends on."""
+    delta.fill(message)
     for part in message.parts:
         part.identity.CopyFrom(identity(part.tier))
-    return message
 
 
 def _caller() -> ApiKey | None:

@@ -46,6 +46,7 @@ class RunningAnswer:
     ) -> None:
         self.accepted = accepted
         self._failure: BaseException | None = RequestCancelled("the answer was not read to its end")
+        self._now = asyncio.get_running_loop().time
         self._statistics = statistics
         self._pace = pace
         self._on_read = on_read
@@ -126,7 +127,7 @@ class RunningAnswer:
 
     def _count(self, handed: AnswerDelta) -> None:
         last, relay = self._handed_at, self._relay
-        now = self._handed_at = asyncio.get_running_loop().time()
+        now = self._handed_at = self._now()
         self._on_read(now)
         since_last = None if last is None else now - last
         self._statistics.tokens(relay.request, len(handed.token_ids), now, since_last)

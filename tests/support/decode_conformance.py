@@ -52,6 +52,10 @@ class DecodeEngineConformance(EngineConformance):
 
     half = "decoder"
 
+    def break_sampling(self, driver: DecodeDriver, processor: Any, part: str) -> None:
+        """As the function."""
+        break_sampling(processor, part)
+
     @pytest.fixture(autouse=True)
     def _the_decoder_computes_no_prompt_token(self, driver: DecodeDriver) -> Iterator[None]:
         yield
@@ -123,7 +127,7 @@ class DecodeConformance(_AnswerTests):
         decodings = driver.begin(*(Request(prompt(21, n), sampling(kind, 12)) for n, kind in enumerate(names)))
         driver.step()
         poisoned = decodings.pop(1)
-        break_sampling(poisoned.sequence.processor, part)
+        self.break_sampling(driver, poisoned.sequence.processor, part)
         driver.run()
         assert isinstance(poisoned.error, Broken)
         assert not poisoned.ended_engine

@@ -74,7 +74,7 @@ class _Driver:
         self._num_steps = 0
         self.core = loaded.new_core(self._emit, metrics)
         self.block_size = self.served.store.block_size
-        self._ids = (f"sequence-{number}" for number in itertools.count())
+        self._ids = (f"{number:032x}" for number in itertools.count())  # as of transfers
 
     @property
     def load(self) -> EngineLoad:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from overfill.engine.sequence import Release
 from overfill.kv.journal import KeyFeed
 from overfill.kv.keys import PromptKeys, root_key
 from overfill.model.processors import LogitProcessor
+from overfill.request.params import SamplingParams
 
 
 def assert_computed(driver: PrefillDriver, *prompts: Prefilling) -> None:
@@ -59,6 +61,10 @@ class PrefillConformance(EngineConformance):
     """Tests a prefill engine that has blocks for every prompt."""
 
     half = "full"
+
+    def unwilling(self, driver: PrefillDriver, params: SamplingParams) -> Any:
+        """A processor that fails."""
+        return Unwilling(params, [], None)
 
     @pytest.mark.parametrize("length", LENGTHS)
     def test_kv_and_first_token_are_the_full_model_s(self, driver, length):
@@ -225,7 +231,7 @@ class PrefillConformance(EngineConformance):
     def test_a_prompt_that_cannot_be_sampled_fails_and_leaves_no_kv_in_the_cache(self, driver, length):
         """Its KV may be the cause, that of earlier chunks too."""
         failing, beside = driver.submit(greedy(length, 6)), driver.submit(greedy(20, 7))
-        failing.sequence.processor = Unwilling(failing.request.sampling, [], None)
+        failing.sequence.processor = self.unwilling(driver, failing.request.sampling)
         driver.run()
         assert str(failing.error) == "unwilling"
         assert_computed(driver, beside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -151,7 +152,8 @@ def _main(link: str, token: str, *numbers: str) -> None:
     store = ArrayStore(spec, (first, end))
     store.array[...] = rank + 1
     config = {"link": link, "link_token": token}
-    RankAgent(config, hello(rank, spec, (first, end)), store, ThreadPoolExecutor(2), lambda *_: None).join()
+    RankAgent(config, hello(rank, spec, (first, end)), store, ThreadPoolExecutor(2), lambda *_: None)
+    signal.pause()  # as a model that waits for its next step
 
 
 if __name__ == "__main__":

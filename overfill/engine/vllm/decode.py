@@ -34,6 +34,7 @@ from overfill.engine.sequence import (
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.hashes import block_hasher
 from overfill.engine.vllm.internals import VllmCore
+from overfill.engine.vllm.ranks.steps import RankStep
 from overfill.engine.work import Sampled, always_plain
 from overfill.errors import InternalError
 from overfill.telemetry.engine_load import EngineLoad
@@ -160,6 +161,7 @@ class VllmDecodeEngine(VllmEngine):
             max(1, sequence.stop.max_tokens - max(1, len(sequence.emitted))),
             block_hasher(sequence.prompt_blocks, self._num_shared(sequence), self._vllm.block_size),
             always_plain(sequence),
+            self._row(sequence),
         )
         needed = self._blocks_for(sequence.num_tokens + 1)
         kept, free = self._num_growing(), self._vllm.num_free
@@ -251,6 +253,9 @@ class VllmDecodeEngine(VllmEngine):
         early, self._early = self._early, []
         if early:
             self._emit(early)
+
+    def step_of_ranks(self) -> RankStep:
+        return RankStep(unsampled=frozenset(self._plan.replaying))
 
     def ending(self, request_id: str) -> bool:
         # No later sequence can find the blocks of an answer, so they must not take the place of cached prompts.

@@ -11,6 +11,7 @@ import torch
 
 from overfill.engine.sequence import SequenceFailed
 from overfill.engine.vllm.internals import VllmCore, hub
+from overfill.engine.vllm.ranks.steps import RankExtras, RankStep, RowSpec
 from overfill.engine.vllm.sampler import StepSampler
 from overfill.engine.work import Sampled
 from overfill.telemetry.metrics import EngineMetrics
@@ -45,7 +46,7 @@ class VllmEngine:
         self.step_shape = (0, 0)
         self.tokens_looked_up = 0
         self.tokens_found = 0
-        hub.hooks = self
+        hub.hooks = hub.runner = self
 
     def close(self) -> None:
         """Frees vLLM's model and cache."""
@@ -59,6 +60,13 @@ class VllmEngine:
             raise AssertionError(f"vLLM holds {extra} requests that no sequence has")
         if leaked := self._num_used - self._vllm.count_blocks(ids)[0]:
             raise AssertionError(f"{leaked} blocks are in use, and no sequence has them")
+
+    def _row(self, sequence: Sampled) -> RowSpec | None:
+        """What ranks need to choose the sequence's tokens; None if there is only one."""
+        if self._vllm.num_ranks == 1:
+            return None
+        processor = "" if sequence.processor is None else sequence.processor.key
+        return RowSpec(sequence.sampling, sequence.sample_index, len(sequence.prompt), processor)
 
     def _live(self) -> list[str]:
         """Ids of the sequences that vLLM may know."""
@@ -117,6 +125,17 @@ class VllmEngine:
 
     def blocks_removed(self, hashes: Iterable[int]) -> None:
         pass
+
+    def row_added(self, id: str, spec: RowSpec | None, prompt: Sequence[int], output: Sequence[int]) -> None:
+        pass
+
+    def step_of_ranks(self) -> RankStep:
+        """The planned step as ranks are told; called with several ranks only."""
+        raise NotImplementedError
+
+    def sampled_by_ranks(self, extras: RankExtras) -> None:
+        self._sampler.details |= extras.details
+        self._sampler.errors |= extras.errors
 
     def sample(self, logits: torch.Tensor, request_ids: Sequence[str], rows: Sequence[int]) -> None:
         try:

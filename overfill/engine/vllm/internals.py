@@ -8,6 +8,8 @@ promises nothing about the rest. Used here:
 - of the scheduler: ``add_request``, ``requests``, ``_update_from_kv_xfer_finished``, ``kv_event_publisher``, and the
   KV cache manager's ``get_computed_blocks``, ``get_block_ids``, ``evict_blocks`` and ``block_pool``;
 - ``static_forward_context``, whose attention layers can write into a cache (``impl.do_kv_cache_update``).
+
+``ranks.executor`` has what is used of vLLM's executor for several ranks.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the logits processor is for the 
 os.environ["VLLM_KV_EVENTS_USE_INT_BLOCK_HASHES"] = "1"
 # Even for one rank, torch's gloo opens a dozen listeners without authentication, by default on the address of the
 # host's name. An engine has no ranks on other hosts, so an interface that the environment names makes no sense either.
-os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+os.environ["VLLM_HOST_IP"] = "127.0.0.1"
+os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # gRPC's threads do not survive a fork
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -38,7 +42,6 @@ from vllm.config import KVEventsConfig, KVTransferConfig, VllmConfig
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
@@ -47,6 +50,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
 from overfill.errors import InternalError, UnsupportedModel
+from overfill.kv.store import KvStore
 
 __all__ = [
     "CONNECTOR",
@@ -62,7 +66,34 @@ __all__ = [
 ]
 
 
-class Hooks(Protocol):
+class RunnerHooks(Protocol):
+    """What vLLM's model runner tells and asks in its process: the engine, or the hooks of one rank of several."""
+
+    def layer_started(self, layer: int) -> None: ...
+
+    def layer_written(self, layer: int) -> None:
+        """The caches hold ``layer``'s KV of all tokens of the step, once the device's work so far is done."""
+        ...
+
+    def row_added(self, id: str, spec: Any, prompt: Sequence[int], output: Sequence[int]) -> None:
+        """A request that is not ``plain`` has got a row of logits. vLLM appends to ``output`` after each step.
+
+        Args:
+            spec: the request's ``ranks.steps.RowSpec``; None with one rank.
+        """
+        ...
+
+    def sample(self, logits: torch.Tensor, request_ids: Sequence[str], rows: Sequence[int]) -> None:
+        """Changes ``rows`` of the logits so that their greatest elements are the tokens to take.
+
+        Args:
+            request_ids: the request of each row.
+            rows: ascending rows of the requests that are not ``plain``.
+        """
+        ...
+
+
+class Hooks(RunnerHooks, Protocol):
     """What vLLM asks and tells an engine of OverFill's while it takes a step, on the engine's thread."""
 
     def tokens_to_load(self, request_id: str, held: int) -> int:
@@ -80,23 +111,16 @@ class Hooks(Protocol):
         """
         ...
 
-    def layer_started(self, layer: int) -> None: ...
+    def step_of_ranks(self) -> Any:
+        """The planned step as the ranks are told, a ``ranks.steps.RankStep``. Not called with one rank."""
+        ...
 
-    def layer_written(self, layer: int) -> None:
-        """The caches hold ``layer``'s KV of all tokens of the step, once the device's work so far is done."""
+    def sampled_by_ranks(self, extras: Any) -> None:
+        """What the ranks say of the step's tokens, a ``ranks.steps.RankExtras``. Not called with one rank."""
         ...
 
     def ending(self, request_id: str) -> bool:
         """A request ends. Returns whether its blocks stay until ``VllmCore.sent``; else they are free afterwards."""
-        ...
-
-    def sample(self, logits: torch.Tensor, request_ids: Sequence[str], rows: Sequence[int]) -> None:
-        """Changes ``rows`` of the logits so that their greatest elements are the tokens to take.
-
-        Args:
-            request_ids: the request of each row.
-            rows: ascending rows of the requests that are not ``plain``.
-        """
         ...
 
     def blocks_stored(self, hashes: Iterable[int]) -> None: ...
@@ -109,12 +133,16 @@ class Hub:
     """Connects the objects that vLLM creates by itself with the engine.
 
     Attributes:
-        hooks: the engine; None while vLLM loads and warms up.
-        caches: each attention layer's cache, by its name in vLLM.
+        hooks: the engine; None while vLLM loads and warms up, and in ranks.
+        runner: what the model runner of this process calls; None while vLLM loads and warms up.
+        caches: each attention layer's cache in this process, by its name in vLLM.
+        store: the same caches, for handoffs; None in a process without a model runner.
     """
 
     hooks: Hooks | None = None
+    runner: RunnerHooks | None = None
     caches: dict[str, torch.Tensor] = field(default_factory=dict)
+    store: KvStore | None = None
 
 
 hub = Hub()
@@ -144,12 +172,15 @@ class VllmCore:
         block_size: tokens per block.
         num_blocks: blocks that requests can have.
         max_model_len: maximum number of tokens of a request.
+        on_close: called after vLLM has ended.
+        num_ranks: processes that have a share of each layer; with one, that is this process.
 
     Raises:
         UnsupportedModel: the model has several kinds of KV cache.
     """
 
     def __init__(self, config: VllmConfig) -> None:
+        ensure_kv_transfer_shutdown()  # a failed start leaves its connector behind, and the next one would take it
         self._core = EngineCore(config, Executor.get_class(config), log_stats=False)
         scheduler = self._core.scheduler
         assert isinstance(scheduler, Scheduler)
@@ -157,7 +188,6 @@ class VllmCore:
         self._scheduler.kv_event_publisher = _EventPublisher()
         self._manager: Any = scheduler.kv_cache_manager
         self._pool: Any = self._manager.block_pool
-        self._layers: Mapping[str, Any] = config.compilation_config.static_forward_context
         random.seed()  # vLLM gives every process the same seed, also for what has nothing to do with models
         if type(scheduler.connector).__name__ != CONNECTOR:
             raise InternalError(f"vLLM took {type(scheduler.connector).__name__} as its KV connector, not {CONNECTOR}")
@@ -168,37 +198,37 @@ class VllmCore:
         self.block_size: int = config.cache_config.block_size
         self.num_blocks: int = self._pool.num_gpu_blocks - 1  # one is vLLM's null block
         self.max_model_len: int = config.model_config.max_model_len
+        self.on_close: Callable[[], object] = lambda: None
+        self.num_ranks: int = config.parallel_config.tensor_parallel_size
 
     @property
-    def num_layers(self) -> int:
-        return len(hub.caches)
-
-    def caches(self) -> list[torch.Tensor]:
-        """Each layer's cache, [num_blocks, kv_heads, block_size, 2 * head_dim], by number of the layer."""
-        return [hub.caches[name] for name in sorted(hub.caches, key=extract_layer_index)]
-
-    def write(self, k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
-        """Writes keys and values, each [tokens, kv_heads, head_dim], as the first attention layer's backend does."""
-        layer = self._layers[min(hub.caches, key=extract_layer_index)]
-        layer.impl.do_kv_cache_update(layer, k, v, cache, slots)
+    def executor(self) -> Any:
+        return self._core.model_executor
 
     # Requests ---------------------------------------------------------------------------------------------------
 
     def new_request(
-        self, id: str, tokens: list[int], max_tokens: int, hasher: Callable[[Any], list[bytes]], plain: bool
+        self,
+        id: str,
+        tokens: list[int],
+        max_tokens: int,
+        hasher: Callable[[Any], list[bytes]],
+        plain: bool,
+        row: Any = None,
     ) -> Request:
         """A request that samples ``max_tokens`` tokens after ``tokens``; no token ends it earlier.
 
         Args:
             hasher: returns the hashes of the request's full blocks that have none yet.
             plain: whether each of its tokens is the most likely one, which vLLM finds by itself.
+            row: what ranks need to choose its tokens, a ``ranks.steps.RowSpec``; None with one rank.
         """
         sampling = SamplingParams(
             temperature=0,
             max_tokens=max_tokens,
             ignore_eos=True,
             detokenize=False,
-            extra_args={REQUEST_ID: id, PLAIN: plain},
+            extra_args={REQUEST_ID: id, PLAIN: plain, ROW_SPEC: row},
         )
         return Request(
             request_id=id,
@@ -277,8 +307,7 @@ class VllmCore:
         spoilt = set(blocks)
         self.forget(spoilt)
         alone = [block for block in spoilt if self._pool.blocks[block].ref_cnt <= 1]
-        for cache in hub.caches.values():
-            cache[alone] = 0
+        self.executor.collective_rpc(_clear_blocks, args=(alone,))
 
     def count_blocks(self, ids: Iterable[str]) -> tuple[int, int]:
         """Blocks of the live requests, which are ``ids``; and other blocks that hold a cached prefix."""
@@ -292,7 +321,12 @@ class VllmCore:
 
     def step(self) -> tuple[list[Any], bool]:
         """Takes a step. Returns its outputs, and whether it computed anything."""
-        outputs, executed = self._core.step_fn()
+        try:
+            outputs, executed = self._core.step_fn()
+        except Exception as error:
+            if lost := getattr(self.executor, "failure", None):
+                raise InternalError(lost) from error
+            raise
         self._core.post_step(executed)
         ours = (outputs or {}).get(0)
         return (list(ours.outputs) if ours is not None else []), executed
@@ -301,8 +335,15 @@ class VllmCore:
         """Frees the model and the cache; afterwards the process can make another engine."""
         self._core.shutdown()
         ensure_kv_transfer_shutdown()
-        hub.hooks = None
+        self.on_close()
+        hub.hooks = hub.runner = hub.store = None
         hub.caches = {}
+
+
+def _clear_blocks(worker: Any, blocks: list[int]) -> None:
+    """Called in every rank."""
+    for cache in hub.caches.values():
+        cache[blocks] = 0
 
 
 CONNECTOR = "OverfillConnector"
@@ -311,3 +352,5 @@ REQUEST_ID = "overfill_request"
 """Name under which a request's sampling parameters carry its id to the logits processor."""
 PLAIN = "overfill_plain"
 """As ``REQUEST_ID``, for whether vLLM chooses the request's tokens by itself."""
+ROW_SPEC = "overfill_row"
+"""The same for what ranks need to choose its tokens."""

@@ -10,10 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
-from pydantic import ValidationError
-
-from overfill.engine.device import NotEnoughMemory, native_dtype, use_threads
+from overfill.engine.device import native_dtype, use_threads
 from overfill.engine.gpu_memory import vllm_utilization
 from overfill.engine.protocol import (
     DEFAULT_CPU_KV_BYTES,
@@ -33,37 +30,24 @@ from overfill.engine.vllm.internals import (
     VllmConfig,
     VllmCore,
     current_platform,
+    hub,
 )
-from overfill.engine.vllm.layout import UnknownLayout, find_layouts
 from overfill.engine.vllm.prefill import VllmPrefillEngine
+from overfill.engine.vllm.ranks.group import RankGroup, RemoteBlocks
+from overfill.engine.vllm.refusals import Refusals, reason_of
 from overfill.engine.vllm.sampler import OverfillSampler
-from overfill.engine.vllm.store import VllmKvStore
 from overfill.engine.vllm_args import check_vllm_args
 from overfill.engine.vllm_release import installed, untested_warning
-from overfill.errors import InvalidRequest, OverfillError, UnsupportedModel
+from overfill.errors import InvalidRequest
 from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import root_key
-from overfill.kv.spec import DTypeName, KvSpec
-from overfill.kv.tensors import TORCH_DTYPES
+from overfill.kv.spec import DTypeName
 from overfill.model.manifest import Half, Pair
 from overfill.model.processors import new_processor
 from overfill.request.grammar import Grammars
 from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetrics
 
 log = logging.getLogger(__name__)
-
-_MEMORY_WORDS = (
-    "No available memory for the cache blocks",
-    "not enough GPU memory available",
-    "is larger than the available KV cache memory",
-    "Available memory on node",
-    "Free memory on device",
-    "out of memory",
-    "can't allocate memory",
-)
-"""Words of vLLM's and torch's errors about memory, which have no type of their own."""
-_BLOCK_SIZE_WORDS = "No common block size"
-"""Words of vLLM's error about a block size that its attention backends do not have."""
 
 
 def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
@@ -88,17 +72,38 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     config = pair.config(half)
     dtype = options.dtype or native_dtype(options.compute_device)
     spec = config.kv_spec(dtype)
-    folder = str(pair.path(half))
-    arguments = _arguments(folder, half, options, dtype, config.longest(options.max_model_len))
+    refusals = Refusals(pair.path(half), half, options, spec)
+    arguments = _arguments(str(pair.path(half)), half, options, dtype, config.longest(options.max_model_len))
+    extra = {"kv": spec, "by_layer": half == "full"}
+    group = None
+    if options.tensor_parallel_size > 1:
+        group = RankGroup(options.tensor_parallel_size)
+        arguments |= group.arguments
+        grammar_args = (pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids)
+        extra |= {"ranks": group.links.config, "refusals": refusals, "grammars": grammar_args}
+    arguments["kv_transfer_config"] = KVTransferConfig(
+        kv_connector=CONNECTOR,
+        kv_connector_module_path="overfill.engine.vllm.connector",
+        kv_role="kv_producer" if half == "full" else "kv_consumer",
+        kv_load_failure_policy="fail",
+        kv_connector_extra_config=extra,
+    )
+    vllm_config = None
     try:
-        vllm = VllmCore(_vllm_config(arguments, options.engine_args))
-        store = _store(vllm, spec, folder)
-    except OverfillError:
-        raise
+        vllm_config = _vllm_config(arguments, options.engine_args)
+        refusals.check_cache(vllm_config)
+        vllm = VllmCore(vllm_config)
+        if group is not None:
+            group.join(vllm, spec)
     except Exception as error:
-        raise _explained(error, folder, half, options) from error
+        if group is not None and (told := group.failure()) is not None:
+            raise told from error
+        raise refusals.explain(error, vllm_config) from error
     log.info("%s on vLLM: %d KV blocks of %d tokens", half, vllm.num_blocks, vllm.block_size)
     journal = KeyJournal()
+    grammars = Grammars(
+        pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids, options.grammars
+    )
     served = ServedHalf(
         engine_version=str(release),
         half=half,
@@ -108,20 +113,28 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         # vLLM wants room for the token that it samples after a prompt.
         max_model_len=vllm.max_model_len - (half == "full"),
         device=options.device,
-        store=store,
-        grammars=Grammars(
-            pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids, options.grammars
-        ),
+        store=hub.store or RemoteBlocks(vllm.block_size),
+        grammars=grammars,
         new_processor=new_processor,
         blocks_of=partial(_blocks_of, pair.kv_identity(dtype).cache_key, vllm.block_size, options.prefix_cache),
         prefix_keys=journal if half == "full" else None,
     )
 
+    if group is not None:
+        served = group.half(served)
+
     def new_core(emit: Callable[[list[Any]], None], metrics: EngineMetrics) -> EngineCore:
         if half == "full":
             assert isinstance(metrics, PrefillMetrics)
             return VllmPrefillEngine(
-                vllm, options.compute_device, options.max_num_seqs, spec.token_layer_bytes, journal, emit, metrics
+                vllm,
+                options.compute_device,
+                options.max_num_seqs,
+                spec.num_layers,
+                spec.token_layer_bytes,
+                journal,
+                emit,
+                metrics,
             )
         assert isinstance(metrics, DecodeMetrics)
         return VllmDecodeEngine(vllm, options.max_num_seqs, emit, metrics)
@@ -155,13 +168,6 @@ def _arguments(folder: str, half: Half, options: EngineOptions, dtype: DTypeName
         "logits_processors": [OverfillSampler],
         "kv_events_config": KVEventsConfig(
             enable_kv_cache_events=half == "full" and options.prefix_cache, publisher="null"
-        ),
-        "kv_transfer_config": KVTransferConfig(
-            kv_connector=CONNECTOR,
-            kv_connector_module_path="overfill.engine.vllm.connector",
-            kv_role="kv_producer" if half == "full" else "kv_consumer",
-            kv_load_failure_policy="fail",
-            kv_connector_extra_config={"by_layer": half == "full"},
         ),
     }
     if (utilization := vllm_utilization(options)) is not None:
@@ -202,7 +208,9 @@ def _vllm_config(arguments: Mapping[str, Any], engine_args: Mapping[str, Any]) -
         return EngineArgs(**{**arguments, **engine_args}).create_engine_config()
     except Exception as error:
         if engine_args and _accepts(arguments):
-            raise InvalidRequest("engine_args", f"vLLM refuses {json.dumps(engine_args)}: {_reason(error)}") from error
+            raise InvalidRequest(
+                "engine_args", f"vLLM refuses {json.dumps(engine_args)}: {reason_of(error)}"
+            ) from error
         raise
 
 
@@ -212,46 +220,6 @@ def _accepts(arguments: Mapping[str, Any]) -> bool:
     except Exception:
         return False
     return True
-
-
-def _reason(error: Exception) -> str:
-    """vLLM's words on one line. Of an error of its settings, without the list of all settings."""
-    if isinstance(error, ValidationError):
-        return "; ".join(
-            ": ".join([*map(str, one["loc"]), one["msg"].removeprefix("Value error, ")]) for one in error.errors()
-        )
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _explained(error: Exception, folder: str, half: Half, options: EngineOptions) -> Exception:
-    """vLLM's refusal with a sentence of ours before it."""
-    reason = _reason(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in reason for words in _MEMORY_WORDS):
-        return NotEnoughMemory(f"vLLM has too little memory for the {half} model: {reason}; give another --kv-memory")
-    if options.block_size is not None and _BLOCK_SIZE_WORDS in reason:
-        return InvalidRequest("block_size", f"{options.block_size} does not fit vLLM and the {half} model: {reason}")
-    with_args = f" (with --engine-args {json.dumps(options.engine_args)})" if options.engine_args else ""
-    return UnsupportedModel(f"vLLM cannot load the {half} model in {folder}: {reason}{with_args}")
-
-
-def _store(vllm: VllmCore, spec: KvSpec, folder: str) -> VllmKvStore:
-    """The engine's cache, after checks that it holds KV as OverFill hands it over."""
-    caches = vllm.caches()
-    expected = (spec.num_kv_heads, vllm.block_size, 2 * spec.head_dim)
-    wrong = [cache for cache in caches if tuple(cache.shape[1:]) != expected or cache.dtype != TORCH_DTYPES[spec.dtype]]
-    if len(caches) != spec.num_layers or wrong:
-        found = f"{tuple(wrong[0].shape[1:])} of {wrong[0].dtype}" if wrong else f"{len(caches)} layers"
-        raise UnsupportedModel(
-            f"vLLM keeps the KV of {folder} as {found} per block; OverFill hands over {spec.num_layers} layers of "
-            f"{expected} in {spec.dtype}"
-        )
-    try:
-        layouts = find_layouts(caches[0], vllm.write)
-    except UnknownLayout as error:
-        raise UnsupportedModel(
-            f"vLLM's attention backend for {folder} lays out KV in an unknown way: {error}"
-        ) from error
-    return VllmKvStore(caches, layouts, vllm.block_size)
 
 
 def _blocks_of(identity: str, block_size: int, enabled: bool, prompt: Any, cache_namespace: str) -> HashedPrompt:

@@ -33,6 +33,7 @@ from overfill.engine.sequence import (
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.hashes import block_hasher
 from overfill.engine.vllm.internals import Request, VllmCore
+from overfill.engine.vllm.ranks.steps import RankChunk, RankStep
 from overfill.engine.work import Sampled, always_plain
 from overfill.kv.journal import KeyJournal
 from overfill.model.steps import SampledToken
@@ -46,12 +47,15 @@ log = logging.getLogger(__name__)
 class _Chunk:
     """A prompt's part of the step: after it, positions ``start..end`` hold KV that they did not hold before.
 
-    ``num_layers`` layers are written so far, of which ``unsent`` are not reported yet.
+    ``num_layers`` layers are written so far, of which ``unsent`` are not reported yet. ``blocks`` are new, from the
+    prompt's block ``first_block`` on.
     """
 
     sequence: PrefillSequence
     start: int
     end: int
+    first_block: int
+    blocks: list[int]
     unsent: list[PrefillEvent] = field(default_factory=list)
     num_layers: int = 0
 
@@ -65,6 +69,7 @@ class VllmPrefillEngine(VllmEngine):
 
     Args:
         max_num_seqs: maximum number of prompts that hold blocks.
+        num_layers: layers of the model.
         token_layer_bytes: bytes of one token's keys and values in one layer.
         journal: receives the keys of the blocks in vLLM's prefix cache.
         emit: takes lists of events; a step calls it several times.
@@ -77,6 +82,7 @@ class VllmPrefillEngine(VllmEngine):
         vllm: VllmCore,
         device: torch.device,
         max_num_seqs: int,
+        num_layers: int,
         token_layer_bytes: int,
         journal: KeyJournal,
         emit: Callable[[list[PrefillEvent]], None],
@@ -84,6 +90,7 @@ class VllmPrefillEngine(VllmEngine):
     ) -> None:
         self._device = device
         self._max_num_seqs = max_num_seqs
+        self._num_layers = num_layers
         self._token_layer_bytes = token_layer_bytes
         self._journal = journal
         self._emit = emit
@@ -166,7 +173,8 @@ class VllmPrefillEngine(VllmEngine):
                 size = self._vllm.block_size
                 hasher = block_hasher(sequence.prompt_blocks, len(sequence.prompt) // size, size)
                 plain = always_plain(sequence) or not sequence.sample_first_token
-                request = self._next = self._vllm.new_request(sequence.id, sequence.prompt, 1, hasher, plain)
+                request = self._vllm.new_request(sequence.id, sequence.prompt, 1, hasher, plain, self._row(sequence))
+                self._next = request
             needed = self._blocks_for(sequence) - self._vllm.num_shared(request)
             if needed > self._vllm.num_free - self._num_promised():
                 break
@@ -208,8 +216,9 @@ class VllmPrefillEngine(VllmEngine):
         unwritten = {b for id, count in num_tokens.items() for b in blocks[id][starts[id] // size :]}
         for id, count in num_tokens.items():
             sequence, start = self._running[id], starts[id]
-            first_chunk, ready = not sequence.blocks, start
-            sequence.blocks += blocks[id][len(sequence.blocks) :]
+            first_chunk, ready, first_block = not sequence.blocks, start, len(sequence.blocks)
+            new = blocks[id][first_block:]
+            sequence.blocks += new
             if first_chunk:
                 ready = next((n for n in range(start // size) if sequence.blocks[n] in unwritten), start // size) * size
                 sequence.computed = sequence.cached_tokens = start
@@ -217,7 +226,7 @@ class VllmPrefillEngine(VllmEngine):
                 self.tokens_found += start
                 event = record_event(self._device) if ready else None
                 events.append(PrefillScheduled(id, sequence.blocks, ready, event, now))
-            self._chunks.append(_Chunk(sequence, ready if first_chunk else start, start + count))
+            self._chunks.append(_Chunk(sequence, ready if first_chunk else start, start + count, first_block, new))
         if events:
             self._emit(events)
 
@@ -239,6 +248,13 @@ class VllmPrefillEngine(VllmEngine):
             self._emit(self._events)
             self._events = []
 
+    def step_of_ranks(self) -> RankStep:
+        return RankStep(
+            [RankChunk(c.sequence.id, c.end, c.first_block, c.blocks) for c in self._chunks],
+            num_tokens=self.step_shape[1],
+            unsampled=frozenset(c.sequence.id for c in self._chunks if c.end < len(c.sequence.prompt)),
+        )
+
     def ending(self, request_id: str) -> bool:
         return True  # until its Release: streams read the blocks
 
@@ -256,13 +272,13 @@ class VllmPrefillEngine(VllmEngine):
 
     def _unreported(self, chunk: _Chunk) -> list[PrefillEvent]:
         """Layers of a chunk for which vLLM did not call: their KV is there too, since the step is over."""
-        if chunk.num_layers == self._vllm.num_layers:
+        if chunk.num_layers == self._num_layers:
             return []
-        if not self._silent:
+        if not self._silent and self._vllm.num_ranks == 1:  # ranks mark layers ready themselves
             log.warning("vLLM computes without calling for each layer, so KV leaves only after each step")
             self._silent = True
         event = record_event(self._device)
-        return [KvWritten(chunk.sequence.id, layer, chunk.end, event) for layer in range(self._vllm.num_layers)]
+        return [KvWritten(chunk.sequence.id, layer, chunk.end, event) for layer in range(self._num_layers)]
 
     def _finish(self, sequence: PrefillSequence, token: int, now: int) -> PrefillEvent:
         id = sequence.id

@@ -280,7 +280,10 @@ def watch_decode(probe: Probe) -> None:
     puller: Any = overfill.kv.puller
     transfer = puller._Transfer
     handle, init, write_message, check = session._handle, transfer.__init__, transfer._write_message, puller.check_head
-    take = session.take
+    take, take_plain = session.take, session.take_plain
+
+    def take_plain_held(self: Any, *token: Any) -> bool:
+        return not probe.waits_for("decode") and bool(take_plain(self, *token))
 
     def take_held(self: Any, event: Any) -> None:
         if isinstance(event, TokenSampled) and probe.waits_for("decode", "finishing"):
@@ -314,7 +317,7 @@ def watch_decode(probe: Probe) -> None:
             chunk.payload = damaged
         return check(spec, chunk)
 
-    session._handle, session.take = handle_held, take_held
+    session._handle, session.take, session.take_plain = handle_held, take_held, take_plain_held
     transfer.__init__, transfer._write_message = init_named, write_held
     puller.check_head = damage_and_check
 

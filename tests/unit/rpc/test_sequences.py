@@ -210,17 +210,18 @@ async def test_one_message_carries_the_tokens_of_all_sequences(ends: Ends) -> No
     async def run(served: ServedSequence) -> None:
         served.put(Update(reserved=decode_pb2.Reserved(blocks=1)))
         await step.wait()
-        served.put(tokens(0, served.number))
-        await asyncio.Event().wait()
+        served.put_token(0, served.number)
+        await asyncio.sleep(0)  # a turn of the loop later
+        served.put(done())
 
     ends.worker.run = run
     sequences = [await ends.running() for _ in range(8)]
     before = len(ends.worker.messages)
     step.set()
     for sequence in sequences:
-        await sequence.until(lambda got: len(got) == 2)
+        await sequence.end()
     (message,) = ends.worker.messages[before:]
-    assert len(message.updates) == 8
+    assert len(message.updates) == 16
 
 
 async def test_commands_that_wait_share_a_message_up_to_its_maximum(

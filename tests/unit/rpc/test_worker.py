@@ -44,6 +44,16 @@ def test_a_prefill_worker_announces_one_data_address_with_all_its_kv_heads():
         assert list(hello.data_addresses) == addresses
 
 
+def test_ranks_are_announced_at_the_workers_host_with_their_own_ports():
+    shares = [kv_pb2.DataAddress(address=f"0.0.0.0:{7 + i}", first_kv_head=4 * i, num_kv_heads=4) for i in range(2)]
+    hello = registry_pb2.Hello(stages=[common_pb2.STAGE_PREFILL], data_addresses=shares)
+    announce(hello, announced("0.0.0.0:1", "nat.internal:31007"))
+    assert [(share.address, share.first_kv_head) for share in hello.data_addresses] == [
+        ("nat.internal:7", 0),
+        ("nat.internal:8", 4),
+    ]
+
+
 @pytest.mark.parametrize(
     ("metrics", "address", "announced"),
     [

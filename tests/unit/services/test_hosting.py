@@ -93,8 +93,8 @@ def test_an_unexpected_failure_shows_where_and_is_exit_code_1():
     assert "KeyError: 'a bug'" in stderr
 
 
-def test_only_a_gpu_limits_steps_by_default_and_gives_its_first_steps_time_to_compile():
+def test_only_a_gpu_and_ranks_limit_steps_by_default_and_give_their_first_steps_time_to_compile():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert _step_timeouts(None, cpu) == (None, None)
-    assert _step_timeouts(None, cuda) == (60.0, 600.0)
-    assert _step_timeouts(5.0, cuda) == _step_timeouts(5.0, cpu) == (5.0, 5.0)
+    assert _step_timeouts(None, cpu, ranks=False) == (None, None)
+    assert _step_timeouts(None, cuda, ranks=False) == _step_timeouts(None, cpu, ranks=True) == (60.0, 600.0)
+    assert _step_timeouts(5.0, cuda, ranks=False) == _step_timeouts(5.0, cpu, ranks=False) == (5.0, 5.0)

@@ -18,10 +18,9 @@ from overfill.engine.sequence import (
     Reserved,
     SequenceFailed,
     Start,
+    StepSampled,
     StopRule,
-    TokenSampled,
     Yielded,
-    by_sequence,
 )
 from overfill.errors import InternalError, StepFailed, TransferFailed, Unavailable
 from overfill.kv.blocks import BlockPool
@@ -31,6 +30,7 @@ from overfill.request.params import SamplingParams
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2
 from services.decode.sequence_session import PullEnded, SequenceSession
+from services.decode.servicer import DecodeServicer
 
 
 class Pull:
@@ -69,6 +69,7 @@ class SessionHarness:
     """A session with a real engine core and a scripted handoff."""
 
     def __init__(self):
+        self.servicer = DecodeServicer(SimpleNamespace(blocks_of=None), None, None, None)
         self.pool = BlockPool(8, 4)
         self.engine = DecodeEngine(CountingRunner(), self.pool, 8, 512, self.take)
         sequence = DecodeSequence("s", [1, 2, 3], [7], SamplingParams(temperature=0), StopRule(frozenset(), 4))
@@ -91,8 +92,8 @@ class SessionHarness:
         return self.own
 
     def take(self, events):
-        for event in by_sequence(events):
-            self.session.take(event)
+        self.servicer._sessions["s"] = self.session
+        self.servicer.on_events(events)
 
     def send(self, message):
         self.sent.append(message)
@@ -351,10 +352,10 @@ async def test_the_full_model_s_scores_reach_the_router_also_if_its_token_ends_t
     pull = await harness.assign()
     pull.release = lambda: True
     scores = common_pb2.PromptLogprobs(logprobs=[-1, -2], ranks=[1, 2])
-    harness.session.inbox.put_nowait(decode_pb2.Tokens(ids=[40], prompt_logprobs=scores))
-    await settle()
+    harness.session.take_first(decode_pb2.Tokens(ids=[40], prompt_logprobs=scores))
     (told,) = first_tokens(harness)
     assert (list(told.ids), told.prompt_logprobs) == ([] if stop else [40], scores)
+    await settle()
     assert harness.kinds[-1] == ("done" if stop else "tokens")
     pull.end()
     task.cancel()
@@ -373,7 +374,7 @@ async def test_scores_of_both_models_come_with_the_decoder_s_first_token(stop):
     await settle()
     pull = await harness.assign()
     of_full = common_pb2.PromptLogprobs(logprobs=[-7], ranks=[9])
-    harness.session.inbox.put_nowait(decode_pb2.Tokens(prompt_logprobs=of_full, prefill_queue_ns=3))
+    harness.session.take_first(decode_pb2.Tokens(prompt_logprobs=of_full, prefill_queue_ns=3))
     pull.on_in_place()
     pull.end()
     await settle()
@@ -389,22 +390,23 @@ async def test_scores_of_both_models_come_with_the_decoder_s_first_token(stop):
 
 
 def sampled(index, finish=None, **scores):
-    return TokenSampled("s", index, SampledToken(40 + index, **scores), finish, 1)
+    token, finishes = 40 + index, {"s": finish} if finish else {}
+    return [StepSampled(1, ["s"], [index], [token], finishes, {"s": SampledToken(token, **scores)} if scores else {})]
 
 
 async def test_a_token_reaches_the_router_without_a_turn_of_the_loop(harness):
     before = len(harness.told)
     for index in (1, 2):
-        harness.session.take(sampled(index))
-    harness.session.take(sampled(3, logprob=-1.0, top=[]))
-    harness.session.take(sampled(4, FinishReason.LENGTH))
+        harness.take(sampled(index))
+    harness.take(sampled(3, logprob=-1.0, top=[]))
+    harness.take(sampled(4, FinishReason.LENGTH))
     told = [update.tokens for update in harness.told[before:]]
     assert [(one.first_index, list(one.ids), len(one.logprobs)) for one in told] == [
         (1, [41], 0), (2, [42], 0), (3, [43], 1), (4, [44], 0)
     ]  # fmt: skip
     await harness.task
     assert (harness.kinds[-1], harness.told[-1].done.usage.completion_tokens) == ("done", 5)
-    harness.session.take(sampled(5))
+    harness.take(sampled(5))
     assert harness.kinds[-1] == "done", "nothing follows the end"
 
 
@@ -419,7 +421,7 @@ async def test_a_token_reaches_the_router_without_a_turn_of_the_loop(harness):
 )
 async def test_a_token_never_overtakes_what_came_before_it(harness, item, error):
     harness.session.inbox.put_nowait(item)
-    harness.session.take(sampled(1))
+    harness.take(sampled(1))
     await asyncio.wait([harness.task])
     assert type(harness.task.exception()) is (error or type(None))
     assert "tokens" not in harness.kinds
@@ -431,15 +433,17 @@ async def test_a_token_waits_while_the_session_handles_an_event(harness):
     await settle()
     harness.session.inbox.put_nowait(Reserved("s", [1], 0))  # waits for the prefill worker's last word
     await settle()
-    harness.session.take(sampled(1))
+    harness.take(sampled(1))
     assert harness.kinds == ["reserved"]
     pull.end()
     await settle()
     assert harness.kinds == ["reserved", "need_prefill", "tokens"]
 
 
-async def test_a_token_that_cannot_be_told_fails_its_own_sequence(harness):
-    harness.session._served.put_token = lambda *token: 1 / 0
-    harness.session.take(sampled(1))
+@pytest.mark.parametrize("tokens", [2, 3])
+async def test_a_token_that_cannot_be_told_fails_its_own_sequence(harness, tokens):
+    harness.session._served.put_token = lambda index, token: 1 / (index - 2)
+    for index in range(1, 1 + tokens):
+        harness.take(sampled(index))
     with pytest.raises(ZeroDivisionError):
         await harness.task

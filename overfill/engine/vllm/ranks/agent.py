@@ -47,7 +47,9 @@ from overfill.kv.shm import ShmServer
 from overfill.kv.store import DeviceEvent, KvStore
 from overfill.kv.streams import TransferStreams, unknown_transfer
 from overfill.kv.wire import SERVICE, add_prefill_to_server
+from overfill.process.open_files import allow_connections
 from overfill.request.params import SamplingParams
+from overfill.rpc.constants import MAX_CONNECTIONS
 from overfill.rpc.interceptors import Context
 from overfill.rpc.server import RpcServer
 from overfill.rpc.status import to_bytes
@@ -270,6 +272,7 @@ class RankAgent:
     async def _serve(self, command: Serve) -> str:
         if self._server is not None:
             raise InternalError("the rank serves already")
+        allow_connections(MAX_CONNECTIONS)
         server = RpcServer(command.tls, command.max_rpcs, command.access)
         server.add(add_prefill_to_server, _RankPrefill(self._transfers), SERVICE)
         address = await server.start(command.address)

@@ -62,7 +62,7 @@ class RankPuller:
 
 
 class WorkerRanks:
-    """The ranks of a worker, as its services use them on one event loop; implements ``ServingRanks``.
+    """The ranks of a worker, as its services use them on one event loop: ``ServingRanks`` and ``ListeningRanks``.
 
     Args:
         hellos: what the ranks say of themselves, by rank.
@@ -87,14 +87,7 @@ class WorkerRanks:
     async def serve(
         self, host: str, port: int, tls: ServerTls | None, access: AccessPolicy, max_rpcs: int | None
     ) -> list[kv_pb2.DataAddress]:
-        """Has ranks listen on ``host``, each on ``port`` plus its number, and returns where each head is served.
-
-        Args:
-            port: 0 has each rank take a free port.
-
-        Raises:
-            Unavailable: a rank cannot listen there.
-        """
+        """As ``ListeningRanks.serve``."""
         sent: list[Sent] = []
         for rank in self._serving:
             command = Serve(f"{host}:{port + rank if port else 0}", tls, access, max_rpcs)
@@ -106,7 +99,7 @@ class WorkerRanks:
         ]
 
     async def connect(self, streams: int, credentials: Credentials | None) -> None:
-        """Says how the ranks pull: with ``streams`` connections to each data address, and these credentials."""
+        """As ``ListeningRanks.connect``."""
         await self._call(self._all, Connect(streams, credentials))
 
     async def open(self, spec: TransferSpec, block_table: Sequence[int], cached_tokens: int) -> None:
@@ -131,7 +124,7 @@ class WorkerRanks:
         self._links.call(self._all, Forget(key))
 
     async def stop(self) -> None:
-        """Closes the ranks' listeners and connections. Afterwards a rank outlives the end of its link."""
+        """As ``ListeningRanks.stop``. Afterwards a rank outlives the end of its link."""
         await self._call(self._all, Stop())
 
     async def _call(self, ranks: Sequence[int], command: object) -> list[Any]:

@@ -1,0 +1,162 @@
+"""vLLM's executor for the ranks of a tensor-parallel worker: processes that end with the worker, and it with them.
+
+A rank that has ended ends all others, and the step that waits for them. The engine's thread then ends as after every
+failed step, so that routers learn which requests were in the step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+from overfill.engine.vllm.ranks.steps import RankExtras
+from overfill.errors import InternalError
+
+log = logging.getLogger(__name__)
+
+_GRACE = 5.0
+"""Seconds that a worker has to tell its peers about a lost rank before it ends."""
+_EXIT = 2.0
+"""Seconds for a process to leave after its last pipe has closed."""
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+class RankExecutor(MultiprocExecutor):  # type: ignore[misc]
+    """Starts the ranks, compares the tokens that they choose, and ends them all at once.
+
+    Attributes:
+        failure: why the ranks have ended; None while they live.
+        end_process: called ``_GRACE`` seconds after a rank was lost.
+    """
+
+    end_process: Callable[[], object] = staticmethod(lambda: os._exit(1))
+
+    def _init_executor(self) -> None:
+        self.failure: str | None = None
+        self._failing = threading.Lock()
+        self._lost_at_start = ""
+        # vLLM's Unix sockets lie in a folder that only this user can enter. Ranks inherit its name.
+        self._sockets = tempfile.mkdtemp(prefix="overfill-ranks-")
+        os.environ["VLLM_RPC_BASE_PATH"] = self._sockets
+        # The kernel ends a rank with the thread that started it. So that thread lives as long as the executor.
+        self._starter = ThreadPoolExecutor(1, "ranks")
+        try:
+            self._starter.submit(super()._init_executor).result()
+        except Exception as error:
+            shutil.rmtree(self._sockets, ignore_errors=True)
+            self._starter.shutdown(wait=False)
+            if self._lost_at_start:
+                raise InternalError(f"{self._lost_at_start} while it loaded the model") from error
+            raise
+        self._unname()
+
+    def init_kv_output_aggregator(self, connector: Any) -> None:
+        self.kv_output_aggregator = Agreement.from_connector(connector, self.parallel_config.world_size)
+
+    def start_worker_monitor(self, inline: bool = False) -> None:
+        threading.Thread(target=self._watch, name="ranks-watch", daemon=True).start()
+
+    def lose(self, reason: str) -> None:
+        """Ends all ranks, fails the step that waits for them, and soon the process. Any thread may call it."""
+        with self._failing:
+            if self.failure is not None or getattr(self, "shutting_down", False):
+                return
+            self.failure, self.is_failed = reason, True
+        log.critical("%s; this worker ends", reason)
+        self._kill([handle.proc for handle in self.workers])
+        for queue in self.response_mqs:
+            queue.shutdown()  # wakes the engine's thread
+        timer = threading.Timer(_GRACE, self.end_process)
+        timer.daemon = True
+        timer.start()
+
+    def _watch(self) -> None:
+        processes = [handle.proc for handle in self.workers]
+        ended = wait([process.sentinel for process in processes])
+        self.lose(next(_obituary(process) for process in processes if process.sentinel in ended))
+
+    def _ensure_worker_termination(self, worker_procs: list[BaseProcess]) -> None:
+        # vLLM asks first, and waits for seconds. A stopped process does not even hear SIGTERM.
+        if self.failure is None and not getattr(self, "shutting_down", False):  # the start has failed
+            wait([process.sentinel for process in worker_procs], _EXIT)
+            self._lost_at_start = next((_obituary(p) for p in worker_procs if p.exitcode is not None), "")
+        self._kill(worker_procs)
+
+    @staticmethod
+    def _kill(processes: Sequence[BaseProcess]) -> None:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join(_EXIT)
+
+    def _unname(self) -> None:
+        """Removes the names of files and memory that the ranks share, so that nothing outlives the processes."""
+        (method, *_) = self.collective_rpc(init_method)
+        file = Path(method.removeprefix("file://"))
+        for path in [file, *_SHARED_MEMORY.glob(f"{file.name}-*")]:
+            path.unlink(missing_ok=True)
+        for queue in (self.rpc_broadcast_mq, *self.response_mqs):
+            with suppress(FileNotFoundError):
+                queue.buffer.shared_memory.unlink()
+            queue.buffer.is_creator = False
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._starter.shutdown(wait=False)
+
+
+class Agreement(KVOutputAggregator):  # type: ignore[misc]
+    """Puts the ranks' outputs of a step together, and checks that all have chosen the same tokens."""
+
+    def aggregate(self, outputs: list[Any], output_rank: int = 0) -> Any:
+        check_agreement(outputs)
+        return super().aggregate(outputs, output_rank)
+
+
+def check_agreement(outputs: Sequence[Any]) -> None:
+    """Raises InternalError if ranks have chosen different tokens. Their caches would differ from there on.
+
+    Rows that a rank reports as failed do not count: they end, and the others' tokens for them are dropped.
+    """
+    first, *others = outputs
+    if first is None or all(other.sampled_token_ids == first.sampled_token_ids for other in others):
+        return
+    failed: set[str] = set()
+    for output in outputs:
+        extras = output.kv_connector_output and output.kv_connector_output.kv_connector_worker_meta
+        failed |= extras.errors.keys() if isinstance(extras, RankExtras) else set()
+    for rank, other in enumerate(others, 1):
+        for id, ours, theirs in zip(first.req_ids, first.sampled_token_ids, other.sampled_token_ids, strict=True):
+            if ours != theirs and id not in failed:
+                raise InternalError(f"rank 0 chose token {ours} for a sequence, and rank {rank} {theirs}")
+
+
+def init_method(worker: Any) -> str:
+    """Where the ranks found each other. Called in a rank."""
+    return str(worker.worker.distributed_init_method)
+
+
+def _obituary(process: BaseProcess) -> str:
+    process.join(_EXIT)
+    code = process.exitcode
+    how = f"exited with code {code}"
+    if code is not None and code < 0:
+        how = f"was ended by {signal.Signals(-code).name}"
+        if -code == signal.SIGKILL:
+            how += ", as the kernel does when memory is short"
+    return f"rank {process.name.rpartition('-')[2]} (process {process.pid}) {how}"

@@ -1,0 +1,160 @@
+"""What happens in a rank while vLLM takes a step: layers are marked ready, and tokens are chosen.
+
+A rank knows a request by what vLLM sends to every rank: its tokens, and a ``RowSpec`` in its sampling parameters.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+
+from overfill.engine.device import record_event
+from overfill.engine.protocol import MIN_NOTIFY_BYTES
+from overfill.engine.sequence import Processor
+from overfill.engine.vllm.ranks.steps import RankExtras, RankStep, RowSpec, portable
+from overfill.engine.vllm.sampler import StepSampler
+from overfill.kv.store import DeviceEvent
+
+log = logging.getLogger(__name__)
+
+
+class Agent(Protocol):
+    """What a rank's model asks of the rank's agent; see ``agent.RankAgent``."""
+
+    def assign(self, blocks: Sequence[tuple[bytes, int, Sequence[int]]]) -> None: ...
+
+    def mark_ready(self, chunks: Sequence[tuple[bytes, int]], layer: int, event: DeviceEvent | None) -> None: ...
+
+    def processor(self, key: str) -> Processor | None: ...
+
+
+class RankRow:
+    """A request whose tokens the rank chooses. Has what ``StepSampler`` needs of a sequence.
+
+    Args:
+        prompt: vLLM's prompt: the request's, and tokens of its answer that were known before.
+        output: tokens since then. vLLM appends to it after each step.
+    """
+
+    def __init__(
+        self, spec: RowSpec, processor: Processor | None, prompt: Sequence[int], output: Sequence[int]
+    ) -> None:
+        self.sampling = spec.sampling
+        self.sample_index = spec.sample_index
+        self.processor = processor
+        self._num_prompt = spec.num_prompt
+        self._emitted = list(prompt[spec.num_prompt :])
+        self._known = len(self._emitted)
+        self._output = output
+
+    @property
+    def emitted(self) -> list[int]:
+        """The answer so far."""
+        self._emitted += self._output[len(self._emitted) - self._known :]
+        return self._emitted
+
+    @property
+    def sampled_position(self) -> int:
+        """Position of the next token."""
+        return self._num_prompt + self._known + len(self._output)
+
+
+class RankHooks:
+    """A rank's part of each step. Implements ``internals.RunnerHooks``.
+
+    Args:
+        rank: the first rank alone reports log-probabilities.
+        token_layer_bytes: bytes of one token's keys and values in one layer of this rank.
+    """
+
+    def __init__(self, rank: int, agent: Agent, device: torch.device, num_layers: int, token_layer_bytes: int) -> None:
+        self._first = rank == 0
+        self._agent = agent
+        self._device = device
+        self._num_layers = num_layers
+        self._token_layer_bytes = token_layer_bytes
+        self._rows: dict[str, RankRow] = {}
+        self._step = RankStep()
+        self._chunks: list[tuple[bytes, int]] = []
+        self._chunk_bytes = 0  # KV of all chunks in one layer
+        self._unsent: list[tuple[int, DeviceEvent | None]] = []
+        self._num_written = 0
+        self._extras = RankExtras()
+        self._sampler = StepSampler()
+
+    # Called by the connector
+
+    def begin(self, step: RankStep) -> None:
+        """A step begins. Notes its chunks and the blocks that they got."""
+        self._step = step
+        self._extras = RankExtras()
+        self._chunks = [(bytes.fromhex(chunk.id), chunk.token_end) for chunk in step.chunks]
+        self._chunk_bytes = step.num_tokens * self._token_layer_bytes
+        self._unsent, self._num_written = [], 0
+        if assigned := [(bytes.fromhex(c.id), c.first_block, c.blocks) for c in step.chunks if c.blocks]:
+            self._agent.assign(assigned)
+
+    def layer_started(self, layer: int) -> None:
+        pass
+
+    def layer_written(self, layer: int) -> None:
+        if not self._chunks:
+            return
+        self._num_written += 1
+        self._unsent.append((layer, record_event(self._device)))
+        if len(self._unsent) * self._chunk_bytes >= MIN_NOTIFY_BYTES:
+            self._send()
+
+    def end_forward(self) -> RankExtras:
+        """The model has computed the step; its tokens are chosen later. Returns what will hold the extras."""
+        if self._chunks and self._num_written < self._num_layers:
+            event = record_event(self._device)  # a graph of the whole model calls no hooks
+            self._unsent = [(layer, event) for layer in range(self._num_layers)]
+        self._send()
+        return self._extras
+
+    def forget(self, ids: Iterable[str]) -> None:
+        for id in ids:
+            self._rows.pop(id, None)
+
+    def _send(self) -> None:
+        for layer, event in self._unsent:
+            self._agent.mark_ready(self._chunks, layer, event)
+        self._unsent = []
+
+    # Called by the sampler
+
+    def row_added(self, id: str, spec: RowSpec | None, prompt: Sequence[int], output: Sequence[int]) -> None:
+        """vLLM gives a request a row: a new one, or one that has been preempted, with all of its tokens."""
+        if spec is None:
+            return
+        row = self._rows.get(id)
+        processor = None
+        if spec.processor:  # one that has been preempted goes on with the state of its processor
+            processor = self._agent.processor(spec.processor) if row is None else row.processor
+        sampling = spec.sampling if self._first else replace(spec.sampling, logprobs=None)
+        self._rows[id] = RankRow(replace(spec, sampling=sampling), processor, prompt, output)
+
+    def sample(self, logits: torch.Tensor, request_ids: Sequence[str], rows: Sequence[int]) -> None:
+        try:
+            self._sampler.sample(logits, request_ids, rows, self._sampled)
+        except Exception as error:
+            log.exception("sampling failed")
+            self._sampler.errors |= dict.fromkeys(request_ids, error)
+
+    def end_step(self, ids: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
+        """vLLM has taken the step's tokens, one or none for each request. Fills the extras."""
+        self._sampler.finish()
+        for id, taken in zip(ids, tokens, strict=True):
+            if taken and (error := self._sampler.error(id, taken[0])):
+                self._extras.errors[id] = portable(error)
+        if self._first:
+            self._extras.details |= self._sampler.details
+        self._sampler.clear()
+
+    def _sampled(self, id: str) -> Any:
+        return None if id in self._step.unsampled else self._rows[id]
