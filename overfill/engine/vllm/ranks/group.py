@@ -94,7 +94,7 @@ class RankGroup:
         if not needs_processor(params, eos_ids):
             return None
         handle = new_handle(self._ranks)
-        for sent in self.links.call(range(self._num_ranks), Prepare(handle.key, params, prompt, eos_ids)):
+        for sent in self.links.call(range(self._num_ranks), Prepare(handle.key, params, prompt, [*eos_ids])):
             sent.future.result()
         return handle
 
@@ -119,7 +119,7 @@ class RankedHalf(ServedHalf):
         if params.grammar is not None:  # also tries the grammar, in a process of its own
             return await super(RankedHalf, self).prepare_processor(params, prompt, eos_ids, key)
         made = new_handle(self.ranks)
-        await self.ranks.prepare(made.key, params, prompt, eos_ids)
+        await self.ranks.prepare(made.key, params, prompt, [*eos_ids])
         return made
 
 
