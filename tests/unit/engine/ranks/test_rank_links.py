@@ -156,6 +156,29 @@ def test_a_command_within_another_one_is_sent_behind_it(links, rank):
     peer.sock = Interrupted(peer.sock)
     links.call([0], Done("outer"))
     assert [first.next(Done)[1].value for _ in range(2)] == ["outer", "inner"]
+class CountingSocket:
+    """A socket that takes a little at a time, and counts the messages of which it is offered anything."""
+
+    def __init__(self, sock):
+        self._sock, self.offered = sock, {}
+        self.fileno, self.recv, self.close = sock.fileno, sock.recv, sock.close
+
+    def send(self, data):
+        whole = data.obj if isinstance(data, memoryview) else data
+        self.offered[id(whole)] = whole  # keeps it, so that its id stays its own
+        return self._sock.send(data[:1000])
+
+
+def test_what_a_rank_has_not_read_is_not_copied_again_and_again(links, rank):
+    first, _ = rank(0).introduced(), rank(1).introduced()
+    links.wait(20)
+    peer = links._ranks[0]
+    peer.sock = counting = CountingSocket(peer.sock)
+    sent = [links.call([0], Done(bytes([i]) * 500_000))[0] for i in range(4)]
+    for one in sent:
+        first.answer(first.next(Done)[0], Done())
+        one.future.result(20)
+    assert len([whole for whole in counting.offered.values() if len(whole) > 1000]) == 4
 
 
 @pytest.mark.parametrize(
