@@ -156,6 +156,8 @@ def test_a_command_within_another_one_is_sent_behind_it(links, rank):
     peer.sock = Interrupted(peer.sock)
     links.call([0], Done("outer"))
     assert [first.next(Done)[1].value for _ in range(2)] == ["outer", "inner"]
+
+
 class CountingSocket:
     """A socket that takes a little at a time, and counts the messages of which it is offered anything."""
 
