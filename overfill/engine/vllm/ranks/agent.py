@@ -126,8 +126,9 @@ class RankAgent:
         self._progress: deque[Callable[[], None]] = deque()
         self._noting = False  # True while the loop has been asked to look at the progress
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(_CONNECT)
+        # Without a timeout yet: with one, a full queue of the worker's socket is an error at once.
         self._socket.connect(f"\0{config['link']}")
+        self._socket.settimeout(_CONNECT)
         self._socket.sendall(bytes.fromhex(config["link_token"]) + encode(NO_COMMAND, hello))
         self._socket.setblocking(False)
         self._loop = asyncio.new_event_loop()
