@@ -10,6 +10,8 @@ from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import psutil
+
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.lab.hosts.network import Host
@@ -95,6 +97,12 @@ class BreakableStack(ProcessRunner):
 
     def _environment(self, name: str, config: ServiceConfig, threads: int) -> dict[str, str]:
         return super()._environment(name, config, threads) | self._clocks.environment(name)
+
+
+def ranks_of(worker: int) -> list[psutil.Process]:
+    """Returns the processes of the ranks of the worker with this process id, in their order."""
+    spawned = [child for child in psutil.Process(worker).children() if "spawn_main" in " ".join(child.cmdline())]
+    return sorted(spawned, key=lambda child: child.pid)
 
 
 async def add_proxies(plan: PlacedStack, exits: AsyncExitStack, seed: int) -> tuple[PlacedStack, Links]:
