@@ -18,6 +18,7 @@ from overfill.model.sampling import non_finite_errors, sample
 from overfill.model.scoring import max_scored_rows, score
 from overfill.model.steps import NO_HOOKS, LayerHooks, SampledToken
 from overfill.model.transformer import ForwardModel, GreedyModel
+from overfill.model.upload import upload
 
 _ROW_LIFETIME = 8
 """Steps for which an unused row is kept: while replays and decode steps alternate, each skips the other's rows."""
@@ -142,8 +143,7 @@ class ModelRunner:
         )
 
     def _tensor(self, values: NDArray[np.int64]) -> torch.Tensor:
-        host = torch.from_numpy(values)
-        return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
+        return upload(torch.from_numpy(values), self.device)
 
 
 def _logits_indices(works: Sequence[Work], last: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -27,7 +27,7 @@ from overfill.kv.store import KvStore, LayerTargets
 from overfill.kv.wire import parse_message, pull_kv
 from overfill.rpc.calls import responses
 from overfill.rpc.channel import open_channel
-from overfill.rpc.constants import STALL_TIMEOUT
+from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, STALL_TIMEOUT
 from overfill.rpc.tls import Credentials
 from overfill.v1 import common_pb2, kv_pb2, prefill_pb2
 
@@ -38,6 +38,9 @@ The transfer then fails."""
 MAX_IDLE_TIME = 300.0
 """Seconds without use after which connections to a worker are closed, at the next new one. The worker may have gone:
 pods and replicas do not return under their old name."""
+
+_STREAM_BYTES = MAX_CHUNK_PAYLOAD
+"""Bytes of raw KV for which a further stream is opened. For fewer, a stream costs more CPU time than the copy."""
 
 _REPEAT_DELAY = 0.02  # seconds before the first repeat; doubled for each further one
 _REPEATABLE = (TransferFailed, Unavailable, InternalError)
@@ -192,7 +195,9 @@ class _Transfer:
     ) -> Iterator[tuple[grpc.aio.Channel, list[KvRange]]]:
         """Yields the data streams to ``source``: the channel and the ranges of each."""
         heads = self.heads_at(source)
-        shares = share_among_streams(self._spec.layers, self._spec.tokens, (heads.start, heads.stop), len(channels))
+        num_bytes = self._spec.total_bytes * len(heads) // self._spec.kv.num_kv_heads
+        streams = min(len(channels), -(-num_bytes // _STREAM_BYTES))
+        shares = share_among_streams(self._spec.layers, self._spec.tokens, (heads.start, heads.stop), streams)
         return zip(channels, shares, strict=False)
 
     async def pull(self, channel: grpc.aio.Channel, ranges: list[KvRange], timeout: float | None) -> None:

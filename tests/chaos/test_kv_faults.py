@@ -65,6 +65,7 @@ async def lanes(
 ) -> AsyncIterator[list[Lane]]:
     """Several handoffs at a time, because a damaged transfer mostly waits before its retry."""
     monkeypatch.setattr("overfill.kv.receiver.MAX_KV_AT_ONCE", 0)  # all KV is pulled
+    monkeypatch.setattr("overfill.kv.puller._STREAM_BYTES", 1)  # by all streams
     spec, layer_map = KvSpec.from_proto(hello.kv), Pair.load(tiny_pair).layer_map
     async with AsyncExitStack() as exits:
         executor = exits.enter_context(ThreadPoolExecutor(2))

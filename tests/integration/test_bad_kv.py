@@ -135,6 +135,7 @@ class ScriptedPrefill(prefill_pb2_grpc.PrefillServicer):
 @pytest.fixture
 async def worker(monkeypatch):
     monkeypatch.setattr(receiver, "MAX_KV_AT_ONCE", 0)  # all KV is pulled
+    monkeypatch.setattr("overfill.kv.puller._STREAM_BYTES", 1)  # by all streams
     servicer = ScriptedPrefill()
     server = RpcServer()
     server.add(prefill_pb2_grpc.add_PrefillServicer_to_server, servicer, "overfill.v1.Prefill")

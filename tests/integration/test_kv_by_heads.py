@@ -177,8 +177,9 @@ def executor():
 
 
 @pytest.fixture
-async def workers(executor):
+async def workers(executor, monkeypatch):
     """Returns a function that starts a prefill worker and makes decode ranks with these shares of the heads."""
+    monkeypatch.setattr(kv_puller, "_STREAM_BYTES", 1)  # two streams to each address
     async with AsyncExitStack() as stack:
 
         async def start(prefill_shares, decode_shares):

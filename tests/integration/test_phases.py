@@ -355,6 +355,7 @@ async def test_a_prefill_worker_that_fails_is_reported_and_another_may_follow(wo
 
 
 async def test_each_data_address_sends_its_own_heads(workers, reference, monkeypatch):
+    monkeypatch.setattr(puller, "_STREAM_BYTES", 1)  # each address has all streams
     pulls, pull_kv = [], puller.pull_kv
     monkeypatch.setattr(puller, "pull_kv", lambda *args: pulls.append(args) or pull_kv(*args))
     call = await workers.reserve()
@@ -426,3 +427,13 @@ async def test_pullkv_of_an_unknown_transfer_is_refused(workers):
         await call.read()
     assert caught.value.code() is grpc.StatusCode.DATA_LOSS
     await channel.close()
+
+
+async def test_one_stream_is_enough_for_little_kv(workers, reference, monkeypatch):
+    pulls, pull_kv = [], puller.pull_kv
+    monkeypatch.setattr(puller, "pull_kv", lambda *args: pulls.append(args) or pull_kv(*args))
+    call = await workers.reserve()
+    await workers.assign(call)
+    ids, _ = await workers.answer(call)
+    assert ids == reference.generate(PROMPT, 20)
+    assert len(pulls) == 1

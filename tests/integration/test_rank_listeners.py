@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import ranked_worker
-from listening import listening
+from listening import free_ports, listening
 from rank_agents import rank_process, running_ranks
 
 from overfill.engine.vllm.ranks.link import RankLinks
@@ -95,18 +95,6 @@ def worker(pair, *flags):
             process.kill()
 
 
-def free_ports():
-    """Returns the first of two free ports in a row."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as first:
-            port = first.getsockname()[1]
-            try:
-                with socket.create_server(("127.0.0.1", port + 1)):
-                    return port
-            except OSError:
-                continue
-
-
 async def error_of(address, credentials):
     """What a call of PullKv ends with."""
     async with open_channel(address, credentials) as channel:
@@ -124,7 +112,7 @@ async def test_ranks_admit_workers_only_and_listen_where_they_were_told(tiny_pai
         files = certificates.role_files(tmp_path, role)
         return ClientTls(files.ca, files.cert, files.key, certificates.NAME)
 
-    files, port = shown(Role.WORKER), free_ports()
+    files, port = shown(Role.WORKER), free_ports(2)
     tls = [f"--tls-cert={files.cert}", f"--tls-key={files.key}", f"--tls-ca={files.ca}", "--tls-name=overfill"]
     with worker(tiny_pair, *tls, f"--data-port={port}") as it:
         assert it.shares == [f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"]

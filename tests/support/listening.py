@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 LISTEN = "0A"
@@ -55,3 +56,16 @@ def own_address():
             return None
         name = probe.getsockname()[0]
     return None if ipaddress.ip_address(name).is_loopback else name
+
+
+def free_ports(count):
+    """Returns the first of ``count`` free loopback ports in a row."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as first, ExitStack() as others:
+            port = first.getsockname()[1]
+            try:
+                for number in range(port + 1, port + count):
+                    others.enter_context(socket.create_server(("127.0.0.1", number)))
+            except OSError:
+                continue
+            return port

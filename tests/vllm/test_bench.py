@@ -33,12 +33,12 @@ def test_both_stages_are_measured_beside_plain_vllm(tmp_path: Path) -> None:
         assert lines[name]["peer_cpu_ms"] > 0
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_host_s_work_is_measured_beside_vllm_s_own(tmp_path: Path) -> None:
     file = tmp_path / "host.jsonl"
     command = [sys.executable, "-m", "overfill.cli.main", "bench", "vllm", "--host", f"--json={file}"]
     command += ["--batch=1,8", "--rounds=1", '--engine-args={"enforce_eager": true}']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode in (0, 1), done.stderr  # 1: an aim is missed; tests do not judge speed
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     figures = {line["name"]: line for line in lines if "value" in line}

@@ -4,9 +4,7 @@ vLLM is asked for greedy sampling always, so a row's token is the greatest eleme
 that are left to vLLM. For the others this processor sees the logits first, chooses by the request's parameters, and
 makes the chosen token the greatest. So both engines draw the same tokens from the same logits.
 
-Nothing here waits for the device before vLLM does, unless a row wants log-probabilities or a grammar. Beside the
-logits, sampling needs a copy of the rows that vLLM cannot choose for, and what ``model.sampling`` says. That is less
-than the sampler needs that vLLM runs while it measures its memory, which sorts all rows and is never used afterwards.
+Penalties, bias and grammars change logits in place. Rows are copied only to draw from them, some at a time.
 """
 
 from __future__ import annotations
@@ -17,15 +15,19 @@ from typing import Any
 import torch
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirectionality
 
+from overfill.engine.sequence import Processor
 from overfill.engine.vllm.internals import PLAIN, REQUEST_ID, ROW_SPEC, hub
 from overfill.engine.work import Sampled
 from overfill.errors import InternalError
 from overfill.model.processors import process, row_by_row
 from overfill.model.sampling import choose, logprobs, non_finite
 from overfill.model.steps import SampledToken
+from overfill.model.upload import upload
 
-_CHECKED_COLUMNS = 32
-"""Columns of the logits in which each row is checked, spread over the vocabulary."""
+_CHECKED_COLUMNS = 16
+"""Columns of the logits in which each row is checked, spread over the vocabulary and so over the ranks."""
+_TOKENS_AT_ONCE = 1 << 22
+"""Logits that are copied at once, which bounds the memory of a large batch."""
 
 
 class OverfillSampler(LogitsProcessor):  # type: ignore[misc]
@@ -71,7 +73,7 @@ class StepSampler:
     Attributes:
         details: request -> its token with log-probabilities, where it wants them.
         errors: request -> why its token is void. Complete after ``finish``.
-        chosen: request -> its token, of requests that vLLM cannot choose for. Complete after ``finish``.
+        chosen: request -> its token, unless vLLM chooses it. Complete after ``finish``.
     """
 
     def __init__(self) -> None:
@@ -80,17 +82,17 @@ class StepSampler:
         self.chosen: dict[str, int] = {}
         self._ids: Sequence[str] = ()
         self._broken: torch.Tensor | None = None  # [N] bool, on the device
-        self._tokens: tuple[list[str], torch.Tensor] | None = None  # ``chosen``, on the device
+        self._tokens: list[tuple[list[str], torch.Tensor]] = []  # ``chosen``, on the device
 
     def sample(
         self, logits: torch.Tensor, ids: Sequence[str], rows: Sequence[int], sampled: Callable[[str], Sampled | None]
     ) -> None:
-        """Chooses the tokens of ``rows``, and makes each the greatest element of its row. Checks all rows.
+        """Makes the tokens of ``rows`` the greatest elements of their rows. Checks all rows.
 
         Args:
             logits: [N, vocab] float32.
             ids: the request of each row.
-            rows: rows that vLLM cannot choose for.
+            rows: rows whose token is not always the most likely one.
             sampled: returns a request's sequence, or None if it samples no token in this step.
         """
         self._ids = ids
@@ -98,15 +100,26 @@ class StepSampler:
         # multiplied with it. Under tensor parallelism a rank that fails spoils the columns that it has computed.
         sums = logits[:, :: max(1, logits.shape[1] // _CHECKED_COLUMNS)].sum(dim=1)
         self._broken = sums.isfinite().logical_not_()
-        found = [(row, sequence) for row in rows if (sequence := sampled(ids[row])) is not None]
-        if found:
-            self._choose(logits, [row for row, _ in found], [sequence for _, sequence in found])
+        found = {row: sequence for row in rows if (sequence := sampled(ids[row])) is not None}
+        if not found:
+            return
+        processors: list[Processor | None] = [None] * len(logits)
+        emitted: list[Sequence[int]] = [()] * len(logits)
+        for row, sequence in found.items():
+            processors[row], emitted[row] = sequence.processor, sequence.emitted
+        refused = process(logits, processors, emitted)
+        self.errors |= {ids[row]: error for row, error in refused.items()}
+        # vLLM takes the most likely token of the others.
+        drawn = [(row, s) for row, s in found.items() if not (s.sampling.greedy and s.sampling.logprobs is None)]
+        size = max(1, _TOKENS_AT_ONCE // logits.shape[1])
+        for start in range(0, len(drawn), size):
+            self._choose(logits, drawn[start : start + size])
 
     def finish(self) -> None:
         """Completes the results. Waits for the device, so call it once vLLM has taken the step's tokens."""
-        if self._tokens is not None:
-            ids, tokens = self._tokens
-            self.chosen, self._tokens = dict(zip(ids, tokens.tolist(), strict=True)), None
+        for ids, tokens in self._tokens:
+            self.chosen.update(zip(ids, tokens.tolist(), strict=True))
+        self._tokens.clear()
         broken, self._broken = self._broken, None
         if broken is not None and broken.any():
             for row in broken.nonzero().squeeze(1).tolist():
@@ -125,17 +138,17 @@ class StepSampler:
         self.details.clear()
         self.errors.clear()
         self.chosen.clear()
+        self._tokens.clear()
 
-    def _choose(self, logits: torch.Tensor, rows: Sequence[int], sequences: Sequence[Sampled]) -> None:
-        everything = len(rows) == len(logits)
-        index = torch.tensor(rows, device=logits.device)
-        own = logits if everything else logits[index]
-        failed: dict[int, Exception] = {}
+    def _choose(self, logits: torch.Tensor, rows: Sequence[tuple[int, Sampled]]) -> None:
+        """Chooses the tokens of ``rows``, and makes each the greatest element of its row."""
+        index = upload(torch.tensor([row for row, _ in rows]), logits.device)
+        own = logits if len(rows) == len(logits) else logits[index]
+        ids = [self._ids[row] for row, _ in rows]
         chosen = torch.zeros(len(rows), dtype=torch.int64, device=logits.device)
 
         def choose_for(part: Sequence[tuple[int, Sampled]]) -> None:
-            alone = len(part) < len(sequences)
-            places = [place for place, _ in part] if alone else slice(None)
+            places = slice(None) if len(part) == len(rows) else [place for place, _ in part]
             chosen[places] = choose(
                 own[places],
                 [s.sampling for _, s in part],
@@ -143,16 +156,14 @@ class StepSampler:
                 [s.sample_index for _, s in part],
             )
 
-        refused = process(own, [s.processor for s in sequences], [s.emitted for s in sequences])
-        row_by_row(choose_for, list(enumerate(sequences)), failed)
-        failed |= refused  # a refusal explains the row better than the broken logits that it causes
+        failed: dict[int, Exception] = {}
+        row_by_row(choose_for, [(place, sequence) for place, (_, sequence) in enumerate(rows)], failed)
+        self.errors |= {ids[place]: error for place, error in failed.items()}
         assert self._broken is not None
         self._broken[index] |= chosen < 0
         chosen.clamp_(min=0)
-        ids = [self._ids[row] for row in rows]
-        self._tokens = ids, chosen
-        wanted = {place: s.sampling.logprobs for place, s in enumerate(sequences) if s.sampling.logprobs is not None}
+        wanted = {place: s.sampling.logprobs for place, (_, s) in enumerate(rows) if s.sampling.logprobs is not None}
         for place, token in zip(wanted, logprobs(own, chosen, wanted), strict=True):
             self.details[ids[place]] = token
-        self.errors |= {ids[place]: error for place, error in failed.items()}
         logits[index, chosen] = torch.inf
+        self._tokens.append((ids, chosen))

@@ -82,6 +82,7 @@ class Prefill(prefill_pb2_grpc.PrefillServicer):
 @pytest.fixture
 async def worker(monkeypatch):
     monkeypatch.setattr("overfill.kv.receiver.MAX_KV_AT_ONCE", 0)  # all KV is pulled
+    monkeypatch.setattr("overfill.kv.puller._STREAM_BYTES", 1)  # by all streams
     servicer = Prefill()
     servicer.shm_server.start()
     server = RpcServer()

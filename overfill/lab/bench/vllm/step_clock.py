@@ -109,10 +109,11 @@ def new_file(file: Path) -> Path:
 
 
 class StepClock:
-    """Counts in ``file``, on the thread that calls ``stepped``."""
+    """Counts on the thread that calls ``stepped``. Each step that computes brings ``file`` up to date at its end."""
 
     def __init__(self, file: Path) -> None:
-        self._values = np.memmap(file, dtype=np.int64, mode="r+")
+        self._shared = np.memmap(file, dtype=np.int64, mode="r+")
+        self._values = [0] * len(self._shared)
         self._thread: int | None = None
         self._within = 0  # time of the calls within the current one
 
@@ -127,6 +128,7 @@ class StepClock:
                 self._values[_STEPS] += 1
                 self._values[_CPU] = time.thread_time_ns()
                 self._values[_WALL] = time.monotonic_ns()
+                self._shared[:] = self._values
             return found
 
         return take_step

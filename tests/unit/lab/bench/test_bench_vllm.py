@@ -250,11 +250,12 @@ def test_the_clock_counts_a_line_without_the_lines_within_it(tmp_path):
     inner()  # before a thread has stepped
     before = read_times(file)
     assert before.steps == before.lines["forward"][0] == 0
-    step(True)
     step(False)
     other = threading.Thread(target=outer)
     other.start()
     other.join()
+    assert read_times(file).since(before).lines["runner"][0] == 0  # not before the end of a step that computes
+    step(True)
     found = read_times(file).since(before)
     assert found.steps == 1
     assert found.lines["forward"][0] == found.lines["runner"][0] == 2
