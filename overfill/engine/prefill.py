@@ -20,10 +20,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from overfill.engine.device import record_event
-from overfill.engine.protocol import MIN_NOTIFY_BYTES
+from overfill.engine.layers import LayerReports
 from overfill.engine.sequence import (
     ChunkComputed,
-    KvWritten,
     LayerStarted,
     PrefillEvent,
     PrefillScheduled,
@@ -255,7 +254,8 @@ class PrefillEngine:
             Work(s.prompt[s.computed : end], s.computed, s.blocks, s in sampling, _scoring(s, end))
             for (s, _), end in zip(scheduled, ends, strict=True)
         ]
-        unsent: dict[str, list[PrefillEvent]] = {s.id: [] for s, _ in scheduled}
+        parts = [(s.id, count, end) for (s, count), end in zip(scheduled, ends, strict=True)]
+        reports = LayerReports(parts, self._runner.token_layer_bytes, self._runner.device)
         traced = [s for s, _ in scheduled if s.trace]
 
         def layer_start(layer: int) -> None:
@@ -266,15 +266,8 @@ class PrefillEngine:
                 self._events += [LayerStarted(sequence.id, layer, now) for sequence in traced]
 
         def kv_written(layer: int) -> None:
-            event, notify = record_event(self._runner.device), False
-            for (sequence, count), end in zip(scheduled, ends, strict=True):
-                written = unsent[sequence.id]
-                written.append(KvWritten(sequence.id, layer, end, event))
-                if len(written) * count * self._runner.token_layer_bytes >= MIN_NOTIFY_BYTES:
-                    self._events += written
-                    written.clear()
-                    notify = True
-            if notify:
+            if written := reports.written():
+                self._events += written
                 self._emit_events()
 
         sampled, failed = self._runner.next_tokens(works, sampling, LayerHooks(layer_start, kv_written))
@@ -282,8 +275,8 @@ class PrefillEngine:
         refused = {sampling[row].id: error for row, error in failed.items()}
         refused |= {s.id: error for s in finishing if (error := score_error(s)) is not None}
         now = time.monotonic_ns()
+        self._events += reports.rest(reports.num_written)
         for (sequence, count), end in zip(scheduled, ends, strict=True):
-            self._events += unsent[sequence.id]
             sequence.computed = end
             error = refused.get(sequence.id)
             if error is None:

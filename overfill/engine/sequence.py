@@ -176,10 +176,10 @@ class LayerStarted:
 
 @dataclass(frozen=True, slots=True)
 class KvWritten:
-    """Once ``event`` has passed, the blocks hold ``layer``'s KV of all positions below ``token_end``."""
+    """Once ``event`` has passed, the blocks hold the KV of ``layers`` of all positions below ``token_end``."""
 
     id: str
-    layer: int
+    layers: range
     token_end: int
     event: DeviceEvent | None
 

@@ -92,8 +92,9 @@ class Lease:
                     self.trace.layer_end_ns.append(now - self.scheduled_ns)
                 self.trace.layer_start_ns.append(now - self.scheduled_ns)
                 return
-            case KvWritten(layer=layer, token_end=end, event=mark):
-                self.sender.mark_ready(layer, end, mark)
+            case KvWritten(layers=layers, token_end=end, event=mark):
+                for layer in layers:
+                    self.sender.mark_ready(layer, end, mark)
                 return
             case PromptComputed(time_ns=now):
                 if self.trace.layer_start_ns:  # the engine reports layers

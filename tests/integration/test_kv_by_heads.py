@@ -143,10 +143,7 @@ class PrefillWorker:
 
     def compute(self, sequence):
         id, layers = sequence.id, range(KV.num_layers)
-        if self.ranks:
-            computed = [ChunkComputed(id, 0, 16)]
-        else:
-            computed = [KvWritten(id, layer, end, None) for end in (16, 45) for layer in layers]
+        computed = [ChunkComputed(id, 0, 16)] if self.ranks else [KvWritten(id, layers, end, None) for end in (16, 45)]
         self.service.on_events([PrefillScheduled(id, SENT_FROM, 0, None, time.monotonic_ns()), *computed])
         last = PromptComputed(id, SampledToken(7), time.monotonic_ns())
         self.service.on_events([ChunkComputed(id, 16, 45), last])

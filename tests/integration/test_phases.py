@@ -15,7 +15,6 @@ import pytest
 import torch
 from decode_calls import DecodeCall
 
-from overfill.engine import prefill
 from overfill.engine.build import load_half, size_pools
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.prefill import PrefillEngine
@@ -201,7 +200,9 @@ class Workers:
 
 @pytest.fixture
 async def workers(tiny_pair, monkeypatch):
-    monkeypatch.setattr(prefill, "MIN_NOTIFY_BYTES", 1)  # send small KV layer by layer, like that of large models
+    monkeypatch.setattr(
+        "overfill.engine.layers.MIN_NOTIFY_BYTES", 1
+    )  # send small KV layer by layer, like that of large models
     async with AsyncExitStack() as stack:
         workers = Workers()
         await workers.start(stack, tiny_pair)

@@ -501,8 +501,9 @@ class PrefillDriver(_Driver):
                 prefilling.scheduled = event
                 for layer in range(len(prefilling.read)):
                     self.read(prefilling, layer, cached, ready)
-            case KvWritten(layer=layer, token_end=end, event=ready):
-                self.read(prefilling, layer, end, ready)
+            case KvWritten(layers=layers, token_end=end, event=ready):
+                for layer in layers:
+                    self.read(prefilling, layer, end, ready)
                 self.on_kv(prefilling)
             case ChunkComputed(token_start=start, token_end=end):
                 assert start == (prefilling.chunks[-1][1] if prefilling.chunks else prefilling.cached_tokens)

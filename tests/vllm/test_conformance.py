@@ -14,7 +14,6 @@ from sampled_reference import Request
 from overfill.engine.load import load_engine
 from overfill.engine.protocol import REPLAY_BUDGET, EngineCore, EngineOptions, LoadedEngine
 from overfill.engine.vllm import engine, sampler
-from overfill.engine.vllm import prefill as prefill_engine
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.model.manifest import Half, Pair
 
@@ -111,7 +110,7 @@ class TestPrefill(OnVllm, CountsLeaks, prefill.PrefillConformance):
     @pytest.fixture(autouse=True)
     def _announces_each_layer_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The engine would announce the few bytes of a tiny model's layers together, after the step."""
-        monkeypatch.setattr(prefill_engine, "MIN_NOTIFY_BYTES", 1)
+        monkeypatch.setattr("overfill.engine.layers.MIN_NOTIFY_BYTES", 1)
 
 
 class TestPrefillWithFewBlocks(OnVllm, prefill.SmallPrefillConformance):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ from overfill.request.params import SamplingParams
 
 _IO_THREADS = 4
 """Threads of a rank that copy KV between its cache and the network."""
+_layer_index = cache(extract_layer_index)
+"""The number of a layer. vLLM's function splits the name, which twice per layer costs a small model's step 0.2 ms."""
 
 
 class OverfillConnector(KVConnectorBase_V1):  # type: ignore[misc]
@@ -100,11 +102,11 @@ class OverfillConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         if hub.runner is not None:
-            hub.runner.layer_started(extract_layer_index(layer_name))
+            hub.runner.layer_started(_layer_index(layer_name))
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         if hub.runner is not None:
-            hub.runner.layer_written(extract_layer_index(layer_name))
+            hub.runner.layer_written(_layer_index(layer_name))
 
     def wait_for_save(self) -> None:
         pass

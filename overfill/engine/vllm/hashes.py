@@ -14,6 +14,7 @@ from typing import Any
 
 from overfill.kv.keys import PromptBlocks
 
+_HASH_BYTES = 32
 _KEY_BYTES = 8
 
 
@@ -42,12 +43,12 @@ def block_hasher(prompt: PromptBlocks | None, num_shared: int, block_size: int) 
         num_shared: number of leading blocks that other requests may share.
     """
     shared = prompt.hashes[:num_shared] if isinstance(prompt, HashedPrompt) else []
-    secret = secrets.token_bytes(16)
+    secret = secrets.randbits(8 * _HASH_BYTES - 1)  # the index is added to it
 
     def hash_new_blocks(request: Any) -> list[bytes]:
         begin, end = len(request.block_hashes), request.num_tokens // block_size
         return [
-            shared[index] if index < len(shared) else hashlib.sha256(secret + index.to_bytes(8, "big")).digest()
+            shared[index] if index < len(shared) else (secret + index).to_bytes(_HASH_BYTES, "big")
             for index in range(begin, end)
         ]
 

@@ -12,12 +12,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from overfill.engine.device import record_event
-from overfill.engine.protocol import MIN_NOTIFY_BYTES
+from overfill.engine.layers import LayerReports
 from overfill.engine.sequence import (
     ChunkComputed,
     KvWritten,
@@ -47,8 +47,7 @@ log = logging.getLogger(__name__)
 class _Chunk:
     """A prompt's part of the step: after it, positions ``start..end`` hold KV that they did not hold before.
 
-    ``num_layers`` layers are written so far, of which ``unsent`` are not reported yet. ``blocks`` are new, from the
-    prompt's block ``first_block`` on.
+    ``blocks`` are new, from the prompt's block ``first_block`` on.
     """
 
     sequence: PrefillSequence
@@ -56,12 +55,6 @@ class _Chunk:
     end: int
     first_block: int
     blocks: list[int]
-    unsent: list[PrefillEvent] = field(default_factory=list)
-    num_layers: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return self.end - self.start
 
 
 class VllmPrefillEngine(VllmEngine):
@@ -99,6 +92,7 @@ class VllmPrefillEngine(VllmEngine):
         self._running: dict[str, PrefillSequence] = {}  # in order of arrival
         self._awaiting_release: dict[str, PrefillSequence] = {}  # computed and leased to the decode worker, or failed
         self._chunks: list[_Chunk] = []
+        self._reports = LayerReports([], token_layer_bytes, device)
         self._events: list[PrefillEvent] = []  # not yet emitted
         self._silent = False  # vLLM has left out calls for layers
         self._next: Request | None = None  # of the first waiting prompt, once it has been made
@@ -140,11 +134,12 @@ class VllmPrefillEngine(VllmEngine):
             return False
         started = time.monotonic()
         self._chunks = []
+        self._reports = LayerReports([], self._token_layer_bytes, self._device)
         outputs, executed = self._step()
         now = time.monotonic_ns()
         events, self._events = self._events, []
+        events += self._unreported()
         for chunk in self._chunks:
-            events += chunk.unsent + self._unreported(chunk)
             chunk.sequence.computed = chunk.end
             events.append(ChunkComputed(chunk.sequence.id, chunk.start, chunk.end))
         for output in outputs:
@@ -227,6 +222,8 @@ class VllmPrefillEngine(VllmEngine):
                 event = record_event(self._device) if ready else None
                 events.append(PrefillScheduled(id, sequence.blocks, ready, event, now))
             self._chunks.append(_Chunk(sequence, ready if first_chunk else start, start + count, first_block, new))
+        parts = [(c.sequence.id, c.end - c.start, c.end) for c in self._chunks]
+        self._reports = LayerReports(parts, self._token_layer_bytes, self._device)
         if events:
             self._emit(events)
 
@@ -236,17 +233,9 @@ class VllmPrefillEngine(VllmEngine):
             self._events += [LayerStarted(sequence.id, layer, now) for sequence in traced]
 
     def layer_written(self, layer: int) -> None:
-        event, notify = record_event(self._device), False
-        for chunk in self._chunks:
-            chunk.unsent.append(KvWritten(chunk.sequence.id, layer, chunk.end, event))
-            chunk.num_layers += 1
-            if len(chunk.unsent) * chunk.num_tokens * self._token_layer_bytes >= MIN_NOTIFY_BYTES:
-                self._events += chunk.unsent
-                chunk.unsent = []
-                notify = True
-        if notify:
-            self._emit(self._events)
-            self._events = []
+        if written := self._reports.written():
+            events, self._events = self._events, []
+            self._emit(events + written)
 
     def step_of_ranks(self) -> RankStep:
         return RankStep(
@@ -270,15 +259,13 @@ class VllmPrefillEngine(VllmEngine):
         finishing = (c.sequence for c in self._chunks if c.end == len(c.sequence.prompt))
         return next((s for s in finishing if s.id == id), None)
 
-    def _unreported(self, chunk: _Chunk) -> list[PrefillEvent]:
-        """Layers of a chunk for which vLLM did not call: their KV is there too, since the step is over."""
-        if chunk.num_layers == self._num_layers:
-            return []
-        if not self._silent and self._vllm.num_ranks == 1:  # ranks mark layers ready themselves
+    def _unreported(self) -> list[KvWritten]:
+        """Layers that are not reported yet. Their KV is there, since the step is over, even if vLLM did not call."""
+        silent = self._chunks and self._reports.num_written < self._num_layers
+        if silent and not self._silent and self._vllm.num_ranks == 1:  # ranks mark layers ready themselves
             log.warning("vLLM computes without calling for each layer, so KV leaves only after each step")
             self._silent = True
-        event = record_event(self._device)
-        return [KvWritten(chunk.sequence.id, layer, chunk.end, event) for layer in range(self._num_layers)]
+        return self._reports.rest(self._num_layers)
 
     def _finish(self, sequence: PrefillSequence, token: int, now: int) -> PrefillEvent:
         id = sequence.id

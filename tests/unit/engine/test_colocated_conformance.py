@@ -10,7 +10,6 @@ import pytest
 from engine_conformance import fail_next_step_of
 from engine_drivers import LocalDecodeDriver
 
-from overfill.engine import prefill as prefill_engine
 from overfill.engine.colocated import ColocatedEngine
 from overfill.engine.load import load_colocated
 from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine
@@ -93,7 +92,7 @@ class TestPrefill(Colocated, prefill.PrefillConformance):
     @pytest.fixture(autouse=True)
     def _announces_each_layer_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The engine would announce the few bytes of a tiny model's layers together, after the step."""
-        monkeypatch.setattr(prefill_engine, "MIN_NOTIFY_BYTES", 1)
+        monkeypatch.setattr("overfill.engine.layers.MIN_NOTIFY_BYTES", 1)
 
 
 class TestPrefillWithFewBlocks(Colocated, prefill.SmallPrefillConformance):

@@ -7,7 +7,6 @@ import prefill_conformance as prefill
 import pytest
 from engine_conformance import fail_next_step_of
 
-from overfill.engine import prefill as prefill_engine
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.load import load_engine
 from overfill.engine.prefill import PrefillEngine
@@ -48,7 +47,7 @@ class TestPrefill(OverFill, prefill.PrefillConformance):
     @pytest.fixture(autouse=True)
     def _announces_each_layer_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The engine would announce the few bytes of a tiny model's layers together, after the step."""
-        monkeypatch.setattr(prefill_engine, "MIN_NOTIFY_BYTES", 1)
+        monkeypatch.setattr("overfill.engine.layers.MIN_NOTIFY_BYTES", 1)
 
 
 class TestPrefillWithFewBlocks(OverFill, prefill.SmallPrefillConformance):

@@ -55,7 +55,7 @@ def test_kv_is_marked_as_written_on_the_device_that_computes_it(cuda):
             pass
     marks = [event.event for event in events if isinstance(event, KvWritten)]
     marks += [event.event for event in events if isinstance(event, PrefillScheduled) and event.cached_tokens]
-    assert len(marks) > 4
+    assert len(marks) == 4
     assert {mark.device for mark in marks} == {SECOND}
 
 

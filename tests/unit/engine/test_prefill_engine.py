@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from scheduling import GREEDY, EngineMachine, evict_all
 
-from overfill.engine import prefill
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import (
     ChunkComputed,
@@ -49,12 +48,12 @@ def of(kind, events):
 
 @pytest.mark.parametrize(("worth_telling", "told"), [(1, [[0], [1], [2]]), (640, [[0, 1], [2]]), (2**20, [[0, 1, 2]])])
 def test_kv_is_announced_once_it_is_worth_a_message(pool, monkeypatch, worth_telling, told):
-    monkeypatch.setattr(prefill, "MIN_NOTIFY_BYTES", worth_telling)
+    monkeypatch.setattr("overfill.engine.layers.MIN_NOTIFY_BYTES", worth_telling)
     lists = []
     engine = PrefillEngine(CountingRunner(num_layers=3), pool, 8, 4, lists.append)
     engine.handle(Submit(prompt("a", 5)))
     engine.step()
-    layers = [[e.layer for e in of(KvWritten, events)] for events in lists]
+    layers = [[layer for e in of(KvWritten, events) for layer in e.layers] for events in lists]
     assert [some for some in layers if some] == told
     assert isinstance(lists[0][0], PrefillScheduled), "without waiting for anything"
     engine.handle(Release("a"))
@@ -70,13 +69,13 @@ def test_layers_are_told_of_prompts_with_a_trace_only(pool, events):
 
 
 def test_kv_of_short_prompts_is_announced_without_delaying_long_ones(pool, monkeypatch):
-    monkeypatch.setattr(prefill, "MIN_NOTIFY_BYTES", 640)
+    monkeypatch.setattr("overfill.engine.layers.MIN_NOTIFY_BYTES", 640)
     lists = []
     engine = PrefillEngine(CountingRunner(num_layers=3), pool, 20, 4, lists.append)
     engine.handle(Submit(prompt("long", 10)))
     engine.handle(Submit(prompt("short", 4)))
     engine.step()
-    layers = [[(e.id, e.layer) for e in of(KvWritten, events)] for events in lists]
+    layers = [[(e.id, layer) for e in of(KvWritten, events) for layer in e.layers] for events in lists]
     short = [("short", 0), ("short", 1), ("short", 2)]
     assert [some for some in layers if some] == [[("long", 0)], [("long", 1)], [("long", 2), *short]]
     release(engine, ("long", "short"))

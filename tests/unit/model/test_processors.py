@@ -147,6 +147,18 @@ def test_a_row_that_fails_leaves_the_others_alone(grammars: Grammars) -> None:
     assert torch.equal(logits[1], alone[0])
 
 
+def test_a_grammar_that_allows_no_token_fails_its_row_alone(grammars: Grammars) -> None:
+    """Otherwise the engine would take the first of the forbidden tokens."""
+    dead = new_processor(SamplingParams(grammar=DIGITS), [], grammars, [END])
+    assert dead is not None
+    dead.matcher = SimpleNamespace(accept=lambda tokens: None, fill=lambda words: None)
+    logits = random_logits(3)
+    failed = process(logits, [dead, new_processor(SamplingParams(grammar=DIGITS), [], grammars, [END]), None], [[]] * 3)
+    assert set(failed) == {0}
+    assert 0 < logits[1].isfinite().sum() < VOCAB
+    assert logits[2].isfinite().all()
+
+
 def test_resumed_tokens_that_do_not_fit_the_grammar_are_named_as_the_fault(grammars: Grammars) -> None:
     processor = new_processor(SamplingParams(grammar=DIGITS), [], grammars, [END])
     letter = 40  # some letter or sign; no digit

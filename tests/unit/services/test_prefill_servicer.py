@@ -102,7 +102,7 @@ def computed(servicer):
     lease = accepted(servicer)
     lease.on_event(PrefillScheduled(lease.sequence.id, [0], 0, None, 0))
     for layer in (0, 1):
-        lease.on_event(KvWritten(lease.sequence.id, layer, 4, None))
+        lease.on_event(KvWritten(lease.sequence.id, range(layer, layer + 1), 4, None))
     return lease
 
 
@@ -164,7 +164,7 @@ async def compute(servicer):
     lease.received_ns = 0
     lease.on_event(PrefillScheduled(lease.sequence.id, [0], 0, None, 0))
     for layer in (0, 1):
-        lease.on_event(KvWritten(lease.sequence.id, layer, 4, None))
+        lease.on_event(KvWritten(lease.sequence.id, range(layer, layer + 1), 4, None))
     lease.on_event(PromptComputed(lease.sequence.id, SampledToken(7), 0))
     return lease
 

@@ -6,6 +6,7 @@ A thread of its own reads, writes and pings. So it notices a lost rank while the
 from __future__ import annotations
 
 import hmac
+import itertools
 import logging
 import os
 import secrets
@@ -14,6 +15,7 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -72,6 +74,9 @@ class _Peer:
 
     Attributes:
         token: what has arrived of the token.
+        unsent: messages that the socket has not taken yet; of the first one, the rest.
+        num_unsent: bytes of these.
+        sending: whether ``_flush`` runs.
         silent: seconds without a byte since ``pinged`` became true, as far as the links' thread was running.
         calls: commands without an answer, by number.
         lost: whether the link has ended.
@@ -82,7 +87,9 @@ class _Peer:
     token: bytes = b""
     hello: RankHello | None = None
     decoder: Decoder = field(default_factory=Decoder)
-    unsent: bytearray = field(default_factory=bytearray)
+    unsent: deque[memoryview] = field(default_factory=deque)
+    num_unsent: int = 0
+    sending: bool = False
     pinged: bool = False
     pinged_at: float = 0.0
     silent: float = 0.0
@@ -123,7 +130,7 @@ class RankLinks:
         self._peers: set[_Peer] = set()
         self._ranks: dict[int, _Peer] = {}
         self._reason = ""  # why the first lost rank was lost
-        self._numbers = NO_COMMAND
+        self._numbers = itertools.count(NO_COMMAND + 1)
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="rank-links", daemon=True)
         self._thread.start()
@@ -157,9 +164,7 @@ class RankLinks:
         Returns:
             The command at each rank. Its future raises the rank's error, or Unavailable if the rank is lost.
         """
-        with self._changed:
-            self._numbers += 1
-            number = self._numbers
+        number = next(self._numbers)
         data, sent = encode(number, command), []
         for rank in ranks:
             future: Future[Any] = Future()
@@ -201,14 +206,36 @@ class RankLinks:
 
     def _send(self, peer: _Peer, data: bytes) -> None:
         """Sends now what the socket takes, and the rest later, in this order. Holds the lock."""
-        if not peer.unsent:
-            try:
-                data = data[peer.sock.send(data) :]
-            except BlockingIOError:
-                pass
-            except OSError:
-                return  # the links' thread sees the end of the stream
-        peer.unsent += data
+        peer.unsent.append(memoryview(data))
+        peer.num_unsent += len(data)
+        self._flush(peer)
+
+    @staticmethod
+    def _flush(peer: _Peer) -> None:
+        """Sends what the socket takes. Holds the lock.
+
+        The garbage collector may run here and drop a processor, which sends a ``Forget`` within this call. The outer
+        call sends it then.
+        """
+        if peer.sending:
+            return
+        peer.sending = True
+        try:
+            while peer.unsent:
+                first = peer.unsent[0]
+                taken = peer.sock.send(first)
+                peer.num_unsent -= taken
+                if taken < len(first):
+                    peer.unsent[0] = first[taken:]
+                else:
+                    peer.unsent.popleft()
+        except BlockingIOError:
+            pass
+        except OSError:  # the links' thread sees the end of the stream
+            peer.unsent.clear()
+            peer.num_unsent = 0
+        finally:
+            peer.sending = False
 
     def _wake(self) -> None:
         with suppress(BlockingIOError):  # it has been woken already
@@ -328,10 +355,8 @@ class RankLinks:
         """Sends what was left, and watches the sockets that take no more of it."""
         for peer in list(self._peers):
             with self._changed:
-                rest, peer.unsent = peer.unsent, bytearray()
-                if rest:
-                    self._send(peer, bytes(rest))
-                unsent = len(peer.unsent)
+                self._flush(peer)
+                unsent = peer.num_unsent
             if unsent > _MAX_UNSENT:
                 self._end(peer, f"it has left {unsent} bytes of commands unread")
                 continue

@@ -133,6 +133,29 @@ def test_commands_larger_than_the_socket_takes_arrive_in_order(links, rank):
     assert [one.future.result(20) for one in sent] == [0, 1, 2, 3]
 
 
+def test_a_command_within_another_one_is_sent_behind_it(links, rank):
+    """The garbage collector may drop a processor at any allocation, also while a command is being sent."""
+    first, _ = rank(0).introduced(), rank(1).introduced()
+    links.wait(20)
+    [peer] = [peer for peer in links._peers if peer.hello.rank == 0]
+
+    class Interrupted:
+        """A socket that takes a half, and then another command is given."""
+
+        def __init__(self, sock):
+            self.sock = sock
+
+        def send(self, data):
+            peer.sock = self.sock
+            taken = self.sock.send(data[: len(data) // 2])
+            links.call([0], Done("inner"))
+            return taken
+
+    peer.sock = Interrupted(peer.sock)
+    links.call([0], Done("outer"))
+    assert [first.next(Done)[1].value for _ in range(2)] == ["outer", "inner"]
+
+
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
