@@ -94,7 +94,7 @@ class RankGroup:
         if not needs_processor(params, eos_ids):
             return None
         handle = new_handle(self._ranks)
-        for sent in self.links.call(range(self._num_ranks), Prepare(handle.key, params, prompt, eos_ids)):
+        for sent in self.links.call(range(self._num_ranks), Prepare(handle.key, params, prompt, [*eos_ids])):
             sent.future.result()
         return handle
 

@@ -117,7 +117,7 @@ class WorkerRanks:
         Raises:
             InvalidRequest: the parameters ask for something that the model cannot have.
         """
-        await self._call(self._all, Prepare(key, params, prompt, eos_ids))
+        await self._call(self._all, Prepare(key, params, prompt, [*eos_ids]))
 
     def forget(self, key: str) -> None:
         """Has every rank drop a processor. Any thread may call it."""

@@ -18,7 +18,7 @@ from overfill.request.params import SamplingParams
 from overfill.rpc.access import WORKER_RPCS, AccessPolicy
 from overfill.rpc.calls import responses
 from overfill.rpc.channel import open_channel
-from overfill.v1 import prefill_pb2, prefill_pb2_grpc
+from overfill.v1 import decode_pb2, prefill_pb2, prefill_pb2_grpc
 
 KV = KvSpec(3, 4, 2, "float32", RopeSpec())
 PROMPT = 10
@@ -209,7 +209,9 @@ async def test_processors_are_made_in_every_rank_and_forgotten():
         return params.seed, list(prompt), list(eos_ids)
 
     with running_ranks(KV, [(0, 2), (2, 4)], make) as ranks:
-        await ranks.kv.prepare("a", SamplingParams(seed=1), [1, 2], [3])
+        await ranks.kv.prepare(
+            "a", SamplingParams(seed=1), [1, 2], decode_pb2.StartDecode(eos_token_ids=[3]).eos_token_ids
+        )
         assert [agent.processor("a") for agent in ranks.agents] == [(1, [1, 2], [3])] * 2
         with pytest.raises(InvalidRequest, match="is not supported"):
             await ranks.kv.prepare("b", SamplingParams(seed=13), [1], [])
