@@ -101,8 +101,10 @@ class BreakableStack(ProcessRunner):
 
 def ranks_of(worker: int) -> list[psutil.Process]:
     """Returns the processes of the ranks of the worker with this process id, in their order."""
-    spawned = [child for child in psutil.Process(worker).children() if "spawn_main" in " ".join(child.cmdline())]
-    return sorted(spawned, key=lambda child: child.pid)
+    names = ("spawn_main", "VLLM::Worker")  # a rank has the second name once it has loaded
+    children = psutil.Process(worker).children()
+    ranks = [child for child in children if any(name in " ".join(child.cmdline()) for name in names)]
+    return sorted(ranks, key=lambda child: child.pid)
 
 
 async def add_proxies(plan: PlacedStack, exits: AsyncExitStack, seed: int) -> tuple[PlacedStack, Links]:
