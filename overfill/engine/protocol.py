@@ -208,7 +208,7 @@ class ServedHalf:
         needed = (self.grammars.live + 1) * MATCHER_BYTES
         if (left := available_memory()) < needed:
             raise Overloaded(
-                f"{self.grammars.live} answers have a grammar here, and one more might need {needed >> 20} MiB of "
+                f"{self.grammars.live} matchers of grammars exist here, and one more might need {needed >> 20} MiB of "
                 f"memory with them; {left >> 20} MiB are left",
                 1.0,
                 "grammars",

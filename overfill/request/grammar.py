@@ -105,7 +105,8 @@ class Grammars:
         self._eos_token_ids = list(eos_token_ids)
         self._lock = threading.Lock()
         self._tokenizer: Any = None
-        self._live: weakref.WeakSet[Matcher] = weakref.WeakSet()
+        self._live: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+        self._counting = threading.Lock()  # for ``_live``
         # One of the threads at a time compiles a costly grammar, so that the other ones do not wait for it.
         self._compilers = ThreadPoolExecutor(2, "grammar")
         self._costly = FairPermits(1, _MAX_COSTLY)
@@ -118,8 +119,14 @@ class Grammars:
 
     @property
     def live(self) -> int:
-        """Number of matchers that exist."""
-        return len(self._live)
+        """Number of matchers that exist, in other processes too as far as ``count`` knows of them."""
+        with self._counting:
+            return sum(self._live.values())
+
+    def count(self, holder: object, matchers: int) -> None:
+        """Counts ``matchers`` as long as ``holder`` exists, which has them, here or in other processes."""
+        with self._counting:
+            self._live[holder] = matchers
 
     def close(self) -> None:
         """Ends the helper process that tries grammars."""
@@ -166,7 +173,7 @@ class Grammars:
         if matcher.is_error():
             raise InvalidRequest(_FIELD + grammar.kind, _reason(matcher.get_error()))
         made = Matcher(matcher)
-        self._live.add(made)
+        self.count(made, 1)
         return made
 
 

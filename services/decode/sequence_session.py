@@ -211,6 +211,8 @@ class SequenceSession:
             finally:
                 self._worker.send(Release(self.sequence.id))
                 self._log()
+                # Its traceback has this session: in a cycle, a processor would stay until the garbage is collected.
+                self._failure = None
 
     def take(self, event: SequenceEvent) -> None:
         """Takes an event of the engine. Call it on the event loop; it does not raise.

@@ -186,6 +186,10 @@ def test_grammars_that_cannot_be_compiled_are_refused_with_the_reason(
         assert caught.value.field == f"sampling.grammar.{grammar.kind}"
 
 
+class Holder:
+    pass
+
+
 async def test_a_grammar_is_refused_where_memory_might_not_suffice_for_its_matcher(
     tiny_pair: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,10 +198,14 @@ async def test_a_grammar_is_refused_where_memory_might_not_suffice_for_its_match
     served = SimpleNamespace(grammars=grammars, new_processor=new_processor)
     prepare = partial(ServedHalf.prepare_processor, cast(ServedHalf, served))
     monkeypatch.setattr("overfill.engine.protocol.available_memory", lambda: 4 * MATCHER_BYTES - 1)
-    with pytest.raises(Overloaded, match="3 answers have a grammar here"):
+    with pytest.raises(Overloaded, match="3 matchers of grammars exist here"):
         await prepare(SamplingParams(grammar=DIGITS), [], [END])
     assert await prepare(SamplingParams(), [], [END]) is None
     del held[:]
+    grammars.count(elsewhere := Holder(), 4)  # as of an answer whose ranks have a matcher each
+    with pytest.raises(Overloaded, match="4 matchers of grammars exist here"):
+        await prepare(SamplingParams(grammar=DIGITS), [], [END])
+    del elsewhere
     assert await prepare(SamplingParams(grammar=DIGITS), [], [END]) is not None
     grammars.close()
 

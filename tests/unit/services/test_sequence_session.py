@@ -1,6 +1,8 @@
 """Tests the messages that a session of one attempt sends to the engine, for different orders of events."""
 
 import asyncio
+import gc
+import weakref
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
@@ -447,3 +449,18 @@ async def test_a_token_that_cannot_be_told_fails_its_own_sequence(harness, token
         harness.take(sampled(index))
     with pytest.raises(ZeroDivisionError):
         await harness.task
+
+
+async def test_a_session_that_was_cancelled_leaves_no_garbage(harness):
+    """A processor takes memory, with tensor parallelism in other processes, until nothing refers to it."""
+    session = weakref.ref(harness.session)
+    gc.disable()
+    try:
+        harness.task.cancel()
+        await asyncio.wait([harness.task])
+        harness.task = asyncio.ensure_future(settle())
+        harness.servicer._sessions.clear()
+        del harness.session
+        assert session() is None
+    finally:
+        gc.enable()

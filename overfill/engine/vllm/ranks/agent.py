@@ -27,10 +27,10 @@ from overfill.engine.vllm.ranks.messages import (
     Cancel,
     CloseTransfer,
     Connect,
-    Decoder,
     Done,
     Failed,
     Forget,
+    MessageDecoder,
     OpenTransfer,
     Ping,
     Prepare,
@@ -126,8 +126,9 @@ class RankAgent:
         self._progress: deque[Callable[[], None]] = deque()
         self._noting = False  # True while the loop has been asked to look at the progress
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(_CONNECT)
+        # Without a timeout yet: with one, a full queue of the worker's socket is an error at once.
         self._socket.connect(f"\0{config['link']}")
+        self._socket.settimeout(_CONNECT)
         self._socket.sendall(bytes.fromhex(config["link_token"]) + encode(NO_COMMAND, hello))
         self._socket.setblocking(False)
         self._loop = asyncio.new_event_loop()
@@ -211,7 +212,7 @@ class RankAgent:
     async def _serve_link(self) -> None:
         """Takes commands until the link closes."""
         reader, self._writer = await asyncio.open_unix_connection(sock=self._socket)
-        decoder = Decoder()
+        decoder = MessageDecoder()
         try:
             while data := await reader.read(_RECEIVE):
                 for number, command in decoder.feed(data):

@@ -14,7 +14,6 @@ from overfill.engine.sequence import Processor
 from overfill.engine.vllm.internals import VllmCore
 from overfill.engine.vllm.ranks.executor import RankExecutor
 from overfill.engine.vllm.ranks.link import RankLinks
-from overfill.engine.vllm.ranks.messages import Prepare
 from overfill.engine.vllm.ranks.worker import WorkerRanks
 from overfill.errors import InternalError, InvalidRequest, OverfillError, Unavailable
 from overfill.kv.chunks import Chunk
@@ -94,8 +93,9 @@ class RankGroup:
         if not needs_processor(params, eos_ids):
             return None
         handle = new_handle(self._ranks)
-        for sent in self.links.call(range(self._num_ranks), Prepare(handle.key, params, prompt, [*eos_ids])):
-            sent.future.result()
+        if params.grammar is not None:  # the matchers are in the ranks, and take memory of this machine
+            grammars.count(handle, self._num_ranks)
+        self._ranks.prepare_now(handle.key, params, prompt, eos_ids)
         return handle
 
     def _on_lost(self, rank: int, reason: str) -> None:
@@ -119,7 +119,7 @@ class RankedHalf(ServedHalf):
         if params.grammar is not None:  # also tries the grammar, in a process of its own
             return await super(RankedHalf, self).prepare_processor(params, prompt, eos_ids, key)
         made = new_handle(self.ranks)
-        await self.ranks.prepare(made.key, params, prompt, eos_ids)
+        await self.ranks.prepare(made.key, params, prompt, [*eos_ids])
         return made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from typing import Any
 
 from overfill.engine.vllm.ranks.link import RankLinks, Sent
@@ -117,7 +118,20 @@ class WorkerRanks:
         Raises:
             InvalidRequest: the parameters ask for something that the model cannot have.
         """
-        await self._call(self._all, Prepare(key, params, prompt, [*eos_ids]))
+        await _values(self._prepare(key, params, prompt, eos_ids))
+
+    def prepare_now(self, key: str, params: SamplingParams, prompt: Sequence[int], eos_ids: Sequence[int]) -> None:
+        """As ``prepare``, on a thread that may block: returns once no rank makes the processor any more."""
+        sent = self._prepare(key, params, prompt, eos_ids)
+        wait([one.future for one in sent])
+        for one in sent:
+            one.future.result()
+
+    def _prepare(
+        self, key: str, params: SamplingParams, prompt: Sequence[int], eos_ids: Sequence[int]
+    ) -> Sequence[Sent]:
+        # Lists, because repeated fields of messages cannot be pickled.
+        return self._links.call(self._all, Prepare(key, params, [*prompt], [*eos_ids]))
 
     def forget(self, key: str) -> None:
         """Has every rank drop a processor. Any thread may call it."""

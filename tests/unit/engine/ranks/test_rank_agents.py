@@ -2,13 +2,16 @@
 
 import asyncio
 import itertools
+import socket
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import grpc
 import numpy as np
 import pytest
-from rank_agents import BLOCK, running_ranks
+from rank_agents import BLOCK, hello, running_ranks
 
-from overfill.engine.vllm.ranks.messages import OpenTransfer
+from overfill.engine.vllm.ranks.agent import RankAgent
+from overfill.engine.vllm.ranks.messages import TOKEN_BYTES, OpenTransfer
 from overfill.errors import InvalidRequest, TransferFailed, Unavailable, UnsupportedModel
 from overfill.kv.chunks import TransferSpec
 from overfill.kv.ranges import Coverage, KvRange
@@ -209,10 +212,11 @@ async def test_processors_are_made_in_every_rank_and_forgotten():
         return params.seed, list(prompt), list(eos_ids)
 
     with running_ranks(KV, [(0, 2), (2, 4)], make) as ranks:
-        await ranks.kv.prepare(
-            "a", SamplingParams(seed=1), [1, 2], decode_pb2.StartDecode(eos_token_ids=[3]).eos_token_ids
-        )
+        ends = decode_pb2.StartDecode(eos_token_ids=[3]).eos_token_ids  # as the service has them
+        await ranks.kv.prepare("a", SamplingParams(seed=1), [1, 2], ends)
         assert [agent.processor("a") for agent in ranks.agents] == [(1, [1, 2], [3])] * 2
+        await asyncio.to_thread(ranks.kv.prepare_now, "c", SamplingParams(seed=2), [1], ends)
+        assert [agent.processor("c") for agent in ranks.agents] == [(2, [1], [3])] * 2
         with pytest.raises(InvalidRequest, match="is not supported"):
             await ranks.kv.prepare("b", SamplingParams(seed=13), [1], [])
         for key in "ab":
@@ -248,3 +252,26 @@ def test_a_link_that_breaks_orphans_the_rank():
         ranks.links.close()
         ranks.agents[0].join()
         assert ranks.orphans == [0]
+
+
+def test_a_rank_waits_while_others_fill_the_queue_of_its_workers_socket():
+    """Any local user may connect, and is refused by the worker once that accepts the connection."""
+    with ThreadPoolExecutor(1) as pool, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("")  # the kernel chooses an abstract name
+        listener.listen(0)
+        name = listener.getsockname()
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.connect(name)
+            config = {"link": name[1:].decode(), "link_token": bytes(TOKEN_BYTES).hex()}
+            orphaned: list[None] = []
+            starting = pool.submit(
+                RankAgent, config, hello(0, KV, (0, 4)), None, pool, lambda *_: None, lambda: orphaned.append(None)
+            )
+            assert not wait([starting], 1).done
+            listener.accept()[0].close()
+        connection, _ = listener.accept()
+        with connection:
+            agent = starting.result(20)
+            assert connection.recv(TOKEN_BYTES) == bytes(TOKEN_BYTES)
+        agent.join()
+        assert orphaned == [None]

@@ -4,21 +4,23 @@ That a socket of another user is refused cannot be tested as one user.
 """
 
 import contextlib
-import os
+import signal
 import socket
 import struct
+import subprocess
 import threading
 
 import pytest
+from rank_agents import NOBODY
 
 from overfill.engine.vllm.ranks.link import RankLinks
 from overfill.engine.vllm.ranks.messages import (
     MAX_MESSAGE,
     NO_COMMAND,
     Cancel,
-    Decoder,
     Done,
     Failed,
+    MessageDecoder,
     Ping,
     RankHello,
     Stop,
@@ -49,8 +51,8 @@ class Rank:
         self.sock.settimeout(20)
         self.sock.connect("\0" + config["link"])
         self.token = bytes.fromhex(config["link_token"])
-        self.decoder, self.messages = Decoder(), []
-        self.hello = RankHello(**{"rank": rank, "pid": os.getpid(), "heads": (rank, rank + 1), "num_layers": 2,
+        self.decoder, self.messages = MessageDecoder(), []
+        self.hello = RankHello(**{"rank": rank, "pid": NOBODY, "heads": (rank, rank + 1), "num_layers": 2,
                                   "block_size": 4, "dtype": "float32"} | changed)  # fmt: skip
 
     def introduced(self):
@@ -156,6 +158,31 @@ def test_a_command_within_another_one_is_sent_behind_it(links, rank):
     assert [first.next(Done)[1].value for _ in range(2)] == ["outer", "inner"]
 
 
+class CountingSocket:
+    """A socket that takes a little at a time, and counts the messages of which it is offered anything."""
+
+    def __init__(self, sock):
+        self._sock, self.offered = sock, {}
+        self.fileno, self.recv, self.close = sock.fileno, sock.recv, sock.close
+
+    def send(self, data):
+        whole = data.obj if isinstance(data, memoryview) else data
+        self.offered[id(whole)] = whole  # keeps it, so that its id stays its own
+        return self._sock.send(data[:1000])
+
+
+def test_what_a_rank_has_not_read_is_not_copied_again_and_again(links, rank):
+    first, _ = rank(0).introduced(), rank(1).introduced()
+    links.wait(20)
+    peer = links._ranks[0]
+    peer.sock = counting = CountingSocket(peer.sock)
+    sent = [links.call([0], Done(bytes([i]) * 500_000))[0] for i in range(4)]
+    for one in sent:
+        first.answer(first.next(Done)[0], Done())
+        one.future.result(20)
+    assert len([whole for whole in counting.offered.values() if len(whole) > 1000]) == 4
+
+
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
@@ -176,7 +203,7 @@ def test_a_rank_that_closes_or_talks_nonsense_is_lost_once(links, lost, what, re
         ranks[1].sock.sendall(what * 2)
     else:
         ranks[1].sock.close()
-    with pytest.raises(Unavailable, match=rf"rank 1 \(process {os.getpid()}\) is lost.*{reason}"):
+    with pytest.raises(Unavailable, match=rf"rank 1 \(process {NOBODY}\) is lost.*{reason}"):
         sent.future.result(20)
     assert lost.happened.wait(20)
     with pytest.raises(Unavailable, match="rank 1"):
@@ -219,8 +246,9 @@ def test_a_rank_that_ends_during_the_start_fails_it(links, lost, rank):
 
 def test_a_silent_rank_is_lost_while_nobody_waits_for_it(lost):
     links = RankLinks(1, lost, silence=1.0)
-    with Rank(links.config).introduced().sock:
+    with subprocess.Popen(["sleep", "1000"]) as process, Rank(links.config, pid=process.pid).introduced().sock:
         assert lost.happened.wait(60)
+        assert process.wait(60) == -signal.SIGKILL, "its process ends too"
         assert lost.threads == ["rank-links"]
         with pytest.raises(Unavailable, match=r"has not answered for 1 s"):
             links.call([0], Stop())[0].future.result(20)
