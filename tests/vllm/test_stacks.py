@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import random
 import signal
 import threading
 import time
@@ -14,16 +13,21 @@ import psutil
 import pytest
 from stacks import children, idle, loads, running_stack, wait_until
 from two_stage_format import write_two_stage
-from vllm_stacks import GREEDY, engines, prompts, wrong_answers
+from vllm_stacks import (
+    CROSSING,
+    GREEDY,
+    PROMPT,
+    ask_and_cancel,
+    engines,
+    prompts,
+    wrong_answers,
+    wrong_turns,
+)
 
 from overfill.api import key_file as keys
 from overfill.cli.main import main
 from overfill.client import Client, SamplingParams
-from overfill.errors import RequestCancelled
 from overfill.pair.reference import TwoStageReference, judge
-from overfill.request.params import Grammar
-
-PROMPT = [(7 * i * 13) % 470 + 20 for i in range(100)]
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +81,6 @@ def test_mixed_engines_answer_as_the_reference(mixed, reference):
     wait_until(lambda: idle(mixed.address, api_key=mixed.secret), 2, "all blocks free")
 
 
-SAMPLED = {"temperature": 1.0, "seed": 7, "max_tokens": 30, "ignore_eos": True}
-CROSSING = {
-    "filters": {**SAMPLED, "top_p": 0.9, "top_k": 20, "min_p": 0.05},
-    "penalties": {**SAMPLED, "repetition_penalty": 1.5, "presence_penalty": 1.0, "frequency_penalty": 0.5},
-    "bias": {**SAMPLED, "logit_bias": {40: 20.0, 41: 20.0}, "logprobs": 3},
-    "min_tokens": {"temperature": 0, "min_tokens": 6, "max_tokens": 20, "logit_bias": {1: 100.0}},
-    "stop_ids": {"temperature": 0, "max_tokens": 200, "stop_token_ids": tuple(range(2, 100))},
-    "regex": {"temperature": 1.0, "seed": 3, "max_tokens": 40, "grammar": Grammar("regex", "[a-z]{3,9}-[0-9]{2}")},
-    "json": {"temperature": 1.0, "seed": 3, "max_tokens": 60, "grammar": Grammar.json_schema({"type": "boolean"})},
-}
-
-
 def test_every_sampling_parameter_crosses_from_one_engine_to_the_other(mixed, ours):
     """The full model's engine samples the first token, the decoder's the others, both by the request's parameters."""
     for name, options in CROSSING.items():
@@ -135,18 +127,6 @@ def test_both_stages_on_vllm_answer_as_the_reference(both, client, reference):
     wait_until(lambda: idle(both[1]), 2, "all blocks free")
 
 
-def wrong_turns(client, reference, turns=6):
-    """Leads a chat, each of whose prompts has the earlier answers; returns the turns that are not the reference's."""
-    draw, prompt, wrong = random.Random(3), [], []
-    for turn in range(turns):
-        prompt += [draw.randrange(2, 500) for _ in range(20)]
-        answer = client.generate(prompt, sampling=SamplingParams(**GREEDY, max_tokens=40))
-        if not judge(reference, prompt, answer.token_ids, answer.finish_reason, 40).correct:
-            wrong.append(turn)
-        prompt += answer.token_ids
-    return wrong
-
-
 def test_kv_is_the_full_model_s_in_every_turn_of_a_chat(client, reference):
     assert wrong_turns(client, reference) == []
 
@@ -163,27 +143,6 @@ def test_without_the_cure_a_later_turn_finds_kv_of_the_decoder(vllm_pair, refere
         Client(address) as client,
     ):
         assert wrong_turns(client, reference)
-
-
-def ask_and_cancel(client, count, max_tokens):
-    """Asks ``count`` requests, 16 at a time, and cancels a tenth of them at random times; returns how many."""
-    draw = random.Random(count)
-    asked, delays = prompts(60), [draw.random() * 0.3 for _ in range(count)]
-    sampling = SamplingParams(**GREEDY, max_tokens=max_tokens)
-
-    def ask(number):
-        stream = client.stream(asked[number % len(asked)], sampling=sampling)
-        if number % 10 == 0:
-            threading.Timer(delays[number], stream.cancel).start()
-        try:
-            for _ in stream:
-                pass
-        except RequestCancelled:
-            return 1
-        return 0
-
-    with ThreadPoolExecutor(16) as pool:
-        return sum(pool.map(ask, range(count)))
 
 
 def test_cancelled_requests_leave_nothing_behind(both, client):

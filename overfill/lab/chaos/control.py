@@ -101,10 +101,11 @@ class ProbeControl:
         self.send(held.process, {"release": held.breakpoint})
 
     def send(self, name: str, packet: dict[str, Any]) -> None:
-        """Sends ``packet`` to a process. Does nothing when the process is not connected."""
-        if (peer := self._processes.get(name)) is not None:
-            with contextlib.suppress(OSError):
-                peer.socket.send(json.dumps(packet).encode())
+        """Sends ``packet`` to a process and its ranks. Does nothing when none of them is connected."""
+        for of, peer in [*self._processes.items()]:
+            if of.partition("/")[0] == name:
+                with contextlib.suppress(OSError):
+                    peer.socket.send(json.dumps(packet).encode())
 
     def _send_to_stage(self, phase: Phase, packet: dict[str, Any]) -> None:
         for name, peer in [*self._processes.items()]:

@@ -30,6 +30,11 @@ TARGETS: dict[FaultName, tuple[Target, ...]] = {
 HOST_TARGETS: dict[FaultName, tuple[Target, ...]] = {**TARGETS, "vanish": ("router", "prefill", "decode", "client")}
 """The same for processes on hosts of their own: a host can vanish with its process."""
 
+OF_RANKS: frozenset[FaultName] = frozenset({"kill", "freeze"})
+"""Faults that can hit ranks of a worker alone."""
+
+NO_RANKS: Mapping[Target, int] = {}
+
 _SECONDS: dict[FaultName, tuple[float, float]] = {
     # The range includes the 10 s after which a silent peer is given up.
     "freeze": (1.0, 13.0),
@@ -41,6 +46,7 @@ _SECONDS: dict[FaultName, tuple[float, float]] = {
     "disk": (1.0, 4.0),
     "vanish": (1.0, 13.0),  # of a host
 }
+_FREEZE_OF_RANKS = (1.0, 30.0)  # the same, beyond the time after which a worker must have given up a silent rank
 _MAX_JUMP = 3600.0  # seconds
 
 
@@ -55,6 +61,7 @@ class PlannedFault:
         seconds: Duration; 0 for faults that have none.
         jump: Seconds by which the clock is set forward (positive) or back (negative).
         after: Seconds of rest before the fault. 0 means as soon as possible.
+        ranks: Ranks of the worker that are hit in place of its own process.
     """
 
     number: int
@@ -64,6 +71,7 @@ class PlannedFault:
     seconds: float = 0.0
     jump: float = 0.0
     after: float = 0.0
+    ranks: tuple[int, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the fields for a report, in which ``kind`` is called "fault"."""
@@ -72,7 +80,8 @@ class PlannedFault:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> PlannedFault:
         """Reads what ``as_dict`` wrote; ignores other keys. Raises KeyError when one is missing."""
-        return cls(**{name: record["fault" if name == "kind" else name] for name in cls.__slots__})
+        known = {name: record["fault" if name == "kind" else name] for name in cls.__slots__}
+        return cls(**known | {"ranks": tuple(known["ranks"])})
 
 
 def draw(
@@ -82,6 +91,7 @@ def draw(
     phases: Sequence[Phase] = PHASES,
     targets: Sequence[Target] | None = None,
     possible: Mapping[FaultName, tuple[Target, ...]] = TARGETS,
+    num_ranks: Mapping[Target, int] = NO_RANKS,
 ) -> Iterator[PlannedFault]:
     """Draws random faults without end. Each depends only on the seed and its number.
 
@@ -89,12 +99,13 @@ def draw(
         pause: Mean seconds of rest between two faults.
         targets: None means all targets that a fault can hit.
         possible: Fault -> targets that it can hit.
+        num_ranks: Target -> ranks of each of its workers, where these have any.
     """
     for number in itertools.count():
         rng = random.Random(f"{seed}/{number}")
         kind = rng.choice(faults)
         among = [target for target in possible[kind] if targets is None or target in targets]
-        fault = _make(rng, number, kind, rng.choice(phases), rng.choice(among or possible[kind]))
+        fault = _make(rng, number, kind, rng.choice(phases), rng.choice(among or possible[kind]), num_ranks)
         yield replace(fault, after=round(rng.uniform(0.3, 1.7) * pause, 3))
 
 
@@ -104,6 +115,7 @@ def matrix(
     faults: Sequence[FaultName] = FAULTS,
     phases: Sequence[Phase] = PHASES,
     possible: Mapping[FaultName, tuple[Target, ...]] = TARGETS,
+    num_ranks: Mapping[Target, int] = NO_RANKS,
 ) -> list[PlannedFault]:
     """Returns every fault in every phase ``times`` times, in random order. Each fault's targets alternate."""
     rng = random.Random(seed)
@@ -114,7 +126,7 @@ def matrix(
         for turn in range(times)
     ]
     rng.shuffle(cells)
-    return [_make(rng, number, *cell) for number, cell in enumerate(cells)]
+    return [_make(rng, number, *cell, num_ranks) for number, cell in enumerate(cells)]
 
 
 def read_report(report: Path) -> list[PlannedFault]:
@@ -126,9 +138,15 @@ def read_report(report: Path) -> list[PlannedFault]:
         raise ValueError(f"{report} is not a report of overfill chaos: {error}") from error
 
 
-def _make(rng: random.Random, number: int, kind: FaultName, phase: Phase, target: Target) -> PlannedFault:
-    seconds = round(rng.uniform(*_SECONDS.get(kind, (0.0, 0.0))), 2)
+def _make(
+    rng: random.Random, number: int, kind: FaultName, phase: Phase, target: Target, num_ranks: Mapping[Target, int]
+) -> PlannedFault:
+    ranks: tuple[int, ...] = ()
+    if kind in OF_RANKS and (count := num_ranks.get(target)):  # the process, one of its ranks, or all of them
+        ranks = rng.choice([(), (rng.randrange(count),), tuple(range(count))])
+    longest = _FREEZE_OF_RANKS if ranks and kind == "freeze" else _SECONDS.get(kind, (0.0, 0.0))
+    seconds = round(rng.uniform(*longest), 2)
     if kind == "vanish" and target == "client":
         seconds = 0.0  # it does not come back
     jump = round(rng.uniform(-_MAX_JUMP, _MAX_JUMP), 1) if kind == "clock" else 0.0
-    return PlannedFault(number, kind, phase, target, seconds, jump)
+    return PlannedFault(number, kind, phase, target, seconds, jump, ranks=ranks)

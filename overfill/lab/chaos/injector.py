@@ -8,11 +8,14 @@ import resource
 import signal
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+
+import psutil
 
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.chaos.control import ProbeControl
 from overfill.lab.chaos.fault_plan import FaultName, PlannedFault
-from overfill.lab.chaos.stack import BreakableStack, Link, Links
+from overfill.lab.chaos.stack import BreakableStack, Link, Links, ranks_of
 from overfill.stack.child import Child
 
 SILENCING: frozenset[FaultName] = frozenset({"kill", "drain", "freeze", "partition", "vanish"})
@@ -23,6 +26,7 @@ _LOSS = 0.05  # share of the pieces or frames
 _BANDWIDTH = 48 * 1024  # bytes per second and connection; on a host, of all its connections
 _CORRUPT_CHUNKS = 3  # chunks to damage
 _EXIT_SLACK = 10.0  # seconds beyond its grace period in which a drained process must exit
+_LOST_RANK = 25.0  # seconds after which a worker must have ended that has lost a rank, or has a frozen one
 _POLL = 0.05
 
 
@@ -34,11 +38,18 @@ class FaultInjector:
         self._links = links
         self._control = control
         self._clocks = clocks
+        self._ranks: dict[int, list[psutil.Process]] = {}  # fault -> the ranks that it has hit
         self._cut: Counter[Link] = Counter()  # faults that cut a link; it belongs to the processes at both ends
 
     def inject(self, fault: PlannedFault, name: str) -> None:
         """Starts the fault in process ``name``."""
         child = self._stack.process(name)
+        if fault.ranks:
+            ranks = ranks_of(child.pid)
+            self._ranks[fault.number] = [ranks[number] for number in fault.ranks]
+            for rank in self._ranks[fault.number]:
+                rank.send_signal(signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
+            return
         match fault.kind:
             case "kill":
                 os.kill(child.pid, signal.SIGKILL)
@@ -76,6 +87,8 @@ class FaultInjector:
         Returns a description if the process did not exit as it should, else None.
         """
         child = self._stack.process(name)
+        if fault.ranks:
+            return await self._end_of_ranks(fault, name, child)
         problem = None
         if fault.kind == "drain":
             grace = self._stack.placed.routers[0].grace_period
@@ -99,6 +112,20 @@ class FaultInjector:
             self._stack.restart(name)
             return _describe_exit(child)
         return None
+
+    async def _end_of_ranks(self, fault: PlannedFault, name: str, child: Child) -> str | None:
+        problem = None
+        ends = fault.kind == "kill" or fault.seconds > _LOST_RANK
+        if not await _wait_for_exit(child, _LOST_RANK if ends else fault.seconds) and ends:
+            problem = f"{name} still ran {_LOST_RANK:g} s after it had lost a rank"
+            os.kill(child.pid, signal.SIGKILL)
+            await _wait_for_exit(child, 10.0)
+        for rank in self._ranks.pop(fault.number):
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGCONT)
+        if child.returncode is not None:
+            self._stack.restart(name)
+        return problem
 
     def _undo(self, fault: FaultName, name: str, child: Child) -> None:
         match fault:

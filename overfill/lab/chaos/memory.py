@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from overfill.lab.chaos.stack import ranks_of
 from overfill.stack.child import Child
 
 _INTERVAL = 2.0  # seconds between samples
@@ -53,9 +54,10 @@ async def watch(processes: Callable[[], Iterable[Child]], samples: list[MemorySa
     while not until.is_set():
         for child in processes():
             with contextlib.suppress(psutil.Error):  # the process has just ended
-                process = psutil.Process(child.pid)
+                ranks = {f"{child.name}, rank {number}": rank for number, rank in enumerate(ranks_of(child.pid))}
                 at = time.monotonic() - began
-                samples.append(MemorySample(at, child.name, child.pid, process.memory_info().rss, process.num_fds()))
+                for name, process in ({child.name: psutil.Process(child.pid)} | ranks).items():
+                    samples.append(MemorySample(at, name, process.pid, process.memory_info().rss, process.num_fds()))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(until.wait(), _INTERVAL)
 

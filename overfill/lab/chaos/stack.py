@@ -10,6 +10,8 @@ from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import psutil
+
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.lab.hosts.network import Host
@@ -95,6 +97,14 @@ class BreakableStack(ProcessRunner):
 
     def _environment(self, name: str, config: ServiceConfig, threads: int) -> dict[str, str]:
         return super()._environment(name, config, threads) | self._clocks.environment(name)
+
+
+def ranks_of(worker: int) -> list[psutil.Process]:
+    """Returns the processes of the ranks of the worker with this process id, in their order."""
+    names = ("spawn_main", "VLLM::Worker")  # a rank has the second name once it has loaded
+    children = psutil.Process(worker).children()
+    ranks = [child for child in children if any(name in " ".join(child.cmdline()) for name in names)]
+    return sorted(ranks, key=lambda child: child.pid)
 
 
 async def add_proxies(plan: PlacedStack, exits: AsyncExitStack, seed: int) -> tuple[PlacedStack, Links]:

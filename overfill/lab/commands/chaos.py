@@ -18,6 +18,7 @@ from overfill.cli.output import console, print_json
 from overfill.lab.chaos.fault_plan import (
     FAULTS,
     HOST_TARGETS,
+    NO_RANKS,
     PHASES,
     TARGETS,
     FaultName,
@@ -146,6 +147,14 @@ _ENGINE = click.Choice(get_args(EngineChoice))
     "--decode-engine", type=_ENGINE, default="overfill", show_default=True, help="Engine of the decode workers."
 )
 @click.option(
+    "--tensor-parallel-size",
+    "num_ranks",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Number of ranks of each worker on vLLM. With several, kill and freeze also hit one of them, or all.",
+)
+@click.option(
     "--engine-args",
     metavar="JSON",
     help="Arguments of vLLM (its EngineArgs) or of the mock engine, as a JSON object by name.  "
@@ -183,6 +192,7 @@ def chaos_command(
     kv_memory: str | None,
     prefill_engine: EngineChoice,
     decode_engine: EngineChoice,
+    num_ranks: int,
     engine_args: str | None,
     hosts: bool,
     report_file: Path | None,
@@ -217,8 +227,12 @@ def chaos_command(
         check_replaced("pair", "decode")
         _check_tiers(tiers, colocated)
     counts = count_workers(colocated, prefill, decode, bool(tiers))
+    engines: dict[Target, EngineChoice] = {"prefill": prefill_engine, "decode": decode_engine}
+    ranks = {stage: num_ranks for stage, engine in engines.items() if engine == "vllm"} if num_ranks > 1 else NO_RANKS
+    if num_ranks > 1 and not ranks:
+        raise click.UsageError(f"--tensor-parallel-size {num_ranks}: give --prefill-engine or --decode-engine vllm")
     among = (faults or FAULTS, phases or PHASES, targets or None)
-    chosen = _choose_faults(*among, num_faults, times, soak, replay, seed, pause, hosts)
+    chosen = _choose_faults(*among, num_faults, times, soak, replay, seed, pause, hosts, ranks)
     trial_settings = {
         "grace_period": grace_period,
         "kv_memory": kv_memory,
@@ -226,7 +240,7 @@ def chaos_command(
         "prefill_engine": prefill_engine,
         "decode_engine": decode_engine,
         "engine_args": engine_args,
-    }
+    } | {f"{stage}_tensor_parallel_size": str(count) for stage, count in ranks.items()}
     with ExitStack() as exits:
         report = exits.enter_context(show_progress())
         plan, prompts = prepare(pair, tiers, counts, routers, exits, report, trial_settings)
@@ -297,6 +311,7 @@ def _choose_faults(
     seed: int,
     pause: float,
     hosts: bool,
+    num_ranks: Mapping[Target, int],
 ) -> Iterable[PlannedFault]:
     """Returns the faults that the options choose. Raises click.UsageError if they conflict."""
     if sum(option is not None for option in (times, soak, replay)) > 1:
@@ -309,12 +324,14 @@ def _choose_faults(
             raise click.UsageError(str(error)) from error
         if any(fault.target not in possible[fault.kind] for fault in read):
             raise click.UsageError(f"{replay} has hosts that vanish: add --hosts")
+        if any(max(fault.ranks, default=-1) >= num_ranks.get(fault.target, 0) for fault in read if fault.ranks):
+            raise click.UsageError(f"{replay} has faults of ranks: give as many with --tensor-parallel-size")
         return read
     if times is not None:
         if targets is not None:
             possible = {fault: tuple(t for t in each if t in targets) or each for fault, each in possible.items()}
-        return matrix(seed, times, faults, phases, possible)
-    drawn = draw(seed, pause, faults, phases, targets, possible)
+        return matrix(seed, times, faults, phases, possible, num_ranks)
+    drawn = draw(seed, pause, faults, phases, targets, possible, num_ranks)
     return drawn if soak is not None else list(itertools.islice(drawn, count))
 
 

@@ -27,10 +27,10 @@ from overfill.engine.vllm.ranks.messages import (
     Cancel,
     CloseTransfer,
     Connect,
-    Decoder,
     Done,
     Failed,
     Forget,
+    MessageDecoder,
     OpenTransfer,
     Ping,
     Prepare,
@@ -212,7 +212,7 @@ class RankAgent:
     async def _serve_link(self) -> None:
         """Takes commands until the link closes."""
         reader, self._writer = await asyncio.open_unix_connection(sock=self._socket)
-        decoder = Decoder()
+        decoder = MessageDecoder()
         try:
             while data := await reader.read(_RECEIVE):
                 for number, command in decoder.feed(data):

@@ -28,9 +28,9 @@ from overfill.engine.vllm.ranks.messages import (
     TOKEN_BYTES,
     BrokenLink,
     Cancel,
-    Decoder,
     Done,
     Failed,
+    MessageDecoder,
     Ping,
     RankHello,
     encode,
@@ -87,7 +87,7 @@ class _Peer:
     connected_at: float
     token: bytes = b""
     hello: RankHello | None = None
-    decoder: Decoder = field(default_factory=Decoder)
+    decoder: MessageDecoder = field(default_factory=MessageDecoder)
     unsent: deque[memoryview] = field(default_factory=deque)
     num_unsent: int = 0
     sending: bool = False

@@ -156,7 +156,7 @@ def encode(number: int, body: object) -> bytes:
     return _LENGTH.pack(len(data)) + data
 
 
-class Decoder:
+class MessageDecoder:
     """Cuts the bytes that arrive into messages."""
 
     def __init__(self) -> None:

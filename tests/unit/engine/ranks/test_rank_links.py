@@ -18,9 +18,9 @@ from overfill.engine.vllm.ranks.messages import (
     MAX_MESSAGE,
     NO_COMMAND,
     Cancel,
-    Decoder,
     Done,
     Failed,
+    MessageDecoder,
     Ping,
     RankHello,
     Stop,
@@ -51,7 +51,7 @@ class Rank:
         self.sock.settimeout(20)
         self.sock.connect("\0" + config["link"])
         self.token = bytes.fromhex(config["link_token"])
-        self.decoder, self.messages = Decoder(), []
+        self.decoder, self.messages = MessageDecoder(), []
         self.hello = RankHello(**{"rank": rank, "pid": NOBODY, "heads": (rank, rank + 1), "num_layers": 2,
                                   "block_size": 4, "dtype": "float32"} | changed)  # fmt: skip
 

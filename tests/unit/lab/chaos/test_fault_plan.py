@@ -48,6 +48,23 @@ def test_the_faults_of_a_report_are_those_that_were_injected(tmp_path: Path) -> 
     assert read_report(report) == faults
 
 
+def test_faults_hit_a_worker_one_of_its_ranks_or_all_of_them(tmp_path: Path) -> None:
+    faults = matrix(0, 40, ["kill", "freeze", "drain"], ["decode"], num_ranks={"decode": 2})
+    hit = {kind: {(f.target, f.ranks) for f in faults if f.kind == kind} for kind in ("kill", "freeze", "drain")}
+    whole = {(target, ()) for target in TARGETS["drain"]}
+    ranks = {("decode", (0,)), ("decode", (1,)), ("decode", (0, 1))}
+    assert hit == {"kill": whole | ranks, "freeze": whole | ranks, "drain": whole}
+    assert max(fault.seconds for fault in faults if fault.ranks) > 25, "some outlast the worker's patience"
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"strikes": [fault.as_dict() for fault in faults]}), encoding="utf-8")
+    assert read_report(report) == faults
+    refused = CliRunner().invoke(chaos_command, ["--replay", str(report)])
+    assert refused.exit_code == 2
+    assert "give as many with --tensor-parallel-size" in refused.output
+    refused = CliRunner().invoke(chaos_command, ["--tensor-parallel-size", "2"])
+    assert "give --prefill-engine or --decode-engine vllm" in refused.output
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"strikes": [{}]}'])
 def test_what_is_no_report_is_refused_by_name(tmp_path: Path, text: str) -> None:
     report = tmp_path / "report.json"

@@ -1,0 +1,55 @@
+"""Probes of a worker's ranks: a trial damages the KV that they send and receive, and holds a request before they pull.
+
+A rank gets its probe with what it needs to connect to its worker: to unpickle it starts it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from typing import Any
+
+from overfill.lab.chaos.probe import Probe, damage_received, damage_sent
+
+_started: list[Probe] = []
+
+
+class RankProbe:
+    """The probe of each rank of the worker ``name``, which connects to the socket at ``path``."""
+
+    def __init__(self, path: str, name: str) -> None:
+        self._arguments = path, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return start, self._arguments
+
+
+def start(path: str, name: str) -> RankProbe:
+    """Starts the probe if this process is a rank."""
+    if multiprocessing.parent_process() is not None and not _started:
+        probe = Probe(path, f"{name}/{os.getpid()}", ())
+        damage_sent(probe)
+        damage_received(probe)
+        _started.append(probe)
+    return RankProbe(path, name)
+
+
+def watch_ranks(probe: Probe, path: str, name: str) -> None:
+    """Gives a probe to each rank that this worker starts, and holds requests before their ranks pull."""
+    from overfill.engine.vllm.ranks.link import RankLinks
+    from overfill.engine.vllm.ranks.worker import RankPuller
+    from overfill.telemetry import logs
+
+    links: Any = RankLinks
+    puller: Any = RankPuller
+    init, pull = links.__init__, puller.pull
+
+    def init_watched(self: Any, *arguments: Any) -> None:
+        init(self, *arguments)
+        self.config = {**self.config, "probe": RankProbe(path, name)}
+
+    async def pull_held(self: Any, *arguments: Any) -> None:
+        await probe.hold("handoff", logs.request_id.get(), quiet=True)
+        await pull(self, *arguments)
+
+    links.__init__, puller.pull = init_watched, pull_held
