@@ -154,6 +154,8 @@ def test_a_command_within_another_one_is_sent_behind_it(links, rank):
     peer.sock = Interrupted(peer.sock)
     links.call([0], Done("outer"))
     assert [first.next(Done)[1].value for _ in range(2)] == ["outer", "inner"]
+
+
 class CountingSocket:
     """A socket that takes a little at a time, and counts the messages of which it is offered anything."""
 
@@ -223,6 +225,17 @@ def test_strangers_are_not_ranks(links, lost, token, caplog, rank):
     assert links.wait(20)[0] == first.hello
     assert lost.calls == []
     assert "closed a connection to the ranks' link" in caplog.text
+
+
+def test_nobody_can_connect_once_all_ranks_have(links, lost, rank):
+    first, _ = rank(0).introduced(), rank(1).introduced()
+    links.wait(20)
+    [sent] = links.call([0], Stop())
+    first.answer(first.next(Stop)[0], Done())
+    sent.future.result(20)
+    with socket.socket(socket.AF_UNIX) as stranger, pytest.raises(ConnectionRefusedError):
+        stranger.connect("\0" + links.config["link"])
+    assert lost.calls == []
 
 
 def test_a_rank_that_cannot_be_used_or_does_not_come_fails_the_start(links, lost, rank):
