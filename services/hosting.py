@@ -174,8 +174,7 @@ async def serve_stages(
     loop, device = asyncio.get_running_loop(), stages[0].served.device
     file = file_of_turns(config)
     cores = None if file is None else SharedCores(file)
-    served = stages[0].served
-    ranks = served.puller is not None or served.serving_ranks is not None
+    ranks = stages[0].served.ranks is not None
     step_timeout, first_step_timeout = _step_timeouts(config.step_timeout, device, ranks=ranks)
     changed = False  # a change of the load was told to the loop, and no report has it yet
 

@@ -19,6 +19,7 @@ LogFormat = Literal["text", "json"]
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the request that the current task serves."""
 
+_configured: tuple[str, LogFormat] = "warning", "text"
 _requests = logging.getLogger("overfill.requests")
 _requests.setLevel(logging.WARNING)
 
@@ -65,11 +66,18 @@ def configure(
         form: format of the lines.
         each_request: makes ``ended`` log a line for every request.
     """
+    global _configured
+    _configured = level, form
     handler = handler or logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     handler.addFilter(_is_news)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     _requests.setLevel(logging.INFO if each_request else logging.WARNING)
+
+
+def configured() -> tuple[str, LogFormat]:
+    """The level and the format of this process's lines, for processes that are to log as it does."""
+    return _configured
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -26,6 +26,8 @@ from overfill.v1 import common_pb2
 
 BLOCK = 4
 NUM_BLOCKS = 32
+NOBODY = 1 << 30
+"""Id of no process: a rank that is a part of the test must not be killed when the machine makes it silent."""
 
 Heads = tuple[int, int]
 
@@ -88,8 +90,8 @@ class ArrayStore:
         self.busy.clear()
 
 
-def hello(rank: int, spec: KvSpec, heads: Heads) -> RankHello:
-    return RankHello(rank, os.getpid(), heads, spec.num_layers, BLOCK, spec.dtype)
+def hello(rank: int, spec: KvSpec, heads: Heads, pid: int = NOBODY) -> RankHello:
+    return RankHello(rank, pid, heads, spec.num_layers, BLOCK, spec.dtype)
 
 
 class Ranks:
@@ -152,7 +154,7 @@ def _main(link: str, token: str, *numbers: str) -> None:
     store = ArrayStore(spec, (first, end))
     store.array[...] = rank + 1
     config = {"link": link, "link_token": token}
-    RankAgent(config, hello(rank, spec, (first, end)), store, ThreadPoolExecutor(2), lambda *_: None)
+    RankAgent(config, hello(rank, spec, (first, end), os.getpid()), store, ThreadPoolExecutor(2), lambda *_: None)
     signal.pause()  # as a model that waits for its next step
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import prefill_conformance
 from numpy.typing import NDArray
 
+from overfill.engine.vllm import sampler
 from overfill.engine.vllm.internals import hub
 from overfill.engine.vllm.ranks.shares import head_share
 from overfill.kv.chunks import Chunk, digest, num_undamaged
@@ -99,6 +100,15 @@ def break_processor(worker: Any, key: str, part: str) -> None:
 def add_unwilling_processor(worker: Any, key: str, params: SamplingParams) -> None:
     """Called in a rank."""
     _agent()._processors[key] = prefill_conformance.Unwilling(params, [], None)
+
+
+def draw_other_noise(worker: Any, rank: int) -> None:
+    """Lets one rank draw with other seeds. Called in a rank."""
+    if worker.rank == rank:
+        choose = sampler.choose
+        sampler.choose = lambda logits, params, positions, indices: choose(
+            logits, params, [position + 1 for position in positions], indices
+        )
 
 
 def _agent() -> Any:

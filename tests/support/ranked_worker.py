@@ -27,13 +27,15 @@ from services.prefill import main as prefill
 
 SILENCE = 6.0  # seconds; a machine under load must not make a rank silent
 
-_load, _pids = prefill.load_half_of, []
+_load = prefill.load_half_of
+_pids: list[int] = []
+_links: list[RankLinks] = []
 
 
 async def _with_ranks(config: WorkerConfig, half: Half) -> LoadedEngine:
     loaded = await _load(config, half)
     kv = loaded.served.kv
-    links = RankLinks(2, _lost, SILENCE)
+    _links.append(links := RankLinks(2, _lost, SILENCE))
     middle = kv.num_kv_heads // 2
     for rank, heads in enumerate([(0, middle), (middle, kv.num_kv_heads)]):
         _pids.append(rank_process(links, rank, kv, heads).pid)
@@ -54,6 +56,7 @@ def _ready(host: WorkerHost) -> None:
 async def _serve(config: PrefillConfig) -> int:
     code = await prefill.serve(config, _ready)
     print(len(listening(_pids)), flush=True)
+    _links[0].close()
     for pid in _pids:
         os.kill(pid, signal.SIGKILL)
     return code

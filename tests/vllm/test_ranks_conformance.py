@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from dataclasses import replace
 from typing import Any
 
 import decode_conformance as decode
 import prefill_conformance as prefill
 import pytest
-from engine_conformance import BLOCK_SIZE
-from rank_store import RankStore, add_unwilling_processor, break_processor
+from engine_conformance import BLOCK_SIZE, prompt, sampling
+from rank_store import RankStore, add_unwilling_processor, break_processor, draw_other_noise
+from sampled_reference import Request
 
 from overfill.engine.load import load_engine
 from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine
 from overfill.engine.vllm.engine import VllmEngine
+from overfill.engine.vllm.ranks import executor as executor_module
 from overfill.engine.vllm.ranks.group import RankProcessor
+from overfill.errors import InternalError
 from overfill.model.manifest import Half, Pair
 from overfill.request.params import SamplingParams
 
@@ -69,3 +75,29 @@ class TestRanksPrefill(OnRanks, prefill.PrefillConformance):
     def unwilling(self, driver: Any, params: SamplingParams) -> RankProcessor:
         driver.core._vllm.executor.collective_rpc(add_unwilling_processor, args=("unwilling", params))
         return RankProcessor("unwilling")
+
+
+class TestLostRanks(OnRanks, decode.DecodeEngineConformance):
+    def test_ranks_that_disagree_and_a_rank_that_ends_end_the_engine(
+        self, driver: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (running,) = driver.begin(Request(prompt(20), sampling("temperature", 9)))
+        driver.step()
+        executor = driver.core._vllm.executor
+        executor.collective_rpc(draw_other_noise, args=(1,))
+        with pytest.raises(InternalError, match=r"rank 0 chose token \[\d+\] for a sequence, and rank 1 \[\d+\]"):
+            driver.run()
+        assert running.ended_engine
+
+        ended = threading.Event()
+        monkeypatch.setattr(executor, "end_process", ended.set)
+        monkeypatch.setattr(executor_module, "_GRACE", 0.0)
+        first, second = (handle.proc for handle in executor.workers)
+        os.kill(first.pid, signal.SIGSTOP)  # a stopped process hears no other signal than SIGKILL
+        os.kill(second.pid, signal.SIGKILL)
+        assert ended.wait(30)
+        assert f"rank 1 (process {second.pid}) was ended by SIGKILL" in caplog.text
+        first.join(30)
+        assert first.exitcode == -signal.SIGKILL
+        with pytest.raises(InternalError, match="rank 1"):
+            driver.core._vllm.step()

@@ -14,6 +14,7 @@ promises nothing about the rest. Used here:
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -338,6 +339,19 @@ class VllmCore:
         self.on_close()
         hub.hooks = hub.runner = hub.store = None
         hub.caches = {}
+
+
+def quieten() -> None:
+    """Leaves out most of what vLLM logs at its start, which fills a page, unless this process logs in detail."""
+    if logging.getLogger("overfill").isEnabledFor(logging.DEBUG):
+        return
+    logging.getLogger("vllm").setLevel(logging.WARNING)
+    # It has a warning for each weight that is stored in another dtype than --dtype.
+    logging.getLogger("vllm.model_executor.models.utils").addFilter(_says_more_than_dtypes)
+
+
+def _says_more_than_dtypes(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Attempted to load weight")
 
 
 def _clear_blocks(worker: Any, blocks: list[int]) -> None:

@@ -31,6 +31,7 @@ from overfill.engine.vllm.internals import (
     VllmCore,
     current_platform,
     hub,
+    quieten,
 )
 from overfill.engine.vllm.prefill import VllmPrefillEngine
 from overfill.engine.vllm.ranks.group import RankGroup, RemoteBlocks
@@ -45,6 +46,7 @@ from overfill.kv.spec import DTypeName
 from overfill.model.manifest import Half, Pair
 from overfill.model.processors import new_processor
 from overfill.request.grammar import Grammars
+from overfill.telemetry import logs
 from overfill.telemetry.metrics import DecodeMetrics, EngineMetrics, PrefillMetrics
 
 log = logging.getLogger(__name__)
@@ -62,10 +64,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     # Here and not in the engine's thread, because vLLM loads and warms up in this one. Later it replaces the function.
     use_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    if not log.isEnabledFor(logging.DEBUG):  # vLLM's news at its start fills a page
-        logging.getLogger("vllm").setLevel(logging.WARNING)
-        # It has a warning for each weight that is stored in another dtype than --dtype.
-        logging.getLogger("vllm.model_executor.models.utils").addFilter(_says_more_than_dtypes)
+    quieten()
     release = installed()
     if warning := untested_warning(release):
         log.warning(warning)
@@ -79,8 +78,13 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     if options.tensor_parallel_size > 1:
         group = RankGroup(options.tensor_parallel_size)
         arguments |= group.arguments
-        grammar_args = (pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids)
-        extra |= {"ranks": group.links.config, "refusals": refusals, "grammars": grammar_args}
+        tokenizer = (pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids)
+        extra |= {
+            "ranks": group.links.config,
+            "refusals": refusals,
+            "grammars": tokenizer,
+            "logs": logs.configured(),
+        }
     arguments["kv_transfer_config"] = KVTransferConfig(
         kv_connector=CONNECTOR,
         kv_connector_module_path="overfill.engine.vllm.connector",
@@ -173,10 +177,6 @@ def _arguments(folder: str, half: Half, options: EngineOptions, dtype: DTypeName
     if (utilization := vllm_utilization(options)) is not None:
         arguments["gpu_memory_utilization"] = utilization
     return arguments
-
-
-def _says_more_than_dtypes(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("Attempted to load weight")
 
 
 def _check(options: EngineOptions) -> None:

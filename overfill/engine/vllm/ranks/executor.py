@@ -32,6 +32,8 @@ _GRACE = 5.0
 """Seconds that a worker has to tell its peers about a lost rank before it ends."""
 _EXIT = 2.0
 """Seconds for a process to leave after its last pipe has closed."""
+_OBITUARY = 0.5
+"""Seconds to wait for the end of a process that is lost, since a link closes a little earlier."""
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -76,8 +78,11 @@ class RankExecutor(MultiprocExecutor):  # type: ignore[misc]
             if self.failure is not None or getattr(self, "shutting_down", False):
                 return
             self.failure, self.is_failed = reason, True
-        log.critical("%s; this worker ends", reason)
-        self._kill([handle.proc for handle in self.workers])
+        processes = [handle.proc for handle in self.workers]
+        if ended := wait([process.sentinel for process in processes], _OBITUARY):  # tells more than a closed link
+            self.failure = next(_obituary(process) for process in processes if process.sentinel in ended)
+        log.critical("%s; this worker ends", self.failure)
+        self._kill(processes)
         for queue in self.response_mqs:
             queue.shutdown()  # wakes the engine's thread
         timer = threading.Timer(_GRACE, self.end_process)
@@ -86,8 +91,8 @@ class RankExecutor(MultiprocExecutor):  # type: ignore[misc]
 
     def _watch(self) -> None:
         processes = [handle.proc for handle in self.workers]
-        ended = wait([process.sentinel for process in processes])
-        self.lose(next(_obituary(process) for process in processes if process.sentinel in ended))
+        wait([process.sentinel for process in processes])
+        self.lose("a rank has ended")
 
     def _ensure_worker_termination(self, worker_procs: list[BaseProcess]) -> None:
         # vLLM asks first, and waits for seconds. A stopped process does not even hear SIGTERM.

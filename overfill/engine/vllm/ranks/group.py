@@ -119,7 +119,7 @@ class RankedHalf(ServedHalf):
         if params.grammar is not None:  # also tries the grammar, in a process of its own
             return await super(RankedHalf, self).prepare_processor(params, prompt, eos_ids, key)
         made = new_handle(self.ranks)
-        await self.ranks.prepare(made.key, params, prompt, eos_ids)
+        await self.ranks.prepare(made.key, params, prompt, [*eos_ids])
         return made
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import selectors
+import signal
 import socket
 import struct
 import threading
@@ -103,7 +104,7 @@ class RankLinks:
     Args:
         on_lost: called once for each rank that has closed its link or does not answer, with the reason. The links'
             thread calls it, after the rank's commands have failed.
-        silence: seconds without an answer to a ping after which a rank is lost.
+        silence: seconds without an answer to a ping after which a rank is killed, and lost.
 
     Attributes:
         config: what a rank needs to connect. It goes to vLLM as a part of ``kv_connector_extra_config``.
@@ -352,6 +353,9 @@ class RankLinks:
             else:
                 peer.silent += elapsed
                 if peer.silent >= self._silence:
+                    # Who waits for the process, as vLLM does while it loads, learns of it by its end.
+                    with suppress(ProcessLookupError):
+                        os.kill(peer.hello.pid, signal.SIGKILL)
                     self._end(peer, f"it has not answered for {self._silence:g} s")
 
     def _look_at_unsent(self) -> None:

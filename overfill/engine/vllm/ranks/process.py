@@ -16,11 +16,12 @@ import torch
 from vllm.platforms import current_platform
 
 from overfill.engine.device import NotEnoughMemory
-from overfill.engine.vllm.internals import hub
+from overfill.engine.vllm.internals import hub, quieten
 from overfill.engine.vllm.ranks.agent import RankAgent
 from overfill.engine.vllm.ranks.messages import RankHello
 from overfill.errors import InvalidRequest
 from overfill.rpc.status import to_bytes
+from overfill.telemetry import logs
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as Worker
@@ -39,8 +40,13 @@ class RankWorker(Worker):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, local_rank: int, rank: int, *args: Any, **options: Any) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # The worker ends its ranks. A signal to a whole group of processes must not end them while it drains.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         self._extra = vllm_config.kv_transfer_config.kv_connector_extra_config
         self._process = f"rank {rank} (process {os.getpid()})"
+        logs.configure(*self._extra["logs"])
+        quieten()
         with self._told(vllm_config, rank):
             super().__init__(vllm_config, local_rank, rank, *args, **options)
 

@@ -4,12 +4,14 @@ That a socket of another user is refused cannot be tested as one user.
 """
 
 import contextlib
-import os
+import signal
 import socket
 import struct
+import subprocess
 import threading
 
 import pytest
+from rank_agents import NOBODY
 
 from overfill.engine.vllm.ranks.link import RankLinks
 from overfill.engine.vllm.ranks.messages import (
@@ -50,7 +52,7 @@ class Rank:
         self.sock.connect("\0" + config["link"])
         self.token = bytes.fromhex(config["link_token"])
         self.decoder, self.messages = Decoder(), []
-        self.hello = RankHello(**{"rank": rank, "pid": os.getpid(), "heads": (rank, rank + 1), "num_layers": 2,
+        self.hello = RankHello(**{"rank": rank, "pid": NOBODY, "heads": (rank, rank + 1), "num_layers": 2,
                                   "block_size": 4, "dtype": "float32"} | changed)  # fmt: skip
 
     def introduced(self):
@@ -201,7 +203,7 @@ def test_a_rank_that_closes_or_talks_nonsense_is_lost_once(links, lost, what, re
         ranks[1].sock.sendall(what * 2)
     else:
         ranks[1].sock.close()
-    with pytest.raises(Unavailable, match=rf"rank 1 \(process {os.getpid()}\) is lost.*{reason}"):
+    with pytest.raises(Unavailable, match=rf"rank 1 \(process {NOBODY}\) is lost.*{reason}"):
         sent.future.result(20)
     assert lost.happened.wait(20)
     with pytest.raises(Unavailable, match="rank 1"):
@@ -255,8 +257,9 @@ def test_a_rank_that_ends_during_the_start_fails_it(links, lost, rank):
 
 def test_a_silent_rank_is_lost_while_nobody_waits_for_it(lost):
     links = RankLinks(1, lost, silence=1.0)
-    with Rank(links.config).introduced().sock:
+    with subprocess.Popen(["sleep", "1000"]) as process, Rank(links.config, pid=process.pid).introduced().sock:
         assert lost.happened.wait(60)
+        assert process.wait(60) == -signal.SIGKILL, "its process ends too"
         assert lost.threads == ["rank-links"]
         with pytest.raises(Unavailable, match=r"has not answered for 1 s"):
             links.call([0], Stop())[0].future.result(20)
