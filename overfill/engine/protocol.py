@@ -19,6 +19,7 @@ Rules that both engines keep; ``tests/support/*_conformance.py`` test them on ea
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +30,7 @@ from overfill.errors import InvalidRequest, Overloaded
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import PromptBlocks
-from overfill.kv.ranks import ListeningRanks, Puller, ServingRanks
+from overfill.kv.ranks import Ranks
 from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
 from overfill.kv.store import KvStore
 from overfill.model.config import ModelConfig
@@ -165,9 +166,7 @@ class ServedHalf:
         codecs: codecs in which KV can leave the store; decode workers store it in any of them.
         prefix_keys: changes of the prefix cache; None without one.
         scores_prompts: whether the engine computes the log-probabilities of a prompt's tokens.
-        puller: decode workers with ranks: pulls KV into them; None means that the KV is in ``store``.
-        serving_ranks: prefill workers with ranks: serve the KV; None means that the KV is in ``store``.
-        ranks: the same ranks, as the worker's process starts and stops what they do.
+        ranks: processes that have the KV in place of ``store``; None means that there are none.
     """
 
     engine_version: str
@@ -185,14 +184,12 @@ class ServedHalf:
     kv_cache_dtype: KvCacheDtype = "auto"
     codecs: tuple[common_pb2.KvCodec, ...] = tuple(CODECS.values())
     scores_prompts: bool = False
-    puller: Puller | None = None
-    serving_ranks: ServingRanks | None = None
-    ranks: ListeningRanks | None = None
+    ranks: Ranks | None = None
 
     async def prepare_processor(
         self, params: SamplingParams, prompt: Sequence[int], eos_ids: Sequence[int], key: str = ""
     ) -> Processor | None:
-        """Makes an answer's processor. Tries a grammar first, and compiles it off the event loop.
+        """Makes an answer's processor, in its ranks too. Tries a grammar first, and compiles it off the event loop.
 
         Args:
             eos_ids: the model's end-of-sequence ids.
@@ -204,7 +201,9 @@ class ServedHalf:
         """
         make = partial(self.new_processor, params, prompt, self.grammars, eos_ids)
         if params.grammar is None:
-            return make()
+            # Ranks answer within a millisecond, which the event loop must not wait for.
+            waits = self.ranks is not None and params.need_processor(eos_ids)
+            return await asyncio.to_thread(make) if waits else make()
         needed = (self.grammars.live + 1) * MATCHER_BYTES
         if (left := available_memory()) < needed:
             raise Overloaded(

@@ -3,7 +3,7 @@
 With tensor parallelism the process that speaks to routers has no KV. Its ranks serve and pull their own heads; it keeps
 the books: leases, control streams, acknowledgements. ``Puller`` is the part of a handoff that moves bytes on a decode
 worker: ``kv.puller.LocalPuller`` where the KV is in the process, ``RankPullers`` over one puller per rank.
-``ServingRanks`` is what a prefill worker asks of its ranks. No engine is named here.
+``Ranks`` is what a worker asks of its ranks. No engine is named here.
 """
 
 from __future__ import annotations
@@ -106,11 +106,30 @@ class RankPullers:
             raise root_cause(errors) from errors
 
 
-class ServingRanks(Protocol):
-    """The ranks of a prefill worker, which serve ``PullKv`` on data addresses of their own.
+class Ranks(Protocol):
+    """The ranks of a worker. Every call ends in bounded time. It raises Unavailable when a rank has gone.
 
-    Every call ends in bounded time. It raises Unavailable when a rank has gone.
+    Attributes:
+        puller: pulls into the caches of all ranks, on a decode worker.
     """
+
+    puller: Puller
+
+    async def serve(
+        self, host: str, port: int, tls: ServerTls | None, access: AccessPolicy, max_rpcs: int | None
+    ) -> Sequence[kv_pb2.DataAddress]:
+        """Has ranks listen on ``host`` for PullKv, each on ``port`` plus its number, and returns their addresses.
+
+        Of ranks that hold the same heads, one serves.
+
+        Args:
+            port: 0 has each rank take a free port.
+            tls, access, max_rpcs: as of the worker's own ``RpcServer``.
+
+        Raises:
+            Unavailable: a rank cannot listen there.
+        """
+        ...
 
     async def open(self, spec: TransferSpec, block_table: Sequence[int], cached_tokens: int) -> None:
         """Has every rank serve a transfer. ``block_table`` holds the first ``cached_tokens`` tokens already.
@@ -129,36 +148,12 @@ class ServingRanks(Protocol):
         """
         ...
 
-
-class ListeningRanks(Protocol):
-    """The ranks of a worker, as its process starts and stops their share of its network."""
-
-    async def serve(
-        self, host: str, port: int, tls: ServerTls | None, access: AccessPolicy, max_rpcs: int | None
-    ) -> Sequence[kv_pb2.DataAddress]:
-        """Has ranks listen on ``host`` for PullKv, each on ``port`` plus its number, and returns their addresses.
-
-        Of ranks that hold the same heads, one serves.
-
-        Args:
-            port: 0 has each rank take a free port.
-            tls, access, max_rpcs: as of the worker's own ``RpcServer``.
-
-        Raises:
-            Unavailable: a rank cannot listen there.
-        """
-        ...
-
     async def connect(self, streams: int, credentials: Credentials | None) -> None:
         """Says how ranks pull: with ``streams`` connections to each data address, and these credentials."""
         ...
 
     async def stop(self) -> None:
-        """Ends all streams, listeners and connections of the ranks.
-
-        Raises:
-            Unavailable: a rank is lost, and with it its listeners and connections.
-        """
+        """Ends all streams, listeners and connections of the ranks."""
         ...
 
 

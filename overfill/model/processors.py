@@ -109,13 +109,13 @@ def new_processor(
     Raises:
         InvalidRequest: the grammar is not supported for this model.
     """
-    end_ids = params.end_ids(eos_ids) if params.min_tokens else frozenset()
-    if params.grammar is None and not params.penalised and not params.logit_bias and not end_ids:
+    if not params.need_processor(eos_ids):
         return None
     matcher = None
     if params.grammar is not None:
         assert grammars is not None
         matcher = grammars.matcher(params.grammar)
+    end_ids = params.end_ids(eos_ids) if params.min_tokens else frozenset()
     return LogitProcessor(params, prompt, matcher, end_ids)
 
 

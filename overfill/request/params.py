@@ -199,6 +199,11 @@ class SamplingParams:
         """Whether a penalty makes the logits depend on earlier tokens."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
+    def need_processor(self, eos_ids: Iterable[int]) -> bool:
+        """True if the logits of an answer may change before sampling. Arguments as of ``end_ids``."""
+        too_short = self.min_tokens and self.end_ids(eos_ids)
+        return bool(self.grammar or self.penalised or self.logit_bias or too_short)
+
     def end_ids(self, eos_ids: Iterable[int]) -> frozenset[int]:
         """Token ids that end an answer; ``eos_ids`` are the model's end-of-sequence ids."""
         return frozenset(self.stop_token_ids if self.ignore_eos else (*self.stop_token_ids, *eos_ids))

@@ -39,7 +39,7 @@ def decode_stage(
 ) -> tuple[DecodeServicer, StageService]:
     """Returns the decode service of a worker that runs the half ``served``."""
     # A rank shares no memory with a prefill worker.
-    peers = PeerPool(served.kv_identity, config.data_streams, config.credentials(), config.shm and not served.puller)
+    peers = PeerPool(served.kv_identity, config.data_streams, config.credentials(), config.shm and served.ranks is None)
     limits = TransferLimits(whole=config.max_transfer_time)
     writers = device_executor(_WRITERS, "kv-in", served.device)
     servicer = DecodeServicer(served, hello, peers, writers, CODECS[config.codec], metrics, limits)

@@ -235,12 +235,13 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         )
         if not session.wants_scores:
             request.sampling.ClearField("prompt_logprobs")
+        ranks = self._half.ranks
         return PromptPull(
             peer,
             request,
             self._half.kv,
             self._half.pair.layer_map,
-            self._half.puller or LocalPuller(self._half.store, self._executor, peer.data, peer.link),
+            LocalPuller(self._half.store, self._executor, peer.data, peer.link) if ranks is None else ranks.puller,
             session.blocks,
             self._half.config.vocab_size,
             session.held_tokens,

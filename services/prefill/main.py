@@ -39,7 +39,7 @@ def prefill_stage(
     config: PrefillConfig | ColocatedConfig, served: ServedHalf, hello: registry_pb2.Hello, metrics: PrefillMetrics
 ) -> tuple[PrefillServicer, StageService]:
     """Returns the prefill service of a worker that runs the half ``served``. Shares memory from now on."""
-    shm_server = ShmServer(config.shm and served.serving_ranks is None)
+    shm_server = ShmServer(config.shm and served.ranks is None)
     servicer = PrefillServicer(
         served,
         hello,

@@ -73,7 +73,7 @@ class Lease:
         self.events: asyncio.Queue[PrefillEvent | Exception | None] = asyncio.Queue()
         self.sender = KvSender(self.spec, served.store, executor)
         self.streams = TransferStreams(self.sender)
-        self.ranks = served.serving_ranks
+        self.ranks = served.ranks
         self.released = False  # True once the decode worker needs no more KV
         self.scheduled_ns = 0
         self.trace = kv_pb2.PrefillTrace()
@@ -311,7 +311,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
 
     def _check_has_kv(self, rpc: str) -> None:
         """Raises Incompatible if this process has no KV."""
-        if self._half.serving_ranks is not None:
+        if self._half.ranks is not None:
             raise Incompatible(f"{rpc}: the ranks of {self._hello.worker_id} have its KV", ["data_addresses"])
 
     def _end(self, lease: Lease) -> None:

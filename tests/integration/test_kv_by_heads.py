@@ -109,7 +109,7 @@ class PrefillWorker:
             codecs=tuple(CODECS.values()),
             new_scores=lambda sampling: None,
             prepare_processor=self.no_processor,
-            serving_ranks=self if shares else None,
+            ranks=self if shares else None,
         )
         self.hello = registry_pb2.Hello(worker_id="p", incarnation=7, wire_version=WIRE_VERSION, kv=KV.to_proto())
         self.service = PrefillServicer(served, self.hello, executor, 4)

@@ -40,7 +40,7 @@ async def _with_ranks(config: WorkerConfig, half: Half) -> LoadedEngine:
     for rank, heads in enumerate([(0, middle), (middle, kv.num_kv_heads)]):
         _pids.append(rank_process(links, rank, kv, heads).pid)
     ranks = WorkerRanks(links, await asyncio.to_thread(links.wait, 60), kv)
-    return replace(loaded, served=replace(loaded.served, ranks=ranks, serving_ranks=ranks))
+    return replace(loaded, served=replace(loaded.served, ranks=ranks))
 
 
 def _lost(rank: int, reason: str) -> None:

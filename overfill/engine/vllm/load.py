@@ -74,17 +74,12 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     refusals = Refusals(pair.path(half), half, options, spec)
     arguments = _arguments(str(pair.path(half)), half, options, dtype, config.longest(options.max_model_len))
     extra = {"kv": spec, "by_layer": half == "full"}
+    tokenizer = (pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids)
     group = None
     if options.tensor_parallel_size > 1:
         group = RankGroup(options.tensor_parallel_size)
         arguments |= group.arguments
-        tokenizer = (pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids)
-        extra |= {
-            "ranks": group.links.config,
-            "refusals": refusals,
-            "grammars": tokenizer,
-            "logs": logs.configured(),
-        }
+        extra |= {"ranks": group.links.config, "refusals": refusals, "grammars": tokenizer, "logs": logs.configured()}
     arguments["kv_transfer_config"] = KVTransferConfig(
         kv_connector=CONNECTOR,
         kv_connector_module_path="overfill.engine.vllm.connector",
@@ -105,9 +100,6 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         raise refusals.explain(error, vllm_config) from error
     log.info("%s on vLLM: %d KV blocks of %d tokens", half, vllm.num_blocks, vllm.block_size)
     journal = KeyJournal()
-    grammars = Grammars(
-        pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids, options.grammars
-    )
     served = ServedHalf(
         engine_version=str(release),
         half=half,
@@ -118,14 +110,12 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         max_model_len=vllm.max_model_len - (half == "full"),
         device=options.device,
         store=hub.store or RemoteBlocks(vllm.block_size),
-        grammars=grammars,
-        new_processor=new_processor,
+        grammars=Grammars(*tokenizer, options.grammars),
+        new_processor=new_processor if group is None else group.new_processor,
         blocks_of=partial(_blocks_of, pair.kv_identity(dtype).cache_key, vllm.block_size, options.prefix_cache),
         prefix_keys=journal if half == "full" else None,
+        ranks=None if group is None else group.ranks,
     )
-
-    if group is not None:
-        served = group.half(served)
 
     def new_core(emit: Callable[[list[Any]], None], metrics: EngineMetrics) -> EngineCore:
         if half == "full":

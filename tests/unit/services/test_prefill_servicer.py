@@ -66,7 +66,7 @@ async def bench(monkeypatch):
         config=SimpleNamespace(vocab_size=64, num_layers=2),
         codecs=tuple(CODECS.values()),
         new_scores=lambda sampling: None,
-        serving_ranks=None,
+        ranks=None,
     )
     released_while_busy = []
 
@@ -274,8 +274,8 @@ class Ranks:
 
 @pytest.fixture
 def ranks(bench):
-    bench.parts.serving_ranks = Ranks()
-    return bench.parts.serving_ranks
+    bench.parts.ranks = Ranks()
+    return bench.parts.ranks
 
 
 async def scheduled_by(servicer):

@@ -127,7 +127,7 @@ def parts(prefix):
         prepare_processor=AsyncMock(return_value=None),
         codecs=tuple(CODECS.values()),
         new_scores=lambda params: None,
-        serving_ranks=None,
+        ranks=None,
     )
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import secrets
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from typing import Any
 
 from overfill.engine.device import NotEnoughMemory
-from overfill.engine.protocol import ServedHalf
-from overfill.engine.sequence import Processor
 from overfill.engine.vllm.internals import VllmCore
 from overfill.engine.vllm.ranks.executor import RankExecutor
 from overfill.engine.vllm.ranks.link import RankLinks
@@ -34,6 +31,8 @@ class RankGroup:
 
     Attributes:
         arguments: what vLLM's settings need for several ranks.
+        links: the worker's links to them.
+        ranks: the ranks as the worker's services use them; None before ``join``.
     """
 
     def __init__(self, num_ranks: int) -> None:
@@ -44,7 +43,7 @@ class RankGroup:
         }
         self._num_ranks = num_ranks
         self._executor: RankExecutor | None = None
-        self._ranks: WorkerRanks | None = None
+        self.ranks: WorkerRanks | None = None
         self.links = RankLinks(num_ranks, self._on_lost)
 
     def join(self, vllm: VllmCore, spec: KvSpec) -> None:
@@ -58,18 +57,7 @@ class RankGroup:
         """
         self._executor = vllm.executor
         vllm.on_close = self.links.close
-        self._ranks = WorkerRanks(self.links, self.links.wait(_CONNECTING), spec)
-
-    def half(self, served: ServedHalf) -> RankedHalf:
-        """Returns the half as it runs in these ranks."""
-        assert self._ranks is not None
-        known = {field.name: getattr(served, field.name) for field in fields(served)}
-        known |= {"new_processor": self._new_processor, "ranks": self._ranks}
-        if served.half == "full":
-            known["serving_ranks"] = self._ranks
-        else:
-            known["puller"] = self._ranks.puller
-        return RankedHalf(**known)
+        self.ranks = WorkerRanks(self.links, self.links.wait(_CONNECTING), spec)
 
     def failure(self) -> OverfillError | None:
         """Ends the links after a failed start, and returns what a rank said of it."""
@@ -85,42 +73,23 @@ class RankGroup:
             self.links.close()
         return None
 
-    def _new_processor(
+    def new_processor(
         self, params: SamplingParams, prompt: Sequence[int], grammars: Grammars, eos_ids: Sequence[int]
     ) -> RankProcessor | None:
-        """As ``new_processor``, in all ranks. Blocks, so that a thread of ``grammars`` calls it."""
-        assert self._ranks is not None
-        if not needs_processor(params, eos_ids):
+        """As ``model.processors.new_processor``, in all ranks. Blocks until they have it."""
+        assert self.ranks is not None
+        if not params.need_processor(eos_ids):
             return None
-        handle = new_handle(self._ranks)
+        made = RankProcessor(secrets.token_hex(8))
+        weakref.finalize(made, self.ranks.forget, made.key).atexit = False
         if params.grammar is not None:  # the matchers are in the ranks, and take memory of this machine
-            grammars.count(handle, self._num_ranks)
-        self._ranks.prepare_now(handle.key, params, prompt, eos_ids)
-        return handle
+            grammars.count(made, self._num_ranks)
+        self.ranks.prepare(made.key, params, prompt, eos_ids)
+        return made
 
     def _on_lost(self, rank: int, reason: str) -> None:
         if self._executor is not None:
             self._executor.lose(reason)
-
-
-@dataclass(frozen=True, slots=True)
-class RankedHalf(ServedHalf):
-    """A half that runs in ranks, which make the processors of answers before the engine gets them."""
-
-    ranks: WorkerRanks | None = None
-
-    async def prepare_processor(
-        self, params: SamplingParams, prompt: Sequence[int], eos_ids: Sequence[int], key: str = ""
-    ) -> Processor | None:
-        """As ``ServedHalf.prepare_processor``. All ranks have the processor before this returns."""
-        assert self.ranks is not None
-        if not needs_processor(params, eos_ids):
-            return None
-        if params.grammar is not None:  # also tries the grammar, in a process of its own
-            return await super(RankedHalf, self).prepare_processor(params, prompt, eos_ids, key)
-        made = new_handle(self.ranks)
-        await self.ranks.prepare(made.key, params, prompt, [*eos_ids])
-        return made
 
 
 class RankProcessor:
@@ -128,18 +97,6 @@ class RankProcessor:
 
     def __init__(self, key: str) -> None:
         self.key = key
-
-
-def new_handle(ranks: WorkerRanks) -> RankProcessor:
-    handle = RankProcessor(secrets.token_hex(8))
-    weakref.finalize(handle, ranks.forget, handle.key).atexit = False
-    return handle
-
-
-def needs_processor(params: SamplingParams, eos_ids: Sequence[int]) -> bool:
-    """True if ``new_processor`` makes one."""
-    too_short = params.min_tokens and params.end_ids(eos_ids)
-    return bool(params.grammar or params.penalised or params.logit_bias or too_short)
 
 
 class RemoteBlocks:
@@ -153,11 +110,7 @@ class RemoteBlocks:
     def read(
         self, block_table: Sequence[int], chunks: Sequence[Chunk], after: Mapping[int, DeviceEvent | None]
     ) -> None:
-        _refuse()
+        raise InternalError("this process has no KV; its ranks have it")
 
     def write(self, block_table: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:
-        _refuse()
-
-
-def _refuse() -> NoReturn:
-    raise InternalError("this process has no KV; its ranks have it")
+        raise InternalError("this process has no KV; its ranks have it")

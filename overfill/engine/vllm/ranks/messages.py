@@ -71,7 +71,7 @@ class Serve:
 
 @dataclass(frozen=True, slots=True)
 class OpenTransfer:
-    """Serves a transfer; see ``ServingRanks.open``."""
+    """Serves a transfer; see ``Ranks.open``."""
 
     spec: TransferSpec
     block_table: Sequence[int]
@@ -80,7 +80,7 @@ class OpenTransfer:
 
 @dataclass(frozen=True, slots=True)
 class CloseTransfer:
-    """Ends a transfer; see ``ServingRanks.close``, whose result is the value of the ``Done``."""
+    """Ends a transfer; see ``Ranks.close``, whose result is the value of the ``Done``."""
 
     transfer_id: bytes
 

@@ -22,7 +22,7 @@ from overfill.engine.vllm.ranks.messages import (
 )
 from overfill.errors import OverfillError, UnsupportedModel
 from overfill.kv.chunks import TransferSpec
-from overfill.kv.ranks import Moved, RankPullers
+from overfill.kv.ranks import Moved, Puller, RankPullers
 from overfill.kv.shielded import shielded
 from overfill.kv.spec import KvSpec
 from overfill.request.params import SamplingParams
@@ -63,14 +63,11 @@ class RankPuller:
 
 
 class WorkerRanks:
-    """The ranks of a worker, as its services use them on one event loop: ``ServingRanks`` and ``ListeningRanks``.
+    """The ranks of a worker, as its services use them on one event loop. Implements ``Ranks``.
 
     Args:
         hellos: what the ranks say of themselves, by rank.
         spec: geometry of the KV of the model that the ranks run.
-
-    Attributes:
-        puller: pulls into the caches of all ranks.
 
     Raises:
         UnsupportedModel: the ranks' caches do not fit together, or lack some of the heads; the message says which.
@@ -83,12 +80,12 @@ class WorkerRanks:
         # Of ranks that hold the same heads, the first one serves them.
         self._heads = {hello.heads: hello.rank for hello in reversed(hellos)}
         self._serving = sorted(self._heads.values())
-        self.puller = RankPullers([(hello.heads, RankPuller(links, hello.rank)) for hello in hellos])
+        self.puller: Puller = RankPullers([(hello.heads, RankPuller(links, hello.rank)) for hello in hellos])
 
     async def serve(
         self, host: str, port: int, tls: ServerTls | None, access: AccessPolicy, max_rpcs: int | None
     ) -> list[kv_pb2.DataAddress]:
-        """As ``ListeningRanks.serve``."""
+        """As ``Ranks.serve``."""
         sent: list[Sent] = []
         for rank in self._serving:
             command = Serve(f"{host}:{port + rank if port else 0}", tls, access, max_rpcs)
@@ -100,45 +97,38 @@ class WorkerRanks:
         ]
 
     async def connect(self, streams: int, credentials: Credentials | None) -> None:
-        """As ``ListeningRanks.connect``."""
+        """As ``Ranks.connect``."""
         await self._call(self._all, Connect(streams, credentials))
 
     async def open(self, spec: TransferSpec, block_table: Sequence[int], cached_tokens: int) -> None:
-        """As ``ServingRanks.open``."""
+        """As ``Ranks.open``."""
         await self._call(self._serving, OpenTransfer(spec, [*block_table], cached_tokens))
 
     async def close(self, transfer_id: bytes) -> tuple[int, int]:
-        """As ``ServingRanks.close``."""
+        """As ``Ranks.close``."""
         times = await self._call(self._serving, CloseTransfer(transfer_id))
         return min((first for first, _ in times if first), default=0), max(last for _, last in times)
 
-    async def prepare(self, key: str, params: SamplingParams, prompt: Sequence[int], eos_ids: Sequence[int]) -> None:
-        """Has every rank make the processor of an answer. The caller calls ``forget`` in the end, also after an error.
+    def prepare(self, key: str, params: SamplingParams, prompt: Sequence[int], eos_ids: Sequence[int]) -> None:
+        """Has every rank make the processor of an answer. Blocks until no rank makes it any more.
+
+        The caller calls ``forget`` in the end, also after an error.
 
         Raises:
             InvalidRequest: the parameters ask for something that the model cannot have.
         """
-        await _values(self._prepare(key, params, prompt, eos_ids))
-
-    def prepare_now(self, key: str, params: SamplingParams, prompt: Sequence[int], eos_ids: Sequence[int]) -> None:
-        """As ``prepare``, on a thread that may block: returns once no rank makes the processor any more."""
-        sent = self._prepare(key, params, prompt, eos_ids)
+        # Lists, because repeated fields of messages cannot be pickled.
+        sent = self._links.call(self._all, Prepare(key, params, [*prompt], [*eos_ids]))
         wait([one.future for one in sent])
         for one in sent:
             one.future.result()
-
-    def _prepare(
-        self, key: str, params: SamplingParams, prompt: Sequence[int], eos_ids: Sequence[int]
-    ) -> Sequence[Sent]:
-        # Lists, because repeated fields of messages cannot be pickled.
-        return self._links.call(self._all, Prepare(key, params, [*prompt], [*eos_ids]))
 
     def forget(self, key: str) -> None:
         """Has every rank drop a processor. Any thread may call it."""
         self._links.call(self._all, Forget(key))
 
     async def stop(self) -> None:
-        """As ``ListeningRanks.stop``. Afterwards a rank outlives the end of its link."""
+        """As ``Ranks.stop``. Afterwards a rank outlives the end of its link."""
         await self._call(self._all, Stop())
 
     async def _call(self, ranks: Sequence[int], command: object) -> list[Any]:

@@ -213,12 +213,10 @@ async def test_processors_are_made_in_every_rank_and_forgotten():
 
     with running_ranks(KV, [(0, 2), (2, 4)], make) as ranks:
         ends = decode_pb2.StartDecode(eos_token_ids=[3]).eos_token_ids  # as the service has them
-        await ranks.kv.prepare("a", SamplingParams(seed=1), [1, 2], ends)
+        ranks.kv.prepare("a", SamplingParams(seed=1), [1, 2], ends)
         assert [agent.processor("a") for agent in ranks.agents] == [(1, [1, 2], [3])] * 2
-        await asyncio.to_thread(ranks.kv.prepare_now, "c", SamplingParams(seed=2), [1], ends)
-        assert [agent.processor("c") for agent in ranks.agents] == [(2, [1], [3])] * 2
         with pytest.raises(InvalidRequest, match="is not supported"):
-            await ranks.kv.prepare("b", SamplingParams(seed=13), [1], [])
+            ranks.kv.prepare("b", SamplingParams(seed=13), [1], [])
         for key in "ab":
             ranks.kv.forget(key)
         await ranks.kv.stop()
