@@ -7,7 +7,7 @@ the sequence's blocks) and *scheduled* (part of the running step).
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias
 
@@ -429,12 +429,3 @@ class StepSampled:
 DecodeEvent = Reserved | Refused | Preempted | StepSampled | SequenceFailed
 SequenceEvent = Reserved | Refused | Preempted | TokenSampled | SequenceFailed
 """What a decode engine tells of one sequence."""
-
-
-def by_sequence(events: Iterable[DecodeEvent]) -> Iterator[SequenceEvent]:
-    """The events of a decode engine, each of one sequence."""
-    for event in events:
-        if isinstance(event, StepSampled):
-            yield from event.by_sequence()
-        else:
-            yield event

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from sampled_reference import Request, SampledReference
+from sequence_events import by_sequence
 
 from overfill.engine.protocol import LoadedEngine
 from overfill.engine.sequence import (
@@ -38,7 +39,6 @@ from overfill.engine.sequence import (
     Submit,
     TokenSampled,
     Yielded,
-    by_sequence,
 )
 from overfill.kv.chunks import Chunk, TransferSpec, digest, is_damaged, new_chunk
 from overfill.kv.ranges import KvRange

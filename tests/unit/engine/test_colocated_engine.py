@@ -7,6 +7,7 @@ import pytest
 import torch
 from counting import CountingRunner
 from scheduling import GREEDY
+from sequence_events import by_sequence
 
 from overfill.engine.colocated import ColocatedEngine
 from overfill.engine.decode import DecodeEngine
@@ -31,7 +32,6 @@ from overfill.engine.sequence import (
     Submit,
     TokenSampled,
     Yielded,
-    by_sequence,
 )
 from overfill.engine.turns import Turns
 from overfill.kv.blocks import BlockPool

@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from scheduling import GREEDY, EngineMachine
+from sequence_events import by_sequence
 
 from overfill.engine import decode
 from overfill.engine.decode import DecodeEngine
@@ -24,7 +25,6 @@ from overfill.engine.sequence import (
     StopRule,
     TokenSampled,
     Yielded,
-    by_sequence,
 )
 from overfill.errors import InternalError, InvalidRequest
 from overfill.kv.blocks import BlockPool
