@@ -99,11 +99,7 @@ class Lease:
             case PromptComputed(time_ns=now):
                 if self.trace.layer_start_ns:  # the engine reports layers
                     self.trace.layer_end_ns.append(now - self.scheduled_ns)
-            case ChunkComputed(token_end=end):
-                if self.ranks is not None:  # which know the layers; here are the books
-                    for layer in self.spec.layers:
-                        self.sender.mark_ready(layer, end, None)
-            case SequenceFailed():
+            case ChunkComputed() | SequenceFailed():
                 pass
             case _:
                 assert_never(event)

@@ -143,10 +143,10 @@ class PrefillWorker:
 
     def compute(self, sequence):
         id, layers = sequence.id, range(KV.num_layers)
-        computed = [ChunkComputed(id, 0, 16)] if self.ranks else [KvWritten(id, layers, end, None) for end in (16, 45)]
-        self.service.on_events([PrefillScheduled(id, SENT_FROM, 0, None, time.monotonic_ns()), *computed])
-        last = PromptComputed(id, SampledToken(7), time.monotonic_ns())
-        self.service.on_events([ChunkComputed(id, 16, 45), last])
+        self.service.on_events([PrefillScheduled(id, SENT_FROM, 0, None, time.monotonic_ns())])
+        for start, end in ((0, 16), (16, 45)):
+            self.service.on_events([KvWritten(id, layers, end, None), ChunkComputed(id, start, end)])
+        self.service.on_events([PromptComputed(id, SampledToken(7), time.monotonic_ns())])
 
     async def open(self, spec, block_table, cached_tokens):
         for rank in self.ranks:

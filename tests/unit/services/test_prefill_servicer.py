@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from overfill.engine.sequence import (
-    ChunkComputed,
     KvWritten,
     PrefillScheduled,
     PrefillSequence,
@@ -313,8 +312,8 @@ async def test_a_decode_worker_pulls_from_ranks_only_when_all_know_the_transfer(
     response = await first
     assert response.scheduled.cached_tokens == 1
     assert lease.sender.ready_bytes == KV.token_bytes
-    lease.on_event(ChunkComputed(lease.sequence.id, 1, 4))
-    assert lease.sender.ready_bytes == 4 * KV.token_bytes, "a chunk is ready in all layers"
+    lease.on_event(KvWritten(lease.sequence.id, range(2), 4, None))
+    assert lease.sender.ready_bytes == 4 * KV.token_bytes
     lease.on_event(PromptComputed(lease.sequence.id, SampledToken(7), 2_000))
     rest = [response async for response in responses]
     trace = rest[-1].done.trace
