@@ -22,6 +22,7 @@ import ranked_worker
 from listening import free_ports, listening
 from rank_agents import rank_process, running_ranks
 
+from overfill.engine.sequence import KvWritten
 from overfill.engine.vllm.ranks.link import RankLinks
 from overfill.engine.vllm.ranks.worker import WorkerRanks
 from overfill.errors import PermissionDenied, TransferFailed, Unauthenticated, Unavailable, Unreachable
@@ -66,7 +67,7 @@ async def test_a_rank_that_ends_or_freezes_during_a_pull_ends_it_in_bounded_time
             pull = asyncio.create_task(
                 decode.puller.pull("p", spec, (0, 1), [0, 1], sources, None, lambda news: moved.put_nowait(news))
             )
-            prefill.agents[0].mark_ready([(spec.transfer_id, 8)], 0, None)
+            prefill.agents[0].mark_ready([KvWritten(spec.transfer_id.hex(), range(1), 8, None)])
             await moved.get()
             ranks[1].send_signal(end)
             with pytest.raises(Unavailable, match="rank 1"):  # the other rank's pull has been cancelled and joined

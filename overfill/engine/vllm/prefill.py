@@ -239,8 +239,7 @@ class VllmPrefillEngine(VllmEngine):
 
     def step_of_ranks(self) -> RankStep:
         return RankStep(
-            [RankChunk(c.sequence.id, c.end, c.first_block, c.blocks) for c in self._chunks],
-            num_tokens=self.step_shape[1],
+            [RankChunk(c.sequence.id, c.end - c.start, c.end, c.first_block, c.blocks) for c in self._chunks],
             unsampled=frozenset(c.sequence.id for c in self._chunks if c.end < len(c.sequence.prompt)),
         )
 

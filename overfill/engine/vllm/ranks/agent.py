@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from overfill.engine.sequence import Processor
+from overfill.engine.sequence import KvWritten, Processor
 from overfill.engine.vllm.ranks.messages import (
     NO_COMMAND,
     BrokenLink,
@@ -149,15 +149,12 @@ class RankAgent:
         """
         self._note(partial(self._take_blocks, blocks))
 
-    def mark_ready(self, chunks: Sequence[tuple[bytes, int]], layer: int, event: DeviceEvent | None) -> None:
-        """Notes that ``layer`` of some transfers is computed: the id, and the position below which it is.
+    def mark_ready(self, written: Sequence[KvWritten]) -> None:
+        """Notes that layers of some transfers are computed; their ids are the transfers' in hexadecimal digits.
 
         Progress of a transfer that is not open yet is kept. It is dropped when the transfer is closed.
-
-        Args:
-            event: the point in the device's work at which the KV is there; None means that it is there now.
         """
-        self._note(partial(self._take_ready, chunks, layer, event))
+        self._note(partial(self._take_ready, written))
 
     def processor(self, key: str) -> Processor | None:
         """Returns what ``Prepare`` has made under ``key``. Raises KeyError if there is none."""
@@ -184,12 +181,14 @@ class RankAgent:
             elif (early := self._early_of(transfer_id)) is not None:
                 early.blocks[first] = more
 
-    def _take_ready(self, chunks: Sequence[tuple[bytes, int]], layer: int, event: DeviceEvent | None) -> None:
-        for transfer_id, token_end in chunks:
+    def _take_ready(self, written: Sequence[KvWritten]) -> None:
+        for one in written:
+            transfer_id = bytes.fromhex(one.id)
             if (transfer := self._transfers.get(transfer_id)) is not None:
-                transfer.sender.mark_ready(layer, token_end, event)
+                for layer in one.layers:
+                    transfer.sender.mark_ready(layer, one.token_end, one.event)
             elif (early := self._early_of(transfer_id)) is not None:
-                early.ready[layer] = (token_end, event)
+                early.ready |= dict.fromkeys(one.layers, (one.token_end, one.event))
 
     def _early_of(self, transfer_id: bytes) -> _Early | None:
         """Returns what is kept for a transfer that is not open; None if it has been closed."""

@@ -12,12 +12,10 @@ from typing import Any, Protocol
 
 import torch
 
-from overfill.engine.device import record_event
-from overfill.engine.protocol import MIN_NOTIFY_BYTES
-from overfill.engine.sequence import Processor
+from overfill.engine.layers import LayerReports
+from overfill.engine.sequence import KvWritten, Processor
 from overfill.engine.vllm.ranks.steps import RankExtras, RankStep, RowSpec, portable
 from overfill.engine.vllm.sampler import StepSampler
-from overfill.kv.store import DeviceEvent
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +25,7 @@ class Agent(Protocol):
 
     def assign(self, blocks: Sequence[tuple[bytes, int, Sequence[int]]]) -> None: ...
 
-    def mark_ready(self, chunks: Sequence[tuple[bytes, int]], layer: int, event: DeviceEvent | None) -> None: ...
+    def mark_ready(self, written: Sequence[KvWritten]) -> None: ...
 
     def processor(self, key: str) -> Processor | None: ...
 
@@ -79,10 +77,7 @@ class RankHooks:
         self._token_layer_bytes = token_layer_bytes
         self._rows: dict[str, RankRow] = {}
         self._step = RankStep()
-        self._chunks: list[tuple[bytes, int]] = []
-        self._chunk_bytes = 0  # KV of all chunks in one layer
-        self._unsent: list[tuple[int, DeviceEvent | None]] = []
-        self._num_written = 0
+        self._reports = LayerReports([], token_layer_bytes, device)
         self._extras = RankExtras()
         self._sampler = StepSampler()
 
@@ -92,9 +87,8 @@ class RankHooks:
         """A step begins. Notes its chunks and the blocks that they got."""
         self._step = step
         self._extras = RankExtras()
-        self._chunks = [(bytes.fromhex(chunk.id), chunk.token_end) for chunk in step.chunks]
-        self._chunk_bytes = step.num_tokens * self._token_layer_bytes
-        self._unsent, self._num_written = [], 0
+        parts = [(chunk.id, chunk.num_tokens, chunk.token_end) for chunk in step.chunks]
+        self._reports = LayerReports(parts, self._token_layer_bytes, self._device)
         if assigned := [(bytes.fromhex(c.id), c.first_block, c.blocks) for c in step.chunks if c.blocks]:
             self._agent.assign(assigned)
 
@@ -102,29 +96,18 @@ class RankHooks:
         pass
 
     def layer_written(self, layer: int) -> None:
-        if not self._chunks:
-            return
-        self._num_written += 1
-        self._unsent.append((layer, record_event(self._device)))
-        if len(self._unsent) * self._chunk_bytes >= MIN_NOTIFY_BYTES:
-            self._send()
+        if written := self._reports.written():
+            self._agent.mark_ready(written)
 
     def end_forward(self) -> RankExtras:
         """The model has computed the step; its tokens are chosen later. Returns what will hold the extras."""
-        if self._chunks and self._num_written < self._num_layers:
-            event = record_event(self._device)  # a graph of the whole model calls no hooks
-            self._unsent = [(layer, event) for layer in range(self._num_layers)]
-        self._send()
+        if left := self._reports.rest(self._num_layers):  # all layers, if a graph of the whole model calls no hooks
+            self._agent.mark_ready(left)
         return self._extras
 
     def forget(self, ids: Iterable[str]) -> None:
         for id in ids:
             self._rows.pop(id, None)
-
-    def _send(self) -> None:
-        for layer, event in self._unsent:
-            self._agent.mark_ready(self._chunks, layer, event)
-        self._unsent = []
 
     # Called by the sampler
 

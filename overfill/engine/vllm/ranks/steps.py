@@ -34,12 +34,14 @@ class RankChunk:
     """A prompt's part of a step, on a prefill worker.
 
     Attributes:
+        num_tokens: its tokens in the step.
         token_end: after the step, the blocks hold the positions below this.
         first_block: index of the first of ``blocks`` in the prompt.
         blocks: blocks that the prompt has got for this step.
     """
 
     id: str
+    num_tokens: int
     token_end: int
     first_block: int
     blocks: Sequence[int]
@@ -50,12 +52,10 @@ class RankStep(KVConnectorMetadata):  # type: ignore[misc]
     """A step, as the ranks see it.
 
     Attributes:
-        num_tokens: tokens of all chunks.
         unsampled: requests that get no token.
     """
 
     chunks: Sequence[RankChunk] = ()
-    num_tokens: int = 0
     unsampled: frozenset[str] = frozenset()
 
 

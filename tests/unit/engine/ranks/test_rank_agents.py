@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from rank_agents import BLOCK, hello, running_ranks
 
+from overfill.engine.sequence import KvWritten
 from overfill.engine.vllm.ranks.agent import RankAgent
 from overfill.engine.vllm.ranks.messages import TOKEN_BYTES, OpenTransfer
 from overfill.errors import InvalidRequest, TransferFailed, Unavailable, UnsupportedModel
@@ -53,7 +54,11 @@ def fill(ranks, blocks):
 def mark_all(ranks, spec, layers=range(KV.num_layers), token_end=PROMPT):
     for agent in ranks.agents:
         for layer in layers:
-            agent.mark_ready([(spec.transfer_id, token_end)], layer, None)
+            agent.mark_ready([written(spec, layer, token_end)])
+
+
+def written(spec, layer, token_end, event=None):
+    return KvWritten(spec.transfer_id.hex(), range(layer, layer + 1), token_end, event)
 
 
 async def serve(ranks):
@@ -149,7 +154,7 @@ async def test_a_transfer_is_closed_when_no_rank_reads_it_any_more():
         prefill.stores[1].go_on.clear()
         for agent in prefill.agents:
             # With an event, a thread reads.
-            agent.mark_ready([(spec.transfer_id, PROMPT)], 0, object())
+            agent.mark_ready([written(spec, 0, PROMPT, object())])
         pull = asyncio.create_task(decode.kv.puller.pull("p", spec, LAYER_MAP, blocks, sources, None, lambda _: None))
         await asyncio.to_thread(prefill.stores[1].busy.wait, 60)
         closing = asyncio.create_task(prefill.kv.close(spec.transfer_id))
