@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,12 +38,17 @@ from overfill.stack.process_runner import ProcessRunner
 from overfill.telemetry.progress import Report
 from overfill.v1 import inference_pb2
 
-MAX_THREAD_RATIO = {64: 1.15, 256: 1.15}
-"""Rows -> upper limit of the engine thread's CPU time per step, as a multiple of synchronous vLLM's."""
-MIN_RATE_RATIO = {1: 0.9, 64: 0.9, 256: 0.9}
-"""Rows -> lower limit of tokens per second, as a multiple of ``AsyncLLM``'s."""
-MAX_CPU_RATIO = 1.15
-"""Upper limit of the decode worker's CPU time per token, as a multiple of that of ``AsyncLLM``'s two processes."""
+_IN_PROCESS, _ASYNC = "vLLM in process", "AsyncLLM"
+"""Names of the peers."""
+ROWS_FIGURES: dict[str, tuple[str, str | None, float | None, tuple[int, ...]]] = {
+    "thread": ("ms/step", _IN_PROCESS, 1.15, (64, 256)),
+    "wall": ("ms/step", _IN_PROCESS, None, ()),
+    "rate": ("tokens/s", _ASYNC, 0.9, (1, 64, 256)),
+    "cpu_worker": ("ms/token", _ASYNC, 1.15, ()),
+    "cpu_router": ("ms/token", None, None, ()),
+}
+"""Figure of decode steps -> its unit, its peer, its limit as a multiple of the peer's value, and the numbers of rows
+that have the limit; none means all. ``rate`` has a lower limit, the others an upper one."""
 MAX_MIXED_RATIO = 1.15
 """Upper limit of a step in which an eighth of the rows has a grammar or penalties, as a multiple of a plain step."""
 MAX_TTFT_MS = 2.0
@@ -84,21 +89,6 @@ class HostPlan:
 
 
 @dataclass(slots=True)
-class RowsRound:
-    """One turn of each engine with the same number of rows."""
-
-    ours: StepTimes
-    tokens: int
-    seconds: float
-    worker_cpu: float
-    router_cpu: float
-    sync: StepTimes
-    sync_wall: float
-    plain_rate: float
-    plain_cpu: float
-
-
-@dataclass(slots=True)
 class HostResult:
     """Figures of a run, and where each row count's time goes.
 
@@ -135,7 +125,7 @@ class _TimedStack(ProcessRunner):
         return [*timed, *module.split()]
 
 
-class _SyncPeer:
+class _SyncPeer(JsonProcess):
     """vLLM's synchronous engine in a process of its own, stepped by request."""
 
     def __init__(self, model: Path, settings: VllmSettings, vocab_size: int, folder: Path) -> None:
@@ -143,10 +133,9 @@ class _SyncPeer:
         module = "overfill.lab.bench.engine.peers.subprocess_peer"
         command = [sys.executable, "-m", "overfill.lab.bench.vllm.step_clock", str(self._clock), module]
         environment = plain_environment(settings) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        self._process = JsonProcess("vLLM in process", command, environment, folder / "sync.log")
-        self.close = self._process.close
+        super().__init__(_IN_PROCESS, command, environment, folder / "sync.log")
         try:
-            self._process.ask(
+            self.ask(
                 "load",
                 model=str(model),
                 vocab_size=vocab_size,
@@ -165,21 +154,21 @@ class _SyncPeer:
     @contextmanager
     def rows(self, count: int, steps: int) -> Iterator[Callable[[int], tuple[StepTimes, float]]]:
         """Sequences that decode. Yields a function that takes some steps, and returns their seconds per step too."""
-        self._process.ask("begin", batch=count, prompt_tokens=CONTEXT, steps=steps)
+        self.ask("begin", batch=count, prompt_tokens=CONTEXT, steps=steps)
 
         def take(some: int) -> tuple[StepTimes, float]:
             before = read_times(self._clock)
-            seconds: list[float] = self._process.ask("steps", count=some)["seconds"]
+            seconds: list[float] = self.ask("steps", count=some)["seconds"]
             return read_times(self._clock).since(before), sum(seconds) / some
 
         try:
             yield take
         finally:
-            self._process.ask("end")
+            self.ask("end")
 
     def prefill(self, tokens: int) -> StepTimes:
         before = read_times(self._clock)
-        self._process.ask("prefill", lengths=[tokens])
+        self.ask("prefill", lengths=[tokens])
         return read_times(self._clock).since(before)
 
 
@@ -212,7 +201,10 @@ def measure_host(plan: HostPlan, settings: VllmSettings, report: Report, log: Lo
         report("Starting engines", 1, 3)
         sync = stack.enter_context(closing(_SyncPeer(pair.full_path, settings, pair.full_config.vocab_size, folder)))
         report("Starting engines", 2, 3)
-        plain = stack.enter_context(closing(_plain(pair, settings, folder)))
+        alone = replace(settings, engine_args={**settings.engine_args, "distributed_executor_backend": _IN_ONE_PROCESS})
+        plain = stack.enter_context(
+            closing(PlainEngine(_ASYNC, pair.full_path, alone, folder / "async.log", whole=True))
+        )
         report("Starting engines", 3, 3)
         clients = stack.enter_context(LoadProcesses(1))
         run = _Run(plan, ours, sync, plain, clients, pair.full_config.vocab_size, report)
@@ -222,14 +214,6 @@ def measure_host(plan: HostPlan, settings: VllmSettings, report: Report, log: Lo
         run.measure_mixed(result)
         run.measure_prompts(result)
     return result
-
-
-def _plain(pair: Pair, settings: VllmSettings, folder: Path) -> PlainEngine:
-    arguments = {**settings.engine_args, "distributed_executor_backend": _IN_ONE_PROCESS}
-    own = VllmSettings(
-        **{name: getattr(settings, name) for name in VllmSettings.__slots__} | {"engine_args": arguments}
-    )
-    return PlainEngine("AsyncLLM", pair.full_path, own, folder / "async.log", whole=True)
 
 
 class _Run:
@@ -257,23 +241,23 @@ class _Run:
 
     def measure_rows(self, rows: int, result: HostResult) -> None:
         """Decode steps of ``rows`` plain rows in each engine."""
-        name, rounds = f"Decoding {rows} rows", list[RowsRound]()
+        values, peer_values = list[dict[str, float]](), list[dict[str, float]]()
+        ours, sync = list[StepTimes](), list[StepTimes]()
         most = int(self._plan.rounds * self._plan.seconds * 2000)
         most = min(most, MAX_MODEL_LEN - CONTEXT - rows - 16)
         with self._sync.rows(rows, most) as sync_steps:
-            for done in range(self._plan.rounds):
-                self._report(name, done, self._plan.rounds)
-                times, tokens, seconds, worker, router = self._our_rows(self._requests(rows), self._plan.seconds)
+            for _ in self._rounds(f"Decoding {rows} rows"):
+                times, found = self._our_rows(self._requests(rows), self._plan.seconds)
                 steps = max(8, min(times.steps, most // self._plan.rounds, MAX_MODEL_LEN - CONTEXT - 2 * rows - 16))
                 window = self._plain.decode(self._prompts(rows, CONTEXT), MAX_MODEL_LEN - CONTEXT, steps)
-                rounds.append(
-                    RowsRound(
-                        times, tokens, seconds, worker, router, *sync_steps(steps), window.rate, window.cpu_ms / 1e3
-                    )
-                )
-        self._report(name, self._plan.rounds, self._plan.rounds)
-        result.figures += rows_figures(rows, rounds)
-        result.profiles[f"decode, {rows} rows"] = profile([r.ours for r in rounds], [r.sync for r in rounds])
+                of_sync, wall = sync_steps(steps)
+                ours.append(times)
+                sync.append(of_sync)
+                values.append(found)
+                of_peers = {"thread": _thread_ms(of_sync), "wall": 1e3 * wall}
+                peer_values.append(of_peers | {"rate": window.rate, "cpu_worker": window.cpu_ms})
+        result.figures += rows_figures(rows, values, peer_values)
+        result.profiles[f"decode, {rows} rows"] = profile(ours, sync)
 
     def measure_mixed(self, result: HostResult) -> None:
         """Steps in which an eighth of the rows has a grammar or penalties, beside plain ones."""
@@ -281,12 +265,9 @@ class _Run:
         if rows < _SPECIAL:
             return
         plain, mixed = list[StepTimes](), list[StepTimes]()
-        name = f"Decoding {rows} mixed rows"
-        for done in range(self._plan.rounds):
-            self._report(name, done, self._plan.rounds)
+        for _ in self._rounds(f"Decoding {rows} mixed rows"):
             plain.append(self._our_rows(self._requests(rows), self._plan.seconds)[0])
             mixed.append(self._our_rows(self._requests(rows, mixed=True), self._plan.seconds)[0])
-        self._report(name, self._plan.rounds, self._plan.rounds)
         peer = median(map(_thread_ms, plain))
         special = rows // _SPECIAL
         result.figures.append(
@@ -308,9 +289,7 @@ class _Run:
         for tokens in (SHORT_PROMPT, CONTEXT):
             ours, plain, threads, peers, layers = (list[float]() for _ in range(5))
             prefills, alone = list[StepTimes](), list[StepTimes]()
-            name = f"Prompts of {tokens} tokens"
-            for done in range(self._plan.rounds):
-                self._report(name, done, self._plan.rounds)
+            for _ in self._rounds(f"Prompts of {tokens} tokens"):
                 first, prefill, count = self._first_tokens(tokens)
                 ours.append(1e3 * first)
                 threads.append(1e3 * prefill.cpu / count)
@@ -321,28 +300,29 @@ class _Run:
                 alone += sync
                 calls, seconds = prefill.lines["our layer events"]
                 layers.append(1e6 * seconds / max(1, calls))
-            self._report(name, self._plan.rounds, self._plan.rounds)
             limit = median(plain) + MAX_TTFT_MS if tokens == SHORT_PROMPT else None
             result.figures += [
-                Measurement.median(f"ttft_{tokens}", ours, "ms", limit, peer="AsyncLLM", peer_value=median(plain)),
+                Measurement.median(f"ttft_{tokens}", ours, "ms", limit, peer=_ASYNC, peer_value=median(plain)),
                 Measurement.median(
                     f"thread_prompt_{tokens}",
                     threads,
                     "ms/prompt",
-                    peer="vLLM in process",
+                    peer=_IN_PROCESS,
                     peer_value=median(peers),
                 ),
                 Measurement.median(f"layer_event_{tokens}", layers, "us"),
             ]
             result.profiles[f"prefill, a prompt of {tokens} tokens"] = profile(prefills, alone)
 
-    def _our_rows(self, requests: tuple[bytes, ...], seconds: float) -> tuple[StepTimes, int, float, float, float]:
-        """A window of ``seconds`` in which all ``requests`` decode.
+    def _rounds(self, name: str) -> Iterator[None]:
+        """Yields once per round, and reports the progress."""
+        for done in range(self._plan.rounds):
+            self._report(name, done, self._plan.rounds)
+            yield
+        self._report(name, self._plan.rounds, self._plan.rounds)
 
-        Returns:
-            The engine thread's steps; tokens that the client received; the window's seconds; CPU seconds of the decode
-            worker and of the router.
-        """
+    def _our_rows(self, requests: tuple[bytes, ...], seconds: float) -> tuple[StepTimes, dict[str, float]]:
+        """The steps of a window of ``seconds`` in which all ``requests`` decode, and its values of ``ROWS_FIGURES``."""
         ours = self._ours
         load = Load("grpc", ours.addresses[0], requests, MAX_MODEL_LEN - CONTEXT, streams=len(requests))
         with self._clients.running(load) as counts:
@@ -355,7 +335,13 @@ class _Run:
             passed = time.perf_counter() - began
             worker, router = cpu_seconds(ours.pid("decode")) - worker, cpu_seconds(self._router_pid) - router
         time.sleep(_SETTLE)  # the workers notice that the client has gone
-        return times, tokens, passed, worker, router
+        return times, {
+            "thread": _thread_ms(times),
+            "wall": 1e3 * times.wall / max(1, times.steps),
+            "rate": tokens / passed,
+            "cpu_worker": 1e3 * worker / max(1, tokens),
+            "cpu_router": 1e3 * router / max(1, tokens),
+        }
 
     def _first_tokens(self, tokens: int) -> tuple[float, StepTimes, int]:
         """Sends prompts at fixed times.
@@ -396,47 +382,26 @@ class _Run:
         return [[self._rng.randrange(2, self._vocab_size) for _ in range(tokens)] for _ in range(count)]
 
 
-def rows_figures(rows: int, rounds: Sequence[RowsRound]) -> list[Measurement]:
-    """Figures of decode steps of plain rows."""
-    sync, wall = median(_thread_ms(r.sync) for r in rounds), median(1e3 * r.sync_wall for r in rounds)
-    rate, cpu = median(r.plain_rate for r in rounds), median(r.plain_cpu for r in rounds)
-    thread_limit = MAX_THREAD_RATIO.get(rows)
-    rate_limit = MIN_RATE_RATIO.get(rows)
-    return [
-        Measurement.median(
-            f"thread_{rows}",
-            [_thread_ms(r.ours) for r in rounds],
-            "ms/step",
-            None if thread_limit is None else thread_limit * sync,
-            peer="vLLM in process",
-            peer_value=sync,
-        ),
-        Measurement.median(
-            f"wall_{rows}",
-            [1e3 * r.ours.wall / max(1, r.ours.steps) for r in rounds],
-            "ms/step",
-            peer="vLLM in process",
-            peer_value=wall,
-        ),
-        Measurement.median(
-            f"rate_{rows}",
-            [r.tokens / r.seconds for r in rounds],
-            "tokens/s",
-            None if rate_limit is None else rate_limit * rate,
-            at_least=True,
-            peer="AsyncLLM",
-            peer_value=rate,
-        ),
-        Measurement.median(
-            f"cpu_worker_{rows}",
-            [1e3 * r.worker_cpu / max(1, r.tokens) for r in rounds],
-            "ms/token",
-            MAX_CPU_RATIO * 1e3 * cpu,
-            peer="AsyncLLM",
-            peer_value=1e3 * cpu,
-        ),
-        Measurement.median(f"cpu_router_{rows}", [1e3 * r.router_cpu / max(1, r.tokens) for r in rounds], "ms/token"),
-    ]
+def rows_figures(
+    rows: int, ours: Sequence[Mapping[str, float]], peers: Sequence[Mapping[str, float]]
+) -> list[Measurement]:
+    """``ROWS_FIGURES`` from the values of each round, by figure."""
+    found = []
+    for name, (unit, peer, ratio, limited) in ROWS_FIGURES.items():
+        value = None if peer is None else median(of_round[name] for of_round in peers)
+        bound = ratio * value if ratio and value and rows in (limited or (rows,)) else None
+        found.append(
+            Measurement.median(
+                f"{name}_{rows}",
+                [of_round[name] for of_round in ours],
+                unit,
+                bound,
+                at_least=name == "rate",
+                peer=peer,
+                peer_value=value,
+            )
+        )
+    return found
 
 
 def profile(ours: Sequence[StepTimes], peer: Sequence[StepTimes]) -> dict[str, tuple[float, float]]:
