@@ -6,10 +6,10 @@ import json
 import os
 import sys
 from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
@@ -23,17 +23,29 @@ if TYPE_CHECKING:
     import torch
 
     from overfill.kv.spec import DTypeName
-    from overfill.lab.bench.vllm.engines import VllmSettings
-    from overfill.lab.bench.vllm.figures import Figure
+    from overfill.lab.bench.vllm.engines import Log, VllmSettings
     from overfill.lab.bench.vllm.host import HostPlan
     from overfill.lab.bench.vllm.measure import VllmPlan
     from overfill.model.manifest import Pair
+    from overfill.telemetry.progress import Report
 
 _STDOUT = "-"
 _MAX_NUM_BATCHED_TOKENS = 2048
 _MIN_KV_BYTES = 1 << 30
 _BATCHES = "1,8,32"
 _HOST_ROWS = "1,32,64,128,256"
+
+
+class _Line(Protocol):
+    """What a line of a run holds."""
+
+    @property
+    def reached(self) -> bool: ...
+
+    def to_json(self) -> str: ...
+
+
+_Found = TypeVar("_Found", bound=_Line)
 
 
 @click.command("vllm", short_help="Both stages on vLLM beside plain vLLM: decode, first token, handoff.")
@@ -103,9 +115,7 @@ def vllm_command(
     """
     import torch
 
-    from overfill.cli.progress import show_progress
     from overfill.engine.device import resolve_device
-    from overfill.engine.vllm_release import installed, untested_warning
     from overfill.lab.bench.vllm.environment import describe_environment
     from overfill.lab.bench.vllm.figures import figures_table
     from overfill.lab.bench.vllm.host import HostPlan
@@ -118,15 +128,8 @@ def vllm_command(
         given = [name for name in ("pair", "prompts", "kv_memory") if _was_given(context, name)]
         if given:
             raise click.UsageError(f"--{given[0].replace('_', '-')} does not go with --host")
-        return _measure_host(
-            HostPlan(batches or _counts(_HOST_ROWS), rounds or 3),
-            dtype,
-            device,
-            threads or 1,
-            engine_args,
-            output,
-            profile,
-        )
+        host_plan = HostPlan(batches or _counts(_HOST_ROWS), rounds or 3)
+        return _measure_host(host_plan, dtype, device, threads or 1, engine_args, output, profile)
     if profile:
         raise click.UsageError("--profile needs --host")
     loaded = load_pair(pair)
@@ -135,7 +138,73 @@ def vllm_command(
     plan = VllmPlan(batches or _counts(_BATCHES), prompts, rounds or 5)
     settings = engine_settings(loaded, plan, dtype, device, threads, kv_memory, engine_args)
     torch.set_num_threads(settings.threads)  # for the probe of the machine and the judge
-    figures: list[Figure] = []
+    described = describe_environment(resolve_device(device))
+    options = {"pair": loaded.name, "full": loaded.full_digest, "decoder": loaded.decoder_digest}
+    return _measure(
+        {**options, **asdict(plan), **asdict(settings), **described},
+        lambda *tell: measure_vllm(loaded, plan, settings, *tell),
+        lambda figures: console().print(figures_table(figures)),
+        output,
+    )
+
+
+def _measure_host(
+    plan: HostPlan,
+    dtype: DTypeName | None,
+    device: str,
+    threads: int,
+    engine_args: str,
+    output: str | None,
+    with_profile: bool,
+) -> int:
+    """Runs ``--host``; returns the exit code."""
+    from overfill.engine.device import native_dtype, resolve_device
+    from overfill.lab.bench.measurement import Measurement, measurements_table
+    from overfill.lab.bench.vllm.engines import VllmSettings
+    from overfill.lab.bench.vllm.environment import describe_environment
+    from overfill.lab.bench.vllm.host import MAX_MODEL_LEN, StepProfile, measure_host, profiles_table
+
+    resolved = resolve_device(device)
+    settings = VllmSettings(
+        dtype=dtype or native_dtype(resolved),
+        device=device,
+        threads=threads,
+        max_num_seqs=max(plan.rows),
+        max_num_batched_tokens=max(_MAX_NUM_BATCHED_TOKENS, max(plan.rows)),
+        max_model_len=MAX_MODEL_LEN,
+        kv_memory=_MIN_KV_BYTES,
+        engine_args=_engine_args(engine_args, resolved),
+    )
+
+    def show(found: Sequence[Measurement | StepProfile]) -> None:
+        console().print(measurements_table(one for one in found if isinstance(one, Measurement)))
+        if with_profile:
+            console().print(profiles_table([one for one in found if isinstance(one, StepProfile)]))
+
+    return _measure(
+        {**asdict(plan), **asdict(settings), **describe_environment(resolved)},
+        lambda note, report, log: measure_host(plan, settings, report, log),
+        show,
+        output,
+    )
+
+
+def _measure(
+    described: Mapping[str, Any],
+    measure: Callable[[Callable[[str], None], Report, Log], Iterable[_Found]],
+    show: Callable[[Sequence[_Found]], None],
+    output: str | None,
+) -> int:
+    """Writes each line once it is known, and shows the tables. Returns the exit code.
+
+    Args:
+        described: what the first line says.
+        measure: gets functions that take a note, the progress and the output of the engines' processes.
+    """
+    from overfill.cli.progress import show_progress
+    from overfill.engine.vllm_release import installed, untested_warning
+
+    found: list[_Found] = []
     output_of = _Output()
     with ExitStack() as stack:
         lines = None
@@ -152,14 +221,12 @@ def vllm_command(
 
         if (warning := untested_warning(installed())) is not None:
             click.echo(warning, err=True)
-        described = describe_environment(resolve_device(device))
-        options = {"pair": loaded.name, "full": loaded.full_digest, "decoder": loaded.decoder_digest}
-        write(json.dumps({"name": "run", **options, **asdict(plan), **asdict(settings), **described}))
+        write(json.dumps({"name": "run", **described}))
         try:
             with show_progress() as report:
-                for figure in measure_vllm(loaded, plan, settings, note, report, output_of.add):
-                    write(figure.to_json())
-                    figures.append(figure)
+                for one in measure(note, report, output_of.add):
+                    write(one.to_json())
+                    found.append(one)
         except Exception as error:  # a defect too: its line travels with the file
             for text in [] if isinstance(error, StartFailed) else output_of.last_lines():
                 error.add_note(text)
@@ -167,59 +234,9 @@ def vllm_command(
             write(json.dumps({"name": "error", "text": f"{kind}{error}", "notes": getattr(error, "__notes__", [])}))
             raise
         finally:
-            if figures and output != _STDOUT:
-                console().print(figures_table(figures))
-    return 0 if all(figure.reached for figure in figures) else 1
-
-
-def _measure_host(
-    plan: HostPlan,
-    dtype: DTypeName | None,
-    device: str,
-    threads: int,
-    engine_args: str,
-    output: str | None,
-    with_profile: bool,
-) -> int:
-    """Runs ``--host``; returns the exit code."""
-    from overfill.cli.progress import show_progress
-    from overfill.engine.device import native_dtype, resolve_device
-    from overfill.lab.bench.measurement import measurements_table
-    from overfill.lab.bench.vllm.engines import VllmSettings
-    from overfill.lab.bench.vllm.environment import describe_environment
-    from overfill.lab.bench.vllm.host import MAX_MODEL_LEN, measure_host, profiles_table
-
-    resolved = resolve_device(device)
-    settings = VllmSettings(
-        dtype=dtype or native_dtype(resolved),
-        device=device,
-        threads=threads,
-        max_num_seqs=max(plan.rows),
-        max_num_batched_tokens=max(_MAX_NUM_BATCHED_TOKENS, max(plan.rows)),
-        max_model_len=MAX_MODEL_LEN,
-        kv_memory=_MIN_KV_BYTES,
-        engine_args=_engine_args(engine_args, resolved),
-    )
-    output_of = _Output()
-    try:
-        with show_progress() as report:
-            result = measure_host(plan, settings, report, output_of.add)
-    except Exception as error:
-        for text in [] if isinstance(error, StartFailed) else output_of.last_lines():
-            error.add_note(text)
-        raise
-    lines = [json.dumps({"name": "run", **asdict(plan), **asdict(settings), **describe_environment(resolved)})]
-    lines += [figure.to_json() for figure in result.figures]
-    lines += [json.dumps({"name": "profile", "of": of, "ms": ms}) for of, ms in result.profiles.items()]
-    if output == _STDOUT:
-        print(*lines, sep="\n")
-    else:
-        if output is not None:
-            Path(output).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        console().print(measurements_table(result.figures))
-        if with_profile:
-            console().print(profiles_table(result.profiles))
-    return 0 if all(figure.reached for figure in result.figures) else 1
+            if found and output != _STDOUT:
+                show(found)
+    return 0 if all(one.reached for one in found) else 1
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -15,10 +15,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.table import Table
 
@@ -88,16 +88,22 @@ class HostPlan:
     seconds: float = 1.0
 
 
-@dataclass(slots=True)
-class HostResult:
-    """Figures of a run, and where each row count's time goes.
+@dataclass(frozen=True, slots=True)
+class StepProfile:
+    """Where the time of a kind of step goes. It has no aim to miss.
 
     Attributes:
-        profiles: Name of a kind of step -> line of work -> milliseconds of a step in our worker, and in the peer.
+        of: The kind of step.
+        ms: Line of work -> milliseconds of a step in our worker, and in the peer.
     """
 
-    figures: list[Measurement] = field(default_factory=list)
-    profiles: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    of: str
+    ms: Mapping[str, tuple[float, float]]
+    reached: ClassVar[bool] = True
+
+    def to_json(self) -> str:
+        """A line of JSON."""
+        return json.dumps({"name": "profile", "of": self.of, "ms": self.ms})
 
 
 class _TimedStack(ProcessRunner):
@@ -172,8 +178,10 @@ class _SyncPeer(JsonProcess):
         return read_times(self._clock).since(before)
 
 
-def measure_host(plan: HostPlan, settings: VllmSettings, report: Report, log: Log) -> HostResult:
-    """Measures all figures of the host's work.
+def measure_host(
+    plan: HostPlan, settings: VllmSettings, report: Report, log: Log
+) -> Iterator[Measurement | StepProfile]:
+    """Measures the host's work. Yields each figure and each profile when it is known.
 
     Raises:
         StartFailed, PeerFailed: an engine did not start.
@@ -181,7 +189,7 @@ def measure_host(plan: HostPlan, settings: VllmSettings, report: Report, log: Lo
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overfill-bench-")))
         report("Copying KV", 0, 1)
-        result = HostResult(figures=_copies(folder, settings, plan.rounds))
+        yield from _copies(folder, settings, plan.rounds)
         report("Copying KV", 1, 1)
         tiny = make_tiny_pair(
             folder / "pair",
@@ -210,10 +218,9 @@ def measure_host(plan: HostPlan, settings: VllmSettings, report: Report, log: Lo
         run = _Run(plan, ours, sync, plain, clients, pair.full_config.vocab_size, report)
         run.warm_up()
         for rows in plan.rows:
-            run.measure_rows(rows, result)
-        run.measure_mixed(result)
-        run.measure_prompts(result)
-    return result
+            yield from run.measure_rows(rows)
+        yield from run.measure_mixed()
+        yield from run.measure_prompts()
 
 
 class _Run:
@@ -239,7 +246,7 @@ class _Run:
         self._our_rows(self._requests(rows), 0.2)
         self._plain.decode(self._prompts(rows, CONTEXT), 64, 16)
 
-    def measure_rows(self, rows: int, result: HostResult) -> None:
+    def measure_rows(self, rows: int) -> Iterator[Measurement | StepProfile]:
         """Decode steps of ``rows`` plain rows in each engine."""
         values, peer_values = list[dict[str, float]](), list[dict[str, float]]()
         ours, sync = list[StepTimes](), list[StepTimes]()
@@ -256,10 +263,10 @@ class _Run:
                 values.append(found)
                 of_peers = {"thread": _thread_ms(of_sync), "wall": 1e3 * wall}
                 peer_values.append(of_peers | {"rate": window.rate, "cpu_worker": window.cpu_ms})
-        result.figures += rows_figures(rows, values, peer_values)
-        result.profiles[f"decode, {rows} rows"] = profile(ours, sync)
+        yield from rows_figures(rows, values, peer_values)
+        yield StepProfile(f"decode, {rows} rows", profile(ours, sync))
 
-    def measure_mixed(self, result: HostResult) -> None:
+    def measure_mixed(self) -> Iterator[Measurement | StepProfile]:
         """Steps in which an eighth of the rows has a grammar or penalties, beside plain ones."""
         rows = max((r for r in self._plan.rows if r <= _MIXED_ROWS), default=0)
         if rows < _SPECIAL:
@@ -270,21 +277,18 @@ class _Run:
             mixed.append(self._our_rows(self._requests(rows, mixed=True), self._plan.seconds)[0])
         peer = median(map(_thread_ms, plain))
         special = rows // _SPECIAL
-        result.figures.append(
-            Measurement.median(
-                f"thread_mixed_{rows - special}+{special}",
-                [_thread_ms(times) for times in mixed],
-                "ms/step",
-                MAX_MIXED_RATIO * peer,
-                peer=f"{rows} plain rows",
-                peer_value=peer,
-            )
+        yield Measurement.median(
+            f"thread_mixed_{rows - special}+{special}",
+            [_thread_ms(times) for times in mixed],
+            "ms/step",
+            MAX_MIXED_RATIO * peer,
+            peer=f"{rows} plain rows",
+            peer_value=peer,
         )
-        result.profiles[f"decode, {rows - special} plain rows and {special} with a grammar or penalties"] = profile(
-            mixed, plain
-        )
+        of = f"decode, {rows - special} plain rows and {special} with a grammar or penalties"
+        yield StepProfile(of, profile(mixed, plain))
 
-    def measure_prompts(self, result: HostResult) -> None:
+    def measure_prompts(self) -> Iterator[Measurement | StepProfile]:
         """Time to first token, and the prefill engine's thread."""
         for tokens in (SHORT_PROMPT, CONTEXT):
             ours, plain, threads, peers, layers = (list[float]() for _ in range(5))
@@ -301,18 +305,12 @@ class _Run:
                 calls, seconds = prefill.lines["our layer events"]
                 layers.append(1e6 * seconds / max(1, calls))
             limit = median(plain) + MAX_TTFT_MS if tokens == SHORT_PROMPT else None
-            result.figures += [
-                Measurement.median(f"ttft_{tokens}", ours, "ms", limit, peer=_ASYNC, peer_value=median(plain)),
-                Measurement.median(
-                    f"thread_prompt_{tokens}",
-                    threads,
-                    "ms/prompt",
-                    peer=_IN_PROCESS,
-                    peer_value=median(peers),
-                ),
-                Measurement.median(f"layer_event_{tokens}", layers, "us"),
-            ]
-            result.profiles[f"prefill, a prompt of {tokens} tokens"] = profile(prefills, alone)
+            yield Measurement.median(f"ttft_{tokens}", ours, "ms", limit, peer=_ASYNC, peer_value=median(plain))
+            yield Measurement.median(
+                f"thread_prompt_{tokens}", threads, "ms/prompt", peer=_IN_PROCESS, peer_value=median(peers)
+            )
+            yield Measurement.median(f"layer_event_{tokens}", layers, "us")
+            yield StepProfile(f"prefill, a prompt of {tokens} tokens", profile(prefills, alone))
 
     def _rounds(self, name: str) -> Iterator[None]:
         """Yields once per round, and reports the progress."""
@@ -410,14 +408,14 @@ def profile(ours: Sequence[StepTimes], peer: Sequence[StepTimes]) -> dict[str, t
     return {name: (sides[0][name], sides[1][name]) for name in sides[0]}
 
 
-def profiles_table(profiles: Mapping[str, Mapping[str, tuple[float, float]]]) -> Table:
+def profiles_table(profiles: Sequence[StepProfile]) -> Table:
     """A table with a line per line of work, and for each kind of step our time and the peer's."""
     table = Table()
     table.add_column("ms of a step: ours / peer's")
-    for name in profiles:
-        table.add_column(name, justify="right")
-    for line in next(iter(profiles.values()), {}):
-        cells = [profiles[name][line] for name in profiles]
+    for one in profiles:
+        table.add_column(one.of, justify="right")
+    for line in (*LINES, "other", "all"):
+        cells = [one.ms[line] for one in profiles]
         table.add_row(line, *("" if not any(cell) else f"{cell[0]:.3f} / {cell[1]:.3f}" for cell in cells))
     return table
 

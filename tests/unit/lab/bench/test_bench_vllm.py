@@ -140,7 +140,11 @@ def command(monkeypatch, tiny_pair):
                     raise figure
                 yield figure
 
+        def measured_host(plan, settings, report, log):
+            return measured(None, plan, settings, lambda text: None, report, log)
+
         monkeypatch.setattr("overfill.lab.bench.vllm.measure.measure_vllm", measured)
+        monkeypatch.setattr("overfill.lab.bench.vllm.host.measure_host", measured_host)
         monkeypatch.setattr("overfill.process.extras.require", lambda *names: None)
         if "--host" not in arguments:
             arguments = [f"--pair={tiny_pair}", *arguments]
@@ -175,9 +179,10 @@ def test_the_file_has_the_run_and_every_figure(command, tmp_path):
         (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
     ],
 )
-def test_a_run_that_breaks_off_leaves_its_figures_and_the_reason(command, tmp_path, cause, text):
+@pytest.mark.parametrize("mode", [(), ("--host",)], ids=["stages", "host"])
+def test_a_run_that_breaks_off_leaves_its_figures_and_the_reason(command, tmp_path, cause, text, mode):
     file = tmp_path / "run.jsonl"
-    result = command([GOOD, cause], f"--json={file}")
+    result = command([GOOD, cause], f"--json={file}", *mode)
     assert result.exception is cause
     *_, good, error = map(json.loads, file.read_text().splitlines())
     assert good["name"] == "decode_ratio_32"
