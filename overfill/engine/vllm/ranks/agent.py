@@ -12,13 +12,12 @@ import logging
 import os
 import socket
 import threading
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from overfill.engine.sequence import KvWritten, Processor
 from overfill.engine.vllm.ranks.messages import (
@@ -62,6 +61,8 @@ _CONNECT = 10.0  # seconds
 _RECEIVE = 1 << 18  # bytes
 _MAX_EARLY = 4096
 """Limit on transfers whose progress is kept before they are opened, and on closed ones that are remembered."""
+
+_News = TypeVar("_News")
 
 MakeProcessor = Callable[[SamplingParams, Sequence[int], Sequence[int]], Processor | None]
 """Makes a processor from a request's parameters, its prompt and the model's end-of-sequence ids."""
@@ -123,8 +124,6 @@ class RankAgent:
         self._server: RpcServer | None = None
         self._channels: DataChannels | None = None
         self._stopped = False
-        self._progress: deque[Callable[[], None]] = deque()
-        self._noting = False  # True while the loop has been asked to look at the progress
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # Without a timeout yet: with one, a full queue of the worker's socket is an error at once.
         self._socket.connect(f"\0{config['link']}")
@@ -147,32 +146,24 @@ class RankAgent:
         The model's thread calls it before a step that computes into the blocks. vLLM gives a prompt its blocks step by
         step, so that the worker does not know all of them when it opens the transfer.
         """
-        self._note(partial(self._take_blocks, blocks))
+        self._soon(self._take_blocks, blocks)
 
     def mark_ready(self, written: Sequence[KvWritten]) -> None:
         """Notes that layers of some transfers are computed; their ids are the transfers' in hexadecimal digits.
 
         Progress of a transfer that is not open yet is kept. It is dropped when the transfer is closed.
         """
-        self._note(partial(self._take_ready, written))
+        self._soon(self._take_ready, written)
 
     def processor(self, key: str) -> Processor | None:
         """Returns what ``Prepare`` has made under ``key``. Raises KeyError if there is none."""
         return self._processors[key]
 
-    def _note(self, change: Callable[[], None]) -> None:
-        self._progress.append(change)
-        if not self._noting:  # one wake-up for all that comes before the loop looks
-            self._noting = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the worker has stopped this rank
-                self._loop.call_soon_threadsafe(self._look)
+    def _soon(self, take: Callable[[_News], None], news: _News) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the worker has stopped this rank
+            self._loop.call_soon_threadsafe(take, news)
 
     # The agent's thread -----------------------------------------------------------------------------------------
-
-    def _look(self) -> None:
-        self._noting = False
-        while self._progress:
-            self._progress.popleft()()
 
     def _take_blocks(self, blocks: Sequence[tuple[bytes, int, Sequence[int]]]) -> None:
         for transfer_id, first, more in blocks:
