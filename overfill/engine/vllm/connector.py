@@ -106,7 +106,7 @@ class OverfillConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         if hub.runner is not None:
-            hub.runner.layer_written(_layer_index(layer_name))
+            hub.runner.layer_written()
 
     def wait_for_save(self) -> None:
         pass

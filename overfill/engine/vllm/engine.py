@@ -114,7 +114,7 @@ class VllmEngine:
     def layer_started(self, layer: int) -> None:
         pass
 
-    def layer_written(self, layer: int) -> None:
+    def layer_written(self) -> None:
         pass
 
     def ending(self, request_id: str) -> bool:

@@ -72,8 +72,8 @@ class RunnerHooks(Protocol):
 
     def layer_started(self, layer: int) -> None: ...
 
-    def layer_written(self, layer: int) -> None:
-        """The caches hold ``layer``'s KV of all tokens of the step, once the device's work so far is done."""
+    def layer_written(self) -> None:
+        """The caches hold the next layer's KV of all tokens of the step, once the device's work so far is done."""
         ...
 
     def row_added(self, id: str, spec: Any, prompt: Sequence[int], output: Sequence[int]) -> None:

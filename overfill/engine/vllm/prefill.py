@@ -232,7 +232,7 @@ class VllmPrefillEngine(VllmEngine):
             now = time.monotonic_ns()
             self._events += [LayerStarted(sequence.id, layer, now) for sequence in traced]
 
-    def layer_written(self, layer: int) -> None:
+    def layer_written(self) -> None:
         if written := self._reports.written():
             events, self._events = self._events, []
             self._emit(events + written)

@@ -95,7 +95,7 @@ class RankHooks:
     def layer_started(self, layer: int) -> None:
         pass
 
-    def layer_written(self, layer: int) -> None:
+    def layer_written(self) -> None:
         if written := self._reports.written():
             self._agent.mark_ready(written)
 
