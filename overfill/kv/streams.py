@@ -10,7 +10,11 @@ from overfill.errors import InvalidRequest, TransferFailed
 from overfill.kv.ranges import KvRange
 from overfill.kv.sender import KvSender
 from overfill.kv.shm import ShmServer
+from overfill.rpc.constants import MAX_DATA_STREAMS
 from overfill.v1 import prefill_pb2
+
+_MAX_STREAMS = MAX_DATA_STREAMS
+"""Limit on streams of a transfer at once, from all ranks of a decode worker. One that is not read holds some 3 MB."""
 
 
 class TransferStreams:
@@ -42,13 +46,15 @@ class TransferStreams:
         """Yields one stream's encoded ``KvChunk``s. Runs in the task of its RPC, which ``join`` cancels.
 
         Raises:
-            TransferFailed: the transfer has ended, or is of another attempt.
+            TransferFailed: the transfer has ended, is of another attempt, or has too many streams.
             InvalidRequest: the ranges overlap, or lie outside the transfer or the heads.
             Unavailable: the request names shared memory that does not exist.
         """
         sender = self._sender
         if self.ended or sender.spec.attempt != request.attempt:
             raise unknown_transfer()
+        if len(self._readers) >= _MAX_STREAMS:
+            raise TransferFailed(f"the transfer has {_MAX_STREAMS} streams, which is the maximum")
         ranges = [KvRange.from_proto(box) for box in request.ranges]
         try:
             sender.check_ranges(ranges)

@@ -80,9 +80,9 @@ class VllmEngine:
         """Takes vLLM's step. Counts a failed one, which ends the engine's thread, and fails the sequences in it."""
         self._sampler.clear()
         try:
-            taken = self._vllm.step()
-            self._sampler.finish()
-            return taken
+            outputs, executed = self._vllm.step()
+            self._sampler.finish({o.request_id: o.new_token_ids[0] for o in outputs if o.new_token_ids})
+            return outputs, executed
         except Exception as error:
             self._metrics.step_failed()
             self._emit([SequenceFailed(id, error, ends_engine=True) for id in self._planned()])

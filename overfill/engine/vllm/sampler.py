@@ -11,7 +11,7 @@ Penalties, bias and grammars change logits in place. Rows are copied only to dra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +26,6 @@ from overfill.model.sampling import choose, logprobs, non_finite
 from overfill.model.steps import SampledToken
 from overfill.model.upload import upload
 
-_CHECKED_COLUMNS = 16
-"""Columns of the logits in which each row is checked, spread over the vocabulary and so over the ranks."""
 _TOKENS_AT_ONCE = 1 << 22
 """Logits that are copied at once, which bounds the memory of a large batch."""
 
@@ -75,7 +73,8 @@ class StepSampler:
     Attributes:
         details: request -> its token with log-probabilities, where it wants them.
         errors: request -> why its token is void. Complete after ``finish``.
-        chosen: request -> its token, unless vLLM chooses it. Complete after ``finish``.
+        chosen: request -> its token, unless vLLM chooses it; negative if its logits are not finite. Complete after
+            ``finish``.
     """
 
     def __init__(self) -> None:
@@ -83,13 +82,13 @@ class StepSampler:
         self.errors: dict[str, Exception] = {}
         self.chosen: dict[str, int] = {}
         self._ids: Sequence[str] = ()
-        self._broken: torch.Tensor | None = None  # [N] bool, on the device
+        self._logits: torch.Tensor | None = None
         self._tokens: list[tuple[list[str], torch.Tensor]] = []  # ``chosen``, on the device
 
     def sample(
         self, logits: torch.Tensor, ids: Sequence[str], rows: Sequence[int], sampled: Callable[[str], Sampled | None]
     ) -> None:
-        """Makes the tokens of ``rows`` the greatest elements of their rows. Checks all rows.
+        """Makes the tokens of ``rows`` the greatest elements of their rows.
 
         Args:
             logits: [N, vocab] float32.
@@ -98,10 +97,7 @@ class StepSampler:
             sampled: returns a request's sequence, or None if it samples no token in this step.
         """
         self._ids = ids
-        # A hidden state with a NaN or an infinity spoils every column, because every element of the output head is
-        # multiplied with it. Under tensor parallelism a rank that fails spoils the columns that it has computed.
-        sums = logits[:, :: max(1, logits.shape[1] // _CHECKED_COLUMNS)].sum(dim=1)
-        self._broken = sums.isfinite().logical_not_()
+        self._logits = logits
         found = {row: sequence for row in rows if (sequence := sampled(ids[row])) is not None}
         if not found:
             return
@@ -117,15 +113,27 @@ class StepSampler:
         for start in range(0, len(drawn), size):
             self._choose(logits, drawn[start : start + size])
 
-    def finish(self) -> None:
-        """Completes the results. Waits for the device, so call it once vLLM has taken the step's tokens."""
+    def finish(self, taken: Mapping[str, int]) -> None:
+        """Completes the results. Waits for the device, so call it once vLLM has taken the step's tokens.
+
+        Args:
+            taken: the token that vLLM has taken for each request that has one.
+        """
         for ids, tokens in self._tokens:
             self.chosen.update(zip(ids, tokens.tolist(), strict=True))
         self._tokens.clear()
-        broken, self._broken = self._broken, None
-        if broken is not None and broken.any():
-            for row in broken.nonzero().squeeze(1).tolist():
-                self.errors.setdefault(self._ids[row], non_finite())
+        self.errors |= {id: non_finite() for id, token in self.chosen.items() if token < 0 and id not in self.errors}
+        logits, self._logits = self._logits, None
+        greedy = [(row, id) for row, id in enumerate(self._ids) if id in taken and id not in self.chosen]
+        if logits is None or not greedy:
+            return
+        # The most likely token of a row with a NaN is a NaN's place. So a row is sound if its token's logit is.
+        places = torch.tensor([[row for row, _ in greedy], [taken[id] for _, id in greedy]])
+        rows, columns = upload(places, logits.device)
+        sound = logits[rows, columns].isfinite().tolist()
+        for (_, id), fine in zip(greedy, sound, strict=True):
+            if not fine:
+                self.errors.setdefault(id, non_finite())
 
     def error(self, id: str, token: int) -> Exception | None:
         """Why ``token``, which vLLM has taken for a request, is void; None if it is right."""
@@ -141,6 +149,7 @@ class StepSampler:
         self.errors.clear()
         self.chosen.clear()
         self._tokens.clear()
+        self._logits = None
 
     def _choose(self, logits: torch.Tensor, rows: Sequence[tuple[int, Sampled]]) -> None:
         """Chooses the tokens of ``rows``, and makes each the greatest element of its row."""
@@ -161,11 +170,9 @@ class StepSampler:
         failed: dict[int, Exception] = {}
         row_by_row(choose_for, [(place, sequence) for place, (_, sequence) in enumerate(rows)], failed)
         self.errors |= {ids[place]: error for place, error in failed.items()}
-        assert self._broken is not None
-        self._broken[index] |= chosen < 0
-        chosen.clamp_(min=0)
+        drawn = chosen.clamp(min=0)
         wanted = {place: s.sampling.logprobs for place, (_, s) in enumerate(rows) if s.sampling.logprobs is not None}
-        for place, token in zip(wanted, logprobs(own, chosen, wanted), strict=True):
+        for place, token in zip(wanted, logprobs(own, drawn, wanted), strict=True):
             self.details[ids[place]] = token
-        logits[index, chosen] = torch.inf
+        logits[index, drawn] = torch.inf
         self._tokens.append((ids, chosen))

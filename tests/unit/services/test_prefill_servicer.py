@@ -122,6 +122,18 @@ async def until(condition):
             await asyncio.sleep(0.005)
 
 
+async def test_streams_that_nobody_reads_are_limited(bench, monkeypatch):
+    monkeypatch.setattr("overfill.kv.streams._MAX_STREAMS", 2)
+    computed(bench.servicer)
+    readers = [pull(bench.servicer, layer) for layer in (0, 1)]
+    await asyncio.to_thread(bench.cache.reading.wait, 5)
+    with pytest.raises(TransferFailed, match="has 2 streams"):
+        await pull(bench.servicer, 1)
+    bench.cache.go_on.set()
+    await asyncio.gather(*readers)
+    await pull(bench.servicer, 1)
+
+
 async def test_blocks_are_released_after_the_last_read(bench):
     lease = computed(bench.servicer)
     reader = pull(bench.servicer, 0)

@@ -20,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from vllm.distributed import get_tp_group
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
@@ -110,14 +111,12 @@ class RankExecutor(MultiprocExecutor):  # type: ignore[misc]
 
     def _unname(self) -> None:
         """Removes the names of files and memory that the ranks share, so that nothing outlives the processes."""
-        (method, *_) = self.collective_rpc(init_method)
+        (method, *_) = self.collective_rpc(unname)
         file = Path(method.removeprefix("file://"))
         for path in [file, *_SHARED_MEMORY.glob(f"{file.name}-*")]:
             path.unlink(missing_ok=True)
         for queue in (self.rpc_broadcast_mq, *self.response_mqs):
-            with suppress(FileNotFoundError):
-                queue.buffer.shared_memory.unlink()
-            queue.buffer.is_creator = False
+            _unlink(queue)
         shutil.rmtree(self._sockets, ignore_errors=True)
 
     def shutdown(self) -> None:
@@ -151,9 +150,18 @@ def check_agreement(outputs: Sequence[Any]) -> None:
                 raise InternalError(f"rank 0 chose token {ours} for a sequence, and rank {rank} {theirs}")
 
 
-def init_method(worker: Any) -> str:
-    """Where the ranks found each other. Called in a rank."""
+def unname(worker: Any) -> str:
+    """Removes the name of what a rank shares with the others, and returns where they found each other."""
+    queue = get_tp_group().mq_broadcaster
+    if queue is not None and getattr(queue.buffer, "is_creator", False):
+        _unlink(queue)
     return str(worker.worker.distributed_init_method)
+
+
+def _unlink(queue: Any) -> None:
+    with suppress(FileNotFoundError):
+        queue.buffer.shared_memory.unlink()
+    queue.buffer.is_creator = False
 
 
 def _obituary(process: BaseProcess) -> str:

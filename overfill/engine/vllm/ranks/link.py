@@ -254,6 +254,9 @@ class RankLinks:
                     self._woken.recv(_RECEIVE)
                 elif key.data in self._peers:
                     self._serve(key.data)
+            if len(self._ranks) == self._num_ranks and self._listener.fileno() >= 0:
+                self._selector.unregister(self._listener)  # no rank connects twice, so that others need not be heard
+                self._listener.close()
             now = time.monotonic()
             # A time in which this thread did not run, as when the whole worker was stopped, is no one's silence.
             self._look_at_clock(now, min(now - last, 2 * _TICK))

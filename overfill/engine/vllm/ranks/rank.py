@@ -148,9 +148,10 @@ class RankHooks:
 
     def end_step(self, ids: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
         """vLLM has taken the step's tokens, one or none for each request. Fills the extras."""
-        self._sampler.finish()
-        for id, taken in zip(ids, tokens, strict=True):
-            if taken and (error := self._sampler.error(id, taken[0])):
+        taken = {id: of_id[0] for id, of_id in zip(ids, tokens, strict=True) if of_id}
+        self._sampler.finish(taken)
+        for id, token in taken.items():
+            if error := self._sampler.error(id, token):
                 self._extras.errors[id] = portable(error)
         if self._first:
             self._extras.details |= self._sampler.details

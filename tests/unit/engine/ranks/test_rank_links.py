@@ -229,6 +229,17 @@ def test_strangers_are_not_ranks(links, lost, token, caplog, rank):
     assert "closed a connection to the ranks' link" in caplog.text
 
 
+def test_nobody_can_connect_once_all_ranks_have(links, lost, rank):
+    first, _ = rank(0).introduced(), rank(1).introduced()
+    links.wait(20)
+    [sent] = links.call([0], Stop())
+    first.answer(first.next(Stop)[0], Done())
+    sent.future.result(20)
+    with socket.socket(socket.AF_UNIX) as stranger, pytest.raises(ConnectionRefusedError):
+        stranger.connect("\0" + links.config["link"])
+    assert lost.calls == []
+
+
 def test_a_rank_that_cannot_be_used_or_does_not_come_fails_the_start(links, lost, rank):
     with pytest.raises(Unavailable, match=r"ranks \[0, 1\] have not connected within 0 s"):
         links.wait(0)
