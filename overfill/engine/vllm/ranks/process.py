@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
 from vllm.platforms import current_platform
 
 from overfill.engine.device import NotEnoughMemory
@@ -40,6 +41,7 @@ class RankWorker(Worker):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, local_rank: int, rank: int, *args: Any, **options: Any) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        tqdm.set_lock(threading.RLock())  # its own has a name in /dev/shm, which a rank would leave behind
         # The worker ends its ranks. A signal to a whole group of processes must not end them while it drains.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
