@@ -69,7 +69,7 @@ Item = (
     | PullEnded
     | Exception
 )
-"""What may happen to a sequence. Tokens is the full model's token, and FinishReason the end after a token was told."""
+"""What may happen to a sequence. Tokens is the full model's token; FinishReason ends an answer with queued tokens."""
 
 
 class Handoff(Protocol):

@@ -1,4 +1,4 @@
-"""vLLM's executor for the ranks of a tensor-parallel worker: processes that end with the worker, and it with them.
+"""vLLM's executor for a worker's ranks: processes that end with the worker, as the worker does with them.
 
 A rank that has ended ends all others, and the step that waits for them. The engine's thread then ends as after every
 failed step, so that routers learn which requests were in the step.
@@ -33,7 +33,7 @@ _GRACE = 5.0
 """Seconds that a worker has to tell its peers about a lost rank before it ends."""
 _EXIT = 2.0
 """Seconds for a process to leave after its last pipe has closed."""
-_OBITUARY = 0.5
+_SENTINEL_WAIT = 0.5
 """Seconds to wait for the end of a process that is lost, since a link closes a little earlier."""
 _SHARED_MEMORY = Path("/dev/shm")
 
@@ -80,8 +80,8 @@ class RankExecutor(MultiprocExecutor):  # type: ignore[misc]
                 return
             self.failure, self.is_failed = reason, True
         processes = [handle.proc for handle in self.workers]
-        if ended := wait([process.sentinel for process in processes], _OBITUARY):  # tells more than a closed link
-            self.failure = next(_obituary(process) for process in processes if process.sentinel in ended)
+        if ended := wait([process.sentinel for process in processes], _SENTINEL_WAIT):  # tells more than a closed link
+            self.failure = next(_describe_end(process) for process in processes if process.sentinel in ended)
         log.critical("%s; this worker ends", self.failure)
         self._kill(processes)
         for queue in self.response_mqs:
@@ -99,7 +99,7 @@ class RankExecutor(MultiprocExecutor):  # type: ignore[misc]
         # vLLM asks first, and waits for seconds. A stopped process does not even hear SIGTERM.
         if self.failure is None and not getattr(self, "shutting_down", False):  # the start has failed
             wait([process.sentinel for process in worker_procs], _EXIT)
-            self._lost_at_start = next((_obituary(p) for p in worker_procs if p.exitcode is not None), "")
+            self._lost_at_start = next((_describe_end(p) for p in worker_procs if p.exitcode is not None), "")
         self._kill(worker_procs)
 
     @staticmethod
@@ -164,7 +164,7 @@ def _unlink(queue: Any) -> None:
     queue.buffer.is_creator = False
 
 
-def _obituary(process: BaseProcess) -> str:
+def _describe_end(process: BaseProcess) -> str:
     process.join(_EXIT)
     code = process.exitcode
     how = f"exited with code {code}"

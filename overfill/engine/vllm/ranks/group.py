@@ -22,7 +22,7 @@ from overfill.v1 import common_pb2
 
 _CONNECTING = 30.0
 """Seconds for the ranks' links after vLLM has loaded."""
-_TOLD = 1.0
+_LAST_WORDS = 1.0
 """Seconds for a rank's last words."""
 
 
@@ -62,7 +62,7 @@ class RankGroup:
     def failure(self) -> OverfillError | None:
         """Ends the links after a failed start, and returns what a rank said of it."""
         try:
-            self.links.wait(_TOLD)
+            self.links.wait(_LAST_WORDS)
         except Unavailable:
             pass
         except InvalidRequest as error:

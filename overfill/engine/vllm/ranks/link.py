@@ -71,7 +71,7 @@ class _Call:
 
 @dataclass(slots=True, eq=False)
 class _Peer:
-    """A connection: before its ``hello`` anyone of this user, afterwards a rank.
+    """A connection: to any process of this user before its ``hello``, to a rank afterwards.
 
     Attributes:
         token: what has arrived of the token.
@@ -169,7 +169,7 @@ class RankLinks:
         data, sent = encode(number, command), []
         for rank in ranks:
             future: Future[Any] = Future()
-            future.set_running_or_notify_cancel()  # an answer will come, whoever waits for it
+            future.set_running_or_notify_cancel()  # the answer comes in any case
             with self._changed:
                 peer = self._ranks.get(rank)
                 if peer is None or peer.lost:
@@ -192,7 +192,7 @@ class RankLinks:
                     self._wake()
 
     def close(self) -> None:
-        """Closes the links and joins their thread. Nobody is lost by this, and commands without an answer fail."""
+        """Closes the links and joins their thread. Commands without an answer fail, but no rank counts as lost."""
         with self._changed:
             if self._closed:
                 return
@@ -255,10 +255,10 @@ class RankLinks:
                 elif key.data in self._peers:
                     self._serve(key.data)
             if len(self._ranks) == self._num_ranks and self._listener.fileno() >= 0:
-                self._selector.unregister(self._listener)  # no rank connects twice, so that others need not be heard
+                self._selector.unregister(self._listener)  # no other process may connect
                 self._listener.close()
             now = time.monotonic()
-            # A time in which this thread did not run, as when the whole worker was stopped, is no one's silence.
+            # Time in which this thread did not run, as when the whole worker was stopped, does not count as silence.
             self._look_at_clock(now, min(now - last, 2 * _TICK))
             last = now
             self._look_at_unsent()
@@ -353,7 +353,7 @@ class RankLinks:
             else:
                 peer.silent += elapsed
                 if peer.silent >= self._silence:
-                    # Who waits for the process, as vLLM does while it loads, learns of it by its end.
+                    # While vLLM loads, it waits for the process, and learns of the loss by its end.
                     with suppress(ProcessLookupError):
                         os.kill(peer.hello.pid, signal.SIGKILL)
                     self._end(peer, f"it has not answered for {self._silence:g} s")

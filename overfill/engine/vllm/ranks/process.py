@@ -49,39 +49,39 @@ class RankWorker(Worker):  # type: ignore[misc]
         self._process = f"rank {rank} (process {os.getpid()})"
         logs.configure(*self._extra["logs"])
         quieten()
-        with self._told(vllm_config, rank):
+        with self._reporting(vllm_config, rank):
             super().__init__(vllm_config, local_rank, rank, *args, **options)
 
     def init_device(self) -> None:
-        with self._told(self.vllm_config, self.rank):
+        with self._reporting(self.vllm_config, self.rank):
             super().init_device()
             self._extra["refusals"].look_at_memory(self.device)
 
     def load_model(self, *args: Any, **options: Any) -> None:
-        with self._told(self.vllm_config, self.rank):
+        with self._reporting(self.vllm_config, self.rank):
             super().load_model(*args, **options)
 
     def determine_available_memory(self) -> int:
-        with self._told(self.vllm_config, self.rank):
+        with self._reporting(self.vllm_config, self.rank):
             return int(super().determine_available_memory())
 
     def initialize_from_config(self, *args: Any, **options: Any) -> None:
-        with self._told(self.vllm_config, self.rank):
+        with self._reporting(self.vllm_config, self.rank):
             super().initialize_from_config(*args, **options)
 
     def execute_model(self, *args: Any, **options: Any) -> Any:
-        with self._ends():
+        with self._ending_rank():
             return super().execute_model(*args, **options)
 
     def sample_tokens(self, *args: Any, **options: Any) -> Any:
-        with self._ends():
+        with self._ending_rank():
             output = super().sample_tokens(*args, **options)
             runner: Any = hub.runner
             runner.end_step(output.req_ids, output.sampled_token_ids)
             return output
 
     @contextmanager
-    def _told(self, config: Any, rank: int) -> Iterator[None]:
+    def _reporting(self, config: Any, rank: int) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -94,7 +94,7 @@ class RankWorker(Worker):  # type: ignore[misc]
             raise
 
     @contextmanager
-    def _ends(self) -> Iterator[None]:
+    def _ending_rank(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
