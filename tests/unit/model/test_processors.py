@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -195,7 +196,7 @@ async def test_a_grammar_is_refused_where_memory_might_not_suffice_for_its_match
 ) -> None:
     grammars = Grammars(tiny_pair / "full" / "tokenizer.json", VOCAB, [END])  # whose matchers no other test holds
     held = [grammars.matcher(DIGITS) for _ in range(3)]
-    served = SimpleNamespace(grammars=grammars, new_processor=new_processor)
+    served = SimpleNamespace(grammars=grammars, new_processor=new_processor, ranks=None)
     prepare = partial(ServedHalf.prepare_processor, cast(ServedHalf, served))
     monkeypatch.setattr("overfill.engine.protocol.available_memory", lambda: 4 * MATCHER_BYTES - 1)
     with pytest.raises(Overloaded, match="3 matchers of grammars exist here"):
@@ -208,6 +209,20 @@ async def test_a_grammar_is_refused_where_memory_might_not_suffice_for_its_match
     del elsewhere
     assert await prepare(SamplingParams(grammar=DIGITS), [], [END]) is not None
     grammars.close()
+
+
+async def test_the_event_loop_does_not_wait_for_ranks() -> None:
+    threads: dict[SamplingParams, int] = {}
+
+    def make(params: SamplingParams, *rest: object) -> None:
+        threads[params] = threading.get_ident()
+
+    served = SimpleNamespace(grammars=None, new_processor=make, ranks=object())
+    plain, penalised = SamplingParams(), SamplingParams(presence_penalty=1)
+    for params in (plain, penalised):
+        await ServedHalf.prepare_processor(cast(ServedHalf, served), params, [], [END])
+    assert threads[plain] == threading.get_ident()
+    assert threads[penalised] != threading.get_ident()
 
 
 def test_without_llguidance_only_grammars_are_refused(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
