@@ -14,12 +14,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-from overfill.errors import RequestCancelled, StepFailed, TransferFailed
+from overfill.errors import RequestCancelled, StepFailed, TransferFailed, Unavailable
 from overfill.kv.chunks import TransferSpec
 from overfill.kv.ranges import KvRange, ReplicaCounts
 from overfill.rpc.access import AccessPolicy
 from overfill.rpc.tls import Credentials, ServerTls
 from overfill.v1 import kv_pb2
+
+
+class RankLost(Unavailable):
+    """A rank of this worker has ended or is silent, so that the worker ends too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +111,7 @@ class RankPullers:
 
 
 class Ranks(Protocol):
-    """The ranks of a worker. Every call ends in bounded time. It raises Unavailable when a rank has gone.
+    """The ranks of a worker. Every call ends in bounded time. It raises RankLost when a rank has gone.
 
     Attributes:
         puller: pulls into the caches of all ranks, on a decode worker.
@@ -158,8 +162,8 @@ class Ranks(Protocol):
 
 
 def root_cause(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The error to report: first the prefill worker's end, then this worker's own finding, last a cancelled stream."""
+    """The error to report: first a worker's end, then this worker's own finding, last a cancelled stream."""
     found = [*errors.exceptions]
-    last, first, second = RequestCancelled, StepFailed, TransferFailed
+    last, first, second = RequestCancelled, (RankLost, StepFailed), TransferFailed
     found.sort(key=lambda e: (isinstance(e, last), not isinstance(e, first), not isinstance(e, second)))
     return found[0]

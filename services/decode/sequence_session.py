@@ -34,6 +34,7 @@ from overfill.errors import (
     StepFailed,
     Unavailable,
 )
+from overfill.kv.ranks import RankLost
 from overfill.kv.receiver import PullStats
 from overfill.kv.shielded import shielded
 from overfill.request.names import CODEC_NAMES
@@ -389,6 +390,8 @@ class SequenceSession:
                         if handoff.codec:
                             self._metrics.received(handoff.codec, handoff.stats)
                             span.set(kv_bytes=handoff.stats.kv_bytes, codec=CODEC_NAMES[handoff.codec])
+        except RankLost as failure:  # no other prefill worker can help
+            self.inbox.put_nowait(failure)
         except OverfillError as failure:
             self._metrics.handoff_failed(failure)
             if not in_place:  # otherwise the sequence has all that it needs

@@ -263,8 +263,8 @@ def test_a_named_pair_is_prepared_for_routers_by_an_image_with_torch_that_worker
 
 
 def test_a_pod_s_own_cache_holds_the_largest_documented_pair() -> None:
-    """With room for what vLLM compiles."""
-    weights = sum(gib for _, gib in HALVES.values())
+    """With room for what vLLM compiles. The pair of ``values-ranks.yaml`` is on a claim of its own."""
+    weights = sum(gib for (values, _), (_, gib) in HALVES.items() if values == "values-prod.yaml")
     size = yaml.safe_load((CHART / "values.yaml").read_text())["cache"]["size"]
     assert float(size.removesuffix("Gi")) >= weights + 5
 

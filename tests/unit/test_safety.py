@@ -1,4 +1,4 @@
-"""The code loads no pickle, runs no downloaded code, and lets no archive decide where it is unpacked."""
+"""The code loads no pickle from elsewhere, runs no downloaded code, and lets no archive decide where it is unpacked."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ FLAGS = {
 }
 
 
+ALLOWED = {"overfill/engine/vllm/ranks/messages.py", "overfill/engine/vllm/ranks/steps.py"}
+"""Modules with pickle, for messages between a worker and the ranks that it starts. They come over a Unix socket that
+takes only processes of this user which know its token, and from vLLM, which pickles between the same processes."""
+
+
 def faults(source: str) -> Iterator[str]:
     """Yield the unsafe places of a module, as ``line: description``."""
     for node in ast.walk(ast.parse(source)):
@@ -70,8 +75,11 @@ def faults(source: str) -> Iterator[str]:
 
 def test_no_module_executes_data() -> None:
     assert len(SOURCES) > 200
-    found = [f"{path.relative_to(ROOT)}:{fault}" for path in SOURCES for fault in faults(path.read_text("utf-8"))]
-    assert not found
+    found = {str(path.relative_to(ROOT)): [*faults(path.read_text("utf-8"))] for path in SOURCES}
+    for path in ALLOWED:
+        (fault,) = found.pop(path)
+        assert fault.endswith("imports pickle")
+    assert not {path: wrong for path, wrong in found.items() if wrong}
 
 
 @pytest.mark.parametrize(

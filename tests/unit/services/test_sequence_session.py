@@ -26,6 +26,7 @@ from overfill.engine.sequence import (
 )
 from overfill.errors import InternalError, StepFailed, TransferFailed, Unavailable
 from overfill.kv.blocks import BlockPool
+from overfill.kv.ranks import RankLost
 from overfill.kv.receiver import PullStats
 from overfill.model.steps import SampledToken
 from overfill.request.params import SamplingParams
@@ -166,6 +167,15 @@ async def test_the_router_learns_that_a_failed_step_has_ended_the_prefill_worker
     assert (need.worker_id, need.detail) == ("p", str(error))
     assert need.reason == decode_pb2.NeedPrefill.REASON_PREFILL_FAILED
     assert need.step_failed == isinstance(error, StepFailed)
+
+
+async def test_a_lost_rank_of_this_worker_ends_the_attempt(harness):
+    """Another prefill worker could not help, and the router would give up after a few."""
+    pull = await harness.assign()
+    pull.end(RankLost("rank 1 is lost"))
+    with pytest.raises(Unavailable, match="rank 1 is lost"):
+        await harness.task
+    assert harness.kinds == ["reserved"]
 
 
 async def test_the_router_learns_of_a_failed_step_of_this_worker(harness):

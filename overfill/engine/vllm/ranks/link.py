@@ -36,7 +36,7 @@ from overfill.engine.vllm.ranks.messages import (
     encode,
 )
 from overfill.errors import Unavailable
-from overfill.kv.ranks import Moved
+from overfill.kv.ranks import Moved, RankLost
 from overfill.rpc.status import from_bytes
 
 log = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ class RankLinks:
             on_moved: called with every ``Moved`` of a ``Pull``, on the links' thread and before the answer.
 
         Returns:
-            The command at each rank. Its future raises the rank's error, or Unavailable if the rank is lost.
+            The command at each rank. Its future raises the rank's error, or RankLost.
         """
         number = next(self._numbers)
         data, sent = encode(number, command), []
@@ -173,7 +173,7 @@ class RankLinks:
             with self._changed:
                 peer = self._ranks.get(rank)
                 if peer is None or peer.lost:
-                    future.set_exception(Unavailable(self._reason or f"rank {rank} has no link"))
+                    future.set_exception(RankLost(self._reason or f"rank {rank} has no link"))
                 else:
                     peer.calls[number] = _Call(future, on_moved)
                     self._send(peer, data)
@@ -393,7 +393,7 @@ class RankLinks:
             calls, peer.calls, peer.lost = peer.calls, {}, True
             peer.sock.close()
         for call in calls.values():
-            call.future.set_exception(Unavailable(reason))
+            call.future.set_exception(RankLost(reason))
 
 
 _PING = encode(NO_COMMAND, Ping())
