@@ -45,7 +45,7 @@ class PrefillPeer:
         self, target: decode_pb2.AssignPrefill, streams: int, tls: Credentials | None, shm: bool = True
     ) -> None:
         self.target = target
-        self.sources: Sequence[kv_pb2.DataAddress] = target.data_addresses
+        self.sources: Sequence[kv_pb2.DataAddress] = [*target.data_addresses]
         self.link: ShmClient | None = None
         self.codecs: frozenset[int] = frozenset()
         self._shm = shm

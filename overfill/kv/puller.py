@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import grpc.aio
 
 from overfill.errors import InternalError, InvalidRequest, OverfillError, TransferFailed, Unavailable
-from overfill.kv.chunks import Chunk, TransferSpec, check, check_head, wrong_checksum
+from overfill.kv.chunks import Chunk, check, check_head, wrong_checksum
 from overfill.kv.ranges import Coverage, KvRange, share_among_streams
-from overfill.kv.ranks import Moved, root_cause
+from overfill.kv.ranks import Moved, Pull, root_cause
 from overfill.kv.shielded import shielded
 from overfill.kv.shm import ShmClient
 from overfill.kv.store import KvStore, LayerTargets
@@ -125,62 +125,38 @@ class LocalPuller:
         self.link = link
         self.heads = heads
 
-    async def pull(
-        self,
-        peer: str,
-        spec: TransferSpec,
-        layer_map: Sequence[int],
-        blocks: Sequence[int],
-        sources: Sequence[kv_pb2.DataAddress],
-        timeout: float | None,
-        on_moved: Callable[[Moved], None],
-    ) -> None:
+    async def pull(self, pull: Pull, on_moved: Callable[[Moved], None]) -> None:
         """As ``Puller.pull``. Each stream is repeated up to ``MAX_REPEATS`` times, for the ranges it left out."""
-        transfer = _Transfer(self, peer, spec, layer_map, blocks, on_moved)
-        own = [source for source in sources if transfer.heads_at(source)]
+        transfer = _Transfer(self, pull, on_moved)
+        own = [source for source in pull.sources if transfer.heads_at(source)]
         try:
             async with self.channels.use(source.address for source in own) as channels, asyncio.TaskGroup() as group:
                 for source in own:
                     for channel, ranges in transfer.streams(source, channels[source.address]):
-                        group.create_task(transfer.pull(channel, ranges, timeout))
+                        group.create_task(transfer.pull(channel, ranges, pull.timeout))
         except BaseExceptionGroup as errors:
             raise root_cause(errors) from errors
 
-    async def take(
-        self,
-        peer: str,
-        spec: TransferSpec,
-        layer_map: Sequence[int],
-        blocks: Sequence[int],
-        message: bytes,
-        on_moved: Callable[[Moved], None],
-    ) -> None:
+    async def take(self, pull: Pull, message: bytes, on_moved: Callable[[Moved], None]) -> None:
         """Writes the KV of one message. Arguments and end are as of ``pull``; raises TransferFailed if it is wrong."""
-        await _Transfer(self, peer, spec, layer_map, blocks, on_moved).take(message, None)
+        await _Transfer(self, pull, on_moved).take(message, None)
 
 
 class _Transfer:
     """One pull; arguments as of ``Puller.pull``."""
 
-    def __init__(
-        self,
-        puller: LocalPuller,
-        peer: str,
-        spec: TransferSpec,
-        layer_map: Sequence[int],
-        blocks: Sequence[int],
-        on_moved: Callable[[Moved], None],
-    ) -> None:
+    def __init__(self, puller: LocalPuller, pull: Pull, on_moved: Callable[[Moved], None]) -> None:
+        spec = pull.spec
         self._store = puller.store
         self._executor = puller.executor
         self._link = puller.link
-        self._peer = peer
+        self._peer = pull.peer
         self._spec = spec
-        self._blocks = blocks
+        self._blocks = pull.blocks
         self._on_moved = on_moved
         self._heads = puller.heads or (0, spec.kv.num_kv_heads)
         self._targets = LayerTargets(
-            {layer: [i for i, source in enumerate(layer_map) if source == layer] for layer in spec.layers}
+            {layer: [i for i, source in enumerate(pull.layer_map) if source == layer] for layer in spec.layers}
         )
         # It marks a chunk before it is written.
         self._coverage = Coverage(spec.layers, spec.tokens, self._heads)

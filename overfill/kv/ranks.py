@@ -43,29 +43,35 @@ class Moved:
     broken_streams: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """What a pull moves, and where to. It can be pickled.
+
+    Attributes:
+        peer: name of the prefill worker, for errors.
+        spec: the transfer. It has all KV heads of the full model, whatever the share of a puller.
+        layer_map: ``layer_map[i]`` is the full-model layer whose KV is stored in cache layer i.
+        sources: the prefill worker's data addresses; their ranges contain each KV head exactly once.
+        timeout: seconds left of the request's deadline.
+    """
+
+    peer: str
+    spec: TransferSpec
+    layer_map: Sequence[int]
+    blocks: Sequence[int]
+    sources: Sequence[kv_pb2.DataAddress]
+    timeout: float | None
+
+
 class Puller(Protocol):
     """Pulls prompts' KV from data addresses of prefill workers into blocks. Several pulls may run at once."""
 
-    async def pull(
-        self,
-        peer: str,
-        spec: TransferSpec,
-        layer_map: Sequence[int],
-        blocks: Sequence[int],
-        sources: Sequence[kv_pb2.DataAddress],
-        timeout: float | None,
-        on_moved: Callable[[Moved], None],
-    ) -> None:
-        """Returns when this puller's share of all that ``spec`` describes is in place.
+    async def pull(self, pull: Pull, on_moved: Callable[[Moved], None]) -> None:
+        """Returns when this puller's share of ``pull`` is in place.
 
         After its end, also by an error or a cancel, nothing writes and ``on_moved`` is not called.
 
         Args:
-            peer: name of the prefill worker, for errors.
-            spec: the transfer, of the full model's KV heads, whatever the share of this puller.
-            layer_map: ``layer_map[i]`` is the full-model layer whose KV is stored in cache layer i.
-            sources: the prefill worker's data addresses; their ranges contain each KV head exactly once.
-            timeout: seconds left of the request's deadline.
             on_moved: called on the event loop.
 
         Raises:
@@ -84,18 +90,9 @@ class RankPullers:
     def __init__(self, pullers: Sequence[tuple[tuple[int, int], Puller]]) -> None:
         self._pullers = pullers
 
-    async def pull(
-        self,
-        peer: str,
-        spec: TransferSpec,
-        layer_map: Sequence[int],
-        blocks: Sequence[int],
-        sources: Sequence[kv_pb2.DataAddress],
-        timeout: float | None,
-        on_moved: Callable[[Moved], None],
-    ) -> None:
+    async def pull(self, pull: Pull, on_moved: Callable[[Moved], None]) -> None:
         """As ``Puller.pull``. Reports a range once all ranks that hold its heads have it in place."""
-        shares = [heads for heads, _ in self._pullers]
+        spec, shares = pull.spec, [heads for heads, _ in self._pullers]
         counts = {heads: ReplicaCounts(spec.layers, spec.tokens, heads, shares.count(heads)) for heads in shares}
 
         def note(heads: tuple[int, int], moved: Moved) -> None:
@@ -104,8 +101,7 @@ class RankPullers:
         try:
             async with asyncio.TaskGroup() as group:
                 for heads, puller in self._pullers:
-                    note_own = partial(note, heads)
-                    group.create_task(puller.pull(peer, spec, layer_map, blocks, sources, timeout, note_own))
+                    group.create_task(puller.pull(pull, partial(note, heads)))
         except BaseExceptionGroup as errors:
             raise root_cause(errors) from errors
 

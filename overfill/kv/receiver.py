@@ -20,7 +20,7 @@ from overfill.errors import InvalidRequest, OverfillError, RequestCancelled, Tra
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec
 from overfill.kv.peers import PrefillPeer
 from overfill.kv.puller import MAX_REPEATS, LocalPuller
-from overfill.kv.ranks import Moved, Puller, root_cause
+from overfill.kv.ranks import Moved, Pull, Puller, root_cause
 from overfill.kv.spec import KvSpec
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
 from overfill.rpc.calls import checked_response, checked_write, responses
@@ -177,7 +177,7 @@ class PromptPull:
                 async for message in responses(control, self._worker):
                     if message.HasField("scheduled") and not self._released and self._pulling is None:
                         # The worker has blocks now, and knows the transfer's id, so that PullKv can name it.
-                        self._pulling = group.create_task(self._pull(timeout))
+                        self._pulling = group.create_task(self._puller.pull(self._new_pull(timeout), self._note_moved))
                     self._note_response(message, on_first_token)
                     if message.HasField("first_token"):
                         self._check_in_place()
@@ -218,9 +218,7 @@ class PromptPull:
                 await asyncio.sleep(0)
             try:
                 if message.kv and isinstance(self._puller, LocalPuller):
-                    await self._puller.take(
-                        self._worker, self._spec, self._layer_map, self._blocks, message.kv, self._note_moved
-                    )
+                    await self._puller.take(self._new_pull(timeout), message.kv, self._note_moved)
                 self._check_all()
             except TransferFailed as error:
                 if repeats == MAX_REPEATS or not self._has_first_token:
@@ -330,16 +328,8 @@ class PromptPull:
                         message.ack.ranges.extend(later.ack.ranges)
                 await checked_write(control.write(message), self._worker)
 
-    async def _pull(self, timeout: float | None) -> None:
-        await self._puller.pull(
-            self._worker,
-            self._spec,
-            self._layer_map,
-            self._blocks,
-            self._peer.sources,
-            timeout,
-            self._note_moved,
-        )
+    def _new_pull(self, timeout: float | None) -> Pull:
+        return Pull(self._worker, self._spec, self._layer_map, self._blocks, self._peer.sources, timeout)
 
     def _note_moved(self, moved: Moved) -> None:
         """Counts what a pull reports, and acknowledges what is in place, unless the KV is released."""

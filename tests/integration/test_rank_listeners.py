@@ -27,6 +27,7 @@ from overfill.engine.vllm.ranks.link import RankLinks
 from overfill.engine.vllm.ranks.worker import WorkerRanks
 from overfill.errors import PermissionDenied, TransferFailed, Unauthenticated, Unavailable, Unreachable
 from overfill.kv.chunks import TransferSpec
+from overfill.kv.ranks import Pull
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.kv.wire import pull_kv
 from overfill.rpc import certificates
@@ -65,7 +66,7 @@ async def test_a_rank_that_ends_or_freezes_during_a_pull_ends_it_in_bounded_time
             spec, moved = TransferSpec(bytes(16), 1, kv, (0, 1), (0, 8)), asyncio.Queue()
             await prefill.kv.open(spec, [0, 1], 0)
             pull = asyncio.create_task(
-                decode.puller.pull("p", spec, (0, 1), [0, 1], sources, None, lambda news: moved.put_nowait(news))
+                decode.puller.pull(Pull("p", spec, (0, 1), [0, 1], sources, None), lambda news: moved.put_nowait(news))
             )
             prefill.agents[0].mark_ready([KvWritten(spec.transfer_id.hex(), range(1), 8, None)])
             await moved.get()

@@ -7,7 +7,7 @@ import pytest
 from overfill.errors import TransferFailed
 from overfill.kv.chunks import TransferSpec
 from overfill.kv.ranges import Coverage, KvRange
-from overfill.kv.ranks import Moved, RankPullers
+from overfill.kv.ranks import Moved, Pull, RankPullers
 from overfill.kv.spec import KvSpec, RopeSpec
 
 SPEC = TransferSpec(b"t" * 16, 0, KvSpec(4, 4, 2, "float32", RopeSpec()), (0, 1, 3), (2, 10))
@@ -38,7 +38,7 @@ class Ranks:
         self.pullers = [Scripted() for _ in range(3)]
         self.told = []
         pullers = RankPullers([*zip([(0, 2), (0, 2), (2, 4)], self.pullers, strict=True)])
-        self.running = asyncio.ensure_future(pullers.pull("p", SPEC, [0, 1, 3], [0], [], None, self.told.append))
+        self.running = asyncio.ensure_future(pullers.pull(Pull("p", SPEC, [0, 1, 3], [0], [], None), self.told.append))
 
     async def say(self, rank, what):
         self.pullers[rank].reports.put_nowait(what)

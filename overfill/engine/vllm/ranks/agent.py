@@ -33,7 +33,6 @@ from overfill.engine.vllm.ranks.messages import (
     OpenTransfer,
     Ping,
     Prepare,
-    Pull,
     RankHello,
     Serve,
     Stop,
@@ -41,6 +40,7 @@ from overfill.engine.vllm.ranks.messages import (
 )
 from overfill.errors import InternalError, RequestCancelled, Unavailable
 from overfill.kv.puller import DataChannels, LocalPuller
+from overfill.kv.ranks import Pull
 from overfill.kv.sender import KvSender
 from overfill.kv.shm import ShmServer
 from overfill.kv.store import DeviceEvent, KvStore
@@ -298,15 +298,7 @@ class RankAgent:
         if self._store is None or self._channels is None:
             raise InternalError("the rank has not been told how to pull")
         puller = LocalPuller(self._store, self._executor, self._channels, heads=self.hello.heads)
-        await puller.pull(
-            command.peer,
-            command.spec,
-            command.layer_map,
-            command.blocks,
-            command.sources,
-            command.timeout,
-            lambda moved: self._answer(number, moved),
-        )
+        await puller.pull(command, lambda moved: self._answer(number, moved))
 
     async def _stop(self) -> None:
         self._stopped = True

@@ -1,6 +1,7 @@
 """What a worker and its ranks say to each other on their link, and the bytes of it. No sockets.
 
-A message is its length in 4 bytes, then a pickled pair: the number of a command, and one of the dataclasses below.
+A message is its length in 4 bytes, then a pickled pair: the number of a command, and one of the dataclasses below, or
+``Pull`` and ``Moved`` of ``kv.ranks``.
 Pickle is safe here: both ends have the same code and the same user, and the rank shows the worker's token before the
 worker reads a message. vLLM sends pickled messages between the same processes.
 """
@@ -17,7 +18,6 @@ from overfill.kv.chunks import TransferSpec
 from overfill.request.params import SamplingParams
 from overfill.rpc.access import AccessPolicy
 from overfill.rpc.tls import Credentials, ServerTls
-from overfill.v1 import kv_pb2
 
 MAX_MESSAGE = 64 << 20
 """Limit on the bytes of a message. The largest one has the tokens or the blocks of one prompt."""
@@ -91,18 +91,6 @@ class Connect:
 
     streams: int
     credentials: Credentials | None
-
-
-@dataclass(frozen=True, slots=True)
-class Pull:
-    """Pulls the rank's share of a transfer; see ``Puller.pull``. The rank sends any number of ``Moved`` first."""
-
-    peer: str
-    spec: TransferSpec
-    layer_map: Sequence[int]
-    blocks: Sequence[int]
-    sources: Sequence[kv_pb2.DataAddress]
-    timeout: float | None
 
 
 @dataclass(frozen=True, slots=True)

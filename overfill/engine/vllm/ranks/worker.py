@@ -15,14 +15,13 @@ from overfill.engine.vllm.ranks.messages import (
     Forget,
     OpenTransfer,
     Prepare,
-    Pull,
     RankHello,
     Serve,
     Stop,
 )
 from overfill.errors import OverfillError, UnsupportedModel
 from overfill.kv.chunks import TransferSpec
-from overfill.kv.ranks import Moved, Puller, RankPullers
+from overfill.kv.ranks import Moved, Pull, Puller, RankPullers
 from overfill.kv.shielded import shielded
 from overfill.kv.spec import KvSpec
 from overfill.request.params import SamplingParams
@@ -38,20 +37,10 @@ class RankPuller:
         self._links = links
         self._rank = rank
 
-    async def pull(
-        self,
-        peer: str,
-        spec: TransferSpec,
-        layer_map: Sequence[int],
-        blocks: Sequence[int],
-        sources: Sequence[kv_pb2.DataAddress],
-        timeout: float | None,
-        on_moved: Callable[[Moved], None],
-    ) -> None:
+    async def pull(self, pull: Pull, on_moved: Callable[[Moved], None]) -> None:
         """As ``Puller.pull``. A cancelled pull ends when the rank has joined it, or is lost."""
         loop = asyncio.get_running_loop()
-        command = Pull(peer, spec, [*layer_map], [*blocks], [*sources], timeout)
-        [sent] = self._links.call([self._rank], command, lambda moved: _on(loop, on_moved, moved))
+        [sent] = self._links.call([self._rank], pull, lambda moved: _on(loop, on_moved, moved))
         answer = asyncio.wrap_future(sent.future)
         try:
             await asyncio.shield(answer)

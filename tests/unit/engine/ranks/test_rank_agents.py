@@ -16,6 +16,7 @@ from overfill.engine.vllm.ranks.messages import TOKEN_BYTES, OpenTransfer
 from overfill.errors import InvalidRequest, TransferFailed, Unavailable, UnsupportedModel
 from overfill.kv.chunks import TransferSpec
 from overfill.kv.ranges import Coverage, KvRange
+from overfill.kv.ranks import Pull
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.kv.wire import pull_kv
 from overfill.request.params import SamplingParams
@@ -96,7 +97,7 @@ async def test_each_rank_gets_its_heads_and_each_vector_is_reported_once(served,
             for each in news.ranges:
                 reported.add(each)  # raises for a vector that was reported before
 
-        pull = asyncio.create_task(decode.kv.puller.pull("p", spec, LAYER_MAP, ours, sources, 60.0, note))
+        pull = asyncio.create_task(decode.kv.puller.pull(Pull("p", spec, LAYER_MAP, ours, sources, 60.0), note))
         while reported.missing([KvRange(0, 1, 1, 2 * BLOCK, 0, 4)]):
             await asyncio.sleep(0.001)
         assert not pull.done()
@@ -129,7 +130,9 @@ async def test_a_cancelled_pull_ends_when_no_rank_writes_any_more():
         await prefill.kv.open(spec, blocks, 0)
         mark_all(prefill, spec, [0])
         decode.stores[1].go_on.clear()
-        pull = asyncio.create_task(decode.kv.puller.pull("p", spec, LAYER_MAP, blocks, sources, None, lambda _: None))
+        pull = asyncio.create_task(
+            decode.kv.puller.pull(Pull("p", spec, LAYER_MAP, blocks, sources, None), lambda _: None)
+        )
         await asyncio.to_thread(decode.stores[1].busy.wait, 60)
         pull.cancel()
         done, _ = await asyncio.wait([pull], timeout=0.2)
@@ -155,7 +158,9 @@ async def test_a_transfer_is_closed_when_no_rank_reads_it_any_more():
         for agent in prefill.agents:
             # With an event, a thread reads.
             agent.mark_ready([written(spec, 0, PROMPT, object())])
-        pull = asyncio.create_task(decode.kv.puller.pull("p", spec, LAYER_MAP, blocks, sources, None, lambda _: None))
+        pull = asyncio.create_task(
+            decode.kv.puller.pull(Pull("p", spec, LAYER_MAP, blocks, sources, None), lambda _: None)
+        )
         await asyncio.to_thread(prefill.stores[1].busy.wait, 60)
         closing = asyncio.create_task(prefill.kv.close(spec.transfer_id))
         done, _ = await asyncio.wait([closing], timeout=0.2)
@@ -206,7 +211,7 @@ async def test_one_ranks_error_ends_the_pull_of_all():
         await decode.kv.connect(1, None)
         prefill.links.call([1], OpenTransfer(spec, [0, 1, 2], 0))  # the first rank never hears of it
         with pytest.raises(TransferFailed, match="unknown transfer"):
-            await decode.kv.puller.pull("p", spec, LAYER_MAP, [0, 1, 2], sources, None, lambda _: None)
+            await decode.kv.puller.pull(Pull("p", spec, LAYER_MAP, [0, 1, 2], sources, None), lambda _: None)
         await asyncio.gather(prefill.kv.stop(), decode.kv.stop())
 
 
@@ -233,7 +238,7 @@ async def test_processors_are_made_in_every_rank_and_forgotten():
 async def test_ranks_without_orders_to_pull_say_so():
     with running_ranks(KV, [(0, 4)]) as decode:
         with pytest.raises(Exception, match="has not been told how to pull"):
-            await decode.kv.puller.pull("p", new_spec(), LAYER_MAP, [0, 1, 2], [], None, lambda _: None)
+            await decode.kv.puller.pull(Pull("p", new_spec(), LAYER_MAP, [0, 1, 2], [], None), lambda _: None)
         await decode.kv.stop()
 
 
