@@ -167,8 +167,9 @@ async def test_a_transfer_is_closed_when_no_rank_reads_it_any_more():
         assert not done, "a rank still reads"
         prefill.stores[1].go_on.set()
         await closing
-        pull.cancel()  # a cancelled stream sends no status: the lease's own RPC says that it has ended
-        with pytest.raises(asyncio.CancelledError):
+        pull.cancel()
+        # When the retries of the broken streams are sooner than the cancel, the source says that the transfer has ended.
+        with pytest.raises((asyncio.CancelledError, TransferFailed)):
             await pull
         # Progress of a transfer that has ended is dropped.
         mark_all(prefill, spec)
