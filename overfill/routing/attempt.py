@@ -14,7 +14,7 @@ from typing import TypeAlias
 from overfill.errors import Incompatible, InternalError, OverfillError, Overloaded, Unavailable
 from overfill.routing.answer import AnswerState
 from overfill.routing.async_dispatcher import AsyncDispatcher
-from overfill.routing.dispatcher import Job
+from overfill.routing.job import Job
 from overfill.routing.stream import DecodeConnector, DecodeStream
 from overfill.routing.worker import Worker, WorkerInfo
 from overfill.telemetry import tracing

@@ -41,8 +41,6 @@ from overfill.routing.reservations import Reservations
 from overfill.routing.worker import PREFILL, Worker
 from overfill.v1 import decode_pb2, registry_pb2
 
-__all__ = ["Dispatcher", "Job", "JobState", "Placement", "Rejection"]
-
 STARTUP_MARGIN = 2.0
 """Default of ``absent_after``, as a multiple of the stage's longest start-up time.
 
