@@ -231,8 +231,18 @@ class DecodeConfig(WorkerConfig):
         ge=1,
         le=MAX_DATA_STREAMS,
         description="number of parallel connections that transfer a request's KV; with ranks, of each rank to each "
-        "that serves some of its heads",
+        "that serves some of its heads, and at most 64 of all ranks",
     )
+
+    @model_validator(mode="after")
+    def _check_streams(self) -> Self:
+        if self.data_streams * self.tensor_parallel_size > MAX_DATA_STREAMS:
+            raise ValueError(
+                f"--data-streams {self.data_streams}: {self.tensor_parallel_size} ranks may have "
+                f"{MAX_DATA_STREAMS // self.tensor_parallel_size} each, because a prefill worker sends a request's KV "
+                f"in at most {MAX_DATA_STREAMS} streams"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_tier(self) -> Self:
