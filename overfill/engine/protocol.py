@@ -33,6 +33,7 @@ from overfill.kv.keys import PromptBlocks
 from overfill.kv.ranks import Ranks
 from overfill.kv.spec import DTypeName, KvCacheDtype, KvSpec
 from overfill.kv.store import KvStore
+from overfill.model.adapter import LoraAdapter
 from overfill.model.config import ModelConfig
 from overfill.model.manifest import Half, Pair
 from overfill.process.limits import available_memory
@@ -107,6 +108,8 @@ class EngineOptions:
         max_num_batched_tokens: maximum number of prompt tokens in a step; prefill only.
         threads: CPU threads of a step, in each rank.
         tensor_parallel_size: number of ranks, processes that hold a share of each layer; more than one needs vLLM.
+        max_adapters: number of adapters that a decoder holds at once.
+        max_adapter_rank: largest rank of an adapter.
         grammars: what a client's grammar may cost.
         engine_args: arguments of the engine itself, by name; only vLLM and the mock engine have some.
         device: where the engine computes; None for the mock engine, which needs no torch.
@@ -127,6 +130,8 @@ class EngineOptions:
     kv_cache_dtype: KvCacheDtype = "auto"
     threads: int = 1
     tensor_parallel_size: int = 1
+    max_adapters: int = 0
+    max_adapter_rank: int = 16
     grammars: GrammarLimits = field(default_factory=GrammarLimits)
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -143,6 +148,28 @@ class EngineOptions:
         """``device`` of an engine that computes."""
         assert self.device is not None, "only the mock engine has no device"
         return self.device
+
+
+class AdapterSlots(Protocol):
+    """The places that a decode engine has for adapters. Their memory is taken when the model is loaded.
+
+    Attributes:
+        num_slots: number of adapters at once.
+        max_rank: largest rank of an adapter.
+        slot_bytes: memory of each slot.
+    """
+
+    num_slots: int
+    max_rank: int
+    slot_bytes: int
+
+    def stage(self, slot: int, adapter: LoraAdapter) -> None:
+        """Prepares an unused slot for ``adapter``, beside running steps. Called on another thread than the engine's.
+
+        Raises:
+            InvalidRequest: the adapter does not fit the slot or the engine.
+        """
+        ...
 
 
 NewProcessor = Callable[[SamplingParams, Sequence[int], Grammars, Sequence[int]], Processor | None]
@@ -167,6 +194,7 @@ class ServedHalf:
         prefix_keys: changes of the prefix cache; None without one.
         scores_prompts: whether the engine computes the log-probabilities of a prompt's tokens.
         ranks: processes that have the KV in place of ``store``; None means that there are none.
+        adapters: the engine's places for adapters; None means that it takes none.
     """
 
     engine_version: str
@@ -185,6 +213,7 @@ class ServedHalf:
     codecs: tuple[common_pb2.KvCodec, ...] = tuple(CODECS.values())
     scores_prompts: bool = False
     ranks: Ranks | None = None
+    adapters: AdapterSlots | None = None
 
     async def prepare_processor(
         self, params: SamplingParams, prompt: Sequence[int], eos_ids: Sequence[int], key: str = ""

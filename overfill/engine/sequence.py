@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeAlias
 from overfill.errors import InternalError, InvalidRequest, StepFailed
 from overfill.kv.keys import PromptBlocks
 from overfill.kv.store import DeviceEvent
+from overfill.model.adapter import LoraAdapter
 from overfill.model.steps import SampledToken
 from overfill.request.params import SamplingParams
 from overfill.v1 import common_pb2
@@ -255,6 +256,7 @@ class DecodeSequence:
         prompt_blocks: block hashes of the first ``num_shared`` tokens in ``cache_namespace``. None means that the
             engine's thread hashes.
         answer_start: index of the first prompt token that the decoder computes; None means the prompt's length.
+        adapter: slot of the adapter that writes the answer; None means the decoder alone.
         scores: receives the log-probabilities of the prompt's tokens behind that one; None if they are not asked for.
         failed: True after a step of the sequence failed; the engine does not schedule it again.
         computed: tokens of prompt and answer whose KV is in ``blocks``.
@@ -270,6 +272,7 @@ class DecodeSequence:
     cache_namespace: str = ""
     prompt_blocks: PromptBlocks | None = None
     answer_start: int | None = None
+    adapter: int | None = None
     scores: common_pb2.PromptLogprobs | None = None
     state: DecodeState = DecodeState.RECEIVING
     failed: bool = False
@@ -324,6 +327,18 @@ class Yielded:
     """Answers ``Preempted``: no stream uses the sequence's blocks any more."""
 
     id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeAdapter:
+    """Asks for an adapter in a slot that no sequence uses; the engine answers ``AdapterChanged``.
+
+    Attributes:
+        adapter: the adapter, which ``AdapterSlots.stage`` has prepared; None empties the slot.
+    """
+
+    slot: int
+    adapter: LoraAdapter | None
 
 
 # Events of a decode engine ---------------------------------------------------------------------------------------
@@ -426,6 +441,14 @@ class StepSampled:
         return map(self.part, range(len(self.ids)))
 
 
-DecodeEvent = Reserved | Refused | Preempted | StepSampled | SequenceFailed
+@dataclass(frozen=True, slots=True)
+class AdapterChanged:
+    """Sequences may use the slot's adapter from now on; or ``error`` says why the slot is empty."""
+
+    slot: int
+    error: Exception | None = None
+
+
+DecodeEvent = Reserved | Refused | Preempted | StepSampled | SequenceFailed | AdapterChanged
 SequenceEvent = Reserved | Refused | Preempted | TokenSampled | SequenceFailed
 """What a decode engine tells of one sequence."""

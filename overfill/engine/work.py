@@ -40,7 +40,7 @@ class Work:
     """One sequence's part of a step: ``tokens`` at positions from ``start`` on; ``blocks`` hold the KV before them.
 
     ``blocks`` is the same list object in all steps of a sequence and only grows. Code that replaces a block must pass a
-    new list.
+    new list. ``adapter`` is the slot of the adapter whose products are added; None adds none.
     """
 
     tokens: Sequence[int]
@@ -48,6 +48,7 @@ class Work:
     blocks: Sequence[int]
     wants_logits: bool
     scoring: Scoring | None = None
+    adapter: int | None = None
 
     @property
     def end(self) -> int:

@@ -26,37 +26,45 @@ from overfill.v1 import common_pb2 as overfill_dot_v1_dot_common__pb2
 from overfill.v1 import decode_pb2 as overfill_dot_v1_dot_decode__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17overfill/v1/admin.proto\x12\x0boverfill.v1\x1a\x18overfill/v1/common.proto\x1a\x18overfill/v1/decode.proto\"\x1e\n\rStatusRequest\x12\r\n\x05\x61lone\x18\x01 \x01(\x08\"\x8e\x02\n\x0eStatusResponse\x12+\n\x07process\x18\x01 \x01(\x0b\x32\x1a.overfill.v1.ProcessStatus\x12*\n\x07workers\x18\x02 \x03(\x0b\x32\x19.overfill.v1.WorkerStatus\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x14\n\x0chttp_address\x18\x04 \x01(\t\x12\'\n\x08\x61\x63tivity\x18\x05 \x01(\x0b\x32\x15.overfill.v1.Activity\x12&\n\x05pools\x18\x06 \x03(\x0b\x32\x17.overfill.v1.PoolStatus\x12*\n\x07routers\x18\x07 \x03(\x0b\x32\x19.overfill.v1.RouterStatus\"\x81\x01\n\x0cRouterStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12+\n\x07process\x18\x03 \x01(\x0b\x32\x1a.overfill.v1.ProcessStatus\x12\'\n\x08\x61\x63tivity\x18\x04 \x01(\x0b\x32\x15.overfill.v1.Activity\"p\n\nPoolStatus\x12!\n\x05stage\x18\x01 \x01(\x0e\x32\x12.overfill.v1.Stage\x12\r\n\x05ready\x18\x02 \x01(\r\x12\x10\n\x08\x65xpected\x18\x03 \x01(\r\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12\x10\n\x08\x62rownout\x18\x05 \x01(\x08\"\xa6\x02\n\x08\x41\x63tivity\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x03 \x01(\x01\x12\x0f\n\x07\x61nswers\x18\x04 \x01(\r\x12(\n\x06timing\x18\x05 \x03(\x0b\x32\x18.overfill.v1.Percentiles\x12*\n\nhistograms\x18\x06 \x03(\x0b\x32\x16.overfill.v1.Histogram\x12\x10\n\x08sessions\x18\x07 \x01(\r\x12\x15\n\rprompt_tokens\x18\x08 \x01(\x04\x12\x15\n\rcached_tokens\x18\t \x01(\x04\x12\x36\n\x10\x62usiest_sessions\x18\n \x03(\x0b\x32\x1c.overfill.v1.SessionActivity\"Z\n\x0fSessionActivity\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05turns\x18\x02 \x01(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x15\n\rcached_tokens\x18\x04 \x01(\x04\"8\n\tHistogram\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x62ucket\x18\x02 \x03(\x11\x12\r\n\x05\x63ount\x18\x03 \x03(\r\"Z\n\x0bPercentiles\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bp50_seconds\x18\x02 \x01(\x01\x12\x13\n\x0bp90_seconds\x18\x03 \x01(\x01\x12\x13\n\x0bp99_seconds\x18\x04 \x01(\x01\"\xaa\x03\n\rProcessStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.overfill.v1.Stage\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12%\n\x04load\x18\x07 \x01(\x0b\x32\x17.overfill.v1.WorkerLoad\x12\x18\n\x10software_version\x18\x08 \x01(\t\x12\x13\n\x0bincarnation\x18\t \x01(\x04\x12)\n\x05model\x18\n \x01(\x0b\x32\x1a.overfill.v1.ModelIdentity\x12\x1f\n\x02kv\x18\x0b \x01(\x0b\x32\x13.overfill.v1.KvSpec\x12#\n\x05\x63odec\x18\x0c \x01(\x0e\x32\x14.overfill.v1.KvCodec\x12\x17\n\x0fmetrics_address\x18\r \x01(\t\x12\x0e\n\x06\x65ngine\x18\x0e \x01(\t\x12\x0c\n\x04tier\x18\x0f \x01(\t\x12-\n\x0cprefill_load\x18\x10 \x01(\x0b\x32\x17.overfill.v1.WorkerLoad\"\x9c\x01\n\x0cWorkerStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.overfill.v1.Stage\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12+\n\x07process\x18\x04 \x01(\x0b\x32\x1a.overfill.v1.ProcessStatus\x12\x0c\n\x04tier\x18\x05 \x01(\t\x12\x11\n\tcolocated\x18\x06 \x01(\x08\"!\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x0f\n\rDrainResponse2\x8a\x01\n\x05\x41\x64min\x12\x41\n\x06Status\x12\x1a.overfill.v1.StatusRequest\x1a\x1b.overfill.v1.StatusResponse\x12>\n\x05\x44rain\x12\x19.overfill.v1.DrainRequest\x1a\x1a.overfill.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17overfill/v1/admin.proto\x12\x0boverfill.v1\x1a\x18overfill/v1/common.proto\x1a\x18overfill/v1/decode.proto\"\"\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"D\n\x15\x43hangeAdapterResponse\x12+\n\x07workers\x18\x01 \x03(\x0b\x32\x1a.overfill.v1.AdapterChange\"X\n\rAdapterChange\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12%\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x14.overfill.v1.Adapter\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"\x1e\n\rStatusRequest\x12\r\n\x05\x61lone\x18\x01 \x01(\x08\"\x8e\x02\n\x0eStatusResponse\x12+\n\x07process\x18\x01 \x01(\x0b\x32\x1a.overfill.v1.ProcessStatus\x12*\n\x07workers\x18\x02 \x03(\x0b\x32\x19.overfill.v1.WorkerStatus\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x14\n\x0chttp_address\x18\x04 \x01(\t\x12\'\n\x08\x61\x63tivity\x18\x05 \x01(\x0b\x32\x15.overfill.v1.Activity\x12&\n\x05pools\x18\x06 \x03(\x0b\x32\x17.overfill.v1.PoolStatus\x12*\n\x07routers\x18\x07 \x03(\x0b\x32\x19.overfill.v1.RouterStatus\"\x81\x01\n\x0cRouterStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12+\n\x07process\x18\x03 \x01(\x0b\x32\x1a.overfill.v1.ProcessStatus\x12\'\n\x08\x61\x63tivity\x18\x04 \x01(\x0b\x32\x15.overfill.v1.Activity\"p\n\nPoolStatus\x12!\n\x05stage\x18\x01 \x01(\x0e\x32\x12.overfill.v1.Stage\x12\r\n\x05ready\x18\x02 \x01(\r\x12\x10\n\x08\x65xpected\x18\x03 \x01(\r\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12\x10\n\x08\x62rownout\x18\x05 \x01(\x08\"\xa6\x02\n\x08\x41\x63tivity\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x03 \x01(\x01\x12\x0f\n\x07\x61nswers\x18\x04 \x01(\r\x12(\n\x06timing\x18\x05 \x03(\x0b\x32\x18.overfill.v1.Percentiles\x12*\n\nhistograms\x18\x06 \x03(\x0b\x32\x16.overfill.v1.Histogram\x12\x10\n\x08sessions\x18\x07 \x01(\r\x12\x15\n\rprompt_tokens\x18\x08 \x01(\x04\x12\x15\n\rcached_tokens\x18\t \x01(\x04\x12\x36\n\x10\x62usiest_sessions\x18\n \x03(\x0b\x32\x1c.overfill.v1.SessionActivity\"Z\n\x0fSessionActivity\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05turns\x18\x02 \x01(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x15\n\rcached_tokens\x18\x04 \x01(\x04\"8\n\tHistogram\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x62ucket\x18\x02 \x03(\x11\x12\r\n\x05\x63ount\x18\x03 \x03(\r\"Z\n\x0bPercentiles\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bp50_seconds\x18\x02 \x01(\x01\x12\x13\n\x0bp90_seconds\x18\x03 \x01(\x01\x12\x13\n\x0bp99_seconds\x18\x04 \x01(\x01\"\xaa\x03\n\rProcessStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.overfill.v1.Stage\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12%\n\x04load\x18\x07 \x01(\x0b\x32\x17.overfill.v1.WorkerLoad\x12\x18\n\x10software_version\x18\x08 \x01(\t\x12\x13\n\x0bincarnation\x18\t \x01(\x04\x12)\n\x05model\x18\n \x01(\x0b\x32\x1a.overfill.v1.ModelIdentity\x12\x1f\n\x02kv\x18\x0b \x01(\x0b\x32\x13.overfill.v1.KvSpec\x12#\n\x05\x63odec\x18\x0c \x01(\x0e\x32\x14.overfill.v1.KvCodec\x12\x17\n\x0fmetrics_address\x18\r \x01(\t\x12\x0e\n\x06\x65ngine\x18\x0e \x01(\t\x12\x0c\n\x04tier\x18\x0f \x01(\t\x12-\n\x0cprefill_load\x18\x10 \x01(\x0b\x32\x17.overfill.v1.WorkerLoad\"\x9c\x01\n\x0cWorkerStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.overfill.v1.Stage\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12+\n\x07process\x18\x04 \x01(\x0b\x32\x1a.overfill.v1.ProcessStatus\x12\x0c\n\x04tier\x18\x05 \x01(\t\x12\x11\n\tcolocated\x18\x06 \x01(\x08\"!\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x0f\n\rDrainResponse2\xb6\x02\n\x05\x41\x64min\x12\x41\n\x06Status\x12\x1a.overfill.v1.StatusRequest\x1a\x1b.overfill.v1.StatusResponse\x12>\n\x05\x44rain\x12\x19.overfill.v1.DrainRequest\x1a\x1a.overfill.v1.DrainResponse\x12R\n\x0bLoadAdapter\x12\x1f.overfill.v1.LoadAdapterRequest\x1a\".overfill.v1.ChangeAdapterResponse\x12V\n\rUnloadAdapter\x12!.overfill.v1.UnloadAdapterRequest\x1a\".overfill.v1.ChangeAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'overfill.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STATUSREQUEST']._serialized_start=92
-  _globals['_STATUSREQUEST']._serialized_end=122
-  _globals['_STATUSRESPONSE']._serialized_start=125
-  _globals['_STATUSRESPONSE']._serialized_end=395
-  _globals['_ROUTERSTATUS']._serialized_start=398
-  _globals['_ROUTERSTATUS']._serialized_end=527
-  _globals['_POOLSTATUS']._serialized_start=529
-  _globals['_POOLSTATUS']._serialized_end=641
-  _globals['_ACTIVITY']._serialized_start=644
-  _globals['_ACTIVITY']._serialized_end=938
-  _globals['_SESSIONACTIVITY']._serialized_start=940
-  _globals['_SESSIONACTIVITY']._serialized_end=1030
-  _globals['_HISTOGRAM']._serialized_start=1032
-  _globals['_HISTOGRAM']._serialized_end=1088
-  _globals['_PERCENTILES']._serialized_start=1090
-  _globals['_PERCENTILES']._serialized_end=1180
-  _globals['_PROCESSSTATUS']._serialized_start=1183
-  _globals['_PROCESSSTATUS']._serialized_end=1609
-  _globals['_WORKERSTATUS']._serialized_start=1612
-  _globals['_WORKERSTATUS']._serialized_end=1768
-  _globals['_DRAINREQUEST']._serialized_start=1770
-  _globals['_DRAINREQUEST']._serialized_end=1803
-  _globals['_DRAINRESPONSE']._serialized_start=1805
-  _globals['_DRAINRESPONSE']._serialized_end=1820
-  _globals['_ADMIN']._serialized_start=1823
-  _globals['_ADMIN']._serialized_end=1961
+  _globals['_LOADADAPTERREQUEST']._serialized_start=92
+  _globals['_LOADADAPTERREQUEST']._serialized_end=126
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=128
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=164
+  _globals['_CHANGEADAPTERRESPONSE']._serialized_start=166
+  _globals['_CHANGEADAPTERRESPONSE']._serialized_end=234
+  _globals['_ADAPTERCHANGE']._serialized_start=236
+  _globals['_ADAPTERCHANGE']._serialized_end=324
+  _globals['_STATUSREQUEST']._serialized_start=326
+  _globals['_STATUSREQUEST']._serialized_end=356
+  _globals['_STATUSRESPONSE']._serialized_start=359
+  _globals['_STATUSRESPONSE']._serialized_end=629
+  _globals['_ROUTERSTATUS']._serialized_start=632
+  _globals['_ROUTERSTATUS']._serialized_end=761
+  _globals['_POOLSTATUS']._serialized_start=763
+  _globals['_POOLSTATUS']._serialized_end=875
+  _globals['_ACTIVITY']._serialized_start=878
+  _globals['_ACTIVITY']._serialized_end=1172
+  _globals['_SESSIONACTIVITY']._serialized_start=1174
+  _globals['_SESSIONACTIVITY']._serialized_end=1264
+  _globals['_HISTOGRAM']._serialized_start=1266
+  _globals['_HISTOGRAM']._serialized_end=1322
+  _globals['_PERCENTILES']._serialized_start=1324
+  _globals['_PERCENTILES']._serialized_end=1414
+  _globals['_PROCESSSTATUS']._serialized_start=1417
+  _globals['_PROCESSSTATUS']._serialized_end=1843
+  _globals['_WORKERSTATUS']._serialized_start=1846
+  _globals['_WORKERSTATUS']._serialized_end=2002
+  _globals['_DRAINREQUEST']._serialized_start=2004
+  _globals['_DRAINREQUEST']._serialized_end=2037
+  _globals['_DRAINRESPONSE']._serialized_start=2039
+  _globals['_DRAINRESPONSE']._serialized_end=2054
+  _globals['_ADMIN']._serialized_start=2057
+  _globals['_ADMIN']._serialized_end=2367
 # @@protoc_insertion_point(module_scope)

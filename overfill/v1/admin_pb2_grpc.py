@@ -44,6 +44,16 @@ class AdminStub(object):
                 request_serializer=overfill_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=overfill_dot_v1_dot_admin__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/overfill.v1.Admin/LoadAdapter',
+                request_serializer=overfill_dot_v1_dot_admin__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=overfill_dot_v1_dot_admin__pb2.ChangeAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/overfill.v1.Admin/UnloadAdapter',
+                request_serializer=overfill_dot_v1_dot_admin__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=overfill_dot_v1_dot_admin__pb2.ChangeAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -66,6 +76,21 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Loads an adapter from the folder of adapters (`--adapters`); the call names no path. A router forwards this call and the
+        next one to all decode workers that it knows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Unloads an adapter: the answers that it writes are finished, new ones are refused. Its folder stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -78,6 +103,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=overfill_dot_v1_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=overfill_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=overfill_dot_v1_dot_admin__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=overfill_dot_v1_dot_admin__pb2.ChangeAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=overfill_dot_v1_dot_admin__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=overfill_dot_v1_dot_admin__pb2.ChangeAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +169,60 @@ class Admin(object):
             '/overfill.v1.Admin/Drain',
             overfill_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
             overfill_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/overfill.v1.Admin/LoadAdapter',
+            overfill_dot_v1_dot_admin__pb2.LoadAdapterRequest.SerializeToString,
+            overfill_dot_v1_dot_admin__pb2.ChangeAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/overfill.v1.Admin/UnloadAdapter',
+            overfill_dot_v1_dot_admin__pb2.UnloadAdapterRequest.SerializeToString,
+            overfill_dot_v1_dot_admin__pb2.ChangeAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

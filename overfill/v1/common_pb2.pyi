@@ -113,12 +113,14 @@ class ModelIdentity(_message.Message):
     def __init__(self, name: _Optional[str] = ..., full_digest: _Optional[str] = ..., decoder_digest: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., decoder_quantize: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., config_digest: _Optional[str] = ..., decoder_config_digest: _Optional[str] = ..., reader_digest: _Optional[str] = ..., reader_quantize: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "digest")
+    __slots__ = ("name", "digest", "tail_tokens")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TAIL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
+    tail_tokens: int
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., tail_tokens: _Optional[int] = ...) -> None: ...
 
 class Grammar(_message.Message):
     __slots__ = ("json_object", "json_schema", "regex", "lark")
@@ -210,7 +212,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., reasoning_tokens: _Optional[int] = ...) -> None: ...
 
 class Timing(_message.Message):
-    __slots__ = ("ttft_ns", "router_queue_ns", "decode_reservation_ns", "prefill_queue_ns", "prefill_compute_ns", "return_path_ns", "handoff_exposed_ns", "decode_ns", "total_ns")
+    __slots__ = ("ttft_ns", "router_queue_ns", "decode_reservation_ns", "prefill_queue_ns", "prefill_compute_ns", "return_path_ns", "handoff_exposed_ns", "decode_ns", "total_ns", "handoff_ns", "first_step_ns")
     TTFT_NS_FIELD_NUMBER: _ClassVar[int]
     ROUTER_QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
     DECODE_RESERVATION_NS_FIELD_NUMBER: _ClassVar[int]
@@ -220,6 +222,8 @@ class Timing(_message.Message):
     HANDOFF_EXPOSED_NS_FIELD_NUMBER: _ClassVar[int]
     DECODE_NS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_NS_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_NS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STEP_NS_FIELD_NUMBER: _ClassVar[int]
     ttft_ns: int
     router_queue_ns: int
     decode_reservation_ns: int
@@ -229,4 +233,6 @@ class Timing(_message.Message):
     handoff_exposed_ns: int
     decode_ns: int
     total_ns: int
-    def __init__(self, ttft_ns: _Optional[int] = ..., router_queue_ns: _Optional[int] = ..., decode_reservation_ns: _Optional[int] = ..., prefill_queue_ns: _Optional[int] = ..., prefill_compute_ns: _Optional[int] = ..., return_path_ns: _Optional[int] = ..., handoff_exposed_ns: _Optional[int] = ..., decode_ns: _Optional[int] = ..., total_ns: _Optional[int] = ...) -> None: ...
+    handoff_ns: int
+    first_step_ns: int
+    def __init__(self, ttft_ns: _Optional[int] = ..., router_queue_ns: _Optional[int] = ..., decode_reservation_ns: _Optional[int] = ..., prefill_queue_ns: _Optional[int] = ..., prefill_compute_ns: _Optional[int] = ..., return_path_ns: _Optional[int] = ..., handoff_exposed_ns: _Optional[int] = ..., decode_ns: _Optional[int] = ..., total_ns: _Optional[int] = ..., handoff_ns: _Optional[int] = ..., first_step_ns: _Optional[int] = ...) -> None: ...

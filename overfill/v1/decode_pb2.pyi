@@ -145,12 +145,14 @@ class SequenceFailed(_message.Message):
     def __init__(self, status: _Optional[bytes] = ..., trace_id: _Optional[str] = ...) -> None: ...
 
 class Reserved(_message.Message):
-    __slots__ = ("blocks", "reservation_ns")
+    __slots__ = ("blocks", "reservation_ns", "has_prompt")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     RESERVATION_NS_FIELD_NUMBER: _ClassVar[int]
+    HAS_PROMPT_FIELD_NUMBER: _ClassVar[int]
     blocks: int
     reservation_ns: int
-    def __init__(self, blocks: _Optional[int] = ..., reservation_ns: _Optional[int] = ...) -> None: ...
+    has_prompt: bool
+    def __init__(self, blocks: _Optional[int] = ..., reservation_ns: _Optional[int] = ..., has_prompt: bool = ...) -> None: ...
 
 class NeedPrefill(_message.Message):
     __slots__ = ("reason", "detail", "worker_id", "step_failed")
@@ -177,7 +179,7 @@ class NeedPrefill(_message.Message):
     def __init__(self, reason: _Optional[_Union[NeedPrefill.Reason, str]] = ..., detail: _Optional[str] = ..., worker_id: _Optional[str] = ..., step_failed: bool = ...) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("first_index", "ids", "logprobs", "prefill_queue_ns", "prefill_compute_ns", "return_ns", "so_far", "prompt_logprobs")
+    __slots__ = ("first_index", "ids", "logprobs", "prefill_queue_ns", "prefill_compute_ns", "return_ns", "so_far", "prompt_logprobs", "handoff_ns", "first_step_ns")
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -186,6 +188,8 @@ class Tokens(_message.Message):
     RETURN_NS_FIELD_NUMBER: _ClassVar[int]
     SO_FAR_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_NS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STEP_NS_FIELD_NUMBER: _ClassVar[int]
     first_index: int
     ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
@@ -194,7 +198,9 @@ class Tokens(_message.Message):
     return_ns: int
     so_far: DecodeDone
     prompt_logprobs: _common_pb2.PromptLogprobs
-    def __init__(self, first_index: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., prefill_queue_ns: _Optional[int] = ..., prefill_compute_ns: _Optional[int] = ..., return_ns: _Optional[int] = ..., so_far: _Optional[_Union[DecodeDone, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[_common_pb2.PromptLogprobs, _Mapping]] = ...) -> None: ...
+    handoff_ns: int
+    first_step_ns: int
+    def __init__(self, first_index: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., prefill_queue_ns: _Optional[int] = ..., prefill_compute_ns: _Optional[int] = ..., return_ns: _Optional[int] = ..., so_far: _Optional[_Union[DecodeDone, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[_common_pb2.PromptLogprobs, _Mapping]] = ..., handoff_ns: _Optional[int] = ..., first_step_ns: _Optional[int] = ...) -> None: ...
 
 class Refused(_message.Message):
     __slots__ = ("load", "reason")

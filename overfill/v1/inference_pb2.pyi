@@ -287,20 +287,22 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "max_model_len", "full_digest", "decoder_digest", "dtype", "tier")
+    __slots__ = ("name", "max_model_len", "full_digest", "decoder_digest", "dtype", "tier", "adapter_digest")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     FULL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     DECODER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     max_model_len: int
     full_digest: str
     decoder_digest: str
     dtype: str
     tier: str
-    def __init__(self, name: _Optional[str] = ..., max_model_len: _Optional[int] = ..., full_digest: _Optional[str] = ..., decoder_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., tier: _Optional[str] = ...) -> None: ...
+    adapter_digest: str
+    def __init__(self, name: _Optional[str] = ..., max_model_len: _Optional[int] = ..., full_digest: _Optional[str] = ..., decoder_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., tier: _Optional[str] = ..., adapter_digest: _Optional[str] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("model", "text", "chat", "no_special_tokens")

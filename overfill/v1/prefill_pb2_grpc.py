@@ -78,7 +78,7 @@ class PrefillServicer(object):
 
     def PrefillAtOnce(self, request, context):
         """Prefills one prompt whose KV fits one message, and answers once, with that KV. The decode worker does not acknowledge it:
-        the lease ends when the KV has been copied.
+        the lease ends when the KV has been copied. A worker whose ranks have the KV refuses this unless without_kv is set.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,7 +86,7 @@ class PrefillServicer(object):
 
     def PullKv(self, request, context):
         """Streams KV of a running prefill, each chunk as soon as its layer is computed. The decode worker opens several streams
-        with disjoint ranges, each on its own channel.
+        with disjoint ranges, each on its own channel, to the data addresses that serve their heads. Elsewhere it is refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from overfill.engine.protocol import ServedHalf
 from overfill.engine.sequence import (
+    AdapterChanged,
     DecodeEvent,
     PrefillEvent,
     PrefillHere,
@@ -72,7 +73,7 @@ class LocalPrefills:
     def on_events(self, events: Iterable[PrefillEvent | DecodeEvent]) -> None:
         """Passes engine events to their prompts. Call it on the event loop."""
         for event in events:
-            if not isinstance(event, StepSampled) and (queue := self.events.get(event.id)):
+            if not isinstance(event, StepSampled | AdapterChanged) and (queue := self.events.get(event.id)):
                 queue.put_nowait(event)
 
     async def sequence(self, session: SequenceSession) -> PrefillSequence:

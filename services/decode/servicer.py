@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 from overfill.engine.protocol import ServedHalf
-from overfill.engine.sequence import DecodeEvent, DecodeSequence, StepSampled, StopRule
+from overfill.engine.sequence import AdapterChanged, DecodeEvent, DecodeSequence, StepSampled, StopRule
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
 from overfill.kv.peers import PeerPool, PrefillPeer
 from overfill.kv.puller import LocalPuller
@@ -91,7 +91,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         for event in events:
             if isinstance(event, StepSampled):
                 self._on_step(event)
-            elif session := self._sessions.get(event.id):
+            elif not isinstance(event, AdapterChanged) and (session := self._sessions.get(event.id)):
                 session.take(event)
 
     def _on_step(self, step: StepSampled) -> None:

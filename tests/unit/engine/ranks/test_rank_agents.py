@@ -168,7 +168,7 @@ async def test_a_transfer_is_closed_when_no_rank_reads_it_any_more():
         prefill.stores[1].go_on.set()
         await closing
         pull.cancel()
-        # If the broken streams are retried sooner than the cancel, the source says that the transfer has ended.
+        # When the broken streams' retries are sooner than the cancel, the source says that the transfer has ended.
         with pytest.raises((asyncio.CancelledError, TransferFailed)):
             await pull
         # Progress of a transfer that has ended is dropped.

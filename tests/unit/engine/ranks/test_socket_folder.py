@@ -44,7 +44,7 @@ def holder(tmp_path, monkeypatch):
 
 
 def test_a_killed_worker_s_folder_is_removed_by_the_next_one(holder, tmp_path):
-    killed, abandoned = holder()
+    killed, _ = holder()
     _, in_use = holder()
     killed.kill()
     killed.wait()
