@@ -214,7 +214,11 @@ class DecodeEngine:
         if sequence.prompt_blocks is None:
             shared = sequence.prompt[: sequence.num_shared]
             sequence.prompt_blocks = self._prefix.blocks_of(shared, sequence.cache_namespace)
-        allocation = self._prefix.acquire(sequence.id, sequence.prompt_blocks, needed, spare=self._num_growing())
+        # Nothing before answer_start is left to compute, except by the full model that scores the prompt.
+        whole = sequence.answer_start is not None and sequence.scores is None
+        allocation = self._prefix.acquire(
+            sequence.id, sequence.prompt_blocks, needed, spare=self._num_growing(), whole=whole
+        )
         if allocation is None:
             return None
         sequence.blocks = allocation.blocks
