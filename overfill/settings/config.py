@@ -37,6 +37,7 @@ from overfill.settings.values import (
     Device,
     EngineArgs,
     EngineChoice,
+    Folder,
     Name,
     Names,
     Origins,
@@ -232,6 +233,15 @@ class DecodeConfig(WorkerConfig):
         le=MAX_DATA_STREAMS,
         description="number of parallel connections that transfer a request's KV; with ranks, of each rank to each "
         "that serves some of its heads, and at most 64 of all ranks",
+    )
+    adapters: Folder | None = Field(
+        None,
+        description="folder with a folder for each adapter, named after it; the worker loads those of its decoder when "
+        "it starts; by default it has no adapters, and no memory for them",
+    )
+    max_adapters: int = Field(8, ge=1, description="with --adapters, maximum number of loaded adapters")
+    max_adapter_rank: int = Field(
+        16, ge=1, description="with --adapters, largest rank of an adapter; each of --max-adapters takes its memory"
     )
 
     @model_validator(mode="after")

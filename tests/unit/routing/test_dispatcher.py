@@ -83,6 +83,24 @@ def test_a_free_prefill_slot_goes_with_the_start(dispatcher, add):
     check(dispatcher, 0.0)
 
 
+@pytest.mark.parametrize("with_start", [True, False])
+def test_a_job_whose_decode_worker_has_the_prompt_holds_and_awaits_no_prefill_slot(dispatcher, add, with_start):
+    add("d0")
+    prefill = add("p0", PREFILL, credits=1)
+    a, b = job("a"), job("b")
+    place(dispatcher, 0.0, a)
+    if with_start:
+        assert dispatcher.prefill_with_start(a) is prefill
+    assert dispatcher.reserved(a, has_prompt=True)
+    assert (a.state, prefill.in_flight) == (JobState.RUNNING, 0)
+    place(dispatcher, 0.0, b)
+    assert reserve(dispatcher, b) == [("b", "p0")]
+    dispatcher.prefill_done(b, 0.0)
+    dispatcher.need_prefill(a, None, failed=False, pause=False)  # the transfer that it awaited has failed
+    assert placed(dispatcher.poll(0.0)) == [("a", "p0")]
+    check(dispatcher, 0.0)
+
+
 def test_no_slot_goes_with_the_start_while_a_resumed_job_waits_for_one(dispatcher, add):
     add("d0")
     p0 = add("p0", PREFILL, credits=2)
