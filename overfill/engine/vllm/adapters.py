@@ -5,8 +5,8 @@ vanish meanwhile: ``AdapterSlots.stage`` writes the weights that were checked to
 The folder is removed when vLLM has read it.
 
 - **No queue.** vLLM lets a request wait while others use ``max_loras`` adapters. There are as many places as slots.
-- **Rows without an adapter.** On CPUs, vLLM adds the product of its last place to the rows of a mixed batch that have no
-  adapter. So there it gets one place more than there are slots, which stays zero.
+- **Rows without an adapter.** On CPUs, vLLM adds the product in its last place to those rows of a mixed batch that have
+  no adapter. So there it gets one place more than there are slots, which stays zero.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import save_file  # noqa: TID251 - only vLLM, in this user's processes, reads the files
 from vllm.config.lora import MaxLoRARanks
 
 from overfill.engine.protocol import EngineOptions
@@ -40,7 +40,9 @@ def lora_arguments(options: EngineOptions) -> dict[str, Any]:
         return {}
     rank = next((rank for rank in _RANKS if rank >= options.max_adapter_rank), None)
     if rank is None:
-        raise InvalidRequest("max_adapter_rank", f"{options.max_adapter_rank} is more than {_RANKS[-1]}, vLLM's maximum")
+        raise InvalidRequest(
+            "max_adapter_rank", f"{options.max_adapter_rank} is more than {_RANKS[-1]}, vLLM's maximum"
+        )
     places = options.max_adapters + _num_spare(options)
     return {
         "enable_lora": True,
@@ -119,7 +121,7 @@ class VllmAdapters:
         return Path(self._folder.name, str(slot))
 
 
-def _tensors(adapter: LoraAdapter) -> Mapping[str, Any]:
+def _tensors(adapter: LoraAdapter) -> dict[str, torch.Tensor]:
     """The adapter's tensors under PEFT's names."""
     tensors = {}
     for (layer, projection), product in adapter.products.items():

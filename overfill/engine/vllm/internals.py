@@ -254,7 +254,7 @@ class VllmCore:
         request._all_token_ids[position] = token
 
     def received(self, id: str, num_computed: int) -> None:
-        """Says that a waiting request's blocks hold the KV of ``num_computed`` tokens; the next step can schedule it."""
+        """Says that a waiting request has the KV of ``num_computed`` tokens; the next step can schedule it."""
         self._scheduler.requests[id].num_computed_tokens = num_computed
         self._end_loading(id)
 
