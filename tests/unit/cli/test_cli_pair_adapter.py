@@ -41,7 +41,6 @@ def test_an_adapter_from_add_to_remove(call: Callable[..., Result], peft: Path, 
     assert folder.is_relative_to(tmp_path / "home" / "adapters")
     assert "3 tokens before the answer" in added.stderr
     assert "with its own prefill" in added.stderr
-    assert "`overfill pair eval --adapter`" in added.stderr
     assert "on the full model's KV, as it is served" in call("add", peft, "--name", "coder", "--on-full-kv").stderr
     facts = json.loads(call("show", "planner", "--json").stdout)
     assert (facts["layers"], facts["projections"], facts["rank"]) == (4, ["q_proj", "v_proj"], 4)
