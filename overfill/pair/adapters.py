@@ -70,6 +70,14 @@ def list_adapters(directory: Path) -> list[AdapterRecord]:
     return records
 
 
+def find_adapter(directory: Path, name: str) -> Path:
+    """Returns the folder of the adapter ``name``; raises InvalidAdapter, which names the others, if there is none."""
+    if name not in (names := adapter_names(directory)):
+        known = f"there are {', '.join(names[:_MAX_NAMED])}{', …' if len(names) > _MAX_NAMED else ''}"
+        raise InvalidAdapter(f"{directory} has no adapter {name[:80]!r}; {known if names else 'it has none'}")
+    return directory / name
+
+
 def write_record(
     folder: Path, pair: Pair, *, tail_tokens: int = 0, own_prefill: bool, training: Mapping[str, Any]
 ) -> AdapterRecord:
@@ -153,15 +161,13 @@ def remove_adapter(directory: Path, name: str) -> None:
     Raises:
         InvalidAdapter: there is no such adapter, or it cannot be removed.
     """
-    if name not in (names := adapter_names(directory)):
-        known = f"there are {', '.join(names[:_MAX_NAMED])}{', …' if len(names) > _MAX_NAMED else ''}"
-        raise InvalidAdapter(f"{directory} has no adapter {name[:80]!r}; {known if names else 'it has none'}")
+    folder = find_adapter(directory, name)
     hidden = directory / f".{name}.removed-{secrets.token_hex(4)}"
     try:
-        (directory / name).rename(hidden)
+        folder.rename(hidden)
         shutil.rmtree(hidden)
     except OSError as error:
-        raise InvalidAdapter(f"{directory / name}: cannot be removed: {error.strerror}") from None
+        raise InvalidAdapter(f"{folder}: cannot be removed: {error.strerror}") from None
 
 
 def _taken(target: Path) -> InvalidAdapter:
