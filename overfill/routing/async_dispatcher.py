@@ -100,9 +100,14 @@ class AsyncDispatcher:
             self._note_change()
         return worker
 
-    def reserved(self, job: Job, on_placed: OnPlaced) -> bool:
-        """Queues the job for a prefill slot, since its decode worker has reserved blocks. True if it holds one."""
-        if self._dispatcher.reserved(job):
+    def reserved(self, job: Job, on_placed: OnPlaced, *, has_prompt: bool) -> bool:
+        """Queues the job for a prefill slot, since its decode worker has reserved blocks.
+
+        See ``Dispatcher.reserved`` for ``has_prompt``. Returns True if the job needs no other slot.
+        """
+        if self._dispatcher.reserved(job, has_prompt=has_prompt):
+            if has_prompt:
+                self._freed()
             return True
         self._wait(job, on_placed)
         return False
