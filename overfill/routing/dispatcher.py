@@ -46,8 +46,6 @@ from overfill.routing.tier import Adapter
 from overfill.routing.worker import PREFILL, Worker
 from overfill.v1 import decode_pb2, registry_pb2
 
-__all__ = ["Dispatcher", "Job", "JobState", "Placement", "Rejection"]
-
 STARTUP_MARGIN = 2.0
 """Default of ``absent_after``, as a multiple of the stage's longest start-up time.
 
@@ -260,10 +258,10 @@ class Dispatcher:
         """Notes that the job's decode worker has reserved blocks.
 
         Args:
-            has_prompt: True if the worker needs no prefill worker now. The job then gives its prefill slot back.
+            has_prompt: whether the decode worker needs no prefill worker. A slot that the job holds becomes free.
 
         Returns:
-            True if the job needs no other prefill slot; otherwise it is queued for one.
+            True if the job holds a prefill slot already, or needs none; otherwise it is queued for one.
         """
         late_prefill = job.late_prefill
         self._answered(job)
