@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,6 +105,27 @@ class TestLostRanks(OnRanks, decode.DecodeEngineConformance):
         assert first.exitcode == -signal.SIGKILL
         with pytest.raises(InternalError, match="rank 1"):
             driver.core._vllm.step()
+
+
+def test_a_worker_killed_while_ranks_load_leaves_a_folder_that_the_next_one_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is held is removed once its process has ended (``unit/stack/test_shared_folder.py``)."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found: list[set[str]] = []
+
+    def load(executor: Any) -> None:
+        folder = Path(os.environ["VLLM_RPC_BASE_PATH"])
+        found.append({file.name for file in folder.iterdir()})
+        assert folder.parent == tmp_path
+        assert folder.stat().st_mode & 0o77 == 0
+
+    monkeypatch.setattr(executor_module.MultiprocExecutor, "_init_executor", load)
+    monkeypatch.setattr(executor_module.RankExecutor, "_unname", lambda executor: None)
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", "")
+    executor_module.RankExecutor.__new__(executor_module.RankExecutor)._init_executor()
+    assert found == [{"held"}]
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_rank_that_ends_before_its_queue_is_known_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from overfill.engine.protocol import (
 )
 from overfill.engine.vllm.decode import VllmDecodeEngine
 from overfill.engine.vllm.hashes import HashedPrompt
+from overfill.engine.vllm.hooks import hub
 from overfill.engine.vllm.internals import (
     CONNECTOR,
     EngineArgs,
@@ -30,7 +31,6 @@ from overfill.engine.vllm.internals import (
     VllmConfig,
     VllmCore,
     current_platform,
-    hub,
     quieten,
 )
 from overfill.engine.vllm.prefill import VllmPrefillEngine
