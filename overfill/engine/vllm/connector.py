@@ -58,7 +58,7 @@ class OverfillConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if hub.hooks is not None and num_external_tokens:
-            hub.hooks.allocated(request.request_id, num_external_tokens)
+            hub.hooks.allocated(request.request_id)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         if hub.hooks is None:

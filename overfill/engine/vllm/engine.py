@@ -106,7 +106,7 @@ class VllmEngine:
     def tokens_to_load(self, request_id: str, held: int) -> int:
         return 0
 
-    def allocated(self, request_id: str, num_loaded: int) -> None:
+    def allocated(self, request_id: str) -> None:
         pass
 
     def scheduled(self, num_tokens: Mapping[str, int], preempted: Collection[str]) -> None:

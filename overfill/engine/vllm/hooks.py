@@ -52,8 +52,8 @@ class Hooks(RunnerHooks, Protocol):
         """Tokens behind the first ``held`` ones whose KV comes from outside."""
         ...
 
-    def allocated(self, request_id: str, num_loaded: int) -> None:
-        """vLLM has given blocks to a request that waits for ``num_loaded`` tokens' KV."""
+    def allocated(self, request_id: str) -> None:
+        """vLLM has given blocks to a request that waits for KV."""
         ...
 
     def scheduled(self, num_tokens: Mapping[str, int], preempted: Collection[str]) -> None:

@@ -7,6 +7,7 @@ promises nothing about the rest. Used here:
 - ``Request`` with a block hasher of our own, and its lists of tokens;
 - of the scheduler: ``add_request``, ``requests``, ``_update_from_kv_xfer_finished``, ``kv_event_publisher``, and the
   KV cache manager's ``get_computed_blocks``, ``get_block_ids``, ``evict_blocks`` and ``block_pool``;
+- the model runner's ``lora_manager``, its modules and the adapters that it holds;
 - ``static_forward_context``, whose attention layers can write into a cache (``impl.do_kv_cache_update``).
 
 ``ranks.executor`` and ``ranks.process`` have what is used of vLLM's executor and worker for several ranks, and
@@ -41,6 +42,7 @@ from vllm.config import KVEventsConfig, KVTransferConfig, VllmConfig
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
@@ -56,6 +58,7 @@ __all__ = [
     "EngineArgs",
     "KVEventsConfig",
     "KVTransferConfig",
+    "LoRARequest",
     "Request",
     "VllmConfig",
     "VllmCore",
@@ -129,6 +132,7 @@ class VllmCore:
         hasher: Callable[[Any], list[bytes]],
         plain: bool,
         row: Any = None,
+        adapter: LoRARequest | None = None,
     ) -> Request:
         """A request that samples ``max_tokens`` tokens after ``tokens``; no token ends it earlier.
 
@@ -150,6 +154,7 @@ class VllmCore:
             sampling_params=sampling,
             pooling_params=None,
             block_hasher=hasher,
+            lora_request=adapter,
         )
 
     def add(self, request: Request) -> None:
@@ -161,9 +166,10 @@ class VllmCore:
         request.prompt_token_ids[position] = token
         request._all_token_ids[position] = token
 
-    def received(self, id: str) -> None:
-        """Says that the KV that a request waits for is in its blocks; the next step can schedule it."""
-        self._scheduler._update_from_kv_xfer_finished(KVConnectorOutput(finished_recving={id}))
+    def received(self, id: str, num_computed: int) -> None:
+        """Says that a waiting request has the KV of ``num_computed`` tokens; the next step can schedule it."""
+        self._scheduler.requests[id].num_computed_tokens = num_computed
+        self._end_loading(id)
 
     def sent(self, id: str) -> None:
         """Frees the blocks of an ended request. The caller has joined every stream that reads them."""
@@ -178,7 +184,10 @@ class VllmCore:
         ready = id in self._scheduler.finished_recving_kv_req_ids
         self._core.abort_requests([id])
         if loading and not ready:
-            self.received(id)  # vLLM would wait for the writer of the blocks, which has been joined
+            self._end_loading(id)  # vLLM would wait for the writer of the blocks, which has been joined
+
+    def _end_loading(self, id: str) -> None:
+        self._scheduler._update_from_kv_xfer_finished(KVConnectorOutput(finished_recving={id}))
 
     def known(self, id: str) -> bool:
         """Whether vLLM still holds anything of the request."""
@@ -231,6 +240,23 @@ class VllmCore:
         cached = len(self._pool.cached_block_hash_to_block)  # of equal blocks, it counts one
         return len(owned), max(0, cached - sum(block.block_hash is not None for block in owned.values()))
 
+    # Adapters ---------------------------------------------------------------------------------------------------
+
+    def adapter_buffers(self) -> int:
+        """Bytes of the buffers for adapters, of all ranks together."""
+        return sum(self.executor.collective_rpc(_adapter_buffers))
+
+    def add_adapter(self, adapter: LoRARequest) -> str:
+        """Loads an adapter between two steps. Returns why that failed; empty if it did not."""
+        refusals = self.executor.collective_rpc(_add_adapter, args=(adapter,))
+        if any(refusals):
+            self.remove_adapter(adapter.lora_int_id)
+        return next(filter(None, refusals), "")
+
+    def remove_adapter(self, number: int) -> None:
+        """Removes the adapter ``number`` if vLLM has it. No live request uses it."""
+        self.executor.collective_rpc("remove_lora", args=(number,))
+
     # Steps ------------------------------------------------------------------------------------------------------
 
     def step(self) -> tuple[list[Any], bool]:
@@ -271,6 +297,24 @@ def _clear_blocks(worker: Any, blocks: list[int]) -> None:
     """Called in every rank."""
     for cache in hub.caches.values():
         cache[blocks] = 0
+
+
+def _adapter_buffers(worker: Any) -> int:
+    """Called in every rank."""
+    modules = worker.model_runner.lora_manager._adapter_manager.modules.values()
+    return sum(buffer.nbytes for module in modules for buffer in (*module.lora_a_stacked, *module.lora_b_stacked))
+
+
+def _add_adapter(worker: Any, adapter: LoRARequest) -> str:
+    """Called in every rank. An error that leaves a rank would make the worker lose the others' answers."""
+    try:
+        worker.add_lora(adapter)
+        manager = worker.model_runner.lora_manager._adapter_manager
+        parts = {part for parts in manager.packed_modules.values() for part in parts}
+        unused = manager.get_adapter(adapter.lora_int_id).loras.keys() - manager.modules.keys() - parts
+        return f"the model has no {min(unused)}" if unused else ""
+    except Exception as error:
+        return str(error) or type(error).__name__
 
 
 CONNECTOR = "OverfillConnector"
