@@ -39,7 +39,7 @@ class CannotVerify(click.ClickException):
 
 
 @dataclass(frozen=True, slots=True)
-class Writer:
+class AskedWriter:
     """What is asked: a tier, or an adapter on the decoder of a tier.
 
     Attributes:
@@ -168,9 +168,9 @@ def verify_command(
         tiers = resolve_tiers(tiers, report)
         pairs = {tier.name: tier_pair(tier) for tier in tiers}
         folders = _adapter_folders(pairs, adapters, adapter_names)
-        writers = [Writer(t.name, t.name if names_tiers else "", frozenset({t.name, t.fallback})) for t in tiers]
+        writers = [AskedWriter(t.name, t.name if names_tiers else "", frozenset({t.name, t.fallback})) for t in tiers]
         for of_tier in folders.values():
-            writers += [Writer(name, name, frozenset({name}), record) for name, (_, record) in of_tier.items()]
+            writers += [AskedWriter(name, name, frozenset({name}), record) for name, (_, record) in of_tier.items()]
         asked = [writer for writer in writers if not chosen or writer.name in chosen]
         with connection.client() as client:
             check_stack(client.status(), pairs)
@@ -377,7 +377,7 @@ def ask(
 
 def judge_writer(
     references: Mapping[str, TwoStageReference],
-    writer: Writer,
+    writer: AskedWriter,
     prompts: Sequence[Prompt],
     answers: Sequence[Answer | OverfillError],
     max_tokens: int,
