@@ -232,7 +232,7 @@ class DecodeConfig(WorkerConfig):
         ge=1,
         le=MAX_DATA_STREAMS,
         description="number of parallel connections that transfer a request's KV; with ranks, of each rank to each "
-        "that serves some of its heads",
+        "that serves some of its heads, and at most 64 of all ranks",
     )
     adapters: Folder | None = Field(
         None,
@@ -243,6 +243,16 @@ class DecodeConfig(WorkerConfig):
     max_adapter_rank: int = Field(
         16, ge=1, description="with --adapters, largest rank of an adapter; each of --max-adapters takes its memory"
     )
+
+    @model_validator(mode="after")
+    def _check_streams(self) -> Self:
+        if self.data_streams * self.tensor_parallel_size > MAX_DATA_STREAMS:
+            raise ValueError(
+                f"--data-streams {self.data_streams}: {self.tensor_parallel_size} ranks may have "
+                f"{MAX_DATA_STREAMS // self.tensor_parallel_size} each, because a prefill worker sends a request's KV "
+                f"in at most {MAX_DATA_STREAMS} streams"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_tier(self) -> Self:

@@ -212,7 +212,7 @@ class WorkerAdapters:
                 if loaded.record.digest == record.digest:
                     return _to_proto(record)
                 raise Incompatible(
-                    f"{self._who} has another adapter {name!r} loaded, {loaded.record.digest[:16]}, than the folder has, "
+                    f"{self._who} has loaded another adapter {name!r}, {loaded.record.digest[:16]}, than the folder's, "
                     f"{record.digest[:16]}: unload it first",
                     ["name"],
                 )
@@ -247,7 +247,10 @@ class WorkerAdapters:
 
     def _stage(self, slot: int, record: AdapterRecord) -> LoraAdapter:
         folder = self._folder / record.name
-        adapter = read_adapter(folder, self._config, self._slots.max_rank)
+        if self._device is None:  # the mock engine has no weights
+            adapter = LoraAdapter(record, {})
+        else:
+            adapter = read_adapter(folder, self._config, self._slots.max_rank)
         if adapter.record != record:
             raise InvalidAdapter(f"{folder}: changed while it was read; load it again")
         self._slots.stage(slot, adapter)
