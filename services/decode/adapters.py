@@ -28,7 +28,6 @@ from overfill.errors import (
     DeadlineExceeded,
     Incompatible,
     InternalError,
-    InvalidAdapter,
     InvalidRequest,
     ModelNotFound,
     OverfillError,
@@ -36,6 +35,7 @@ from overfill.errors import (
     Unavailable,
 )
 from overfill.model.adapter import AdapterRecord, LoraAdapter, check_name, read_adapter, read_record
+from overfill.model.adapter_files import InvalidAdapter
 from overfill.pair.adapters import adapter_names
 from overfill.v1 import common_pb2, registry_pb2
 
@@ -311,7 +311,8 @@ class WorkerAdapters:
                 try:
                     await self._put(record)
                 except OverfillError as error:
-                    scan.faults.append(f"{record.name}: {error}")
+                    reason = error.reason if isinstance(error, InvalidRequest) else error
+                    scan.faults.append(f"{record.name}: {reason}")
         self._log_start(scan)
 
     def _next_fitting(self, scan: _Scan) -> AdapterRecord | None:
