@@ -36,17 +36,6 @@ class AdapterTests(DecodeEngineConformance):
         assert driver.change(0, random_adapter(config, 1, MAX_RANK)).error is None
         assert driver.change(1, random_adapter(config, 2, 3, ["v_proj", "o_proj", "up_proj"])).error is None
 
-    @pytest.mark.parametrize("length", [2, BLOCK_SIZE + 1, 3 * BLOCK_SIZE + 5])
-    @pytest.mark.parametrize("tail", [1, BLOCK_SIZE, BLOCK_SIZE + 9])
-    def test_the_decoder_computes_the_tail_and_samples_the_first_token(self, driver, length, tail):
-        start = max(1, length - tail)
-        requests = [
-            AdaptedRequest(prompt(length), sampling(name, 9), sample_index=2, answer_start=start, slot=slot)
-            for name, slot in (("greedy", None), ("temperature", 0), ("frequency_penalty", 1))
-        ]
-        for request, decoding in zip(requests, driver.answer(*requests), strict=True):
-            assert_adapted(driver, request, decoding)
-
     def test_a_batch_mixes_adapters_and_none(self, driver):
         requests = [
             AdaptedRequest(prompt(40, n), sampling(name, 12 + n), answer_start=35, slot=(None, 0, 1)[n % 3])
@@ -59,6 +48,60 @@ class AdapterTests(DecodeEngineConformance):
             driver.step()
         driver.run()
         for request, decoding in zip(requests, joined, strict=True):
+            assert_adapted(driver, request, decoding)
+
+    def test_adapters_come_and_go_while_others_answer(self, driver):
+        first, second = dict(driver.adapters).values()
+        config = driver.reference.pair.decoder_config
+        running = AdaptedRequest(prompt(40), sampling("greedy", 60, ignore_eos=True), answer_start=38, slot=0)
+        (decoding,) = driver.begin(running)
+        driver.step()
+        in_use = driver.change(0, second)
+        assert isinstance(in_use.error, InternalError)
+        for adapter in (random_adapter(config, 3, 5), None, second):
+            assert driver.change(1, adapter).error is None
+            driver.step()
+            if adapter is not None:
+                other = AdaptedRequest(prompt(30), sampling("greedy", 5), answer_start=28, slot=1)
+                (beside,) = driver.begin(other)
+                driver.run_until(lambda beside=beside: beside.finish)
+                assert_adapted(driver, other, beside)
+                driver.release(beside)
+        driver.run()
+        assert_adapted(driver, running, decoding, first)
+
+    def test_an_adapter_that_vllm_does_not_take_leaves_the_slot_empty(self, driver, monkeypatch):
+        monkeypatch.setattr(adapters_module, "check_fits", lambda *arguments: None)
+        slots: Any = driver.served.adapters
+        adapter = random_adapter(driver.reference.pair.decoder_config, 5)
+        products = {(layer + 7, projection): product for (layer, projection), product in adapter.products.items()}
+        changed = driver.change(1, replace(adapter, products=products))
+        assert "the model has no model.layers.7.mlp.down_proj" in str(changed.error)
+        request = AdaptedRequest(prompt(30), sampling("greedy", 5), answer_start=28, slot=1)
+        assert "slot 1 has no adapter" in driver.refused(request)
+        assert driver.change(1, adapter).error is None
+        assert_adapted(driver, request, *driver.answer(request))
+        assert list(Path(slots._folder.name).iterdir()) == []
+
+
+def with_slots(options: EngineOptions) -> EngineOptions:
+    return replace(options, max_adapters=NUM_SLOTS, max_adapter_rank=MAX_RANK)
+
+
+class TestAdapters(OnVllm, AdapterTests):
+    @classmethod
+    def load(cls, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
+        return super().load(pair, half, with_slots(options))
+
+    @pytest.mark.parametrize("length", [2, BLOCK_SIZE + 1, 3 * BLOCK_SIZE + 5])
+    @pytest.mark.parametrize("tail", [1, BLOCK_SIZE, BLOCK_SIZE + 9])
+    def test_the_decoder_computes_the_tail_and_samples_the_first_token(self, driver, length, tail):
+        start = max(1, length - tail)
+        requests = [
+            AdaptedRequest(prompt(length), sampling(name, 9), sample_index=2, answer_start=start, slot=slot)
+            for name, slot in (("greedy", None), ("temperature", 0), ("frequency_penalty", 1))
+        ]
+        for request, decoding in zip(requests, driver.answer(*requests), strict=True):
             assert_adapted(driver, request, decoding)
 
     @pytest.mark.parametrize("start", [2 * BLOCK_SIZE, 2 * BLOCK_SIZE + 7])
@@ -83,26 +126,6 @@ class AdapterTests(DecodeEngineConformance):
         request = AdaptedRequest(prompt(20), sampling("greedy", 1), answer_start=19, slot=1)
         assert_adapted(driver, request, *driver.answer(request))
 
-    def test_adapters_come_and_go_while_others_answer(self, driver):
-        first, second = dict(driver.adapters).values()
-        config = driver.reference.pair.decoder_config
-        running = AdaptedRequest(prompt(40), sampling("greedy", 60, ignore_eos=True), answer_start=38, slot=0)
-        (decoding,) = driver.begin(running)
-        driver.step()
-        in_use = driver.change(0, second)
-        assert isinstance(in_use.error, InternalError)
-        for adapter in (random_adapter(config, 3, 5), None, second):
-            assert driver.change(1, adapter).error is None
-            driver.step()
-            if adapter is not None:
-                other = AdaptedRequest(prompt(30), sampling("greedy", 5), answer_start=28, slot=1)
-                (beside,) = driver.begin(other)
-                driver.run_until(lambda beside=beside: beside.finish)
-                assert_adapted(driver, other, beside)
-                driver.release(beside)
-        driver.run()
-        assert_adapted(driver, running, decoding, first)
-
     def test_stage_takes_what_fits_and_leaves_no_weights_behind(self, driver, monkeypatch):
         slots: Any = driver.served.adapters
         config = driver.reference.pair.decoder_config
@@ -112,7 +135,7 @@ class AdapterTests(DecodeEngineConformance):
         assert (slots.num_slots, slots.max_rank) == (NUM_SLOTS, MAX_RANK)
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert list(folder.iterdir()) == [], "vLLM has read them"
-        with pytest.raises(InvalidRequest, match="task-4 has rank 7; the slots have space for rank 6"):
+        with pytest.raises(InvalidRequest, match="'task-4' has rank 7, more than this worker's --max-adapter-rank 6"):
             slots.stage(1, random_adapter(config, 4, MAX_RANK + 1))
         slots.stage(1, random_adapter(config, 4))
         assert [file.name for file in folder.iterdir()] == ["1"]
@@ -121,27 +144,6 @@ class AdapterTests(DecodeEngineConformance):
             with pytest.raises(OSError, match="disk full"):
                 slots.stage(1, random_adapter(config, 4))
         assert list(folder.iterdir()) == []
-
-    def test_an_adapter_that_vllm_does_not_take_leaves_the_slot_empty(self, driver):
-        slots: Any = driver.served.adapters
-        adapter = random_adapter(driver.reference.pair.decoder_config, 5)
-        products = {(layer + 7, projection): product for (layer, projection), product in adapter.products.items()}
-        changed = driver.change(1, replace(adapter, products=products))
-        assert "the model has no model.layers.7.mlp.down_proj" in str(changed.error)
-        assert driver.change(1, adapter).error is None
-        request = AdaptedRequest(prompt(30), sampling("greedy", 5), answer_start=28, slot=1)
-        assert_adapted(driver, request, *driver.answer(request))
-        assert list(Path(slots._folder.name).iterdir()) == []
-
-
-def with_slots(options: EngineOptions) -> EngineOptions:
-    return replace(options, max_adapters=NUM_SLOTS, max_adapter_rank=MAX_RANK)
-
-
-class TestAdapters(OnVllm, AdapterTests):
-    @classmethod
-    def load(cls, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
-        return super().load(pair, half, with_slots(options))
 
 
 class TestAdaptersOnRanks(OnRanks, AdapterTests):
