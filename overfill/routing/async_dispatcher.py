@@ -8,8 +8,8 @@ from collections.abc import Callable
 from contextvars import Context
 
 from overfill.errors import OverfillError
-from overfill.routing.dispatcher import Dispatcher, Job, Placement, Rejection
-from overfill.routing.job import JobState
+from overfill.routing.dispatcher import Dispatcher, Placement, Rejection
+from overfill.routing.job import Job, JobState
 from overfill.routing.pool import Pool
 from overfill.routing.worker import Worker
 from overfill.v1 import decode_pb2, registry_pb2

@@ -182,7 +182,7 @@ class SequenceSession:
         self._handoff: Handoff | None = None
         self._cached_tokens: int | None = None
         self._codec = common_pb2.KV_CODEC_UNSPECIFIED  # encoding in which the current KV was sent
-        self._untold = False  # True from a handoff until a token of a decode step has told the router of it
+        self._handoff_unreported = False  # True from a handoff until a token of a decode step has told the router of it
         self._reserved = self._refused = False
         self._failure: BaseException | None = None
         self._wants_kv = False
@@ -242,7 +242,7 @@ class SequenceSession:
         Returns:
             False if the session must ``take`` it instead. Most tokens take this way, which is the shortest.
         """
-        if not (self._waiting and self.inbox.empty()) or self._untold or self._first_step_ns is None:
+        if not (self._waiting and self.inbox.empty()) or self._handoff_unreported or self._first_step_ns is None:
             return False
         self._emitted = index + 1
         try:
@@ -300,6 +300,8 @@ class SequenceSession:
                 self.blocks, self.held_tokens = blocks, held
                 self._wants_kv = True
                 await self._announce_reservation(awaited)
+            case Refused(reason=reason) if self._reserved:
+                raise Overloaded(reason)  # vLLM had no room when it was to give cached blocks for the sequence's own
             case Refused(reason=reason):
                 refused = decode_pb2.Refused(load=self._worker.load(), reason=reason)
                 self._served.put(decode_pb2.SequenceUpdate(refused=refused))
@@ -448,11 +450,13 @@ class SequenceSession:
         key = shared_key(sequence.prompt_blocks, sequence.prompt, sequence.num_shared)
         if key is None:
             return False
-        cuts = self._worker.cut_blocks
-        has_blocks = self.held_tokens == sequence.num_shared - len(key.rest)
-        if has_blocks and (not key.rest or (cuts is not None and await cuts.restore(key, self.blocks))):
-            self._note_shared(awaited)
-            return True
+        if self.held_tokens == sequence.num_shared - len(key.rest):
+            cuts = self._worker.cut_blocks
+            if not key.rest or (cuts is not None and await cuts.restore(key, self.blocks)):
+                self._note_shared(awaited)
+                return True
+            if cuts is None:  # each receives the few tokens for itself
+                return False
         self._transfer = self._worker.transfers.join(key, sequence.id, self.inbox.put_nowait)
         return False
 
@@ -475,7 +479,7 @@ class SequenceSession:
 
     def _begin(self) -> None:
         """Has the engine run the sequence, whose prompt's KV is in place."""
-        self._untold = True
+        self._handoff_unreported = True
         self._worker.send(Start(self.sequence.id, self._first_token))
 
     def _leave_transfer(self) -> SharedTransfer | None:
@@ -569,7 +573,7 @@ class SequenceSession:
         token, scores = event.token, event.scores
         if token is not None:
             self._emitted = event.index + 1
-            if token.logprob is None and scores is None and not self._untold:
+            if token.logprob is None and scores is None and not self._handoff_unreported:
                 self._served.put_token(event.index, token.token_id)
                 return event.finish
         elif scores is None:
@@ -578,8 +582,8 @@ class SequenceSession:
         if scores is not None:
             tokens.MergeFrom(self._full_scores)
             tokens.prompt_logprobs.MergeFrom(scores)
-        if self._untold:
-            self._untold = False
+        if self._handoff_unreported:
+            self._handoff_unreported = False
             tokens.so_far.CopyFrom(self._so_far())
         self._served.put(decode_pb2.SequenceUpdate(tokens=tokens))
         return event.finish

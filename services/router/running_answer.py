@@ -11,6 +11,7 @@ from overfill.api.answer_text import AnswerText
 from overfill.errors import OverfillError, RequestCancelled
 from overfill.routing.answer import AnswerDelta
 from overfill.routing.relay import Relay
+from overfill.routing.tier import TierChoice
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.outcomes import outcome_of
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
@@ -53,7 +54,7 @@ class RunningAnswer:
         self._close = close
         self._relay = relay
         self._text = text
-        self._handed: AnswerDelta | None = None  # the delta that the caller is handing to the client
+        self._delta_in_delivery: AnswerDelta | None = None  # the delta that the caller is handing to the client
         self._handed_at: float | None = None  # time when the previous tokens had been handed to the client
         self._ttft_ns: int | None = None
         self.rest: AnswerDelta | None = None
@@ -64,6 +65,11 @@ class RunningAnswer:
         """The end of the answer; available after the last delta."""
         assert self._finished is not None
         return self._finished
+
+    @property
+    def choice(self) -> TierChoice:
+        """What writes the answer, as it was accepted."""
+        return self._relay.request.choice
 
     @property
     def cached_tokens(self) -> int:
@@ -84,9 +90,9 @@ class RunningAnswer:
         Raises:
             OverfillError: the answer failed; all its tokens have been returned.
         """
-        if self._handed is not None:
-            self._count(self._handed)
-            self._handed = None
+        if self._delta_in_delivery is not None:
+            self._count(self._delta_in_delivery)
+            self._delta_in_delivery = None
         if self._text.stop is not None:
             self._finish(None)
             return None
@@ -122,7 +128,7 @@ class RunningAnswer:
             if len(delta.token_ids) >= self._relay.request.stream_interval and not answer.unread:
                 break
         pace.writing()
-        self._handed = delta
+        self._delta_in_delivery = delta
         return delta
 
     def _count(self, handed: AnswerDelta) -> None:
@@ -163,7 +169,7 @@ class RunningAnswer:
     def _log(self) -> None:
         relay = self._relay
         ttft_ns = self._ttft_ns
-        if ttft_ns is None and self._handed is not None and not relay.request.client_resumed:
+        if ttft_ns is None and self._delta_in_delivery is not None and not relay.request.client_resumed:
             ttft_ns = _nanoseconds_since(relay.answer.received)  # the client left while the first token was on its way
         logs.ended(
             "router",
@@ -176,7 +182,7 @@ class RunningAnswer:
             prefill_worker=relay.answer.prefill_worker,
             decode_worker=relay.decode_worker,
             migrations=relay.answer.migrations,
-            tier=relay.request.tier,
+            tier=relay.request.writer,
         )
 
 
@@ -186,7 +192,7 @@ def _finished(
     if end is None:  # a stop string ended the answer before the worker did
         end = relay.finish_at(text.num_tokens)
     parts = relay.answer.parts or [
-        inference_pb2.AnswerPart(tier=relay.request.tier, first_index=len(relay.answer.emitted))
+        inference_pb2.AnswerPart(tier=relay.request.writer, first_index=len(relay.answer.emitted))
     ]
     if text.stop is not None:
         # The client gets no tokens behind the stop string, so it does not matter which tier wrote them.

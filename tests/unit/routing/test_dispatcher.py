@@ -7,9 +7,10 @@ import pytest
 from jobs import make_job
 
 from overfill.errors import Overloaded, PromptTooLong, Unavailable
-from overfill.routing.dispatcher import Dispatcher, JobState, Placement, Rejection
+from overfill.routing.dispatcher import Dispatcher, Placement, Rejection
 from overfill.routing.fair_queue import FairQueue
 from overfill.routing.invariant import check
+from overfill.routing.job import JobState
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
 from overfill.routing.reservations import RESERVE_TIMEOUT, SILENT_AFTER
