@@ -222,7 +222,7 @@ class DecodeConformance(_AnswerTests):
         """With ``ended``, that one never runs."""
         requests = [Request(prompt(70), sampling("temperature", 8, seed=seed)) for seed in range(4)]
         leader, *others = map(driver.reserve, requests)
-        *followers, alone = others
+        followers = others[:-1]
         used = driver.load.blocks_used
         driver.write(leader, driver.reference.kv(leader.request.prompt))
         driver.core.handle(Share(leader.id, (*(each.id for each in followers), "unknown")))

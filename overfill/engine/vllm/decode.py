@@ -198,7 +198,7 @@ class VllmDecodeEngine(VllmEngine):
         return None
 
     def _share(self, id: str, followers: Sequence[str]) -> list[DecodeEvent]:
-        """Caches a complete prompt. Followers give their blocks back and ask again, so that they get the cached ones."""
+        """Caches a complete prompt. Followers give their blocks back and ask for new ones, the cached ones first."""
         if self._has_blocks(id):
             self._vllm.publish(id, self._receiving[id].num_shared)
         refused: list[DecodeEvent] = []
