@@ -62,6 +62,24 @@ def slot_bytes(config: ModelConfig, max_rank: int, dtype: torch.dtype) -> int:
     return config.num_layers * elements * dtype.itemsize
 
 
+def check_fits(adapter: LoraAdapter, config: ModelConfig, max_rank: int) -> None:
+    """Raises InvalidRequest if the adapter's rank, layers or shapes are not those of the model and its slots."""
+    name, shapes = adapter.record.name, projection_shapes(config)
+    for (layer, projection), product in adapter.products.items():
+        (rank, columns), (rows, inner) = product.down.shape, product.up.shape
+        if rank > max_rank:
+            reason = f"{name!r} has rank {rank}, more than this worker's --max-adapter-rank {max_rank}"
+            raise InvalidRequest("adapter", reason)
+        if not 0 <= layer < config.num_layers:
+            raise InvalidRequest("adapter", f"{name!r} has layer {layer}; the decoder has {config.num_layers} layers")
+        if (rows, columns) != shapes[projection] or inner != rank:
+            raise InvalidRequest(
+                "adapter",
+                f"{name!r} has a {projection} of [{rows}, {inner}] × [{rank}, {columns}] in layer {layer}; the "
+                f"decoder's is {list(shapes[projection])}",
+            )
+
+
 class LoraSlots(ABC):
     """A model's places for adapters; see ``AdapterSlots``. Subclasses say how a product is stored.
 
@@ -72,7 +90,7 @@ class LoraSlots(ABC):
         self.num_slots = num_slots
         self.max_rank = max_rank
         self.slot_bytes = slot_bytes(config, max_rank, dtype)
-        self._num_layers = config.num_layers
+        self._config = config
         self._shapes = projection_shapes(config)
 
     def stage(self, slot: int, adapter: LoraAdapter) -> None:
@@ -81,26 +99,11 @@ class LoraSlots(ABC):
         Raises:
             InvalidRequest: the adapter's rank, layers or shapes are not those of this model and its slots.
         """
-        for (layer, projection), product in adapter.products.items():
-            self._check(adapter.record.name, layer, projection, product)
+        check_fits(adapter, self._config, self.max_rank)
         with self._copying():
             self._clear(slot)
             for (layer, projection), product in adapter.products.items():
                 self._put(slot, layer, projection, product)
-
-    def _check(self, name: str, layer: int, projection: Projection, product: LowRank) -> None:
-        (rank, columns), (rows, inner) = product.down.shape, product.up.shape
-        if rank > self.max_rank:
-            reason = f"{name!r} has rank {rank}, more than this worker's --max-adapter-rank {self.max_rank}"
-            raise InvalidRequest("adapter", reason)
-        if not 0 <= layer < self._num_layers:
-            raise InvalidRequest("adapter", f"{name!r} has layer {layer}; the decoder has {self._num_layers} layers")
-        if (rows, columns) != self._shapes[projection] or inner != rank:
-            raise InvalidRequest(
-                "adapter",
-                f"{name!r} has a {projection} of [{rows}, {inner}] × [{rank}, {columns}] in layer {layer}; the "
-                f"decoder's is {list(self._shapes[projection])}",
-            )
 
     def _copying(self) -> AbstractContextManager[object]:
         """Encloses the copies of one adapter."""

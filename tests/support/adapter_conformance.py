@@ -34,7 +34,45 @@ class _WithAdapters(DecodeEngineConformance):
         assert driver.change(1, random_adapter(config, 2, 3, ["v_proj", "o_proj", "up_proj"])).error is None
 
 
-class AdapterConformance(_WithAdapters):
+class MixedAdapterConformance(_WithAdapters):
+    """Tests that adapters of a batch do not mix, whatever is in the slots."""
+
+    def test_a_batch_mixes_adapters_and_none(self, driver):
+        requests = [
+            AdaptedRequest(prompt(40, n), sampling(name, 12 + n), answer_start=35, slot=(None, 0, 1)[n % 3])
+            for n, name in enumerate(["greedy", "temperature", "sampled_regex", "logprobs"] * 2)
+        ]
+        assert len(requests) == MAX_NUM_SEQS
+        joined = []
+        for request in requests:
+            joined += driver.begin(request)
+            driver.step()
+        driver.run()
+        for request, decoding in zip(requests, joined, strict=True):
+            assert_adapted(driver, request, decoding)
+
+    def test_adapters_come_and_go_while_others_answer(self, driver):
+        first, second = dict(driver.adapters).values()
+        config = driver.reference.pair.decoder_config
+        running = AdaptedRequest(prompt(40), sampling("greedy", 60, ignore_eos=True), answer_start=38, slot=0)
+        (decoding,) = driver.begin(running)
+        driver.step()
+        in_use = driver.change(0, None)
+        assert isinstance(in_use.error, InternalError)
+        for adapter in (random_adapter(config, 3, 5), None, second):
+            assert driver.change(1, adapter).error is None
+            driver.step()
+            if adapter is not None:
+                other = AdaptedRequest(prompt(30), sampling("greedy", 5), answer_start=28, slot=1)
+                (beside,) = driver.begin(other)
+                driver.run_until(lambda beside=beside: beside.finish)
+                assert_adapted(driver, other, beside)
+                driver.release(beside)
+        driver.run()
+        assert_adapted(driver, running, decoding, first)
+
+
+class AdapterConformance(MixedAdapterConformance):
     """Tests a decode engine that has blocks for every sequence."""
 
     @pytest.mark.parametrize("length", [2, BLOCK_SIZE + 1, 3 * BLOCK_SIZE + 5])
@@ -46,20 +84,6 @@ class AdapterConformance(_WithAdapters):
             for name, slot in (("greedy", None), ("temperature", 0), ("frequency_penalty", 1))
         ]
         for request, decoding in zip(requests, driver.answer(*requests), strict=True):
-            assert_adapted(driver, request, decoding)
-
-    def test_a_batch_mixes_adapters_and_none(self, driver):
-        requests = [
-            AdaptedRequest(prompt(40, n), sampling(name, 12 + n), answer_start=35, slot=(None, 0, 1)[n % 3])
-            for n, name in enumerate(["greedy", "temperature", "sampled_regex", "logprobs"] * 2)
-        ]
-        assert len(requests) == MAX_NUM_SEQS
-        joined = []
-        for request in requests:  # reserving never fails, as vLLM has a place for each slot
-            joined += driver.begin(request)
-            driver.step()
-        driver.run()
-        for request, decoding in zip(requests, joined, strict=True):
             assert_adapted(driver, request, decoding)
 
     @pytest.mark.parametrize("start", [2 * BLOCK_SIZE, 2 * BLOCK_SIZE + 7])
@@ -84,26 +108,6 @@ class AdapterConformance(_WithAdapters):
         request = AdaptedRequest(prompt(20), sampling("greedy", 1), answer_start=19, slot=1)
         assert_adapted(driver, request, *driver.answer(request))
 
-    def test_adapters_come_and_go_while_others_answer(self, driver):
-        first, second = dict(driver.adapters).values()
-        config = driver.reference.pair.decoder_config
-        running = AdaptedRequest(prompt(40), sampling("greedy", 60, ignore_eos=True), answer_start=38, slot=0)
-        (decoding,) = driver.begin(running)
-        driver.step()
-        in_use = driver.change(0, None)
-        assert isinstance(in_use.error, InternalError)
-        for adapter in (random_adapter(config, 3, 5), None, second):
-            assert driver.change(1, adapter).error is None
-            driver.step()
-            if adapter is not None:
-                other = AdaptedRequest(prompt(30), sampling("greedy", 5), answer_start=28, slot=1)
-                (beside,) = driver.begin(other)
-                driver.run_until(lambda beside=beside: beside.finish)
-                assert_adapted(driver, other, beside)
-                driver.release(beside)
-        driver.run()
-        assert_adapted(driver, running, decoding, first)
-
     @pytest.mark.parametrize("tail", [3, 40])
     def test_tails_of_several_sequences_beside_running_answers(self, driver, tail):
         """An engine may compute short tails in the steps of the running answers."""
@@ -122,9 +126,12 @@ class AdapterConformance(_WithAdapters):
         for request, decoding in zip(running + joining, begun, strict=True):
             assert_adapted(driver, request, decoding)
 
-    def test_too_large_a_rank_is_refused(self, driver):
+    def test_an_empty_slot_and_too_large_a_rank_are_refused(self, driver):
+        assert driver.change(1, None).error is None
+        request = AdaptedRequest(prompt(30), sampling("greedy", 5), answer_start=28, slot=1)
+        assert driver.refused(request) == "slot 1 has no adapter"
         config = driver.reference.pair.decoder_config
-        with pytest.raises(InvalidRequest, match=f"'?task-4'? has rank {MAX_RANK + 1}.* {MAX_RANK}$"):
+        with pytest.raises(InvalidRequest, match=f"'task-4' has rank {MAX_RANK + 1}.* {MAX_RANK}$"):
             driver.served.adapters.stage(1, random_adapter(config, 4, MAX_RANK + 1))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from adapted_decoding import AdaptedRequest, assert_adapted
-from adapter_conformance import MAX_RANK, NUM_SLOTS, AdapterConformance, with_slots
+from adapter_conformance import MAX_RANK, NUM_SLOTS, AdapterConformance, MixedAdapterConformance, with_slots
 from engine_conformance import prompt, sampling
 from random_adapters import random_adapter
 from vllm_engines import OnRanks, OnVllm
@@ -23,8 +23,27 @@ from overfill.model.manifest import Half, Pair
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 
 
-class AdapterTests(AdapterConformance):
-    """The tests of every engine, and of what vLLM reads an adapter from."""
+class AdapterTests(MixedAdapterConformance):
+    """Tests of vLLM with any number of ranks."""
+
+    def test_an_adapter_that_vllm_does_not_take_leaves_the_slot_empty(self, driver, monkeypatch):
+        monkeypatch.setattr(adapters_module, "check_fits", lambda *arguments: None)
+        slots: Any = driver.served.adapters
+        adapter = random_adapter(driver.reference.pair.decoder_config, 5)
+        products = {(layer + 7, projection): product for (layer, projection), product in adapter.products.items()}
+        changed = driver.change(1, replace(adapter, products=products))
+        assert "the model has no model.layers.7.mlp.down_proj" in str(changed.error)
+        request = AdaptedRequest(prompt(30), sampling("greedy", 5), answer_start=28, slot=1)
+        assert "slot 1 has no adapter" in driver.refused(request)
+        assert driver.change(1, adapter).error is None
+        assert_adapted(driver, request, *driver.answer(request))
+        assert list(Path(slots._folder.name).iterdir()) == []
+
+
+class TestAdapters(OnVllm, AdapterTests, AdapterConformance):
+    @classmethod
+    def load(cls, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
+        return super().load(pair, half, with_slots(options))
 
     def test_stage_takes_what_fits_and_leaves_no_weights_behind(self, driver, monkeypatch):
         slots: Any = driver.served.adapters
@@ -35,7 +54,7 @@ class AdapterTests(AdapterConformance):
         assert (slots.num_slots, slots.max_rank) == (NUM_SLOTS, MAX_RANK)
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert list(folder.iterdir()) == [], "vLLM has read them"
-        with pytest.raises(InvalidRequest, match="task-4 has rank 7; the slots have space for rank 6"):
+        with pytest.raises(InvalidRequest, match="'task-4' has rank 7, more than this worker's --max-adapter-rank 6"):
             slots.stage(1, random_adapter(config, 4, MAX_RANK + 1))
         slots.stage(1, random_adapter(config, 4))
         assert [file.name for file in folder.iterdir()] == ["1"]
@@ -44,23 +63,6 @@ class AdapterTests(AdapterConformance):
             with pytest.raises(OSError, match="disk full"):
                 slots.stage(1, random_adapter(config, 4))
         assert list(folder.iterdir()) == []
-
-    def test_an_adapter_that_vllm_does_not_take_leaves_the_slot_empty(self, driver):
-        slots: Any = driver.served.adapters
-        adapter = random_adapter(driver.reference.pair.decoder_config, 5)
-        products = {(layer + 7, projection): product for (layer, projection), product in adapter.products.items()}
-        changed = driver.change(1, replace(adapter, products=products))
-        assert "the model has no model.layers.7.mlp.down_proj" in str(changed.error)
-        assert driver.change(1, adapter).error is None
-        request = AdaptedRequest(prompt(30), sampling("greedy", 5), answer_start=28, slot=1)
-        assert_adapted(driver, request, *driver.answer(request))
-        assert list(Path(slots._folder.name).iterdir()) == []
-
-
-class TestAdapters(OnVllm, AdapterTests):
-    @classmethod
-    def load(cls, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
-        return super().load(pair, half, with_slots(options))
 
 
 class TestAdaptersOnRanks(OnRanks, AdapterTests):

@@ -6,8 +6,7 @@ import adapter_conformance as adapters
 import decode_conformance as decode
 import prefill_conformance as prefill
 import pytest
-from adapted_decoding import AdaptedDriver, AdaptedRequest
-from engine_conformance import fail_next_step_of, prompt, sampling
+from engine_conformance import fail_next_step_of
 
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.load import load_engine
@@ -45,11 +44,6 @@ class TestAdapters(OverFill, adapters.AdapterConformance):
     @classmethod
     def load(cls, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         return super().load(pair, half, adapters.with_slots(options))
-
-    def test_a_sequence_of_an_empty_slot_is_refused(self, driver: AdaptedDriver) -> None:
-        assert driver.change(1, None).error is None
-        request = AdaptedRequest(prompt(30), sampling("greedy", 5), answer_start=28, slot=1)
-        assert driver.refused(request) == "slot 1 has no adapter"
 
 
 class TestAdaptersWithFewBlocks(OverFill, adapters.SmallAdapterConformance):
