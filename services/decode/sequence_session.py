@@ -178,7 +178,7 @@ class SequenceSession:
         self._wants_kv = False
         self._waiting = False  # True while the session's task waits for an item and handles none
         self._first_known_ns: int | None = None
-        # When the session knew that the prompt was computed; without a prefill of its own, when it had its blocks.
+        # When the session knew that the prompt was computed; without a prefill of its own, when it first had blocks.
         self._prompt_known_ns = self._received_ns
         self._in_place_ns = self._received_ns
         self._first_step_ns: int | None = None
@@ -292,7 +292,6 @@ class SequenceSession:
                 await self._join_pull(cancel=self._wants_kv)
                 self.blocks, self.held_tokens = blocks, held
                 self._wants_kv = True
-                self._prompt_known_ns = time.monotonic_ns()
                 self._announce_reservation()
             case Refused(reason=reason):
                 refused = decode_pb2.Refused(load=self._worker.load(), reason=reason)
@@ -344,7 +343,8 @@ class SequenceSession:
             self._want_prefill(_Need.REASON_PREEMPTED, "the sequence lost its blocks to an older sequence", "")
             return
         self._reserved = True
-        reservation_ns = time.monotonic_ns() - self._received_ns
+        self._prompt_known_ns = time.monotonic_ns()
+        reservation_ns = self._prompt_known_ns - self._received_ns
         self._metrics.reserved(reservation_ns / 1e9)
         tracing.current().past("decode.reservation", self._received_ns, self._received_ns + reservation_ns)
         # The pull begins first, because the first token waits for it and for nothing else.
