@@ -1,4 +1,4 @@
-"""Tests adapters on real stacks: who writes, how long the first token takes, and adapters that come and go under load."""
+"""Tests adapters on real stacks: who writes, the parts of the first token, and changes under load."""
 
 from __future__ import annotations
 
