@@ -181,7 +181,7 @@ class TwoStageReference:
             logits = self._decode([token], len(prompt_ids) + len(answer) - 1, cache)
         return answer
 
-    def _prefill(self, prompt_ids: Sequence[int], answer_start: int | None) -> tuple[DynamicCache, torch.Tensor]:
+    def _prefill(self, prompt_ids: Sequence[int], answer_start: int | None = None) -> tuple[DynamicCache, torch.Tensor]:
         """Returns the decoder's cache of the prompt, and the logits after it, [1, vocab].
 
         The cache's part before ``answer_start`` is the full model's, whatever wrote earlier turns of a chat.
