@@ -29,8 +29,15 @@ FUSED: Mapping[str, tuple[Projection, ...]] = {
 }
 """The projections whose rows each fused matrix has, in order."""
 
+_RANK_UNIT = 16  # as ``RANK_UNIT`` in native/adapters.h
+
 _TILE_ROWS = 16
 """Maximum number of a slot's rows that one product of the batched kernel computes."""
+
+
+def round_up_rank(rank: int) -> int:
+    """The rank for which a slot has memory: kernels read whole vectors of ranks."""
+    return -(-rank // _RANK_UNIT) * _RANK_UNIT
 
 
 def projection_shapes(config: ModelConfig) -> dict[Projection, tuple[int, int]]:
@@ -48,8 +55,9 @@ def projection_shapes(config: ModelConfig) -> dict[Projection, tuple[int, int]]:
     }
 
 
-def adapter_bytes(config: ModelConfig, rank: int, dtype: torch.dtype) -> int:
-    """Bytes of an adapter of ``rank`` with a product for every projection of every layer."""
+def slot_bytes(config: ModelConfig, max_rank: int, dtype: torch.dtype) -> int:
+    """Bytes of a slot for a product of every projection of every layer."""
+    rank = round_up_rank(max_rank)
     elements = sum(rank * (rows + columns) for rows, columns in projection_shapes(config).values())
     return config.num_layers * elements * dtype.itemsize
 
@@ -81,7 +89,7 @@ class LoraSlots(ABC):
     def __init__(self, config: ModelConfig, num_slots: int, max_rank: int, dtype: torch.dtype) -> None:
         self.num_slots = num_slots
         self.max_rank = max_rank
-        self.slot_bytes = adapter_bytes(config, max_rank, dtype)
+        self.slot_bytes = slot_bytes(config, max_rank, dtype)
         self._config = config
         self._shapes = projection_shapes(config)
 
@@ -118,23 +126,24 @@ class TorchLoraSlots(LoraSlots):
     ) -> None:
         super().__init__(config, num_slots, max_rank, dtype)
         self._device = device
+        self._rank = rank = round_up_rank(max_rank)
         shape = (config.num_layers, num_slots)
-        self._down: dict[str, Tensor] = {}  # [layers, slots, parts * max_rank, in]
-        self._up: dict[str, Tensor] = {}  # [layers, slots, out, max_rank], the rows of all parts
+        self._down: dict[str, Tensor] = {}  # [layers, slots, parts * rank, in]
+        self._up: dict[str, Tensor] = {}  # [layers, slots, out, rank], the rows of all parts
         self._rows: dict[str, list[int]] = {}  # of each part
         for fused, parts in FUSED.items():
             self._rows[fused] = rows = [self._shapes[part][0] for part in parts]
             columns = self._shapes[parts[0]][1]
             # Filled, not only reserved: memory that no page backs would be given to the KV cache too.
-            self._down[fused] = torch.empty(*shape, len(parts) * max_rank, columns, dtype=dtype, device=device).zero_()
-            self._up[fused] = torch.empty(*shape, sum(rows), max_rank, dtype=dtype, device=device).zero_()
+            self._down[fused] = torch.empty(*shape, len(parts) * rank, columns, dtype=dtype, device=device).zero_()
+            self._up[fused] = torch.empty(*shape, sum(rows), rank, dtype=dtype, device=device).zero_()
 
     def add(self, out: Tensor, x: Tensor, fused: str, layer: int, tiles: RowTiles) -> None:
         """Adds the products of the rows in ``tiles`` to ``out``, [T, out], for the operands ``x``, [T, in]."""
-        slots, rank = tiles.slots, self.max_rank
+        slots, rank = tiles.slots, self._rank
         gathered = x.index_select(0, tiles.gathered).view(len(slots), tiles.height, -1)
         inner = torch.bmm(gathered, self._down[fused][layer].index_select(0, slots).transpose(1, 2))
-        up = self._up[fused][layer].index_select(0, slots).transpose(1, 2)  # [tiles, max_rank, out]
+        up = self._up[fused][layer].index_select(0, slots).transpose(1, 2)  # [tiles, rank, out]
         parts = zip(inner.split(rank, 2), up.split(self._rows[fused], 2), strict=True)
         products = [torch.bmm(low, high) for low, high in parts]
         whole = products[0] if len(products) == 1 else torch.cat(products, 2)
@@ -153,7 +162,7 @@ class TorchLoraSlots(LoraSlots):
     def _put(self, slot: int, layer: int, projection: Projection, product: LowRank) -> None:
         fused = next(fused for fused, parts in FUSED.items() if projection in parts)
         part, rank = FUSED[fused].index(projection), len(product.down)
-        first_inner, first_row = part * self.max_rank, sum(self._rows[fused][:part])
+        first_inner, first_row = part * self._rank, sum(self._rows[fused][:part])
         rows = self._rows[fused][part]
         self._down[fused][layer, slot, first_inner : first_inner + rank].copy_(product.down)
         self._up[fused][layer, slot, first_row : first_row + rows, :rank].copy_(product.up)

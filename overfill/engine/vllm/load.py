@@ -45,7 +45,7 @@ from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import root_key
 from overfill.kv.spec import DTypeName
 from overfill.kv.tensors import TORCH_DTYPES
-from overfill.model.lora import adapter_bytes
+from overfill.model.lora import slot_bytes
 from overfill.model.manifest import Half, Pair
 from overfill.model.processors import new_processor
 from overfill.request.grammar import Grammars
@@ -79,7 +79,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     has_adapters = half == "decoder" and options.max_adapters > 0
     if has_adapters:
         arguments |= lora_arguments(options)
-        refusals.check_adapters(adapter_bytes(config, arguments["max_lora_rank"], TORCH_DTYPES[dtype]))
+        refusals.check_adapters(slot_bytes(config, arguments["max_lora_rank"], TORCH_DTYPES[dtype]))
     extra = {"kv": spec, "by_layer": half == "full"}
     tokenizer = (pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids)
     group = None
