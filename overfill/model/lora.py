@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from overfill.errors import InvalidRequest
-from overfill.model.adapter import LoraAdapter, LowRank, Projection
+from overfill.model.adapter import LoraAdapter, LowRank, Projection, projection_shapes
 from overfill.model.config import ModelConfig
 from overfill.model.upload import upload
 
@@ -38,21 +38,6 @@ _TILE_ROWS = 16
 def round_up_rank(rank: int) -> int:
     """The rank for which a slot has memory: kernels read whole vectors of ranks."""
     return -(-rank // _RANK_UNIT) * _RANK_UNIT
-
-
-def projection_shapes(config: ModelConfig) -> dict[Projection, tuple[int, int]]:
-    """(out, in) of each projection of a layer."""
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries),
-        "gate_proj": (intermediate, hidden),
-        "up_proj": (intermediate, hidden),
-        "down_proj": (hidden, intermediate),
-    }
 
 
 def slot_bytes(config: ModelConfig, max_rank: int, dtype: torch.dtype) -> int:

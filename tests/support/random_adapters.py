@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from overfill.model.adapter import AdapterRecord, LoraAdapter, LowRank, Projection
+from overfill.model.adapter import AdapterRecord, LoraAdapter, LowRank, Projection, projection_shapes
 from overfill.model.config import ModelConfig
-from overfill.model.lora import projection_shapes
 
 
 def random_adapter(

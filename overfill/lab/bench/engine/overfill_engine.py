@@ -34,9 +34,8 @@ from overfill.errors import InternalError
 from overfill.kv.cache import copy_sequence
 from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
 from overfill.lab.bench.engine.bounds import ModelCost
-from overfill.model.adapter import AdapterRecord, LoraAdapter, LowRank
+from overfill.model.adapter import AdapterRecord, LoraAdapter, LowRank, projection_shapes
 from overfill.model.config import ModelConfig
-from overfill.model.lora import projection_shapes
 from overfill.model.manifest import Half, Pair
 from overfill.request.params import SamplingParams
 
