@@ -189,7 +189,7 @@ class SequenceSession:
         self._wants_kv = False
         self._waiting = False  # True while the session's task waits for an item and handles none
         self._first_known_ns: int | None = None
-        # When the session knew that the prompt was computed; without a prefill of its own, when it had its blocks.
+        # When the session knew that the prompt was computed; without a prefill of its own, when it first had blocks.
         self._prompt_known_ns = self._received_ns
         self._in_place_ns = self._received_ns
         self._first_step_ns: int | None = None
@@ -303,7 +303,6 @@ class SequenceSession:
                 await self._join_pull(cancel=self._wants_kv)
                 self.blocks, self.held_tokens = blocks, held
                 self._wants_kv = True
-                self._prompt_known_ns = time.monotonic_ns()
                 await self._announce_reservation(awaited)
             case Refused(reason=reason) if self._reserved:
                 raise Overloaded(reason)  # vLLM had no room when it was to give cached blocks for the sequence's own
@@ -376,7 +375,8 @@ class SequenceSession:
 
     def _tell_reserved(self, has_prompt: bool) -> None:
         self._reserved = True
-        reservation_ns = time.monotonic_ns() - self._received_ns
+        self._prompt_known_ns = time.monotonic_ns()
+        reservation_ns = self._prompt_known_ns - self._received_ns
         self._metrics.reserved(reservation_ns / 1e9)
         tracing.current().past("decode.reservation", self._received_ns, self._received_ns + reservation_ns)
         # The pull begins first, because the first token waits for it and for nothing else.
