@@ -33,19 +33,18 @@ def references(reference: TwoStageReference, adapters: Path) -> dict[str, TwoSta
 
 
 @pytest.fixture(scope="module")
-def stack(vllm_pair: Path, adapters: Path) -> Iterator[tuple[object, str]]:
+def mixed(vllm_pair: Path, adapters: Path) -> Iterator[tuple[object, str]]:
     settings = engines("overfill", "vllm") | {"adapters": adapters, "max_adapters": len(TAILS)}
     with running_stack(vllm_pair, **settings) as (stack, address):
         yield stack, address
 
 
-def test_tasks_of_one_prompt_answer_as_peft_s(stack, references):
-    _, address = stack
+def test_tasks_of_one_prompt_answer_as_peft_s(mixed, references):
+    _, address = mixed
     sampling = SamplingParams(**GREEDY, max_tokens=MAX_TOKENS)
     asked = [(prompt, writer) for prompt in prompts(8)[1:] for writer in references]
-    with Client(address) as client:
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda one: client.generate(one[0], sampling=sampling, tier=one[1]), asked))
+    with Client(address) as client, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda one: client.generate(one[0], sampling=sampling, tier=one[1]), asked))
     for (prompt, writer), answer in zip(asked, answers, strict=True):
         start = len(prompt) - min(TAILS[writer] or 1, len(prompt) - 1) if writer else None
         judged = judge_parts(
