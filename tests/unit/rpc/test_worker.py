@@ -153,7 +153,8 @@ async def test_admin_changes_the_adapters_of_a_worker_that_has_a_folder():
                 assert list((await load).workers) == [change]
         host.drain()
         assert await running == 0
-    assert adapters.calls == ["start", ("load", "a"), ("unload", "b")]
+    assert adapters.calls[0] == "start"
+    assert set(adapters.calls[1:]) == {("load", "a"), ("unload", "b")}
 
 
 class Registry(registry_pb2_grpc.RegistryServicer):
