@@ -1,53 +1,53 @@
-"""Adapters that PEFT made, on decode workers with vLLM: answers equal those of transformers with PEFT."""
+"""Decode workers with adapters on vLLM answer as plain transformers with PEFT do, mixed with plain answers."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
+import random
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from peft_adapters import add_tiny_adapter
-from stacks import running_stack
-from vllm_stacks import GREEDY, engines, prompts
+from stacks import idle, running_stack, wait_until
+from vllm_stacks import engines
 
-from overfill.client import Client, SamplingParams
+from overfill.client import Client, ModelNotFound, SamplingParams
 from overfill.model.manifest import Pair
 from overfill.pair.reference import TwoStageReference, judge_parts
+from overfill.rpc.channel import open_sync_channel
+from overfill.v1 import admin_pb2, admin_pb2_grpc
 
-TAILS = {"extract": 0, "label": 3, "summary": 40}
-MAX_TOKENS = 24
-
-
-@pytest.fixture(scope="module")
-def adapters(vllm_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("pairs") / "adapters"
-    for seed, (name, tail_tokens) in enumerate(TAILS.items()):
-        add_tiny_adapter(Pair.load(vllm_pair), directory, name, seed=seed, tail_tokens=tail_tokens)
-    return directory
+TAILS = {"": 0, "a": 1, "b": 40}
+"""Tokens of the prompt that the decoder computes, by adapter."""
 
 
-@pytest.fixture(scope="module")
-def references(reference: TwoStageReference, adapters: Path) -> dict[str, TwoStageReference]:
-    return {"": reference, **reference.with_adapters({name: adapters / name for name in TAILS})}
-
-
-@pytest.fixture(scope="module")
-def mixed(vllm_pair: Path, adapters: Path) -> Iterator[tuple[object, str]]:
-    settings = engines("overfill", "vllm") | {"adapters": adapters, "max_adapters": len(TAILS)}
-    with running_stack(vllm_pair, **settings) as (stack, address):
-        yield stack, address
-
-
-def test_tasks_of_one_prompt_answer_as_peft_s(mixed, references):
-    _, address = mixed
-    sampling = SamplingParams(**GREEDY, max_tokens=MAX_TOKENS)
-    asked = [(prompt, writer) for prompt in prompts(8)[1:] for writer in references]
-    with Client(address) as client, ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda one: client.generate(one[0], sampling=sampling, tier=one[1]), asked))
-    for (prompt, writer), answer in zip(asked, answers, strict=True):
-        start = len(prompt) - min(TAILS[writer] or 1, len(prompt) - 1) if writer else None
-        judged = judge_parts(
-            references, [(writer, 0)], prompt, answer.token_ids, answer.finish_reason, MAX_TOKENS, answer_start=start
-        )
-        assert judged.correct, (writer, len(prompt), judged.problem, judged.first_error)
+def test_a_vllm_worker_answers_with_its_adapters_and_lets_them_go(vllm_pair, tmp_path):
+    pair, folder = Pair.load(vllm_pair), tmp_path / "tasks"
+    for seed, (name, tail) in enumerate(list(TAILS.items())[1:]):
+        add_tiny_adapter(pair, folder, name, seed=seed, tail_tokens=tail)
+    plain = TwoStageReference(vllm_pair)
+    references = plain.with_adapters({name: folder / name for name in ("a", "b")}) | {"": plain}
+    draw, sampling = random.Random(1), SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    asked = [(draw.choice([*TAILS]), draw.choices(range(2, 500), k=length)) for length in (4, 32, 33, 96, 100, 250) * 2]
+    settings = engines("overfill", "vllm") | {"adapters": folder, "max_adapters": "2", "max_adapter_rank": "8"}
+    with running_stack(vllm_pair, **settings) as (_, address), Client(address) as client:
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(
+                pool.map(lambda one: client.generate(one[1], sampling=sampling, tier=one[0], timeout=120), asked)
+            )
+        for (name, prompt), answer in zip(asked, answers, strict=True):
+            start = max(1, len(prompt) - TAILS[name]) if name else None
+            judged = judge_parts(
+                references, [(name, 0)], prompt, answer.token_ids, answer.finish_reason, 24, answer_start=start
+            )
+            assert judged.correct, (name, len(prompt), judged.problem or judged.first_error)
+        (worker,) = [worker for worker in client.status().workers if worker.stage == "decode"]
+        with open_sync_channel(worker.address) as channel:
+            admin = admin_pb2_grpc.AdminStub(channel)
+            admin.UnloadAdapter(admin_pb2.UnloadAdapterRequest(name="a"), timeout=60)
+            wait_until(lambda: not any(model.name.endswith(":a") for model in client.models()), 20, "a is gone")
+            with pytest.raises(ModelNotFound):
+                client.generate(asked[0][1], sampling=sampling, tier="a")
+            admin.LoadAdapter(admin_pb2.LoadAdapterRequest(name="a"), timeout=60)
+            wait_until(lambda: any(model.name.endswith(":a") for model in client.models()), 20, "a is back")
+        name, prompt = next(one for one in asked if one[0] == "a")
+        again = client.generate(prompt, sampling=sampling, tier=name, timeout=120)
+        assert again.token_ids == answers[asked.index((name, prompt))].token_ids
+        wait_until(lambda: idle(address), 20, "all blocks free")
