@@ -26,7 +26,8 @@ class TeacherOutputs:
     """The full model's outputs for some transcripts, in their order. None means not requested.
 
     Attributes:
-        prefix: [decoder layers, 2, prompt tokens, kv_heads, D], keys (rotated) and values of the prompts.
+        prefix: [decoder layers, 2, prompt tokens, kv_heads, D], keys (rotated) and values of the prompts, without the
+            tokens that the decoder computes.
         hidden: [learnt tokens, full hidden]; the product with the full model's head gives its logits.
         top_ids, top_probabilities: [learnt tokens, k] int64 and float32, the most likely tokens.
     """
@@ -110,7 +111,7 @@ class Teacher:
             self.model.head.device
         )
         starts = list(accumulate(rows.lengths, initial=0))[:-1]
-        parts = [torch.arange(s, s + t.answer_start) for s, t in zip(starts, transcripts, strict=True)]
+        parts = [torch.arange(s, s + t.decoder_start) for s, t in zip(starts, transcripts, strict=True)]
         prompt = torch.cat(parts).to(self.model.head.device)
         kept: dict[int, Tensor] = {}
         layers = set(self._layer_map) if self._with_prompt_kv else set()
