@@ -70,6 +70,8 @@ def engine_options(config: WorkerConfig, half: Half) -> EngineOptions:
         options = replace(options, max_num_batched_tokens=tokens)
     if half == "decoder" and isinstance(config, DecodeConfig):
         options = replace(options, kv_cache_dtype=config.kv_cache_dtype)
+        if config.adapters is not None:
+            options = replace(options, max_adapters=config.max_adapters, max_adapter_rank=config.max_adapter_rank)
     return options
 
 

@@ -47,17 +47,28 @@ def encode_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer) -> list[int]:
     Raises:
         InvalidRequest: a message or tool is wrong; ``field`` names it.
     """
+    return encode_with_generation_prompt(chat, tokenizer, count=False)[0]
+
+
+def encode_with_generation_prompt(
+    chat: inference_pb2.Chat, tokenizer: Tokenizer, *, count: bool = True
+) -> tuple[list[int], int]:
+    """What ``encode_chat`` returns, and how many of the tokens are the generation prompt.
+
+    ``Tokenizer.encode_with_generation_prompt`` explains the count.
+    """
     size = chat.ByteSize() + added_by_template(chat)
     _check_messages(chat.messages)
     tools = read_tools(chat)
     mode, _ = tool_choice(chat)
     options = replace(template_options(chat), max_length=MAX_EXPANSION * size + EXPANSION_ROOM)
     if not chat.messages:
-        return []
+        return [], 0
     shown, known = tools if mode != "none" else [], KnownTools(tools)
     if tokenizer.template_knows_tools:
         native = [_native(m, tokenizer.tool_format, known) for m in chat.messages]
-        return tokenizer.encode_chat(native, [as_openai(t) for t in shown] or None, options)
+        described = [as_openai(t) for t in shown] or None
+        return tokenizer.encode_with_generation_prompt(native, described, options, count=count)
     format = tokenizer.tool_format
     messages = [_plain(m, format, known) for m in chat.messages]
     if shown:
@@ -66,7 +77,7 @@ def encode_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer) -> list[int]:
             messages[0] = {"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}
         else:
             messages.insert(0, {"role": "system", "content": text})
-    return tokenizer.encode_chat(messages, options=options)
+    return tokenizer.encode_with_generation_prompt(messages, options=options, count=count)
 
 
 def added_by_template(chat: inference_pb2.Chat) -> int:

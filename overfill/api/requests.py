@@ -9,11 +9,12 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 
-from overfill.api.chat import encode_chat, read_tools
+from overfill.api.chat import encode_with_generation_prompt, read_tools
 from overfill.api.reasoning import Reasoning
 from overfill.api.reasoning_grammar import after_thinking
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, PromptTooLong
+from overfill.request.answer_start import answer_start
 from overfill.request.params import (
     MAX_STOPS,
     MAX_STREAM_INTERVAL,
@@ -23,6 +24,7 @@ from overfill.request.params import (
     check_token_ids,
 )
 from overfill.routing.job import Job
+from overfill.routing.tier import Adapter
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 MAX_STOP_LENGTH = 256
@@ -41,6 +43,7 @@ def validate_generate(
     vocab_size: int,
     tools: Grammar | None = None,
     reasoning: Reasoning | None = None,
+    adapter: Adapter | None = None,
 ) -> Job:
     """Checks ``request``, tokenizes its prompt, and sets request id, seed and ``max_tokens`` where they are missing.
 
@@ -49,6 +52,8 @@ def validate_generate(
         vocab_size: Size of the vocabulary; token ids are below it.
         tools: Result of ``tried_grammar``, which checks the request's grammars: the grammar that its tools need.
         reasoning: How the model marks what it thinks; None if that is not separated from answers.
+        adapter: The adapter that writes the answer; None without one. It decides from where on the decoder computes the
+            prompt, unless the request says so.
 
     Raises:
         PromptTooLong: the context has no space after the prompt for an answer, ``max_tokens`` or ``min_tokens``.
@@ -66,7 +71,7 @@ def validate_generate(
         sampling = replace(sampling, grammar=tools)
     if request.HasField("resume_identity"):
         _check_room(request.resume_identity.prompt_tokens, max_model_len)
-    prompt = _prompt_token_ids(request, tokenizer, max_model_len, vocab_size)
+    prompt, generation_prompt = _prompt_token_ids(request, tokenizer, max_model_len, vocab_size, adapter is not None)
     if request.HasField("truncate_prompt_tokens"):
         room = max_model_len - (sampling.max_tokens or 1)
         if request.HasField("resume_identity"):  # another router, of another capacity, may have truncated the prompt
@@ -79,7 +84,7 @@ def validate_generate(
         if thinking is not None and sampling.grammar is not None:
             sampling = replace(sampling, grammar=after_thinking(sampling.grammar, thinking))
     max_tokens = _resolve_max_tokens(sampling, len(prompt), max_model_len, request.fit_max_tokens)
-    _check_answer_start(request, len(prompt))
+    decoder_from = _answer_start(request, len(prompt), adapter, generation_prompt)
     _check_resume(request.resume_token_ids, sampling, max_tokens, vocab_size)
     drawn = secrets.token_bytes(24)  # one system call for the id and the seed
     start = decode_pb2.StartDecode(
@@ -91,7 +96,8 @@ def validate_generate(
         trace=request.trace,
         codec=request.kv_codec,
         sample_index=request.sample_index,
-        answer_start=request.answer_start if request.HasField("answer_start") else None,
+        answer_start=decoder_from,
+        adapter_digest="" if adapter is None else adapter.digest,
     )
     start.sampling.max_tokens = max_tokens
     if sampling.seed is None:
@@ -106,6 +112,7 @@ def validate_generate(
         tools=() if tools is None else read_tools(request.chat),
         answer_digest=None if tools is None else _answer_digest(prompt, start.sampling, sampling.greedy),
         thinking=thinking,
+        adapter=adapter,
     )
     _check_num_scores(job, vocab_size)
     return job
@@ -126,8 +133,10 @@ def _answer_digest(prompt: Sequence[int], sampling: common_pb2.SamplingParams, g
 
 
 def _prompt_token_ids(
-    request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, max_model_len: int, vocab_size: int
-) -> Sequence[int]:
+    request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, max_model_len: int, vocab_size: int, count: bool
+) -> tuple[Sequence[int], int]:
+    """The prompt, and with ``count`` the number of tokens of its generation prompt."""
+    generation_prompt = 0
     kind = request.WhichOneof("prompt")
     if kind is None:
         raise InvalidRequest("prompt", "is missing: give text, token_ids or chat")
@@ -141,10 +150,10 @@ def _prompt_token_ids(
         # The tokenizer may add special tokens even to an empty text, so do not call it.
         ids = tokenizer.encode(request.text) if request.text else ()
     else:
-        ids = encode_chat(request.chat, tokenizer)
+        ids, generation_prompt = encode_with_generation_prompt(request.chat, tokenizer, count=count)
     if not ids:
         raise InvalidRequest("prompt", f"is empty: {kind} has no tokens")
-    return ids
+    return ids, generation_prompt
 
 
 def _truncated(prompt: Sequence[int], count: int, room: int) -> Sequence[int]:
@@ -182,9 +191,20 @@ def _check_room(prompt_tokens: int, max_model_len: int) -> int:
     return room
 
 
-def _check_answer_start(request: inference_pb2.GenerateRequest, prompt_tokens: int) -> None:
+def _answer_start(
+    request: inference_pb2.GenerateRequest, prompt_tokens: int, adapter: Adapter | None, generation_prompt: int
+) -> int | None:
+    """Index of the first prompt token that the decoder computes; None if the full model computes them all."""
     if not request.HasField("answer_start"):
-        return
+        if adapter is None:
+            return None
+        if prompt_tokens < 2:
+            raise InvalidRequest(
+                "prompt",
+                f"has 1 token; with the adapter {adapter.name!r} the full model computes the prompt's beginning and "
+                "the decoder its end, so at least 2 are needed",
+            )
+        return answer_start(prompt_tokens, adapter.tail_tokens, generation_prompt)
     if not request.sampling.HasField("prompt_logprobs"):
         raise InvalidRequest("answer_start", "is only for requests that score their prompt; set prompt_logprobs")
     if request.HasField("truncate_prompt_tokens"):
@@ -192,6 +212,7 @@ def _check_answer_start(request: inference_pb2.GenerateRequest, prompt_tokens: i
     if not 1 <= request.answer_start < prompt_tokens:
         allowed = f"must be at least 1 and less than the prompt's {prompt_tokens} tokens"
         raise InvalidRequest("answer_start", f"{allowed}; got {request.answer_start}")
+    return request.answer_start
 
 
 def _check_num_scores(job: Job, vocab_size: int) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -188,12 +189,47 @@ class Tokenizer:
 
         Arguments and errors are those of ``render``. With ``options.parse_special``, messages add special tokens too.
         """
+        return self.encode_with_generation_prompt(messages, tools, options, count=False)[0]
+
+    def encode_with_generation_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: TemplateOptions | None = None,
+        *,
+        count: bool = True,
+    ) -> tuple[list[int], int]:
+        """Token ids of a chat as ``encode_chat`` returns them, and how many at their end are the generation prompt.
+
+        The generation prompt is what the template adds for ``add_generation_prompt``. It counts from the token boundary
+        at or before its text. The count is 0 if the template adds nothing, or changes other text too. Training and
+        serving both call this method, so that ``request.answer_start`` is the same in both.
+
+        Args:
+            count: False to return 0 instead, without the second rendering that the count needs.
+        """
         options = options or TemplateOptions()
+        encode: Callable[[str], list[int]] = partial(self._encode, add_special_tokens=False)
         shown = None if options.parse_special else self._special.mark([messages, tools, options.variables])
-        if shown is None:
-            return self._encode(self.render(messages, tools, options), add_special_tokens=False)
-        messages, tools, variables = shown
-        return self._special.encode(self.render(messages, tools, replace(options, variables=variables)))
+        if shown is not None:
+            encode = self._special.encode
+            messages, tools, variables = shown
+            options = replace(options, variables=variables)
+        text = self.render(messages, tools, options)
+        ids = encode(text)
+        if not count or not options.add_generation_prompt:
+            return ids, 0
+        try:
+            before = self.render(messages, tools, replace(options, add_generation_prompt=False))
+        except InvalidRequest:  # the template takes no chat without an answer that ends in these messages
+            return ids, 0
+        if before == text or not text.startswith(before):
+            return ids, 0
+        added = encode(text[len(before) :])
+        if ids[-len(added) :] == added:
+            return ids, len(added)
+        # A token spans the boundary: the tokens before it are those that both texts begin with.
+        return ids, len(ids) - _num_common(ids, encode(before))
 
     def encode_user_opening(self, messages: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids of a chat up to the text of the user's next message. A model continues them as the user.
@@ -258,6 +294,12 @@ class Tokenizer:
             _check_unicode(text)
             raise
         return encoding.ids
+
+
+def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the longest common beginning."""
+    different = (index for index, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
+    return next(different, min(len(first), len(second)))
 
 
 def _check_unicode(text: str) -> None:

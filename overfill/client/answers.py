@@ -338,7 +338,7 @@ class AnswerBuilder:
         self._requested_tier = ""
         self._identity = AnswerIdentity()  # of what writes the answer now
         self._earlier_parts: list[AnswerPart] = []  # of routers before the current one
-        self._untold: tuple[AnswerPart, ...] = ()  # a part that begins with the next delta, after another router's
+        self._next_parts: tuple[AnswerPart, ...] = ()  # a part that begins with the next delta, after another router's
         self._parts: list[AnswerPart] = []
         self._client_ttft: float | None = None
         self._cached_tokens: int | None = None  # as the first router has said: a later one finds what that one left
@@ -416,7 +416,7 @@ class AnswerBuilder:
             self._earlier_parts = list(self._parts)
             if accepted.tier:
                 part = AnswerPart(accepted.tier, self._next_index)
-                self._untold = (part,) if self._token_ids and self._tier != part.tier else ()
+                self._next_parts = (part,) if self._token_ids and self._tier != part.tier else ()
                 _join(self._parts, part)
         elif self.accepted is None:
             raise InternalError("the server sent an answer before it accepted the request")
@@ -456,8 +456,8 @@ class AnswerBuilder:
             self._identity = AnswerIdentity.from_proto(message.parts[-1].identity)
         if ids:
             if not parts or parts[0].first_index != self._next_index:  # else the router has changed the tier again
-                parts = self._untold + parts
-            self._untold = ()
+                parts = self._next_parts + parts
+            self._next_parts = ()
         scores = None
         if message.HasField("prompt_logprobs"):
             scores = _prompt_logprobs(message.prompt_logprobs, accepted.prompt_tokens)

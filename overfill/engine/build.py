@@ -24,6 +24,7 @@ from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE, DTypeName
 from overfill.kv.tensors import TORCH_DTYPES
+from overfill.model.lora import LoraSlots, adapter_bytes
 from overfill.model.manifest import Half, Pair
 from overfill.model.native.transformer import fastest_model
 from overfill.model.processors import new_processor
@@ -108,6 +109,7 @@ class LoadedHalf:
     Attributes:
         dtype: of weights, activations and KV.
         requirement: memory that this half needs besides its weights.
+        adapters: the model's slots, whose memory is taken; None without any.
     """
 
     half: Half
@@ -116,6 +118,7 @@ class LoadedHalf:
     dtype: DTypeName
     requirement: MemoryRequirement
     options: EngineOptions
+    adapters: LoraSlots | None = None
 
 
 def load_half(pair: Pair, half: Half, options: EngineOptions) -> LoadedHalf:
@@ -123,7 +126,7 @@ def load_half(pair: Pair, half: Half, options: EngineOptions) -> LoadedHalf:
 
     Raises:
         InvalidRequest: ``max_model_len`` exceeds the model's context.
-        NotEnoughMemory: weights or activations do not fit the device.
+        NotEnoughMemory: weights, adapters' slots or activations do not fit the device.
         InvalidPair: the checkpoint is damaged.
         UnsupportedModel: the engine does not run this model.
     """
@@ -137,6 +140,7 @@ def load_half(pair: Pair, half: Half, options: EngineOptions) -> LoadedHalf:
             pair.path(half), TORCH_DTYPES[dtype], device, longest, "none" if half == "full" else pair.quantize
         )
         model = fastest_model(loaded)
+    adapters = _new_adapter_slots(model, options) if half == "decoder" and options.max_adapters else None
     # Only these steps have several tokens of a sequence: prompts of a full model, and replays of a decoder.
     largest = options.max_num_batched_tokens if half == "full" else max(max_num_seqs, REPLAY_BUDGET)
     step_tokens = min(largest, longest)
@@ -144,12 +148,28 @@ def load_half(pair: Pair, half: Half, options: EngineOptions) -> LoadedHalf:
     with _out_of_memory(f"a step of {step_tokens} tokens", device, advice):
         warm = step_tokens if device.type == "cuda" else min(step_tokens, _CPU_WARM_TOKENS)
         scratch = KvCache(config.kv_spec(dtype), -(-warm // block_size), block_size, device, options.kv_cache_dtype)
-        activations = _profile(model, scratch, step_tokens, max_num_seqs)
+        activations = _profile(model, scratch, step_tokens, max_num_seqs, options.max_adapters if adapters else 0)
     gathered = scratch.gathered_layer_bytes
     requirement = MemoryRequirement(
         scratch.block_bytes, block_size, gathered, longest, max_num_seqs, step_tokens, activations
     )
-    return LoadedHalf(half, pair, model, dtype, requirement, options)
+    return LoadedHalf(half, pair, model, dtype, requirement, options, adapters)
+
+
+def _new_adapter_slots(model: ForwardModel, options: EngineOptions) -> LoraSlots:
+    """Takes the memory of the decoder's adapters, before the KV cache gets what is left."""
+    count, rank = options.max_adapters, options.max_adapter_rank
+    needed, free = count * adapter_bytes(model.config, rank, model.dtype), _free_memory(model.device)
+    advice = "give a smaller --max-adapters or --max-adapter-rank"
+    if needed > free:
+        raise NotEnoughMemory(
+            f"{count} adapters of rank {rank} need {_mib(needed)}, more than the {_mib(free)} that this process may "
+            f"still use on {model.device}; {advice}"
+        )
+    with _out_of_memory(f"{_mib(needed)} for {count} adapters of rank {rank}", model.device, advice):
+        slots = model.new_adapter_slots(count, rank)
+    log.info("decoder: %d slots for adapters up to rank %d, %s each", count, rank, _mib(slots.slot_bytes))
+    return slots
 
 
 def size_pools(halves: Sequence[LoadedHalf], memory_fraction: float = MEMORY_FRACTION) -> list[Stage]:
@@ -216,6 +236,7 @@ def _new_stage(loaded: LoadedHalf, num_blocks: int, step: int, larger_share: str
         grammars,
         f"overfill {__version__}",
         new_processor,
+        adapters=loaded.adapters,
     )
 
 
@@ -244,10 +265,11 @@ def _longest(requirement: MemoryRequirement, num_blocks: int, max_model_len: int
     return longest
 
 
-def _profile(model: ForwardModel, scratch: KvCache, tokens: int, max_num_seqs: int) -> int:
+def _profile(model: ForwardModel, scratch: KvCache, tokens: int, max_num_seqs: int, num_adapters: int) -> int:
     """Runs the largest steps that ``scratch`` can hold and returns their bytes of activations.
 
-    Only CUDA measures memory; elsewhere the result is 0.
+    With adapters, each token has one, and the sequences have different ones. Only CUDA measures memory; elsewhere the
+    result is 0.
     """
     device = model.device
     on_cuda = device.type == "cuda"
@@ -260,9 +282,11 @@ def _profile(model: ForwardModel, scratch: KvCache, tokens: int, max_num_seqs: i
         torch.cuda.reset_peak_memory_stats(device)
     targets = [0] * min(runner.max_scored if on_cuda else 1, tokens)
     scoring = Scoring(targets, MAX_LOGPROBS, common_pb2.PromptLogprobs())
-    runner.next_tokens([Work([0] * tokens, 0, blocks, wants_logits=False, scoring=scoring)], [])
+    adapter = 0 if num_adapters else None
+    runner.next_tokens([Work([0] * tokens, 0, blocks, wants_logits=False, scoring=scoring, adapter=adapter)], [])
     # All sequences write to one block, because the results are discarded.
-    logits = runner.run([Work([0], 0, blocks[:1], wants_logits=True)] * max_num_seqs)
+    slots = [i % num_adapters if num_adapters else None for i in range(max_num_seqs)]
+    logits = runner.run([Work([0], 0, blocks[:1], wants_logits=True, adapter=slot) for slot in slots])
     costly = SamplingParams(top_k=model.config.vocab_size, top_p=0.9, min_p=0.01, seed=0, logprobs=MAX_LOGPROBS)
     sample(torch.zeros_like(logits), [costly] * max_num_seqs, [1] * max_num_seqs, [0] * max_num_seqs)
     runner.synchronize()

@@ -19,6 +19,7 @@ from overfill.engine.decode import DecodeEngine
 from overfill.engine.device import on_cpu
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import (
+    ChangeAdapter,
     DecodeEvent,
     PrefillEvent,
     PrefillHere,
@@ -104,7 +105,7 @@ class ColocatedEngine:
         self._prefill.close()
         self._decode.close()
 
-    def handle(self, message: Submit | PrefillHere | Reserve | Start | Yielded | Release) -> None:
+    def handle(self, message: Submit | PrefillHere | Reserve | Start | Yielded | Release | ChangeAdapter) -> None:
         self._prompts_blocked = False
         match message:
             case PrefillHere(sequence=sequence, into=into):

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from overfill.engine.sequence import (
+    AdapterChanged,
+    ChangeAdapter,
     DecodeEvent,
     DecodeSequence,
     DecodeState,
@@ -32,7 +34,7 @@ from overfill.engine.sequence import (
     Yielded,
 )
 from overfill.engine.work import Runner, Work, new_scoring, score_error
-from overfill.errors import InvalidRequest
+from overfill.errors import InternalError, InvalidRequest
 from overfill.kv.blocks import BlockPool
 from overfill.kv.prefix import PrefixCache
 from overfill.telemetry.engine_load import EngineLoad
@@ -89,6 +91,7 @@ class DecodeEngine:
         self._answers_wait = False  # for the step that replays
         self._unpublished: dict[str, DecodeSequence] = {}  # received, and not yet published completely
         self._publish_quota = _MAX_PUBLISHED_BLOCKS
+        self._adapters: set[int] = set()  # slots that have one
 
     @property
     def delay(self) -> float:
@@ -127,7 +130,7 @@ class DecodeEngine:
     def close(self) -> None:
         """Nothing is held but memory."""
 
-    def handle(self, message: Reserve | Start | Yielded | Release) -> None:
+    def handle(self, message: Reserve | Start | Yielded | Release | ChangeAdapter) -> None:
         events: list[DecodeEvent] = []
         match message:
             case Reserve(sequence):
@@ -142,6 +145,8 @@ class DecodeEngine:
             case Release(id):
                 if released := self._sequences.pop(id, None):
                     self._free(released)
+            case ChangeAdapter(slot, adapter):
+                events.append(self._change_adapter(slot, filled=adapter is not None))
         if events:
             self._emit(events)
 
@@ -173,7 +178,15 @@ class DecodeEngine:
             self._emit(events)
         return bool(chosen)
 
+    def _change_adapter(self, slot: int, *, filled: bool) -> AdapterChanged:
+        if users := sum(sequence.adapter == slot for sequence in self._sequences.values()):
+            return AdapterChanged(slot, InternalError(f"{users} sequences use the adapter in slot {slot}"))
+        (self._adapters.add if filled else self._adapters.discard)(slot)
+        return AdapterChanged(slot)
+
     def _reserve(self, sequence: DecodeSequence) -> DecodeEvent:
+        if sequence.adapter is not None and sequence.adapter not in self._adapters:
+            return self._refuse(sequence, "adapter", f"slot {sequence.adapter} has no adapter")
         if len(self._sequences) >= self._max_num_seqs:
             return self._refuse(sequence, "sequences", f"{len(self._sequences)} sequences, this worker's maximum")
         if any(s.state in (DecodeState.PREEMPTED, DecodeState.YIELDING) for s in self._sequences.values()):
@@ -201,7 +214,11 @@ class DecodeEngine:
         if sequence.prompt_blocks is None:
             shared = sequence.prompt[: sequence.num_shared]
             sequence.prompt_blocks = self._prefix.blocks_of(shared, sequence.cache_namespace)
-        allocation = self._prefix.acquire(sequence.id, sequence.prompt_blocks, needed, spare=self._num_growing())
+        # Nothing before answer_start is left to compute, except by the full model that scores the prompt.
+        whole = sequence.answer_start is not None and sequence.scores is None
+        allocation = self._prefix.acquire(
+            sequence.id, sequence.prompt_blocks, needed, spare=self._num_growing(), whole=whole
+        )
         if allocation is None:
             return None
         sequence.blocks = allocation.blocks
@@ -302,7 +319,10 @@ class DecodeEngine:
                 self._count_step(started, 1, 0, budget)
                 return []
             replayed = sum(s.num_pending - 1 for s in sequences)
-            works = [Work(s.pending(), s.computed, s.blocks, True, new_scoring(s, s.pending()[1:])) for s in sequences]
+            works = [
+                Work(s.pending(), s.computed, s.blocks, True, new_scoring(s, s.pending()[1:]), s.adapter)
+                for s in sequences
+            ]
             sampled, failed = self._runner.next_tokens(works, sequences)
             scored = {row: error for row, s in enumerate(sequences) if (error := score_error(s)) is not None}
             refused = scored | failed
@@ -341,7 +361,8 @@ class DecodeEngine:
     def _replay_part(self, sequence: DecodeSequence, budget: int) -> None:
         """Replays the first tokens of a replay that exceeds the budget. It is the step's only sequence."""
         part, scoring = sequence.pending()[:budget], new_scoring(sequence, sequence.pending()[1 : budget + 1])
-        self._runner.next_tokens([Work(part, sequence.computed, sequence.blocks, False, scoring)], [])
+        work = Work(part, sequence.computed, sequence.blocks, False, scoring, sequence.adapter)
+        self._runner.next_tokens([work], [])
         # Sampling would wait for the device, but this step samples nothing. Its blocks may be freed before the next.
         self._runner.synchronize()
         sequence.computed += len(part)

@@ -140,10 +140,19 @@ class ModelRunner:
             context_lens_device=self._tensor(ends),
             logits_indices=self._tensor(_logits_indices(works, last)),
             table_rows=self._tensor(rows) if on_host else None,
+            adapters=_adapters(works, counts),
         )
 
     def _tensor(self, values: NDArray[np.int64]) -> torch.Tensor:
         return upload(torch.from_numpy(values), self.device)
+
+
+def _adapters(works: Sequence[Work], counts: NDArray[np.int64]) -> torch.Tensor | None:
+    """Slot of each token's adapter, -1 without one; None if no work has an adapter. [T] on the host"""
+    if all(work.adapter is None for work in works):
+        return None
+    slots = np.array([-1 if work.adapter is None else work.adapter for work in works], np.int64)
+    return torch.from_numpy(np.repeat(slots, counts))
 
 
 def _logits_indices(works: Sequence[Work], last: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.prefill import PrefillEngine
-from overfill.engine.protocol import REPLAY_BUDGET, EngineCore, EngineOptions, NewProcessor, ServedHalf
+from overfill.engine.protocol import REPLAY_BUDGET, AdapterSlots, EngineCore, EngineOptions, NewProcessor, ServedHalf
 from overfill.engine.sequence import DecodeEvent, PrefillEvent
 from overfill.engine.work import Runner
 from overfill.kv.blocks import BlockPool
@@ -37,6 +37,7 @@ class Stage:
         max_model_len: maximum number of tokens of prompt and answer together.
         grammars, version, new_processor, codecs: as in ``ServedHalf``.
         decode_engine: the engine of a decoder.
+        adapters: as in ``ServedHalf``.
     """
 
     half: Half
@@ -51,6 +52,7 @@ class Stage:
     new_processor: NewProcessor
     codecs: tuple[common_pb2.KvCodec, ...] = tuple(CODECS.values())
     decode_engine: type[DecodeEngine] = DecodeEngine
+    adapters: AdapterSlots | None = None
 
     @property
     def pool(self) -> BlockPool:
@@ -75,6 +77,7 @@ class Stage:
             prefix_keys=self.prefix.journal if self.half == "full" else None,
             kv_cache_dtype=self.options.kv_cache_dtype,
             scores_prompts=self.runner.max_scored > 0,
+            adapters=self.adapters,
         )
 
     def new_core(self, emit: Callable[[list[Any]], None], metrics: EngineMetrics) -> EngineCore:

@@ -55,12 +55,14 @@ class _Holder:
         own: private blocks.
         path: referenced nodes, from the root down. A node's block is not in ``table`` if another owner published the
             same tokens first.
+        max_cached: limit on blocks of the prompt that may come from the cache.
     """
 
     prompt: PromptBlocks
     table: list[int]
     own: set[int]
     path: list[_Node]
+    max_cached: int
 
     @property
     def behind_forgotten(self) -> bool:
@@ -146,18 +148,20 @@ class PrefixCache:
         root = root_key(self._identity, cache_namespace) if self._enabled else None
         return PromptBlocks(tokens, self.pool.block_size, root, cache_namespace)
 
-    def acquire(self, owner: str, prompt: PromptBlocks, num_blocks: int, *, spare: int = 0) -> BlockAllocation | None:
+    def acquire(
+        self, owner: str, prompt: PromptBlocks, num_blocks: int, *, spare: int = 0, whole: bool = False
+    ) -> BlockAllocation | None:
         """Gives ``owner`` ``num_blocks`` blocks. The first ones are cached blocks with the start of its ``prompt``.
-
-        At least one token of the prompt is left to compute, even if all are cached.
 
         Args:
             spare: blocks that must remain available afterwards.
+            whole: whether all tokens of the prompt may be cached ones. Otherwise at least one is left to compute.
 
         Returns:
             None, changing nothing, if not enough blocks are available.
         """
-        path = list(self._walk(self._roots.get(prompt.cache_namespace), prompt, 0))
+        max_cached = (prompt.num_tokens - (not whole)) // self.pool.block_size
+        path = list(self._walk(self._roots.get(prompt.cache_namespace), prompt, 0, max_cached))
         lacking = num_blocks - len(path)
         if lacking + spare > self.num_available - sum(node.refs == 0 for node in path):
             return None
@@ -165,7 +169,7 @@ class PrefixCache:
             self._reference(node)
         own = self._take(owner, lacking)
         blocks = [*(node.block for node in path), *own]
-        self._holders[owner] = _Holder(prompt, list(blocks), set(own), path)
+        self._holders[owner] = _Holder(prompt, list(blocks), set(own), path, max_cached)
         cached = len(path) * self.pool.block_size
         self.tokens_looked_up += prompt.num_tokens
         self.tokens_found += cached
@@ -182,7 +186,7 @@ class PrefixCache:
         holder = self._holders[owner]
         begin = len(holder.path)
         last = holder.path[-1] if holder.path else self._roots.get(holder.prompt.cache_namespace)
-        found = list(self._walk(last, holder.prompt, begin))
+        found = list(self._walk(last, holder.prompt, begin, holder.max_cached))
         if not found:
             return None
         replaced = holder.table[begin : begin + len(found)]
@@ -208,9 +212,9 @@ class PrefixCache:
         return parent, holder.prompt.tokens[index]
 
     def may_share(self, owner: str) -> bool:
-        """Whether ``owner`` may use a cached block as its next one; the last token is always computed."""
+        """Whether ``owner`` may use a cached block as its next one."""
         holder = self._holders[owner]
-        return len(holder.path) < self._max_cached_blocks(holder.prompt)
+        return len(holder.path) < holder.max_cached
 
     def extend(self, owner: str, count: int) -> list[int] | None:
         """Gives ``owner`` ``count`` more blocks. Returns None, changing nothing, if not enough are available."""
@@ -323,13 +327,10 @@ class PrefixCache:
         used, known = self.pool.num_used, self._num_known
         _require(used == known, f"{used} blocks are owned in the pool, but owners and cache hold {known}")
 
-    def _max_cached_blocks(self, prompt: PromptBlocks) -> int:
-        """Limit on blocks of ``prompt`` from the cache: at least one token is left to compute."""
-        return (prompt.num_tokens - 1) // self.pool.block_size
-
-    def _walk(self, node: _Node | None, prompt: PromptBlocks, begin: int) -> Iterator[_Node]:
+    @staticmethod
+    def _walk(node: _Node | None, prompt: PromptBlocks, begin: int, end: int) -> Iterator[_Node]:
         """Yields the cached blocks of ``prompt`` below ``node``, from index ``begin`` to the first one not cached."""
-        for index in range(begin, self._max_cached_blocks(prompt)):
+        for index in range(begin, end):
             if node is None:
                 return
             node = node.children.get(prompt.tokens[index])

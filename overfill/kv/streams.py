@@ -13,9 +13,6 @@ from overfill.kv.shm import ShmServer
 from overfill.rpc.constants import MAX_DATA_STREAMS
 from overfill.v1 import prefill_pb2
 
-_MAX_STREAMS = MAX_DATA_STREAMS
-"""Limit on streams of a transfer at once, from all ranks of a decode worker. One that is not read holds some 3 MB."""
-
 
 class TransferStreams:
     """Streams of one transfer, served from this process. Use it on one event loop.
@@ -53,8 +50,8 @@ class TransferStreams:
         sender = self._sender
         if self.ended or sender.spec.attempt != request.attempt:
             raise unknown_transfer()
-        if len(self._readers) >= _MAX_STREAMS:
-            raise TransferFailed(f"the transfer has {_MAX_STREAMS} streams, which is the maximum")
+        if len(self._readers) >= MAX_DATA_STREAMS:
+            raise TransferFailed(f"the transfer has {MAX_DATA_STREAMS} streams, which is the maximum")
         ranges = [KvRange.from_proto(box) for box in request.ranges]
         try:
             sender.check_ranges(ranges)

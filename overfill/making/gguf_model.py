@@ -1,4 +1,4 @@
-"""Convert a Llama GGUF to an ordinary Hugging Face checkpoint with dequantised weights.
+"""Converts a Llama GGUF to an ordinary Hugging Face checkpoint with dequantised weights.
 
 Weights become float32. A Q4_1 element is a float16 scale times four bits plus a float16 offset, and bfloat16 would drop
 bits of that. The result depends on the file's bytes only.

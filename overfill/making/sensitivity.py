@@ -1,4 +1,4 @@
-"""Measure how much a full model's answers depend on its residual stream, by one backward pass. Nothing is trained.
+"""Measures how much a full model's answers depend on its residual stream, by one backward pass. Nothing is trained.
 
 The measure is the Fisher information of the answers' distributions. Let g be the gradient of the log-likelihood of a
 token drawn from the model's own distribution. Moving a vector by d then changes the distribution by a KL divergence of

@@ -21,6 +21,7 @@ class ForwardBatch:
         context_lens_device: [S] int64, ``context_lens`` on the device.
         logits_indices: [N] int64, indices of the T tokens whose logits the pass returns.
         table_rows: [S] int64, each sequence's row of ``block_tables``. None means that sequence i has row i.
+        adapters: [T] int64 on the host, slot of each token's adapter, or -1. None means that no token has one.
     """
 
     token_ids: torch.Tensor
@@ -32,6 +33,7 @@ class ForwardBatch:
     context_lens_device: torch.Tensor
     logits_indices: torch.Tensor
     table_rows: torch.Tensor | None = None
+    adapters: torch.Tensor | None = None
 
     def tables(self, width: int) -> torch.Tensor:
         """The first ``width`` blocks of each sequence's row. [S, width]"""

@@ -5,6 +5,7 @@ Tokens in, logits out. This module knows neither requests nor sampling; the call
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -21,9 +22,13 @@ from overfill.model.batch import ForwardBatch
 from overfill.model.config import ModelConfig
 from overfill.model.head import logits_of
 from overfill.model.loading import LayerWeights, Weights, load_int8_weights, load_weights
+from overfill.model.lora import LoraSlots, RowTiles, TorchLoraSlots
 from overfill.model.quantize import Matrix, linear
 from overfill.model.rope import apply_rope, rope_tables
 from overfill.model.steps import NO_HOOKS, LayerHooks
+
+_Multiply = Callable[[Tensor, str, Matrix, Tensor | None], Tensor]
+"""``x @ matrix.T + bias`` of a fused matrix, which the name says."""
 
 
 class ForwardModel(Protocol):
@@ -45,6 +50,9 @@ class ForwardModel(Protocol):
     @property
     def quantize(self) -> Quantization:
         """Format of the matrices."""
+
+    def new_adapter_slots(self, num_slots: int, max_rank: int) -> LoraSlots:
+        """Allocates the memory of ``num_slots`` adapters, once, before the first step that has one."""
 
     def forward(self, batch: ForwardBatch, cache: KvCache, hooks: LayerHooks = NO_HOOKS) -> Tensor: ...
 
@@ -74,6 +82,7 @@ class Transformer:
         self.weights = weights
         self.max_positions = max_positions
         self._cos, self._sin = rope_tables(config.rope, config.head_dim, max_positions, self.device)
+        self._adapters: TorchLoraSlots | None = None
 
     @classmethod
     def load(
@@ -100,6 +109,10 @@ class Transformer:
     def rope(self) -> tuple[Tensor, Tensor]:
         """Cosine and sine of every position, as ``rope_tables`` returns them."""
         return self._cos, self._sin
+
+    def new_adapter_slots(self, num_slots: int, max_rank: int) -> LoraSlots:
+        self._adapters = TorchLoraSlots(self.config, num_slots, max_rank, self.dtype, self.device)
+        return self._adapters
 
     def release_layers(self) -> list[LayerWeights[Matrix]]:
         """Hands the layers to the caller, which can free them one by one. The model cannot run any more."""
@@ -141,28 +154,48 @@ class Transformer:
             hidden = self.weights.embedding[batch.token_ids]  # [T, hidden]
             cos, sin = self._cos[batch.positions], self._sin[batch.positions]
             attend = plan_attention(batch, cache)
+            tiles = None if batch.adapters is None else RowTiles.of(batch.adapters, self.device)
             last = len(self.weights.layers) - 1
             for index, layer in enumerate(self.weights.layers):
                 hooks.layer_start(index)
-                q, k, v = self._project(layer, self._norm(hidden, layer.input_norm), cos, sin)
+                multiply = self._multiply(index, tiles)
+                q, k, v = self._project(layer, self._norm(hidden, layer.input_norm), cos, sin, multiply)
                 cache.put(index, batch.slots, k, v)
                 hooks.kv_written(index)
                 attended = attend(q, k, v, index)
-                if index == last:  # from here on only the rows of requested logits matter
+                # From here on only the rows of requested logits matter; tiles name rows of the whole step.
+                if index == last and tiles is None:
                     attended, hidden = attended[batch.logits_indices], hidden[batch.logits_indices]
-                hidden = hidden + linear(attended, layer.o, layer.o_bias)
-                hidden = hidden + _mlp(layer, self._norm(hidden, layer.post_norm))
+                hidden = hidden + multiply(attended, "o", layer.o, layer.o_bias)
+                hidden = hidden + _mlp(layer, self._norm(hidden, layer.post_norm), multiply)
+            if tiles is not None:
+                hidden = hidden[batch.logits_indices]
             if len(batch.logits_indices) == 0:
                 return torch.empty(0, self.config.vocab_size, dtype=torch.float32, device=self.device)
             normed = self._norm(hidden, self.weights.norm)
             return logits_of(normed, self.weights.head, self.weights.tail).float()
 
+    def _multiply(self, layer: int, tiles: RowTiles | None) -> _Multiply:
+        """The products of a layer's fused matrices, with those of the step's adapters."""
+        if tiles is None:
+            return lambda x, fused, matrix, bias: linear(x, matrix, bias)
+        slots = self._adapters
+        if slots is None:
+            raise ValueError("a token has an adapter, and the model has no slots")
+
+        def added(x: Tensor, fused: str, matrix: Matrix, bias: Tensor | None) -> Tensor:
+            out = linear(x, matrix, bias)
+            slots.add(out, x, fused, layer, tiles)
+            return out
+
+        return added
+
     def _project(
-        self, layer: LayerWeights[Matrix], x: Tensor, cos: Tensor, sin: Tensor
+        self, layer: LayerWeights[Matrix], x: Tensor, cos: Tensor, sin: Tensor, multiply: _Multiply
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Projects x, [T, hidden], to rotated q [T, heads, D] and k [T, kv_heads, D], and v [T, kv_heads, D]."""
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
-        qkv = linear(x, layer.qkv, layer.qkv_bias).view(len(x), heads + 2 * kv_heads, self.config.head_dim)
+        qkv = multiply(x, "qkv", layer.qkv, layer.qkv_bias).view(len(x), heads + 2 * kv_heads, self.config.head_dim)
         qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
         if layer.q_norm is not None and layer.k_norm is not None:
             normed = self._norm(qk[:, :heads], layer.q_norm), self._norm(qk[:, heads:], layer.k_norm)
@@ -186,6 +219,6 @@ def check_cache(cache: KvCache, config: ModelConfig, dtype: torch.dtype) -> None
         raise ValueError(f"the cache's (layers, KV heads, head_dim, dtype) are {theirs}; the model's are {ours}")
 
 
-def _mlp(layer: LayerWeights[Matrix], x: Tensor) -> Tensor:
-    gate, up = linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-    return linear(silu(gate) * up, layer.down, layer.down_bias)
+def _mlp(layer: LayerWeights[Matrix], x: Tensor, multiply: _Multiply) -> Tensor:
+    gate, up = multiply(x, "gate_up", layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+    return multiply(silu(gate) * up, "down", layer.down, layer.down_bias)

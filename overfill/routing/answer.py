@@ -129,7 +129,7 @@ class AnswerState:
         self.received = received
         self.first_token_at = 0.0
         self.parts: list[inference_pb2.AnswerPart] = []
-        self._told_tier = tier  # the tier that the client believes to write the answer
+        self._client_tier = tier  # the tier that the client believes to write the answer
         self.decode_base = 1
         self.timing = common_pb2.Timing()
         self.reservations = 0
@@ -268,9 +268,9 @@ class AnswerState:
         else:
             self._unread.token_ids += ids
             self._unread.logprobs += logprobs
-        if self.parts and self.parts[-1].tier != self._told_tier:
+        if self.parts and self.parts[-1].tier != self._client_tier:
             self._unread.parts = [*self._unread.parts, self.parts[-1]]
-            self._told_tier = self.parts[-1].tier
+            self._client_tier = self.parts[-1].tier
         self._wake()
         return True
 

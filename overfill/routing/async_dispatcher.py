@@ -8,8 +8,8 @@ from collections.abc import Callable
 from contextvars import Context
 
 from overfill.errors import OverfillError
-from overfill.routing.dispatcher import Dispatcher, Job, Placement, Rejection
-from overfill.routing.job import JobState
+from overfill.routing.dispatcher import Dispatcher, Placement, Rejection
+from overfill.routing.job import Job, JobState
 from overfill.routing.pool import Pool
 from overfill.routing.worker import Worker
 from overfill.v1 import decode_pb2, registry_pb2
@@ -100,9 +100,15 @@ class AsyncDispatcher:
             self._note_change()
         return worker
 
-    def reserved(self, job: Job, on_placed: OnPlaced) -> bool:
-        """Queues the job for a prefill slot, since its decode worker has reserved blocks. True if it holds one."""
-        if self._dispatcher.reserved(job):
+    def reserved(self, job: Job, on_placed: OnPlaced, *, has_prompt: bool = False) -> bool:
+        """Queues the job for a prefill slot, since its decode worker has reserved blocks; see ``Dispatcher.reserved``.
+
+        Returns True if the job holds a slot or needs none.
+        """
+        held = job.prefill is not None
+        if self._dispatcher.reserved(job, has_prompt=has_prompt):
+            if held and job.prefill is None:
+                self._freed(left_queue=False)
             return True
         self._wait(job, on_placed)
         return False

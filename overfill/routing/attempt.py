@@ -2,7 +2,8 @@
 
 The router sends StartDecode, with a prefill worker if a slot is free; the worker answers Reserved or Refused. If
 StartDecode had no prefill worker, the router then gets a slot and sends AssignPrefill. Then the worker sends Tokens and
-DecodeDone. After Reserved, it may send NeedPrefill at any time.
+DecodeDone. After Reserved, it may send NeedPrefill at any time. When the worker has the prompt's KV or receives it for
+another sequence, Reserved says so, and the router gives the prefill slot back.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TypeAlias
 from overfill.errors import Incompatible, InternalError, OverfillError, Overloaded, Unavailable
 from overfill.routing.answer import AnswerState
 from overfill.routing.async_dispatcher import AsyncDispatcher
-from overfill.routing.dispatcher import Job
+from overfill.routing.job import Job
 from overfill.routing.stream import DecodeConnector, DecodeStream
 from overfill.routing.worker import Worker, WorkerInfo
 from overfill.telemetry import tracing
@@ -168,9 +169,11 @@ class Attempt:
         self._reserved = True
         self._reservation_ns = reserved.reservation_ns
         self._answer.reservations += 1
+        if reserved.has_prompt:  # the worker ignores an assignment
+            self._prefill, self._answer.prefill_worker = None, ""
         self._wanted_since = _now()
         self._waits_for_slot = True
-        if self._dispatcher.reserved(self._job, self._on_slot):
+        if self._dispatcher.reserved(self._job, self._on_slot, has_prompt=reserved.has_prompt):
             self._waits_for_slot = False
 
     def _on_tokens(self, tokens: decode_pb2.Tokens) -> None:

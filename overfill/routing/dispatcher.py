@@ -41,8 +41,6 @@ from overfill.routing.reservations import Reservations
 from overfill.routing.worker import PREFILL, Worker
 from overfill.v1 import decode_pb2, registry_pb2
 
-__all__ = ["Dispatcher", "Job", "JobState", "Placement", "Rejection"]
-
 STARTUP_MARGIN = 2.0
 """Default of ``absent_after``, as a multiple of the stage's longest start-up time.
 
@@ -251,16 +249,24 @@ class Dispatcher:
             self._assign_prefill(job, worker)
         return worker
 
-    def reserved(self, job: Job) -> bool:
+    def reserved(self, job: Job, *, has_prompt: bool = False) -> bool:
         """Notes that the job's decode worker has reserved blocks.
 
-        Returns True if the job holds a prefill slot already; otherwise it is queued for one.
+        Args:
+            has_prompt: whether the decode worker needs no prefill worker. A slot that the job holds becomes free.
+
+        Returns:
+            True if the job holds a prefill slot already, or needs none; otherwise it is queued for one.
         """
         late_prefill = job.late_prefill
         self._answered(job)
         # Count it now, because a worker that refuses a job puts it back into the queue.
         if job.placed_at is not None and job.placed_at > job.waiting_since:
             self._tiers[job.tier].admission.departure_rate.departed()
+        if has_prompt:
+            self.prefill_done(job)
+            self._run(job)
+            return True
         if late_prefill is not None and self._roster.prefill.get(late_prefill.id) is late_prefill:
             self._assign_prefill(job, late_prefill)  # beyond its credits if need be: the decode worker turns to it now
         if job.prefill is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from overfill.request.thinking import ThinkingTokens
-from overfill.routing.tier import DEFAULT_TIER, TierChoice
+from overfill.routing.tier import DEFAULT_TIER, Adapter, TierChoice
 from overfill.routing.worker import Worker
 from overfill.v1 import common_pb2, decode_pb2
 
@@ -56,7 +56,8 @@ class Job:
         stream_interval: minimum number of tokens in a message to the client.
         received: time when the router received the request, seconds on the event loop's clock.
         choice: the tier with which the request was accepted, and why. ``tier`` may have changed since.
-        tier: name of the tier that writes the answer. The dispatcher changes it only to ``fallback``.
+        tier: name of the tier whose decode workers write the answer. The dispatcher changes it only to ``fallback``.
+        adapter: adapter that writes the answer; only workers that have it are used. None means the decoder alone.
         fallback: name of the tier to which the job goes when its tier has no worker left; empty means none.
         priority: smaller values go first.
         key: API key to whose share the job is charged; "" stands for requests without a key.
@@ -93,6 +94,7 @@ class Job:
     received: float = 0.0
     choice: TierChoice = field(default_factory=TierChoice)
     tier: str = DEFAULT_TIER
+    adapter: Adapter | None = None
     fallback: str = ""
     priority: int = 0
     key: str = ""

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from overfill.routing.dispatcher import Dispatcher, Job, JobState
+from overfill.routing.dispatcher import Dispatcher
+from overfill.routing.job import Job, JobState
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.scaling import PoolState, Scaler
 from overfill.routing.worker import DECODE, PREFILL, Worker

@@ -1,4 +1,4 @@
-"""A tier as the router knows it: one decoder, its objectives, and where its answers may go on."""
+"""What writes answers, as the router knows it: a tier, which is one decoder, or an adapter on a tier's decoder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,28 @@ NO_FALLBACK = "none"
 
 
 @dataclass(frozen=True, slots=True)
-class TierChoice:
-    """The tier of one request.
+class Adapter:
+    """An adapter that decode workers of a tier have loaded.
 
     Attributes:
+        name: unique among the adapters and tiers of the stack.
+        digest: identifies its weights and config.
+        tier: the tier on whose decoder it works.
+        tail_tokens: number of tokens at a prompt's end that the decoder computes; 0 means the generation prompt.
+    """
+
+    name: str
+    digest: str
+    tier: str
+    tail_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TierChoice:
+    """The tier of one request, and its adapter.
+
+    Attributes:
+        adapter: adapter that writes the answer, on the decoder of ``tier``; None means the decoder alone.
         tier: tier that writes the answer.
         fallback: tier in which the answer goes on when that tier has no worker left; empty means none.
         brownout_from: requested tier, if ``tier`` writes the answer instead because of a brownout.
@@ -27,6 +45,12 @@ class TierChoice:
     fallback: str = ""
     brownout_from: str = ""
     fallback_from: str = ""
+    adapter: Adapter | None = None
+
+    @property
+    def writer(self) -> str:
+        """Name of what writes the answer: the adapter or the tier."""
+        return self.tier if self.adapter is None else self.adapter.name
 
     @property
     def asked(self) -> str:

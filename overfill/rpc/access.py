@@ -105,6 +105,8 @@ ROUTER_RPCS: Mapping[str, Rule] = {
     "/overfill.v1.Registry/Join": _FROM_WORKERS,
     "/overfill.v1.Admin/Status": _STATUS,
     "/overfill.v1.Admin/Drain": _ADMIN,
+    "/overfill.v1.Admin/LoadAdapter": _ADMIN,
+    "/overfill.v1.Admin/UnloadAdapter": _ADMIN,
 }
 """Rules of a router's RPCs."""
 
@@ -119,6 +121,8 @@ WORKER_RPCS: Mapping[str, Rule] = {
     "/overfill.v1.Decode/Serve": _FROM_ROUTERS,
     "/overfill.v1.Admin/Status": _FROM_ROUTERS,
     "/overfill.v1.Admin/Drain": _FROM_ROUTERS,
+    "/overfill.v1.Admin/LoadAdapter": _FROM_ROUTERS,
+    "/overfill.v1.Admin/UnloadAdapter": _FROM_ROUTERS,
 }
 """Rules of a worker's RPCs. Workers accept no API keys, because only processes of the stack call them."""
 

@@ -72,7 +72,9 @@ MAX_PENDING_RPCS: Final = 16_384
 """Maximum number of RPCs that have arrived at a gRPC server and that it has not accepted yet."""
 
 MAX_DATA_STREAMS: Final = 64
-"""Maximum number of parallel connections for one prompt's KV, from a process to a data address."""
+"""Maximum number of parallel streams of one prompt's KV, from a decode worker with all of its ranks to a data address.
+
+A stream that the decode worker does not read takes 3 MB of the process that sends."""
 
 SPARE_RPCS: Final = 256
 """Concurrent RPCs that a worker allows in addition to those of its prompts: health checks, status, routers' streams."""

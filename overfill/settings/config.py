@@ -37,6 +37,7 @@ from overfill.settings.values import (
     Device,
     EngineArgs,
     EngineChoice,
+    Folder,
     Name,
     Names,
     Origins,
@@ -231,8 +232,27 @@ class DecodeConfig(WorkerConfig):
         ge=1,
         le=MAX_DATA_STREAMS,
         description="number of parallel connections that transfer a request's KV; with ranks, of each rank to each "
-        "that serves some of its heads",
+        "that serves some of its heads, and at most 64 of all ranks",
     )
+    adapters: Folder | None = Field(
+        None,
+        description="folder with a folder for each adapter, named after it; the worker loads those of its decoder when "
+        "it starts; by default it has no adapters, and no memory for them",
+    )
+    max_adapters: int = Field(8, ge=1, description="with --adapters, maximum number of loaded adapters")
+    max_adapter_rank: int = Field(
+        16, ge=1, description="with --adapters, largest rank of an adapter; each of --max-adapters takes its memory"
+    )
+
+    @model_validator(mode="after")
+    def _check_streams(self) -> Self:
+        if self.data_streams * self.tensor_parallel_size > MAX_DATA_STREAMS:
+            raise ValueError(
+                f"--data-streams {self.data_streams}: {self.tensor_parallel_size} ranks may have "
+                f"{MAX_DATA_STREAMS // self.tensor_parallel_size} each, because a prefill worker sends a request's KV "
+                f"in at most {MAX_DATA_STREAMS} streams"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_tier(self) -> Self:

@@ -106,6 +106,7 @@ Url = Annotated[str, AfterValidator(_check_url)]
 Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...], BeforeValidator(_split)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_split)]
 Origins = Annotated[tuple[Annotated[str, AfterValidator(_check_origin)], ...], BeforeValidator(_split)]
+Folder = Annotated[Path, AfterValidator(Path.absolute)]  # workers on Ray start in another folder
 Port = Annotated[int, Field(ge=0, le=65535)]
 PortOrOff = Annotated[Port | Literal["off"], BeforeValidator(_read_off)]
 # Text, because a Path would turn the folder ./default into the name default.

@@ -123,7 +123,7 @@ class DecodeMetrics(EngineMetrics):
         beside: metrics of the prefill stage of a worker with both.
     """
 
-    REFUSALS = ("sequences", "preempted", "blocks")
+    REFUSALS = ("sequences", "preempted", "blocks", "adapter")
 
     def __init__(self, beside: PrefillMetrics | None = None) -> None:
         super().__init__("decode", beside)
@@ -139,7 +139,8 @@ class DecodeMetrics(EngineMetrics):
         self._preemptions = counter("preemptions_total", "Sequences whose blocks were given to older sequences.")
         self._refusals = counter(
             "refusals_total",
-            "Refused sequences, by reason: too many sequences, preempted sequences waiting, or too few blocks.",
+            "Refused sequences, by reason: too many sequences, preempted sequences waiting, too few blocks, or an "
+            "empty adapter slot.",
             {"reason": self.REFUSALS},
         )
         self._sequences = counter("sequences_total", "Attempts that have ended, by outcome.", {"outcome": OUTCOMES})

@@ -171,7 +171,7 @@ class SequenceSession:
         self._handoff: Handoff | None = None
         self._cached_tokens: int | None = None
         self._codec = common_pb2.KV_CODEC_UNSPECIFIED  # encoding in which the current KV was sent
-        self._untold = False  # True from a handoff until a token of a decode step has told the router of it
+        self._handoff_unreported = False  # True from a handoff until a token of a decode step has told the router of it
         self._reserved = self._refused = False
         self._failure: BaseException | None = None
         self._wants_kv = False
@@ -232,7 +232,7 @@ class SequenceSession:
         Returns:
             False if the session must ``take`` it instead. Most tokens take this way, which is the shortest.
         """
-        if not (self._waiting and self.inbox.empty()) or self._untold or self._first_step_ns is None:
+        if not (self._waiting and self.inbox.empty()) or self._handoff_unreported or self._first_step_ns is None:
             return False
         self._emitted = index + 1
         try:
@@ -306,7 +306,7 @@ class SequenceSession:
                 self._note_handoff()
                 self._prefill_worker = worker
                 self._wants_kv = False
-                self._untold = True
+                self._handoff_unreported = True
                 self._worker.send(Start(self.sequence.id, self._first_token))
             case PullEnded(worker_id=worker, error=error):
                 self._pull = None
@@ -452,7 +452,7 @@ class SequenceSession:
         token, scores = event.token, event.scores
         if token is not None:
             self._emitted = event.index + 1
-            if token.logprob is None and scores is None and not self._untold:
+            if token.logprob is None and scores is None and not self._handoff_unreported:
                 self._served.put_token(event.index, token.token_id)
                 return event.finish
         elif scores is None:
@@ -461,8 +461,8 @@ class SequenceSession:
         if scores is not None:
             tokens.MergeFrom(self._full_scores)
             tokens.prompt_logprobs.MergeFrom(scores)
-        if self._untold:
-            self._untold = False
+        if self._handoff_unreported:
+            self._handoff_unreported = False
             tokens.so_far.CopyFrom(self._so_far())
         self._served.put(decode_pb2.SequenceUpdate(tokens=tokens))
         return event.finish

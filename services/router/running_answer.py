@@ -53,7 +53,7 @@ class RunningAnswer:
         self._close = close
         self._relay = relay
         self._text = text
-        self._handed: AnswerDelta | None = None  # the delta that the caller is handing to the client
+        self._delta_in_delivery: AnswerDelta | None = None  # the delta that the caller is handing to the client
         self._handed_at: float | None = None  # time when the previous tokens had been handed to the client
         self._ttft_ns: int | None = None
         self.rest: AnswerDelta | None = None
@@ -84,9 +84,9 @@ class RunningAnswer:
         Raises:
             OverfillError: the answer failed; all its tokens have been returned.
         """
-        if self._handed is not None:
-            self._count(self._handed)
-            self._handed = None
+        if self._delta_in_delivery is not None:
+            self._count(self._delta_in_delivery)
+            self._delta_in_delivery = None
         if self._text.stop is not None:
             self._finish(None)
             return None
@@ -122,7 +122,7 @@ class RunningAnswer:
             if len(delta.token_ids) >= self._relay.request.stream_interval and not answer.unread:
                 break
         pace.writing()
-        self._handed = delta
+        self._delta_in_delivery = delta
         return delta
 
     def _count(self, handed: AnswerDelta) -> None:
@@ -163,7 +163,7 @@ class RunningAnswer:
     def _log(self) -> None:
         relay = self._relay
         ttft_ns = self._ttft_ns
-        if ttft_ns is None and self._handed is not None and not relay.request.client_resumed:
+        if ttft_ns is None and self._delta_in_delivery is not None and not relay.request.client_resumed:
             ttft_ns = _nanoseconds_since(relay.answer.received)  # the client left while the first token was on its way
         logs.ended(
             "router",

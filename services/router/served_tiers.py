@@ -52,7 +52,7 @@ class ServedTiers:
         self._brownout = brownout
         self._answer_format = answer_format
         self._identities: dict[str, inference_pb2.AnswerIdentity] = {}  # without formats and request, by tier
-        self._said: dict[str, dict[str, object]] = {}  # formats of each tier's latest worker
+        self._latest_formats: dict[str, dict[str, object]] = {}  # formats of each tier's latest worker
         full = pairs[roster.default_tier].full_config
         self.vocab_size, self._max_positions = full.vocab_size, full.max_positions
 
@@ -118,8 +118,8 @@ class ServedTiers:
         """
         worker = next(iter(self.roster.decode[tier]), None)
         if worker is not None:
-            self._said[tier] = {**worker.info.decoder, **worker.info.identity.chosen_by_workers()}
-        known = {**self._said.get(tier, {}), **self.roster.tiers[tier].decoder}
+            self._latest_formats[tier] = {**worker.info.decoder, **worker.info.identity.chosen_by_workers()}
+        known = {**self._latest_formats.get(tier, {}), **self.roster.tiers[tier].decoder}
         return {name: known[name] for name in _FORMATS if name in known}
 
     def check_resume(self, request: inference_pb2.GenerateRequest, tier: str, prompt: Sequence[int]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import decode_conformance as decode
@@ -101,3 +103,16 @@ class TestLostRanks(OnRanks, decode.DecodeEngineConformance):
         assert first.exitcode == -signal.SIGKILL
         with pytest.raises(InternalError, match="rank 1"):
             driver.core._vllm.step()
+
+
+def test_a_rank_that_ends_before_its_queue_is_known_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM begins to watch the ranks a moment before it lists their queues, and then waits for them without end."""
+    monkeypatch.setattr(executor_module, "_GRACE", 0.0)
+    executor, ended = executor_module.RankExecutor.__new__(executor_module.RankExecutor), threading.Event()
+    executor.failure, executor._failing, executor.end_process = None, threading.Lock(), ended.set
+    rank = multiprocessing.get_context("spawn").Process(name="rank-1", target=os._exit, args=(3,))
+    rank.start()
+    executor.workers = [SimpleNamespace(proc=rank)]
+    executor._watch()
+    assert ended.wait(30)
+    assert executor.failure == f"rank 1 (process {rank.pid}) exited with code 3"

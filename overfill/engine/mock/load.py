@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from overfill.api.tokenizer import Tokenizer
 from overfill.engine.device import NotEnoughMemory
+from overfill.engine.mock.adapters import MockAdapterSlots
 from overfill.engine.mock.decode import MockDecodeEngine
 from overfill.engine.mock.options import MockOptions
 from overfill.engine.mock.runner import MockRunner
@@ -50,11 +51,14 @@ def load_mock(pair: Pair, half: Half, options: EngineOptions) -> Stage:
     tokenizer = Tokenizer.load(pair.full_path, mock.tool_call_parser)
     script = Script(tokenizer, mock)
     eos_ids = pair.full_config.eos_token_ids
+    adapters = None
+    if half == "decoder" and options.max_adapters:
+        adapters = MockAdapterSlots(tokenizer, options.max_adapters, options.max_adapter_rank)
     return Stage(
         half,
         pair,
         dtype,
-        MockRunner(half, MockKvStore(spec, num_blocks, block_size), mock),
+        MockRunner(half, MockKvStore(spec, num_blocks, block_size), mock, adapters),
         new_prefix_cache(pair, dtype, BlockPool(num_blocks, block_size), options.prefix_cache),
         options,
         longest,
@@ -63,4 +67,5 @@ def load_mock(pair: Pair, half: Half, options: EngineOptions) -> Stage:
         script.player,
         (common_pb2.KV_CODEC_RAW,),
         MockDecodeEngine,
+        adapters,
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from overfill.engine.mock.adapters import MockAdapterSlots
 from overfill.engine.mock.options import MockOptions
 from overfill.engine.mock.script import Player
 from overfill.engine.mock.store import MockKvStore
+from overfill.engine.sequence import DecodeSequence
 from overfill.engine.work import Sampled, Work
 from overfill.errors import InternalError
 from overfill.model.manifest import Half
@@ -23,11 +25,14 @@ class MockRunner:
     device = None
     max_scored = 0  # there are no logits
 
-    def __init__(self, half: Half, cache: MockKvStore, options: MockOptions) -> None:
+    def __init__(
+        self, half: Half, cache: MockKvStore, options: MockOptions, adapters: MockAdapterSlots | None = None
+    ) -> None:
         self.cache = cache
         self.token_layer_bytes = cache.spec.token_layer_bytes
         self._half = half
         self._options = options
+        self._adapters = adapters
 
     def step_seconds(self, sequences: int) -> float:
         """Seconds of a decode step, which its engine waits."""
@@ -45,8 +50,10 @@ class MockRunner:
             player = sequence.processor
             assert isinstance(player, Player)
             try:
-                if self._half == "decoder":
-                    self._check_prompt(works[row], player.prompt)
+                if isinstance(sequence, DecodeSequence):
+                    self._check_prompt(works[row], sequence)
+                    if sequence.adapter is not None and self._adapters is not None:
+                        player.mark = self._adapters.marks[sequence.adapter]
                 sampled.append(player.next(sequence.emitted, sequence.sample_index))
             except Exception as error:
                 failed[row] = error
@@ -85,7 +92,8 @@ class MockRunner:
             hooks.layer_start(layer)
             hooks.kv_written(layer)
 
-    def _check_prompt(self, work: Work, prompt: Sequence[int]) -> None:
-        """Raises InternalError in a sequence's first step if its blocks hold other KV than that of ``prompt``."""
-        if work.start == len(prompt) and not self.cache.holds(work.blocks, prompt):
-            raise InternalError(f"the KV in the sequence's blocks is not that of its {len(prompt)} prompt tokens")
+    def _check_prompt(self, work: Work, sequence: DecodeSequence) -> None:
+        """Raises InternalError in a sequence's first step if its blocks hold other KV than its shared prompt's."""
+        shared = sequence.num_shared
+        if work.start == shared and not self.cache.holds(work.blocks, sequence.prompt[:shared]):
+            raise InternalError(f"the KV in the sequence's blocks is not that of its {shared} prompt tokens")

@@ -71,11 +71,12 @@ class Player:
 
     Attributes:
         prompt: the request's prompt, to which the KV of the sequence must belong.
+        mark: tokens with which the answer begins, before its script: those of the adapter that writes it.
     """
 
     __slots__ = (
         "_begin", "_end", "_ids", "_length", "_mask_words", "_matcher", "_params", "_plain", "_seen", "_strayed",
-        "prompt",
+        "mark", "prompt",
     )  # fmt: skip
 
     def __init__(
@@ -90,6 +91,7 @@ class Player:
         mask_words: int,
     ) -> None:
         self.prompt = prompt
+        self.mark: Sequence[int] = ()
         self._params = params
         self._matcher = matcher
         self._mask_words = mask_words
@@ -105,12 +107,9 @@ class Player:
 
     def next(self, emitted: Sequence[int], sample_index: int) -> SampledToken:
         """Returns the token after ``emitted``. Raises GrammarFailed."""
-        place = len(emitted)
+        token = self._scripted(len(emitted), sample_index)
         if self._plain:
-            if place >= self._length and self._end is not None:
-                return SampledToken(self._end)
-            return SampledToken(self._ids[(self._begin + sample_index + place) % len(self._ids)])
-        token = self._scripted(place, sample_index)
+            return SampledToken(token)
         if self._matcher is not None:
             token = self._allowed(self._matcher, emitted, token, sample_index)
         if self._params.logprobs is None:
@@ -119,6 +118,9 @@ class Player:
         return SampledToken(token, -0.5, [(other, -0.5 - rank) for rank, other in enumerate(top)])
 
     def _scripted(self, place: int, sample_index: int) -> int:
+        if place < len(self.mark):
+            return self.mark[place]
+        place -= len(self.mark)
         if place >= self._length and self._end is not None:
             return self._end
         return self._ids[(self._begin + sample_index + place) % len(self._ids)]

@@ -13,7 +13,7 @@ from overfill.lab.simulate.options import SimTier
 from overfill.lab.simulate.profiles import Profile
 from overfill.lab.simulate.request import Counters, SimRequest
 from overfill.lab.simulate.workers import DECODE_ONLY, PREFILL_ONLY, SimWorker, Stages
-from overfill.routing.dispatcher import Job, JobState
+from overfill.routing.job import Job, JobState
 from overfill.routing.scaling import INTERVAL, PoolState, Scaler, ScalingConfig, Targets
 
 

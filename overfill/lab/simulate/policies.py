@@ -8,7 +8,8 @@ from typing import get_args
 from overfill.errors import InvalidRequest
 from overfill.kv.keys import PromptKeys, root_key
 from overfill.lab.traffic.traces import TraceRequest
-from overfill.routing.dispatcher import Dispatcher, Job
+from overfill.routing.dispatcher import Dispatcher
+from overfill.routing.job import Job
 from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT, PolicyName
 from overfill.routing.pool import Roster
 from overfill.v1 import common_pb2, decode_pb2

@@ -8,7 +8,7 @@ from overfill.lab.simulate.decode import SimSequence
 from overfill.lab.simulate.prefill import Ticket
 from overfill.lab.traffic.outcome import Objective
 from overfill.lab.traffic.traces import TraceRequest
-from overfill.routing.dispatcher import Job
+from overfill.routing.job import Job
 from overfill.routing.tier import DEFAULT_TIER
 
 

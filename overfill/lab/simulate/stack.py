@@ -29,7 +29,8 @@ from overfill.lab.simulate.workers import BOTH, DECODE_ONLY, PREFILL_ONLY, SimWo
 from overfill.lab.traffic.traces import TraceRequest
 from overfill.routing import invariant
 from overfill.routing.brownout import Brownout, Prediction, predict
-from overfill.routing.dispatcher import Job, JobState, Rejection
+from overfill.routing.dispatcher import Rejection
+from overfill.routing.job import Job, JobState
 from overfill.routing.pool import Roster
 from overfill.routing.scaling import INTERVAL, Scaler, ScalingConfig
 from overfill.routing.tier import Tier

@@ -1,4 +1,4 @@
-"""Pack transcripts end to end, without padding, for one forward pass of training. Knows no model."""
+"""Packs transcripts end to end, without padding, for one forward pass of training. Knows no model."""
 
 from __future__ import annotations
 

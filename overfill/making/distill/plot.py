@@ -1,4 +1,4 @@
-"""Draw the learning curves of one run or of several."""
+"""Draws the learning curves of one run or of several."""
 
 from __future__ import annotations
 

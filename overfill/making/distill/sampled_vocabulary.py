@@ -1,4 +1,4 @@
-"""Sample a part of the vocabulary to represent all of it in one training pass (sampled softmax).
+"""Samples a part of the vocabulary to represent all of it in one training pass (sampled softmax).
 
 The loss needs three things: the logits of the answers' tokens, those of the full model's most likely tokens, and the
 sum over all others. A uniform sample estimates that sum; each sampled token represents several (arXiv 1412.2007,

@@ -1,4 +1,4 @@
-"""Cache the full model's outputs in memory-mapped files, so that it computes each transcript once."""
+"""Caches the full model's outputs in memory-mapped files, so that it computes each transcript once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw the plots of evaluations as PNG files. Needs no display."""
+"""Draws the plots of evaluations as PNG files. Needs no display."""
 
 from __future__ import annotations
 

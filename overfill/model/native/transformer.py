@@ -20,6 +20,7 @@ from overfill.model.batch import ForwardBatch
 from overfill.model.config import ModelConfig
 from overfill.model.head import tokens_in_row_order
 from overfill.model.loading import LayerWeights, Weights
+from overfill.model.lora import LoraSlots
 from overfill.model.native import library
 from overfill.model.quantize import Int8Matrix, Matrix
 from overfill.model.steps import NO_HOOKS, LayerHooks
@@ -107,6 +108,9 @@ class NativeTransformer:
         self._handle = handle
         weakref.finalize(self, library_.ovf_destroy, handle)
         self._fill(weights, model.release_layers())
+
+    def new_adapter_slots(self, num_slots: int, max_rank: int) -> LoraSlots:
+        raise NotImplementedError
 
     def forward(self, batch: ForwardBatch, cache: KvCache, hooks: LayerHooks = NO_HOOKS) -> Tensor:
         """Computes a step as ``Transformer.forward`` does.

@@ -16,6 +16,7 @@ from overfill.api.tokenizer import Tokenizer
 from overfill.api.tools_grammar import chat_grammar
 from overfill.errors import InvalidRequest, PromptTooLong
 from overfill.routing.job import Job
+from overfill.routing.tier import Adapter
 from overfill.v1.common_pb2 import SamplingParams
 from overfill.v1.inference_pb2 import AnswerIdentity, Chat, ChatMessage, GenerateRequest, TokenIds, Tool, ToolCall
 
@@ -25,13 +26,13 @@ VOCAB = 300
 
 @pytest.fixture
 def validate(byte_level_tokenizer: Tokenizer) -> Any:
-    def validate(**fields: Any) -> Job:
+    def validate(adapter: Adapter | None = None, **fields: Any) -> Job:
         if not {"text", "token_ids", "chat", "no_prompt"} & set(fields):
             fields["token_ids"] = TokenIds(ids=[5, 6, 7])
         fields.pop("no_prompt", None)
         request = GenerateRequest(**fields)
         tools = chat_grammar(request.chat)  # of request.chat, as the router's trial makes it
-        return validate_generate(request, byte_level_tokenizer, MAX_MODEL_LEN, VOCAB, tools)
+        return validate_generate(request, byte_level_tokenizer, MAX_MODEL_LEN, VOCAB, tools, adapter=adapter)
 
     return validate
 
@@ -253,3 +254,39 @@ def test_scores_of_a_prompt_have_a_maximum(validate: Any, monkeypatch: pytest.Mo
 
 def test_8192_tokens_with_20_scores_each_are_allowed() -> None:
     assert requests.MAX_PROMPT_LOGPROBS >= 8192 * 21
+
+
+CHAT_MESSAGE = Chat(messages=[ChatMessage(role="user", content="Hi")])
+
+
+@pytest.mark.parametrize(
+    ("tail_tokens", "fields", "computed"),
+    [
+        (0, {"chat": CHAT_MESSAGE}, "<|im_start|>assistant\n"),
+        (0, {"chat": CHAT_MESSAGE, "truncate_prompt_tokens": 3}, "t\n"),  # the full model computes one token
+        (0, {"chat": Chat(messages=CHAT_MESSAGE.messages, continue_final_message=True)}, "i"),
+        (0, {"text": "Hi"}, "i"),
+        (2, {"text": "Hi"}, "Hi"),
+        (256, {"token_ids": TokenIds(ids=[10, 11, 12])}, "'("),
+        (0, {"token_ids": TokenIds(ids=[10, 11, 12])}, "("),
+        # A client sets it only to score a prompt.
+        (
+            0,
+            {"token_ids": TokenIds(ids=[9, 10, 11]), "answer_start": 1, "sampling": SamplingParams(prompt_logprobs=0)},
+            "&'",
+        ),
+    ],
+)
+def test_an_adapters_decoder_computes_the_end_of_the_prompt(
+    validate: Any, byte_level_tokenizer: Tokenizer, tail_tokens: int, fields: dict[str, Any], computed: str
+) -> None:
+    job = validate(Adapter("judge", "d1", "default", tail_tokens), **fields)
+    assert job.start.adapter_digest == "d1"
+    ids = job.prompt_token_ids[job.start.answer_start :]
+    assert b"".join(map(byte_level_tokenizer.token_bytes, ids)).decode() == computed
+
+
+def test_an_adapter_needs_a_token_that_the_full_model_computes(validate: Any) -> None:
+    with pytest.raises(InvalidRequest, match="has 1 token; with the adapter 'judge'") as caught:
+        validate(Adapter("judge", "d1", "default"), token_ids=TokenIds(ids=[5]))
+    assert caught.value.field == "prompt"

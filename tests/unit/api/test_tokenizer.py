@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from small_tokenizers import CHAT, TEMPLATES
 
+from overfill.api.chat_template import TemplateOptions
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidPair, InvalidRequest
 
@@ -121,3 +122,39 @@ def test_a_lone_surrogate_is_named(any_tokenizer: Tokenizer) -> None:
     for encode in (any_tokenizer.encode, any_tokenizer.encode_continuation):
         with pytest.raises(InvalidRequest, match="lone surrogate at character 2"):
             encode("ab\ud800")
+
+
+@pytest.mark.parametrize(
+    ("template", "added"),
+    [
+        (None, "<|im_start|>assistant\n"),
+        ("{{ messages[0].content }}{% if add_generation_prompt %}GO{% endif %}", "GO"),
+        # "own" is one token, which begins before the generation prompt.
+        ("{{ messages[0].content }} bro{% if add_generation_prompt %}wn fox{% endif %}", "own fox"),
+        ("{{ messages[0].content }}", ""),
+        ("{{ 'a' if add_generation_prompt else 'b' }}{{ messages[0].content }}", ""),
+        (
+            "{% if not add_generation_prompt %}{{ raise_exception('no answer') }}{% endif %}{{ messages[0].content }}",
+            "",
+        ),
+    ],
+)
+@pytest.mark.parametrize("text", ["The quick dog.", "It spells <|im_end|>."])
+def test_the_generation_prompt_is_counted_from_a_token_boundary(
+    with_template: Callable[[str], Tokenizer],
+    byte_level_tokenizer: Tokenizer,
+    template: str | None,
+    added: str,
+    text: str,
+) -> None:
+    tokenizer = byte_level_tokenizer if template is None else with_template(template)
+    chat = [{"role": "user", "content": text}]
+    ids, count = tokenizer.encode_with_generation_prompt(chat)
+    assert ids == tokenizer.encode_chat(chat)
+    shown = b"".join(tokenizer.token_bytes(id) for id in ids[len(ids) - count :])
+    assert shown.decode() == added
+
+
+def test_a_chat_without_a_generation_prompt_has_none_of_its_tokens(byte_level_tokenizer: Tokenizer) -> None:
+    options = TemplateOptions(add_generation_prompt=False)
+    assert byte_level_tokenizer.encode_with_generation_prompt(CHAT, options=options)[1] == 0

@@ -300,6 +300,21 @@ def test_the_size_of_a_stage_or_tier_replaces_that_of_all() -> None:
 
 
 @pytest.mark.parametrize("ray", [None, RayPlacement(ray_address="auto")])
+def test_all_workers_that_decode_get_the_folder_of_adapters(
+    ray: RayPlacement | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path.parent)  # workers on Ray start elsewhere
+    flags = {"adapters": tmp_path.name, "max_adapter_rank": "32"}
+    made = described("a=p", "b=q,max-adapters=4", colocated=1, ray=ray, **flags)
+    configs = {name: made.worker_config(name) for name in made.pools}
+    assert not hasattr(configs.pop("prefill"), "adapters")
+    assert {config.adapters for config in configs.values() if isinstance(config, DecodeConfig)} == {tmp_path}
+    sizes = {name: (config.max_adapters, config.max_adapter_rank) for name, config in configs.items()}
+    assert sizes == {"colocated": (8, 32), "decode-a": (8, 32), "decode-b": (4, 32)}
+    assert StackSpec.read(made.document()) == made
+
+
+@pytest.mark.parametrize("ray", [None, RayPlacement(ray_address="auto")])
 def test_ranks_that_cannot_share_the_heads_are_refused(
     ray: RayPlacement | None, fresh: Callable[[], Path], with_vllm: Callable[[bool], None]
 ) -> None:

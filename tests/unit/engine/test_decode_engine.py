@@ -145,6 +145,23 @@ def test_no_kv_from_answer_start_on_is_cached(runner, events):
         engine.handle(Release(name))
 
 
+def test_all_full_blocks_before_answer_start_are_held_unless_the_prompt_is_scored(runner, events):
+    prefix = PrefixCache(BlockPool(32, 4))
+    engine = DecodeEngine(runner, prefix.pool, 8, 16, lambda new: events.extend(by_sequence(new)), prefix)
+    prompt = list(range(12))
+    start(engine, DecodeSequence("first", prompt, [], GREEDY, StopRule(frozenset(), 2)), 9)
+    own = DecodeSequence("own", prompt, [], GREEDY, StopRule(frozenset(), 2), answer_start=8)
+    for each in (own, scored("scored", prompt, 8), DecodeSequence("plain", prompt[:8], [], GREEDY, own.stop)):
+        engine.handle(Reserve(each))
+    assert {e.id: e.held_tokens for e in events if isinstance(e, Reserved)} == {
+        "first": 0, "own": 8, "scored": 4, "plain": 4
+    }  # fmt: skip
+    engine.handle(Start("own", None))
+    finish(engine)
+    assert ([8, 9, 10, 11], 8) in [part for step in runner.steps for part in step]
+    assert tokens(events, "own") == [12, 13]
+
+
 def test_a_preempted_sequence_scores_its_prompt_anew(runner, events):
     engine = new_engine(runner, BlockPool(32, 4), events)
     whole = scored("a", list(range(20)), 2)

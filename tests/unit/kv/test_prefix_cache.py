@@ -18,11 +18,10 @@ def new_cache(num_blocks=8, **options):
     return PrefixCache(BlockPool(num_blocks, BLOCK), "digest", **options)
 
 
-def compute(cache, owner, tokens, namespace="", num_blocks=None):
+def compute(cache, owner, tokens, namespace="", num_blocks=None, whole=False):
     """Computes and releases a whole prompt; returns the number of tokens that were cached."""
-    allocation = cache.acquire(
-        owner, cache.blocks_of(tokens, namespace), num_blocks or cache.pool.blocks_for(len(tokens))
-    )
+    num_blocks = num_blocks or cache.pool.blocks_for(len(tokens))
+    allocation = cache.acquire(owner, cache.blocks_of(tokens, namespace), num_blocks, whole=whole)
     cache.publish(owner, len(tokens))
     cache.release(owner)
     cache.check_integrity()
@@ -43,19 +42,21 @@ def test_a_prompt_that_begins_the_same_gets_the_same_blocks():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "found"),
+    ("prompt", "found", "found_whole"),
     [
-        (list(range(9)), 8),
-        (list(range(8)), 4),  # one token is always left to compute
-        ([0, 1, 2, 3, 4, 5, 6, 99, 8], 4),
-        ([99, 1, 2, 3, 4, 5, 6, 7, 8], 0),
-        ([4, 5, 6, 7, 8], 0),  # the same tokens after another block
+        (list(range(9)), 8, 8),
+        (list(range(8)), 4, 8),  # one token is left to compute, unless the whole prompt may be cached
+        (list(range(7)), 4, 4),
+        ([0, 1, 2, 3, 4, 5, 6, 99, 8], 4, 4),
+        ([99, 1, 2, 3, 4, 5, 6, 7, 8], 0, 0),
+        ([4, 5, 6, 7, 8], 0, 0),  # the same tokens after another block
     ],
 )
-def test_only_whole_blocks_after_the_same_tokens_are_found(prompt, found):
-    cache = new_cache()
-    compute(cache, "a", list(range(12)))
-    assert compute(cache, "b", prompt) == found
+def test_only_whole_blocks_after_the_same_tokens_are_found(prompt, found, found_whole):
+    for whole, expected in ((False, found), (True, found_whole)):
+        cache = new_cache()
+        compute(cache, "a", list(range(12)))
+        assert compute(cache, "b", prompt, whole=whole) == expected
 
 
 def test_tenants_share_nothing():
@@ -208,18 +209,19 @@ class Machine(RuleBasedStateMachine):
         tokens=st.lists(st.sampled_from([1, 2]), min_size=1, max_size=20),
         namespace=st.sampled_from(["", "t"]),
         more=st.integers(0, 2),
+        whole=st.booleans(),
     )
-    def acquire(self, tokens, namespace, more):
+    def acquire(self, tokens, namespace, more, whole):
         self.number += 1
         owner = str(self.number)
         wanted = self.cache.pool.blocks_for(len(tokens)) + more
         before = self.cache.num_available
-        allocation = self.cache.acquire(owner, self.cache.blocks_of(tokens, namespace), wanted)
+        allocation = self.cache.acquire(owner, self.cache.blocks_of(tokens, namespace), wanted, whole=whole)
         if allocation is None:
             assert wanted > before
             return
         assert len(allocation.blocks) == len(set(allocation.blocks)) == wanted
-        assert allocation.cached_tokens < len(tokens)
+        assert allocation.cached_tokens < len(tokens) + whole
         for index in range(allocation.cached_tokens // BLOCK):
             assert self.written[allocation.blocks[index]] == (namespace, tuple(tokens[: (index + 1) * BLOCK]))
         fresh = allocation.blocks[allocation.cached_tokens // BLOCK :]

@@ -7,9 +7,10 @@ import pytest
 from jobs import make_job
 
 from overfill.errors import Overloaded, PromptTooLong, Unavailable
-from overfill.routing.dispatcher import Dispatcher, JobState, Placement, Rejection
+from overfill.routing.dispatcher import Dispatcher, Placement, Rejection
 from overfill.routing.fair_queue import FairQueue
 from overfill.routing.invariant import check
+from overfill.routing.job import JobState
 from overfill.routing.policy import LeastLoad
 from overfill.routing.pool import Roster
 from overfill.routing.reservations import RESERVE_TIMEOUT, SILENT_AFTER
@@ -79,6 +80,24 @@ def test_a_free_prefill_slot_goes_with_the_start(dispatcher, add):
     assert dispatcher.prefill_with_start(b) is prefill
     dispatcher.refused(b)
     assert (decode.in_flight, prefill.in_flight) == (1, 1), "a refusal frees the slot"
+    check(dispatcher, 0.0)
+
+
+@pytest.mark.parametrize("with_start", [True, False])
+def test_a_job_whose_decode_worker_has_the_prompt_holds_and_awaits_no_prefill_slot(dispatcher, add, with_start):
+    add("d0")
+    prefill = add("p0", PREFILL, credits=1)
+    a, b = job("a"), job("b")
+    place(dispatcher, 0.0, a)
+    if with_start:
+        assert dispatcher.prefill_with_start(a) is prefill
+    assert dispatcher.reserved(a, has_prompt=True)
+    assert (a.state, prefill.in_flight) == (JobState.RUNNING, 0)
+    place(dispatcher, 0.0, b)
+    assert reserve(dispatcher, b) == [("b", "p0")]
+    dispatcher.prefill_done(b, 0.0)
+    dispatcher.need_prefill(a, None, failed=False, pause=False)  # the transfer that it awaited has failed
+    assert placed(dispatcher.poll(0.0)) == [("a", "p0")]
     check(dispatcher, 0.0)
 
 

@@ -196,6 +196,18 @@ async def test_an_answer_comes_from_one_worker(stack):
         assert (timing.handoff_exposed_ns, timing.decode_ns) == (4, 6)
 
 
+async def test_a_worker_that_has_the_prompt_needs_no_prefill_worker_until_it_asks_for_one(stack):
+    async with stack.request() as relay:
+        stream = await stack.stream()
+        assert (await stream.start()).HasField("assign_prefill")
+        stream.say(reserved=decode_pb2.Reserved(has_prompt=True))
+        assert not any(worker.in_flight for worker in stack.roster.prefill)
+        assert relay.answer.prefill_worker == ""
+        stream.say(need_prefill=decode_pb2.NeedPrefill(reason=decode_pb2.NeedPrefill.REASON_PREFILL_FAILED))
+        assert (await stream.assigned()).worker_id == relay.answer.prefill_worker
+        assert sum(worker.in_flight for worker in stack.roster.prefill) == 1
+
+
 async def test_no_prefill_slot_is_held_while_a_grammar_is_compiled(stack):
     async with stack.request(grammar=common_pb2.Grammar(regex="a+")):
         stream = await stack.stream()

@@ -146,3 +146,15 @@ async def test_nothing_is_said_on_a_cpu_or_after_a_choice(with_vllm, warnings):
     assert await warnings(DecodeConfig, "--engine", "overfill") == []
     assert await warnings(ColocatedConfig, "--engine", "overfill") == []
     assert await warnings(DecodeConfig, engines=["vllm"]) == [], "the choice of the engine refuses it"
+
+
+def test_memory_for_adapters_is_taken_with_a_folder_of_them_only(tmp_path):
+    flags = ["--pair", "p", "--device", "cpu", "--max-adapters", "3", "--max-adapter-rank", "32"]
+
+    def sizes(half, *more):
+        options = loading.engine_options(ColocatedConfig.parse([*flags, *more]), half)
+        return options.max_adapters, options.max_adapter_rank
+
+    assert sizes("decoder")[0] == 0
+    assert sizes("decoder", "--adapters", str(tmp_path)) == (3, 32)
+    assert sizes("full", "--adapters", str(tmp_path))[0] == 0

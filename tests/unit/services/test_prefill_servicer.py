@@ -122,7 +122,7 @@ async def until(condition):
 
 
 async def test_streams_that_nobody_reads_are_limited(bench, monkeypatch):
-    monkeypatch.setattr("overfill.kv.streams._MAX_STREAMS", 2)
+    monkeypatch.setattr("overfill.kv.streams.MAX_DATA_STREAMS", 2)
     computed(bench.servicer)
     readers = [pull(bench.servicer, layer) for layer in (0, 1)]
     await asyncio.to_thread(bench.cache.reading.wait, 5)

@@ -261,6 +261,7 @@ def test_settings_by_name_make_the_same_configuration_and_the_same_errors() -> N
         (DecodeConfig, "--tensor-parallel-size 0", "--tensor-parallel-size"),
         (PrefillConfig, "--tensor-parallel-size 2 --engine overfill", "only vLLM has ranks; give --engine vllm"),
         (DecodeConfig, "--tensor-parallel-size 2 --engine mock", "in place of mock"),
+        (DecodeConfig, "--tensor-parallel-size 8 --data-streams 9", "--data-streams 9: 8 ranks may have 8 each"),
         (ColocatedConfig, "--tensor-parallel-size 2", "a worker with both stages runs on OverFill's own engine"),
         (PrefillConfig, "--tensor-parallel-size 4 --data-port 65533", "rank 3 would have port 65536, above 65535"),
         (PrefillConfig, "--tensor-parallel-size 4 --data-port 7600 --port 7603", "up to 7603, and --port is 7603"),

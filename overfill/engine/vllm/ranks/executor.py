@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +22,7 @@ from vllm.distributed import get_tp_group
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
+from overfill.engine.vllm.ranks.socket_folder import socket_folder
 from overfill.engine.vllm.ranks.steps import RankExtras
 from overfill.errors import InternalError
 
@@ -52,20 +51,18 @@ class RankExecutor(MultiprocExecutor):  # type: ignore[misc]
         self.failure: str | None = None
         self._failing = threading.Lock()
         self._lost_at_start = ""
-        # vLLM's Unix sockets lie in a folder that only this user can enter. Ranks inherit its name.
-        self._sockets = tempfile.mkdtemp(prefix="overfill-ranks-")
-        os.environ["VLLM_RPC_BASE_PATH"] = self._sockets
         # The kernel ends a rank with the thread that started it. So that thread lives as long as the executor.
         self._starter = ThreadPoolExecutor(1, "ranks")
-        try:
-            self._starter.submit(super()._init_executor).result()
-        except Exception as error:
-            shutil.rmtree(self._sockets, ignore_errors=True)
-            self._starter.shutdown(wait=False)
-            if self._lost_at_start:
-                raise InternalError(f"{self._lost_at_start} while it loaded the model") from error
-            raise
-        self._unname()
+        with socket_folder() as folder:
+            os.environ["VLLM_RPC_BASE_PATH"] = folder  # ranks inherit it
+            try:
+                self._starter.submit(super()._init_executor).result()
+            except Exception as error:
+                self._starter.shutdown(wait=False)
+                if self._lost_at_start:
+                    raise InternalError(f"{self._lost_at_start} while it loaded the model") from error
+                raise
+            self._unname()
 
     def init_kv_output_aggregator(self, connector: Any) -> None:
         self.kv_output_aggregator = Agreement.from_connector(connector, self.parallel_config.world_size)
@@ -83,12 +80,12 @@ class RankExecutor(MultiprocExecutor):  # type: ignore[misc]
         if ended := wait([process.sentinel for process in processes], _SENTINEL_WAIT):  # tells more than a closed link
             self.failure = next(_describe_end(process) for process in processes if process.sentinel in ended)
         log.critical("%s; this worker ends", self.failure)
-        self._kill(processes)
-        for queue in self.response_mqs:
-            queue.shutdown()  # wakes the engine's thread
         timer = threading.Timer(_GRACE, self.end_process)
         timer.daemon = True
         timer.start()
+        self._kill(processes)
+        for queue in getattr(self, "response_mqs", ()):  # vLLM watches the ranks before it lists their queues
+            queue.shutdown()  # wakes the engine's thread
 
     def _watch(self) -> None:
         processes = [handle.proc for handle in self.workers]
@@ -117,7 +114,6 @@ class RankExecutor(MultiprocExecutor):  # type: ignore[misc]
             path.unlink(missing_ok=True)
         for queue in (self.rpc_broadcast_mq, *self.response_mqs):
             _unlink(queue)
-        shutil.rmtree(self._sockets, ignore_errors=True)
 
     def shutdown(self) -> None:
         super().shutdown()

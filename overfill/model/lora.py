@@ -1,0 +1,208 @@
+"""Slots of a loaded model for LoRA adapters, and the low-rank products that a step adds to its projections.
+
+The slots' memory is allocated once, in the layout of the fused matrices (``model.loading``). A step groups its rows by
+slot, so that it reads each adapter once and its cost does not grow with rows × adapters.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from overfill.errors import InvalidRequest
+from overfill.model.adapter import LoraAdapter, LowRank, Projection
+from overfill.model.config import ModelConfig
+from overfill.model.upload import upload
+
+FUSED: Mapping[str, tuple[Projection, ...]] = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+"""The projections whose rows each fused matrix has, in order."""
+
+_TILE_ROWS = 16
+"""Maximum number of a slot's rows that one product of the batched kernel computes."""
+
+
+def projection_shapes(config: ModelConfig) -> dict[Projection, tuple[int, int]]:
+    """(out, in) of each projection of a layer."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (intermediate, hidden),
+        "up_proj": (intermediate, hidden),
+        "down_proj": (hidden, intermediate),
+    }
+
+
+def adapter_bytes(config: ModelConfig, rank: int, dtype: torch.dtype) -> int:
+    """Bytes of an adapter of ``rank`` with a product for every projection of every layer."""
+    elements = sum(rank * (rows + columns) for rows, columns in projection_shapes(config).values())
+    return config.num_layers * elements * dtype.itemsize
+
+
+class LoraSlots(ABC):
+    """A model's places for adapters; see ``AdapterSlots``. Subclasses say how a product is stored.
+
+    A slot holds adapters of any rank up to ``max_rank``; the rest of its rank is zeros.
+    """
+
+    def __init__(self, config: ModelConfig, num_slots: int, max_rank: int, dtype: torch.dtype) -> None:
+        self.num_slots = num_slots
+        self.max_rank = max_rank
+        self.slot_bytes = adapter_bytes(config, max_rank, dtype)
+        self._num_layers = config.num_layers
+        self._shapes = projection_shapes(config)
+
+    def stage(self, slot: int, adapter: LoraAdapter) -> None:
+        """Copies ``adapter`` into an unused slot, product by product, beside running steps.
+
+        Raises:
+            InvalidRequest: the adapter's rank, layers or shapes are not those of this model and its slots.
+        """
+        for (layer, projection), product in adapter.products.items():
+            self._check(adapter.record.name, layer, projection, product)
+        with self._copying():
+            self._clear(slot)
+            for (layer, projection), product in adapter.products.items():
+                self._put(slot, layer, projection, product)
+
+    def _check(self, name: str, layer: int, projection: Projection, product: LowRank) -> None:
+        (rank, columns), (rows, inner) = product.down.shape, product.up.shape
+        if rank > self.max_rank:
+            reason = f"{name!r} has rank {rank}, more than this worker's --max-adapter-rank {self.max_rank}"
+            raise InvalidRequest("adapter", reason)
+        if not 0 <= layer < self._num_layers:
+            raise InvalidRequest("adapter", f"{name!r} has layer {layer}; the decoder has {self._num_layers} layers")
+        if (rows, columns) != self._shapes[projection] or inner != rank:
+            raise InvalidRequest(
+                "adapter",
+                f"{name!r} has a {projection} of [{rows}, {inner}] × [{rank}, {columns}] in layer {layer}; the "
+                f"decoder's is {list(self._shapes[projection])}",
+            )
+
+    def _copying(self) -> AbstractContextManager[object]:
+        """Encloses the copies of one adapter."""
+        return nullcontext()
+
+    @abstractmethod
+    def _clear(self, slot: int) -> None:
+        """Removes all products from ``slot``."""
+
+    @abstractmethod
+    def _put(self, slot: int, layer: int, projection: Projection, product: LowRank) -> None:
+        """Stores a product in a slot that was cleared."""
+
+
+class TorchLoraSlots(LoraSlots):
+    """The slots of the reference model, in torch tensors on the model's device."""
+
+    def __init__(
+        self, config: ModelConfig, num_slots: int, max_rank: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(config, num_slots, max_rank, dtype)
+        self._device = device
+        shape = (config.num_layers, num_slots)
+        self._down: dict[str, Tensor] = {}  # [layers, slots, parts * max_rank, in]
+        self._up: dict[str, Tensor] = {}  # [layers, slots, out, max_rank], the rows of all parts
+        self._rows: dict[str, list[int]] = {}  # of each part
+        for fused, parts in FUSED.items():
+            self._rows[fused] = rows = [self._shapes[part][0] for part in parts]
+            columns = self._shapes[parts[0]][1]
+            # Filled, not only reserved: memory that no page backs would be given to the KV cache too.
+            self._down[fused] = torch.empty(*shape, len(parts) * max_rank, columns, dtype=dtype, device=device).zero_()
+            self._up[fused] = torch.empty(*shape, sum(rows), max_rank, dtype=dtype, device=device).zero_()
+
+    def add(self, out: Tensor, x: Tensor, fused: str, layer: int, tiles: RowTiles) -> None:
+        """Adds the products of the rows in ``tiles`` to ``out``, [T, out], for the operands ``x``, [T, in]."""
+        slots, rank = tiles.slots, self.max_rank
+        gathered = x.index_select(0, tiles.gathered).view(len(slots), tiles.height, -1)
+        inner = torch.bmm(gathered, self._down[fused][layer].index_select(0, slots).transpose(1, 2))
+        up = self._up[fused][layer].index_select(0, slots).transpose(1, 2)  # [tiles, max_rank, out]
+        parts = zip(inner.split(rank, 2), up.split(self._rows[fused], 2), strict=True)
+        products = [torch.bmm(low, high) for low, high in parts]
+        whole = products[0] if len(products) == 1 else torch.cat(products, 2)
+        out.index_add_(0, tiles.rows, whole.flatten(0, 1).index_select(0, tiles.places))
+
+    def _copying(self) -> AbstractContextManager[object]:
+        # A stream of its own: copies would wait for the kernels of the engine's stream, and its kernels for them.
+        return _SideStream(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def _clear(self, slot: int) -> None:
+        for tensors in (self._down, self._up):
+            for tensor in tensors.values():
+                for layer in tensor:
+                    layer[slot].zero_()
+
+    def _put(self, slot: int, layer: int, projection: Projection, product: LowRank) -> None:
+        fused = next(fused for fused, parts in FUSED.items() if projection in parts)
+        part, rank = FUSED[fused].index(projection), len(product.down)
+        first_inner, first_row = part * self.max_rank, sum(self._rows[fused][:part])
+        rows = self._rows[fused][part]
+        self._down[fused][layer, slot, first_inner : first_inner + rank].copy_(product.down)
+        self._up[fused][layer, slot, first_row : first_row + rows, :rank].copy_(product.up)
+
+
+class _SideStream:
+    """Runs its block's work in a CUDA stream of its own, and waits for it at the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._context = torch.cuda.stream(self._stream)
+
+    def __enter__(self) -> None:
+        self._context.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(*error)
+        self._stream.synchronize()
+
+
+@dataclass(frozen=True, slots=True)
+class RowTiles:
+    """A step's rows that have an adapter, sorted by slot and cut into tiles of equal height.
+
+    Attributes:
+        slots: [tiles] int64, the slot of each tile.
+        gathered: [tiles * height] int64, row of the step at each place; unused places repeat a row.
+        rows: [N] int64, the rows that have an adapter; each occurs once.
+        places: [N] int64, place of each.
+    """
+
+    slots: Tensor
+    gathered: Tensor
+    rows: Tensor
+    places: Tensor
+    height: int
+
+    @classmethod
+    def of(cls, slots: Tensor, device: torch.device) -> RowTiles:
+        """Cuts the rows with slots ``slots``, [T] int64 on the host, into tiles; -1 means no adapter."""
+        every = slots.numpy()
+        rows = np.flatnonzero(every >= 0)
+        rows = rows[np.argsort(every[rows], kind="stable")]
+        used, first, counts = np.unique(every[rows], return_index=True, return_counts=True)
+        height = min(_TILE_ROWS, int(counts.max()))
+        tiles = -(-counts // height)
+        within = np.arange(len(rows)) - np.repeat(first, counts)
+        places = np.repeat(np.cumsum(tiles) - tiles, counts) * height + within
+        gathered = np.full(tiles.sum() * height, rows[0])
+        gathered[places] = rows
+
+        def tensor(values: NDArray[np.int64]) -> Tensor:
+            return upload(torch.from_numpy(values), device)
+
+        return cls(tensor(np.repeat(used, tiles)), tensor(gathered), tensor(rows), tensor(places), height)
