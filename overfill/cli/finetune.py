@@ -24,7 +24,7 @@ RECIPE = "adapter"
 @click.option(
     "--own-prefill",
     is_flag=True,
-    help="Train an ordinary adapter, whose model reads the prompts itself. Serving it on the full model's KV is a risk.",
+    help="Train an ordinary adapter, whose model reads the prompts itself. Served, it still gets the full model's KV.",
 )
 @click.option(
     "--tail-tokens",

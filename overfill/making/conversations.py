@@ -15,7 +15,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from overfill.api.chat_template import TemplateOptions
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest
 from overfill.request.answer_start import answer_start
@@ -168,26 +167,15 @@ def encode(
     """
     transcripts = []
     for conversation in conversations:
-        prompt = tokenizer.encode_chat(conversation.messages[:-1])
+        prompt, opening = tokenizer.encode_with_generation_prompt(conversation.messages[:-1])
         answer = tokenizer.encode_continuation(conversation.messages[-1]["content"])
         end = [tokenizer.end_of_answer] if conversation.finished and tokenizer.end_of_answer is not None else []
         token_ids = (*prompt, *answer, *end)[:max_tokens]
         if len(token_ids) > len(prompt):
             question = conversation.messages[-2]["content"]
-            tail = 0
-            if tail_tokens is not None:
-                opening = generation_prompt_tokens(tokenizer, conversation.messages[:-1])
-                tail = len(prompt) - answer_start(len(prompt), tail_tokens, opening)
+            tail = 0 if tail_tokens is None else len(prompt) - answer_start(len(prompt), tail_tokens, opening)
             transcripts.append(Transcript(token_ids, len(prompt), question, conversation.kind, tail))
     return transcripts
-
-
-def generation_prompt_tokens(tokenizer: Tokenizer, messages: Sequence[Message]) -> int:
-    """Returns the length of a chat's generation prompt in tokens, from the token boundary at or before it."""
-    opened = tokenizer.encode_chat(messages)
-    closed = tokenizer.encode_chat(messages, options=TemplateOptions(add_generation_prompt=False))
-    common = next((i for i, ids in enumerate(zip(opened, closed)) if ids[0] != ids[1]), min(len(opened), len(closed)))
-    return len(opened) - common
 
 
 def encode_judged(

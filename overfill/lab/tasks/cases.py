@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import random
+from calendar import month_name
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 
-FIRST = "Anna Ben Carla David Elena Felix Grace Hugo Irene Jonas Karen Leo Maria Nina Oscar Paula Ralf Sara Tom Vera".split()
-LAST = "Adler Brandt Costa Dahl Evans Fuchs Garcia Hansen Ivers Jones Kruger Lopez Meyer Novak Olsen Park Rossi Silva".split()
-CITIES = "Lisbon Madrid Paris Vienna Berlin Rome Oslo Dublin Prague Athens Warsaw Zurich Hamburg Milan Turin Ghent".split()
-PRODUCTS = "lamp chair desk kettle camera printer monitor keyboard backpack heater radio mirror clock tent drill".split()
-MONTHS = "January February March April May June July August September October November December".split()
+FIRST = ("Anna", "Ben", "Carla", "David", "Elena", "Felix", "Grace", "Hugo", "Irene", "Jonas", "Karen", "Leo", "Maria")
+LAST = ("Adler", "Brandt", "Costa", "Dahl", "Evans", "Fuchs", "Garcia", "Hansen", "Ivers", "Kruger", "Lopez", "Meyer")
+CITIES = ("Lisbon", "Madrid", "Paris", "Vienna", "Berlin", "Rome", "Oslo", "Dublin", "Prague", "Athens", "Warsaw")
+PRODUCTS = ("lamp", "chair", "desk", "kettle", "camera", "printer", "monitor", "keyboard", "heater", "radio", "drill")
+MONTHS = tuple(month_name[1:])
 
 COMPLAINTS: dict[str, tuple[str, ...]] = {
     "damaged": (
@@ -26,8 +28,8 @@ COMPLAINTS: dict[str, tuple[str, ...]] = {
         "the tracking page has not changed since Monday", "we keep waiting for the driver",
     ),
     "wrong": (
-        "the box held another model", "you sent the blue version, not the black one", "the size does not match the order",
-        "this is not what I picked in the shop", "somebody mixed up two parcels",
+        "the box held another model", "you sent the blue version, not the black one", "somebody mixed up two parcels",
+        "the size does not match the order", "this is not what I picked in the shop",
     ),
     "billing": (
         "my card was charged twice", "the invoice shows the old price", "the discount is missing from the bill",
@@ -77,18 +79,36 @@ HANDBOOK = (
 
 
 @dataclass(frozen=True, slots=True)
+class Order:
+    """A row of a customer's orders."""
+
+    product: str
+    quantity: int
+    amount: int
+    number: str
+    day: int
+    month: str
+
+    def __str__(self) -> str:
+        what, when = f"{self.product}, {self.quantity} pieces", f"{self.day} {self.month}"
+        return f"{what}, {self.amount} euros, order {self.number}, {when}"
+
+
+@dataclass(frozen=True, slots=True)
 class Case:
-    """What a prompt says about one customer; ``label`` is a key of ``COMPLAINTS``, ``priority`` of ``URGENCY``."""
+    """What a prompt says about one customer, whose complaint is about ``order``.
+
+    Attributes:
+        label: Key of ``COMPLAINTS``.
+        priority: Key of ``URGENCY``.
+        channel: Key of ``CHANNELS``.
+    """
 
     first: str
     last: str
     city: str
-    product: str
-    quantity: int
-    amount: int
-    order: str
-    day: int
-    month: str
+    orders: tuple[Order, ...]
+    order: Order
     label: str
     complaint: str
     priority: str
@@ -96,74 +116,73 @@ class Case:
 
 
 def _extract(case: Case) -> str:
-    return json.dumps(
-        {"customer": f"{case.first} {case.last}", "city": case.city, "product": case.product, "order": case.order}
-    )
+    order = case.order
+    return json.dumps({"product": order.product, "order": order.number, "customer": case.last, "city": case.city})
 
 
 def _classify(case: Case) -> str:
-    return f'{case.label}, because "{case.complaint}"'
+    order, month = case.order, case.order.month
+    if case.label in ("damaged", "wrong", "broken"):
+        verdict = "accept" if order.amount < 500 else "manager"
+    else:
+        verdict = "refuse" if MONTHS.index(month) < 6 else "ask"
+    return f'{case.label}: "{case.complaint}"; {order.product}, {order.amount} euros, {month}; {verdict}'
 
 
 def _row(case: Case) -> str:
-    date = f"{case.day}.{MONTHS.index(case.month) + 1}."
-    return f"{date} | {case.last}, {case.first} | {case.quantity} x {case.product} | {case.amount} EUR"
+    order = case.order
+    date = f"{order.day}.{MONTHS.index(order.month) + 1}."
+    return f"{order.product} | {date} | {case.last}, {case.first} | EUR {order.amount} | x{order.quantity}"
 
 
 def _route(case: Case) -> str:
     team, steps = TEAMS[case.label]
-    return f"team {team}; priority {case.priority}; reply by {CHANNELS[case.channel]}; steps: {steps}"
+    level = list(URGENCY).index(case.priority) + (case.order.amount < 500)
+    code = f"{case.city[0]}{case.order.quantity}-{level}"
+    return f"team {team}; code {code}; reply by {CHANNELS[case.channel]} to {case.last}; steps: {steps}"
 
 
-TASKS: Mapping[str, Callable[[Case], str]] = {
-    "extract": _extract,
-    "classify": _classify,
-    "row": _row,
-    "route": _route,
-}
+TASKS: Mapping[str, Callable[[Case], str]] = {"extract": _extract, "classify": _classify, "row": _row, "route": _route}
 
 
 def cases(seed: int) -> Iterator[tuple[Case, random.Random]]:
     """Yields endless cases, each with the generator of its prompt's wording."""
-    for number in range(1 << 40):
+    for number in count():
         rng = random.Random(f"{seed} {number}")
-        label, priority = rng.choice(list(COMPLAINTS)), rng.choice(list(URGENCY))
-        yield Case(
-            first=rng.choice(FIRST),
-            last=rng.choice(LAST),
-            city=rng.choice(CITIES),
-            product=rng.choice(PRODUCTS),
-            quantity=rng.randint(2, 9),
-            amount=rng.randint(20, 990),
-            order="".join(rng.choices("ABCDEFGHKLMNPRSTUVWXYZ", k=2)) + f"-{rng.randint(1000, 9999)}",
-            day=rng.randint(1, 28),
-            month=rng.choice(MONTHS),
-            label=label,
-            complaint=rng.choice(COMPLAINTS[label]),
-            priority=priority,
-            channel=rng.choice(list(CHANNELS)),
-        ), rng
+        orders = tuple(_order(product, rng) for product in rng.sample(PRODUCTS, 3))
+        label = rng.choice(list(COMPLAINTS))
+        yield (
+            Case(
+                first=rng.choice(FIRST),
+                last=rng.choice(LAST),
+                city=rng.choice(CITIES),
+                orders=orders,
+                order=rng.choice(orders),
+                label=label,
+                complaint=rng.choice(COMPLAINTS[label]),
+                priority=rng.choice(list(URGENCY)),
+                channel=rng.choice(list(CHANNELS)),
+            ),
+            rng,
+        )
 
 
-def prompt(case: Case, rng: random.Random, tokens: int, count: Callable[[str], int]) -> str:
+def _order(product: str, rng: random.Random) -> Order:
+    number = "".join(rng.choices("ABCDEFGHKLMNPRSTUVWXYZ", k=2)) + f"-{rng.randint(10, 99)}"
+    return Order(product, rng.randint(2, 9), rng.randint(20, 990), number, rng.randint(1, 28), rng.choice(MONTHS))
+
+
+def prompt(case: Case, rng: random.Random, tokens: int, num_tokens: Callable[[str], int]) -> str:
     """Returns the shared prompt: sentences of the handbook, then the case, of at most ``tokens`` tokens together.
 
     Args:
-        count: Returns the number of tokens of a text.
+        num_tokens: Returns the number of tokens of a text.
     """
-    other, earlier = rng.choice(LAST), f"{rng.choice('ABCDEFGH')}{rng.choice('KLMNPRST')}-{rng.randint(1000, 9999)}"
-    facts = [
-        f"{case.first} {case.last} from {case.city} ordered {case.quantity} pieces of the {case.product} "
-        f"for {case.amount} euros.",
-        f"The order {case.order} is of {case.month} {case.day}.",
-        f"Mrs {other} handled the earlier order {earlier}.",
-    ]
-    rng.shuffle(facts)
-    said = f'The customer wrote by {case.channel}: "{case.complaint}. {rng.choice(URGENCY[case.priority])}"'
-    rng.choice((facts.append, lambda text: facts.insert(0, text)))(said)
-    text = "Case:\n" + " ".join(facts)
-    left = tokens - count(text) - count("Handbook:\n\n")
+    orders = "\n".join(map(str, case.orders))
+    said = f'"The {case.order.product}: {case.complaint}. {rng.choice(URGENCY[case.priority])}"'
+    text = f"Customer: {case.first} {case.last}, {case.city}\n{orders}\nBy {case.channel}: {said}"
+    left = tokens - num_tokens(text) - num_tokens("Handbook:\n\n")
     sentences: list[str] = []
-    while (left := left - count(" " + (sentence := rng.choice(HANDBOOK)))) > 0:
+    while (left := left - num_tokens(" " + (sentence := rng.choice(HANDBOOK)))) > 0:
         sentences.append(sentence)
-    return "Handbook:\n" + " ".join(sentences) + "\n\n" + text
+    return "Handbook: " + " ".join(sentences) + "\n\n" + text

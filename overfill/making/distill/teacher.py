@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from overfill.making.conversations import Transcript
+from overfill.making.conversations import Transcript, digest_of
 from overfill.making.distill.model import PackedModel
 from overfill.making.distill.packed_rows import PackedRows
 from overfill.making.distill.teacher_cache import Column, TeacherCache
@@ -80,6 +80,15 @@ class Teacher:
         elif self._logits_form == "top":
             yield Column("top_ids", "learnt", (-1, self._top_tokens), torch.int32)
             yield Column("top_probabilities", "learnt", (-1, self._top_tokens), torch.float16)
+
+    def reads(self, transcripts: Sequence[Transcript | None]) -> tuple[str, str]:
+        """Identifies the outputs to cache: digest of the tokens that they depend on, and the columns.
+
+        Prompts' keys and values alone do not depend on answers, so that several tasks can share a cache.
+        """
+        if self._logits_form == "none":
+            transcripts = [t and Transcript(t.token_ids[: t.decoder_start], t.decoder_start) for t in transcripts]
+        return digest_of(transcripts), repr(self.columns)
 
     def use_cache(self, cache: TeacherCache) -> None:
         self._cache = cache

@@ -132,8 +132,8 @@ class Run:
         )
         self._eval_teacher = Teacher(full, pair.layer_map, with_prompt_kv=not standalone, logits_form="hidden")
         self._cache_bytes_left = training.cache_gib * 2**30
-        self._cache(self._eval_teacher, held_out, "held-out", identity["held_out"])
-        self._cache(self._teacher, transcripts, "training", identity["data"])
+        self._cache(self._eval_teacher, held_out, "held-out")
+        self._cache(self._teacher, transcripts, "training")
         trained = decoder.trained
         factors = [trained.pop(name) for name in list(trained) if is_factor(name)]
         optimizer = torch.optim.AdamW(
@@ -345,7 +345,7 @@ class Run:
             "held_out": digest(list(self._held_out.values())),
         }
 
-    def _cache(self, teacher: Teacher, transcripts: Transcripts, name: str, data: str) -> None:
+    def _cache(self, teacher: Teacher, transcripts: Transcripts, name: str) -> None:
         """Gives ``teacher`` a cache if it fits in ``cache_gib``. Hub data sets are never cached."""
         if not isinstance(transcripts, list) or not teacher.columns:
             return
@@ -356,7 +356,7 @@ class Run:
             )
             return
         self._cache_bytes_left -= size
-        identity = json.dumps([self._pair.full_digest, self._pair.layer_map, data, repr(teacher.columns)])
+        identity = json.dumps([self._pair.full_digest, self._pair.layer_map, teacher.reads(transcripts)])
         with self._accelerator.main_process_first():
             teacher.use_cache(TeacherCache(self.folder / "cache" / name, transcripts, teacher.columns, identity))
 
