@@ -12,6 +12,7 @@ from overfill.cli.distill import distill_command, distill_plot_command
 from overfill.cli.evaluate import compare_command, eval_command, lm_eval_command
 from overfill.cli.finetune import finetune_command
 from overfill.cli.options import FILE, OutPath, set_threads
+from overfill.cli.pair_adapter import adapter_group
 from overfill.cli.pair_import import import_command
 from overfill.cli.pair_list import list_command
 from overfill.cli.pair_show import show_command
@@ -63,6 +64,7 @@ for _command in (
     distill_command,
     distill_plot_command,
     finetune_command,
+    adapter_group,
 ):
     pair_group.add_command(_command)
 

@@ -167,7 +167,9 @@ def encode(
     """
     transcripts = []
     for conversation in conversations:
-        prompt, opening = tokenizer.encode_with_generation_prompt(conversation.messages[:-1])
+        prompt, opening = tokenizer.encode_with_generation_prompt(
+            conversation.messages[:-1], count=tail_tokens is not None
+        )
         answer = tokenizer.encode_continuation(conversation.messages[-1]["content"])
         end = [tokenizer.end_of_answer] if conversation.finished and tokenizer.end_of_answer is not None else []
         token_ids = (*prompt, *answer, *end)[:max_tokens]

@@ -127,7 +127,7 @@ class Attempt:
         elif kind == "need_prefill" and self._reserved:
             self._on_need_prefill(update.need_prefill)
         elif kind == "done" and self._reserved:
-            _check_writer(update.done)
+            self._check_writer(update.done)
             self._end(update.done)
         else:
             raise InternalError(f"the decode worker sent {kind or 'nothing'} out of turn")
@@ -179,7 +179,7 @@ class Attempt:
     def _on_tokens(self, tokens: decode_pb2.Tokens) -> None:
         now = _now()
         if tokens.HasField("so_far"):
-            _check_writer(tokens.so_far)
+            self._check_writer(tokens.so_far)
         if tokens.first_index == 0 and not self._answer.emitted:
             self._note_first_token(tokens)
         if self._answer.accept(tokens, now):
@@ -223,6 +223,13 @@ class Attempt:
             pause=need.reason in (_Need.REASON_PREFILL_FAILED, _Need.REASON_PREFILL_REFUSED),
         )
 
+    def _check_writer(self, done: decode_pb2.DecodeDone) -> None:
+        """Raises GaveUp unless the worker says that the request's adapter wrote the answer, or none if it has none."""
+        asked, wrote = self._job.start.adapter_digest, done.adapter_digest
+        if wrote != asked:
+            said = f"the decode worker says that the adapter {wrote!r} wrote the answer; the request's is {asked!r}"
+            raise GaveUp(Incompatible(said, ["adapter_digest"]))
+
     def _prefill_error(self, need: decode_pb2.NeedPrefill) -> OverfillError:
         if need.reason == _Need.REASON_INCOMPATIBLE:
             return Incompatible(f"no prefill worker is compatible with the decode worker: {need.detail}")
@@ -230,13 +237,6 @@ class Attempt:
             f"gave up after {self._answer.prefill_failures} failed prefills; "
             f"{self._answer.progress}; the last failure: {need.detail or need.worker_id}"
         )
-
-
-def _check_writer(done: decode_pb2.DecodeDone) -> None:
-    """Raises GaveUp if an adapter wrote the answer: no request asks for one yet."""
-    if done.adapter_digest:
-        said = f"the decode worker says that the adapter {done.adapter_digest!r} wrote the answer"
-        raise GaveUp(Incompatible(said, ["adapter_digest"]))
 
 
 def _now() -> float:

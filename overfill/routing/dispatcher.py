@@ -22,22 +22,27 @@ the large one has waited ``claim_after`` seconds. A placement does not look at e
 request: the pools' indexes and the queue show when no placement is possible. Tests check the result with
 ``routing.invariant`` by brute force.
 
+A request with an adapter goes only to decode workers that have the adapter. While it waits for one, it holds up only
+requests for these workers. It ends when the last of them has unloaded the adapter, or has been absent for too long.
+
 Callers report events (``submit``, ``reserved``, ``refused`` ...) and then call ``poll``, which returns the outcomes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from overfill.errors import OverfillError, PromptTooLong, Unavailable
+from overfill.errors import ModelNotFound, OverfillError, PromptTooLong, Unavailable
 from overfill.routing.admission import Admission
 from overfill.routing.fair_queue import FairQueue
+from overfill.routing.index import capacity_of
 from overfill.routing.job import Job, JobState
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.reservations import Reservations
+from overfill.routing.tier import Adapter
 from overfill.routing.worker import PREFILL, Worker
 from overfill.v1 import decode_pb2, registry_pb2
 
@@ -91,8 +96,8 @@ class Dispatcher:
         roster: the workers. The registry adds and removes them and calls ``poll`` afterwards.
         max_queue: maximum number of jobs of one priority that wait for a decode worker of a tier; more are refused.
         max_wait: longest expected wait in seconds with which a new job is admitted. None means no limit.
-        claim_after: seconds after which the first blocked job in a tier's order claims capacity. No job behind it
-            is then placed on a decode worker that can hold it.
+        claim_after: seconds after which the first blocked job in a tier's order claims capacity, and the first with
+            each adapter. No job behind it is then placed on a decode worker that can hold it.
         absent_after: seconds without any worker of a pool after which the jobs that wait for one are rejected. A silent
             worker that was ready does not count as present. None means the time that a replacement probably needs,
             from the start-up times of the pool's workers.
@@ -119,7 +124,7 @@ class Dispatcher:
         self.reservations = Reservations()
         self._prefill_queue: FairQueue = FairQueue(fair=False)
         self._absent_since: dict[Pool, float] = {}
-        self._largest: dict[Pool, float] = {}
+        self._changes = -1  # of the workers when the waiting jobs were checked last
         self._decode_placements = 0
         self._newly_queued: list[Job] = []  # jobs queued since the last poll
 
@@ -362,7 +367,7 @@ class Dispatcher:
         for pool in self._roster.pools():
             pool.expire(now)
         self._fall_back(now)
-        outcomes: list[Placement | Rejection] = [*self._reject_absent(now), *self._reject_too_large()]
+        outcomes: list[Placement | Rejection] = [*self._reject_absent(now), *self._check_waiting(now)]
         if self._prefill_queue:
             outcomes += self._place_prefill()
         outcomes += self._place_decode(now)
@@ -472,20 +477,24 @@ class Dispatcher:
 
     def _placeable(self, tier: _TierQueue, now: float) -> Iterator[tuple[Job, Worker]]:
         """Yields the jobs of a tier that can be placed now, in order. The caller places each before the next."""
-        pool, queue = tier.pool, tier.jobs
-        claimant: Job | None = None  # the blocked job that claims capacity
+        pool, queue, claims = tier.pool, tier.jobs, _Claims()
+        rooms: dict[Adapter, float] = {}  # no worker that has the adapter has more for another job
         for job in queue:
             if self._free_prefill_slots <= 0 or pool.index.max_room < queue.smallest_need:
                 return
-            if claimant is not None and pool.index.admissible.smallest >= claimant.total_tokens:
-                return  # every admissible worker is claimed
-            worker = None
-            if self._prefill_may_come(job):
-                worker = self._find(pool, job, job.total_tokens, job.reserve_tokens, claimant)
+            if claims.on_all(pool.index.admissible.smallest):
+                return
+            adapter, worker = job.adapter, None
+            tried = adapter is None or rooms.get(adapter, math.inf) >= job.reserve_tokens
+            if tried and self._prefill_may_come(job):
+                worker = self._find(pool, job, job.total_tokens, job.reserve_tokens, claims)
             if worker is not None:
                 yield job, worker
-            elif claimant is None and now - job.waiting_since >= self._claim_after:
-                claimant = job
+                continue
+            if now - job.waiting_since >= self._claim_after:
+                claims.add(job)
+            if tried and adapter is not None:
+                rooms[adapter] = _room(pool, adapter, claims)
 
     def _prefill_may_come(self, job: Job) -> bool:
         """True if a prefill worker can take the job now. The worker is chosen once blocks are reserved."""
@@ -508,16 +517,16 @@ class Dispatcher:
         return Placement(job, worker)
 
     def _find(
-        self, pool: Pool, job: Job, tokens: int, room: int | None = None, claimant: Job | None = None
+        self, pool: Pool, job: Job, tokens: int, room: int | None = None, claims: _Claims | None = None
     ) -> Worker | None:
         """Returns the best admissible worker for ``job``, or None.
 
         Args:
             tokens: length of the longest sequence that the worker must be able to hold.
             room: number of tokens that must fit now. None means no condition.
-            claimant: job that claims the workers that can hold it.
+            claims: jobs that claim the workers that can hold them.
         """
-        index = pool.index
+        index, adapter = pool.index, _adapter(job, pool)
         if index.admissible.largest < tokens or (room is not None and index.max_room < room):
             return None
         # Try workers that failed the job again only when no other is alive.
@@ -528,17 +537,24 @@ class Dispatcher:
                 worker.could_hold(tokens)
                 and (room is None or worker.has_room(room))
                 and (not avoid or worker.seat not in avoid)
-                and (claimant is None or not worker.could_hold(claimant.total_tokens))
+                and (adapter is None or worker.has(adapter))
+                and (not claims or not claims.on(worker))
             )
 
         best = pool.policy.best(job)
         if room is None:
             return next((worker for worker in best if fits(worker)), None)
         worker = next((worker for worker in islice(best, _TRIES) if fits(worker)), None)
-        return worker or next((worker for worker in index.by_room(room) if fits(worker)), None)
+        if worker is not None or adapter is None:
+            return worker or next((worker for worker in index.by_room(room) if fits(worker)), None)
+        having = (worker for worker in pool.having(adapter) if index.is_admissible(worker) and fits(worker))
+        return max(having, key=lambda worker: worker.room_tokens, default=None)
 
     def _others_alive(self, pool: Pool, job: Job, tokens: int) -> bool:
         """True if a worker is alive that is large enough and has not failed the job."""
+        if (adapter := _adapter(job, pool)) is not None:
+            having = (worker for worker in pool.having(adapter) if pool.index.is_alive(worker))
+            return any(worker.could_hold(tokens) and worker.seat not in job.avoid for worker in having)
         failed = 0
         for seat in job.avoid:
             worker = pool.get(seat[0])
@@ -549,33 +565,45 @@ class Dispatcher:
     def _too_large(self, job: Job) -> PromptTooLong | None:
         needs = ((self._roster.prefill, job.prompt_tokens), (self._decode_pool(job), job.total_tokens))
         for pool, tokens in needs:
-            not_draining = pool.index.not_draining
-            if not_draining and not_draining.largest < tokens:
-                field = "prompt" if job.prompt_tokens >= (pool.capacity_tokens or 0) else "sampling.max_tokens"
+            adapter = _adapter(job, pool)
+            largest = _largest(pool, adapter)
+            if largest is not None and largest < tokens:
+                field = "prompt" if job.prompt_tokens >= largest else "sampling.max_tokens"
                 what = "the prompt" if pool.stage == PREFILL else "the prompt with its answer"
                 advice = "shorten the prompt" if field == "prompt" else "ask for fewer tokens"
+                title = pool.title + (f" with the adapter {adapter.name!r}" if adapter is not None else "")
                 return PromptTooLong(
-                    field,
-                    f"{what} needs {tokens} tokens; the largest {pool.title} holds {pool.capacity_tokens}: {advice}",
+                    field, f"{what} needs {tokens} tokens; the largest {title} holds {largest:.0f}: {advice}"
                 )
         return None
 
-    def _reject_too_large(self) -> Iterator[Rejection]:
-        """Rejects waiting jobs that have become too large for every worker.
+    def _check_waiting(self, now: float) -> Iterator[Rejection]:
+        """Rejects waiting jobs that have become too large for every worker, or whose adapter no worker has any more.
 
-        Checks newly queued jobs always, because the largest worker may have left while they were on a worker. Checks
-        all jobs when the largest worker of a pool has become smaller.
+        Checks newly queued jobs always, because workers may have changed while the jobs were on a worker. Checks all
+        jobs when a pool's workers have changed.
         """
-        smaller = False
-        for pool in self._roster.pools():
-            not_draining = pool.index.not_draining
-            largest = not_draining.largest if not_draining else math.inf  # without workers, no job is too large
-            smaller = smaller or largest < self._largest.get(pool, math.inf)
-            self._largest[pool] = largest
+        adapters = self._roster.adapters
+        expired = adapters.expire(now, lambda tier: self._max_absence(self._roster.decode[tier]))
+        changes = adapters.changes + sum(pool.index.changes for pool in self._roster.pools())
         queued, self._newly_queued = self._newly_queued, []
-        for job in list(self.waiting()) if smaller else queued:
-            waits = job.state in (JobState.WAITING, JobState.WANTS_PREFILL)
-            if waits and (error := self._too_large(job)):
+        if changes != self._changes:
+            self._changes, queued = changes, list(self.waiting())
+        for job in queued:
+            if job.state not in (JobState.WAITING, JobState.WANTS_PREFILL):
+                continue
+            error: OverfillError | None = self._too_large(job)
+            # A decode worker that unloads an adapter finishes the answers that it has begun.
+            if job.state is JobState.WAITING and job.adapter not in (None, adapters.get(job.writer)):
+                if job.adapter in expired:
+                    error = Unavailable(
+                        f"the decode workers with the adapter {job.writer!r} left, and none has returned"
+                    )
+                else:
+                    error = ModelNotFound(
+                        f"the adapter {job.writer!r} was unloaded or replaced while the request waited"
+                    )
+            if error is not None:
                 yield self._reject(job, error)
 
     def _reject_absent(self, now: float) -> Iterator[Rejection]:
@@ -604,6 +632,56 @@ class Dispatcher:
     def _reject(self, job: Job, error: OverfillError) -> Rejection:
         self.finish(job)
         return Rejection(job, error)
+
+
+class _Claims:
+    """The blocked jobs of a tier that claim capacity: the first without an adapter, and the first with each adapter.
+
+    No job behind them in the queue is placed on a worker that can hold one of them.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: dict[Adapter | None, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._tokens)
+
+    def add(self, job: Job) -> None:
+        """Adds ``job`` if it is the first with its adapter, or the first without one."""
+        self._tokens.setdefault(job.adapter, job.total_tokens)
+
+    def on(self, worker: Worker) -> bool:
+        """True if a claiming job could run on ``worker``."""
+        if None in self._tokens and worker.could_hold(self._tokens[None]):
+            return True
+        if len(worker.adapters) < len(self._tokens):
+            adapters: Iterable[Adapter | None] = worker.adapters.values()
+            return any(a in self._tokens and worker.could_hold(self._tokens[a]) for a in adapters)
+        claims = self._tokens.items()
+        return any(a is not None and worker.has(a) and worker.could_hold(tokens) for a, tokens in claims)
+
+    def on_all(self, smallest: float) -> bool:
+        """True if every worker of at least ``smallest`` tokens is claimed, whatever adapters it has."""
+        return smallest >= self._tokens.get(None, math.inf)
+
+
+def _adapter(job: Job, pool: Pool) -> Adapter | None:
+    """Returns the adapter that a worker of ``pool`` needs for the job."""
+    return None if pool.stage == PREFILL else job.adapter
+
+
+def _room(pool: Pool, adapter: Adapter, claims: _Claims) -> float:
+    """Returns the largest room of the admissible unclaimed workers that have ``adapter``, in tokens; -1 without one."""
+    free = (w for w in pool.having(adapter) if pool.index.is_admissible(w) and not claims.on(w))
+    return max((worker.room_tokens for worker in free), default=-1.0)
+
+
+def _largest(pool: Pool, adapter: Adapter | None) -> float | None:
+    """Returns the capacity of the largest worker that has ``adapter`` and does not drain; None without one."""
+    if adapter is None:
+        return pool.index.not_draining.largest if pool.index.not_draining else None
+    having = (capacity_of(worker) for worker in pool.having(adapter) if not worker.draining)
+    return max(having, default=None)
 
 
 class _Search:

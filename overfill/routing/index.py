@@ -73,6 +73,7 @@ class Index:
         not_draining, alive, admissible: capacities of the workers in that state.
         present: number of workers that are alive or still starting; see ``Worker.starting``.
         free_credits: number of requests that the router may still place on all admissible workers together.
+        changes: grows with each change of which workers have joined and do not drain, or of their capacity.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -80,6 +81,7 @@ class Index:
         self.not_draining, self.alive, self.admissible = Capacities(), Capacities(), Capacities()
         self.present = 0
         self.free_credits = 0
+        self.changes = 0
         self._entries: dict[Worker, _Entry] = {}
         self._rooms: list[tuple[float, str, Worker]] = []
         self._reports: OrderedDict[Worker, float] = OrderedDict()  # alive workers, ordered by the time of their report
@@ -92,6 +94,10 @@ class Index:
     def is_alive(self, worker: Worker) -> bool:
         entry = self._entries.get(worker)
         return entry is not None and entry.alive
+
+    def is_admissible(self, worker: Worker) -> bool:
+        entry = self._entries.get(worker)
+        return entry is not None and entry.credits > 0
 
     def by_room(self, tokens: int) -> Iterator[Worker]:
         """Yields the admissible workers with room for ``tokens``, the emptiest first."""
@@ -115,6 +121,7 @@ class Index:
         """Removes ``worker`` from the totals and the policy: it has left the pool."""
         self._reports.pop(worker, None)
         if (old := self._entries.pop(worker, None)) is not None:
+            self.changes += 1
             self._count(worker, old, -1)
             if old.credits:
                 self.policy.drop(worker)
@@ -143,6 +150,7 @@ class Index:
                 del self._rooms[bisect_left(self._rooms, (old.room, worker.id, worker))]
                 insort(self._rooms, (room, worker.id, worker))
         elif old != new:
+            self.changes += old is None or old[:2] != new[:2]
             if old is not None:
                 self._count(worker, old, -1)
             self._count(worker, new, 1)

@@ -127,6 +127,11 @@ class Job:
         self.emitted = len(start.emitted_token_ids)
 
     @property
+    def writer(self) -> str:
+        """Name of what writes the answer: the adapter or the tier."""
+        return self.tier if self.adapter is None else self.adapter.name
+
+    @property
     def total_tokens(self) -> int:
         """Tokens of the sequence at its maximum length.
 

@@ -6,14 +6,15 @@ Every call that depends on time takes ``now`` (seconds, monotonic). No I/O: the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from overfill.errors import Incompatible
 from overfill.kv.handshake import check_same
+from overfill.routing.adapters import Adapters
 from overfill.routing.index import Index
 from overfill.routing.policy import LeastLoad, Policy
-from overfill.routing.tier import Tier
+from overfill.routing.tier import Adapter, Tier
 from overfill.routing.worker import DECODE, PREFILL, STAGE_NAMES, Worker, WorkerInfo
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
 
@@ -26,12 +27,20 @@ class Pool:
 
     Attributes:
         tier: name of the tier of a decode pool; empty for prefill.
+        adapters: the adapters of the decode pools of all tiers.
         index: totals over the workers and the order of the policy; valid right after ``expire``.
     """
 
-    def __init__(self, stage: common_pb2.Stage, policy: Policy | None = None, tier: str = "") -> None:
+    def __init__(
+        self,
+        stage: common_pb2.Stage,
+        policy: Policy | None = None,
+        tier: str = "",
+        adapters: Adapters | None = None,
+    ) -> None:
         self.stage = stage
         self.tier = tier
+        self.adapters = adapters or Adapters(())
         self.index = Index(policy or LeastLoad())
         self._startups: dict[tuple[str, int], float] = {}  # seconds, of the latest workers to join
         self._workers: dict[str, Worker] = {}
@@ -78,6 +87,7 @@ class Pool:
         self._startups[worker.process] = info.startup_seconds
         if len(self._startups) > MAX_STARTUP_TIMES:
             del self._startups[next(iter(self._startups))]
+        self.adapters.set(worker, info.adapters)
         self.index.refresh(worker)
         return worker
 
@@ -95,6 +105,8 @@ class Pool:
                 gone = [key for key in removed if key not in worker.prefix_keys]
                 self.policy.keys_changed(worker, report.prefix.added, gone)
         if joined:
+            if report.HasField("adapters"):
+                self.adapters.set(worker, report.adapters.adapters)
             self.index.reported(worker)
 
     def refused(self, worker: Worker, load: decode_pb2.WorkerLoad | None) -> None:
@@ -117,6 +129,7 @@ class Pool:
             self.index.forget(worker)
             self.policy.keys_changed(worker, (), worker.prefix_keys)
             self.policy.left(worker)
+            self.adapters.left(worker)
             worker.prefix_keys.clear()
             if worker.in_flight:
                 self._detached[worker.process] = worker
@@ -152,10 +165,19 @@ class Pool:
         """Longest start-up time of the last ``MAX_STARTUP_TIMES`` workers to join, in seconds; 0 means unknown."""
         return max(self._startups.values(), default=0.0)
 
-    @property
-    def capacity_tokens(self) -> int | None:
-        """Longest sequence that a worker of the pool can hold, draining ones excluded; None while unknown."""
-        return max((int(capacity) for capacity in self.index.not_draining.known), default=None)
+    def having(self, adapter: Adapter | None) -> Collection[Worker]:
+        """Returns the joined workers that have ``adapter``; all without one."""
+        return self._workers.values() if adapter is None else self.adapters.holders(adapter)
+
+    def capacity_tokens(self, adapter: Adapter | None = None) -> int | None:
+        """Longest sequence that a worker of the pool with ``adapter`` can hold, in tokens; None while unknown.
+
+        Draining workers do not count.
+        """
+        if adapter is None:
+            return max((int(capacity) for capacity in self.index.not_draining.known), default=None)
+        known = (worker.capacity_tokens for worker in self.having(adapter) if not worker.draining)
+        return max((capacity for capacity in known if capacity is not None), default=None)
 
     def _joined(self, worker: Worker) -> bool:
         return self._workers.get(worker.id) is worker
@@ -176,14 +198,17 @@ class Roster:
         tiers: the tiers by name.
         prefill: the prefill workers, which all tiers share.
         decode: the decode workers of each tier, by its name.
+        adapters: the adapters that they have.
     """
 
     def __init__(self, expected: Mapping[str, object] | None = None, tiers: Sequence[Tier] = (Tier(),)) -> None:
         self._expected = expected or {}
         self.tiers = {tier.name: tier for tier in tiers}
         self.prefill = Pool(PREFILL)
+        self.adapters = Adapters(self.tiers.keys())
         # Messages of a stack with one pair do not speak of tiers.
-        self.decode = {name: Pool(DECODE, tier=name if len(tiers) > 1 else "") for name in self.tiers}
+        titles = {name: name if len(tiers) > 1 else "" for name in self.tiers}
+        self.decode = {name: Pool(DECODE, tier=title, adapters=self.adapters) for name, title in titles.items()}
 
     def use(self, prefill: Policy, decode: Callable[[], Policy]) -> None:
         """Replaces the policies. Every tier's pool gets its own from ``decode``."""

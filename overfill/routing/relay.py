@@ -106,7 +106,7 @@ class Relay:
         self._max_attempts = max_attempts
         self._observer = observer or _NoObserver()
         emitted, scores = request.start.emitted_token_ids, request.num_scores
-        self.answer = AnswerState(emitted, request.max_tokens, request.received, request.tier, scores)
+        self.answer = AnswerState(emitted, request.max_tokens, request.received, request.writer, scores)
         self.decode_worker = ""
         self.decode_engine = ""
         self._loop = asyncio.get_running_loop()
@@ -228,7 +228,7 @@ class Relay:
         self._opened += 1
         self.decode_worker, self.decode_engine = worker.id, worker.info.engine
         self.answer.begin_attempt()
-        self.answer.enter_tier(worker.info.tier)
+        self.answer.enter_tier(worker.info.tier if self.request.adapter is None else self.request.writer)
         span = self._attempt_span = tracing.child(
             "router.attempt", "client", self._parent, worker=worker.id, attempt=self._opened
         )

@@ -59,14 +59,15 @@ class Signals:
         tokens = max(1.0, prompt_tokens * (1 - self._hit_rate))
         self._add(tier, arrivals=1, arrived_tokens=tokens, arrived_tokens_squared=tokens * tokens)
 
-    def finished(self, answer: inference_pb2.Finished, now: float, decode_base: int = 1) -> None:
+    def finished(self, answer: inference_pb2.Finished, tier: str, now: float, decode_base: int = 1) -> None:
         """Counts a complete answer.
 
         Args:
+            tier: tier whose decode worker wrote its end.
             now: seconds, monotonic, in every method.
             decode_base: ``AnswerState.decode_base``.
         """
-        usage, timing, tier = answer.usage, answer.timing, answer.parts[-1].tier
+        usage, timing = answer.usage, answer.timing
         self._add(
             tier,
             finished=1,

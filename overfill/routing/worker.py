@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 from overfill.errors import InvalidRequest
 from overfill.kv.handshake import KvIdentity, data_address_fault
 from overfill.kv.spec import DTYPE_FROM_PROTO
+from overfill.routing.tier import Adapter
 from overfill.rpc.constants import MAX_NAME_LENGTH, MAX_STARTUP
 from overfill.v1 import common_pb2, kv_pb2, registry_pb2
 
@@ -43,6 +44,7 @@ class WorkerInfo:
         colocated: the worker has the other stage too, and another ``WorkerInfo`` for it.
         tier: decode workers: name of its tier; empty until the roster has found the stack's only one.
         decoder: decode workers: what decides which tokens the worker writes, by field of ``ModelIdentity``.
+        adapters: decode workers: the adapters that were loaded when the worker joined, unchecked.
     """
 
     id: str
@@ -59,6 +61,7 @@ class WorkerInfo:
     colocated: bool = False
     tier: str = ""
     decoder: Mapping[str, object] = field(default_factory=dict)
+    adapters: tuple[common_pb2.Adapter, ...] = ()
 
     @classmethod
     def from_hello(cls, hello: registry_pb2.Hello) -> tuple[WorkerInfo, ...]:
@@ -86,9 +89,8 @@ class WorkerInfo:
             colocated=len(stages) > 1,
         )
         decoder = _decoder(hello.model)
-        return tuple(
-            replace(one, stage=stage, tier=hello.tier, decoder=decoder) if stage == DECODE else one for stage in stages
-        )
+        as_decode = replace(one, stage=DECODE, tier=hello.tier, decoder=decoder, adapters=tuple(hello.adapters))
+        return tuple(as_decode if stage == DECODE else one for stage in stages)
 
 
 def _check_bounds(hello: registry_pb2.Hello) -> None:
@@ -151,6 +153,7 @@ class Worker:
         placed_tokens, placed_blocks: tokens of those requests that the worker probably computes, and blocks they need.
         last_placed: ordinal of the latest placement in the pool; 0 before the first.
         answers: number of placements that the worker has answered: it reserved blocks or refused.
+        adapters: the adapters that requests may have on the worker, by name; ``Adapters`` sets them.
         prefix_keys: keys of the blocks in the worker's prefix cache (``kv.keys.block_key``), as last reported.
     """
 
@@ -164,6 +167,7 @@ class Worker:
     placed_blocks: int = 0
     last_placed: int = 0
     answers: int = 0
+    adapters: dict[str, Adapter] = field(default_factory=dict)
     prefix_keys: set[int] = field(default_factory=set)
     ready: bool = False
     draining: bool = False
@@ -224,6 +228,10 @@ class Worker:
             return None
         tokens = self._total_blocks * self.block_size
         return min(tokens, self.info.max_model_len) if self.info.max_model_len else tokens
+
+    def has(self, adapter: Adapter | None) -> bool:
+        """True if the worker can write with ``adapter``; None means the decoder alone."""
+        return adapter is None or self.adapters.get(adapter.name) == adapter
 
     def could_hold(self, tokens: int) -> bool:
         """True if the empty worker can hold a sequence of ``tokens``, or if its size is unknown."""

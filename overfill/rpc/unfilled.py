@@ -8,16 +8,7 @@ from overfill.v1 import registry_pb2
 
 def check_hello(hello: registry_pb2.Hello) -> None:
     """Raises Incompatible, which names the fields, if a worker sets a field that this version does not fill."""
-    refuse(
-        f"worker {hello.worker_id}",
-        {"hello.adapters": bool(hello.adapters), "hello.model.revision": bool(hello.model.revision)},
-    )
-
-
-def check_report(report: registry_pb2.Report) -> None:
-    """Raises Incompatible as ``check_hello`` does."""
-    if report.HasField("adapters"):
-        refuse("the worker's report", {"report.adapters": True})
+    refuse(f"worker {hello.worker_id}", {"hello.model.revision": bool(hello.model.revision)})
 
 
 def refuse(what: str, given: dict[str, bool]) -> None:

@@ -38,11 +38,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             with answer:
                 # Without it, a stall of the first message leaves gRPC unable to send a status.
                 await context.send_initial_metadata(())
-                identity = partial(
-                    handler.tiers.identity,
-                    prompt=checked.prompt_token_ids,
-                    answer_start=checked.start.answer_start,
-                )
+                identity = partial(handler.tiers.identity, job=checked)
                 answer.accepted.identity.CopyFrom(identity(answer.accepted.tier))
                 await self._write(context, _Response(accepted=answer.accepted))
                 last, first = None, True

@@ -91,7 +91,6 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             async for message in request_iterator:
                 if not message.HasField("report"):
                     raise InvalidRequest("report", "is required in every message after the first")
-                unfilled.check_report(message.report)
                 if self._streams.get(info.id) is not stream:
                     return  # the worker has joined again on another stream
                 for worker in stream.workers:

@@ -139,7 +139,7 @@ class RequestHandler:
         caller, now = hold.caller, asyncio.get_running_loop().time()
         choice = self.tiers.requested(request, caller)
         hold.tier = choice.tier
-        self.tiers.check_can_score(request, choice.fallback_from or choice.tier, caller)
+        self.tiers.check_can_score(request, choice, caller)
         size = self._size(request)
         self._shorten(request)
         check_priority(request.priority)
@@ -153,19 +153,19 @@ class RequestHandler:
 
         choice = self.tiers.admitted(choice, request, caller, admit, now)
         hold.take(now)
-        asked = choice.asked
+        asked, adapter = choice.asked, choice.adapter
         # Parsing a grammar may be slow, also for the grammars of tools.
         with_grammar = request.sampling.HasField("grammar") or bool(request.chat.tools)
         tools = None
         if with_grammar:
             tools = await tried_grammar(request, self._trials, self.tokenizer.tool_format, _name(caller))
-        room, vocab_size = self.tiers.max_model_len(asked), self.tiers.vocab_size
-        arguments = (request, self.tokenizer, room, vocab_size, tools, self._reasoning)
+        room, vocab_size = self.tiers.max_model_len(asked, adapter), self.tiers.vocab_size
+        arguments = (request, self.tokenizer, room, vocab_size, tools, self._reasoning, adapter)
         # In a thread, compute all keys of a long prompt. Elsewhere they are computed as far as a worker has the blocks.
         block_sizes = {worker.block_size for worker in self.tiers.roster.prefill} if size >= LONG_REQUEST else ()
         prepare = partial(_prepare, self._root_key(caller), block_sizes)
         checked = await self._run(size, prepare, *arguments, in_thread=with_grammar or size >= LONG_REQUEST)
-        self.tiers.check_resume(request, choice.fallback_from or choice.tier, checked.prompt_token_ids)
+        self.tiers.check_resume(request, choice, checked)
         if choice.tier != asked and checked.total_tokens > self.tiers.max_model_len(choice.tier):
             admit(asked)
             choice = replace(choice, tier=asked, brownout_from="")
@@ -225,7 +225,7 @@ class RequestHandler:
             seed=start.sampling.seed,
             max_tokens=request.max_tokens,
             model=self.tiers.model,
-            tier=request.choice.tier,
+            tier=request.choice.writer,
             brownout_from=request.choice.brownout_from,
         )
         return RunningAnswer(

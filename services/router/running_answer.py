@@ -11,6 +11,7 @@ from overfill.api.answer_text import AnswerText
 from overfill.errors import OverfillError, RequestCancelled
 from overfill.routing.answer import AnswerDelta
 from overfill.routing.relay import Relay
+from overfill.routing.tier import TierChoice
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.outcomes import outcome_of
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
@@ -64,6 +65,11 @@ class RunningAnswer:
         """The end of the answer; available after the last delta."""
         assert self._finished is not None
         return self._finished
+
+    @property
+    def choice(self) -> TierChoice:
+        """What writes the answer, as it was accepted."""
+        return self._relay.request.choice
 
     @property
     def cached_tokens(self) -> int:
@@ -176,7 +182,7 @@ class RunningAnswer:
             prefill_worker=relay.answer.prefill_worker,
             decode_worker=relay.decode_worker,
             migrations=relay.answer.migrations,
-            tier=relay.request.tier,
+            tier=relay.request.writer,
         )
 
 
@@ -186,7 +192,7 @@ def _finished(
     if end is None:  # a stop string ended the answer before the worker did
         end = relay.finish_at(text.num_tokens)
     parts = relay.answer.parts or [
-        inference_pb2.AnswerPart(tier=relay.request.tier, first_index=len(relay.answer.emitted))
+        inference_pb2.AnswerPart(tier=relay.request.writer, first_index=len(relay.answer.emitted))
     ]
     if text.stop is not None:
         # The client gets no tokens behind the stop string, so it does not matter which tier wrote them.

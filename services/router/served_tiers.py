@@ -1,20 +1,21 @@
-"""The tiers that a router serves: the names of the model, and which tier writes the answer to a request."""
+"""The tiers and adapters that a router serves: the names of the model, and what writes the answer to a request."""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 from overfill.api.keys import ApiKey
-from overfill.errors import InvalidRequest, ModelNotFound, Overloaded, PermissionDenied
+from overfill.errors import InvalidRequest, ModelNotFound, Overloaded, PermissionDenied, Unavailable
 from overfill.kv.handshake import CHOSEN_BY_WORKERS, check_same
 from overfill.model.manifest import Pair
 from overfill.routing.brownout import Brownout
+from overfill.routing.job import Job
 from overfill.routing.pool import Roster
-from overfill.routing.tier import NO_FALLBACK, TierChoice
+from overfill.routing.tier import NO_FALLBACK, Adapter, TierChoice
 from overfill.v1 import inference_pb2
 
 _ROUNDINGS = ("decoder_quantize", "kv_cache_dtype")
@@ -23,8 +24,12 @@ _FORMATS = (*_ROUNDINGS, *CHOSEN_BY_WORKERS.values())
 """Fields of AnswerIdentity that no pair determines, but how its workers load it."""
 
 
+_SHOWN = 20
+"""Maximum number of names in a message."""
+
+
 class ServedTiers:
-    """The tiers of one full model, under the names that clients use.
+    """The tiers of one full model and the adapters of their workers, under the names that clients use.
 
     Args:
         names: names of the model; answers carry the first.
@@ -66,39 +71,46 @@ class ServedTiers:
         """True if requests can choose among tiers."""
         return len(self._pairs) > 1
 
-    @property
-    def models(self) -> tuple[str, ...]:
-        """Names under which the router lists the model: its own ones, and each with each of several tiers."""
-        tiers = self._pairs if self.several else ()
-        return (*self._names, *(f"{name}:{tier}" for name in self._names for tier in tiers))
-
     def listed(self, caller: ApiKey | None) -> tuple[str, ...]:
-        """The names in ``models`` that an API key may use."""
-        default = self.roster.default_tier
-        return tuple(name for name in self.models if _may_use(caller, self.parse_model(name) or default))
+        """The names under which the router lists the model, as far as an API key may use them.
+
+        They are the model's own names, and each with each of several tiers and with each adapter.
+        """
+        writers = [*(self._pairs if self.several else ()), *(a.name for a in self.roster.adapters.known())]
+        usable = [writer for writer in writers if _may_use(caller, writer)]
+        own = self._names if _may_use(caller, self.roster.default_tier) else ()
+        return (*own, *(f"{name}:{writer}" for name in self._names for writer in usable))
 
     def pair(self, tier: str) -> Pair:
         """The pair of a tier."""
         return self._pairs[tier]
 
-    def fingerprint(self, tier: str) -> str:
-        """Name of what writes a tier's tokens: its decoder, and how its workers store weights and KV if they round."""
-        formats = self._formats(tier)
-        names = (_rounded(formats.get(name, "")) for name in _ROUNDINGS)
-        rounded = "".join(f"-{name}" for name in names if name)
-        return f"fp_{self._pairs[tier].decoder_digest[:12]}{rounded}"
+    def model_name(self, choice: TierChoice) -> str:
+        """Model name in answers, with what writes them if requests can choose."""
+        return f"{self.model}:{choice.writer}" if self.several or choice.adapter is not None else self.model
 
-    def identity(self, tier: str, prompt: Sequence[int], answer_start: int) -> inference_pb2.AnswerIdentity:
-        """Returns what an answer of ``tier`` to the token ids ``prompt`` depends on; ``answer_start`` 0 means none."""
+    def fingerprint(self, choice: TierChoice) -> str:
+        """Name of what writes the tokens: decoder, adapter, and how workers store weights and KV if they round."""
+        formats = self._formats(choice.tier)
+        parts = [
+            self._pairs[choice.tier].decoder_digest[:12],
+            *(_rounded(formats.get(name, "")) for name in _ROUNDINGS),
+        ]
+        parts.append("" if choice.adapter is None else choice.adapter.digest[:12])
+        return f"fp_{'-'.join(filter(None, parts))}"
+
+    def identity(self, writer: str, job: Job) -> inference_pb2.AnswerIdentity:
+        """Returns what the answer to ``job`` depends on where ``writer`` writes it: its adapter, or a tier."""
+        tier = writer if job.adapter is None else job.adapter.tier
         if tier not in self._identities:
             self._identities[tier] = self._identity(tier)
         identity = inference_pb2.AnswerIdentity()
         identity.CopyFrom(self._identities[tier])
         for name, form in self._formats(tier).items():
             setattr(identity, name, _rounded(form))
-        identity.prompt_tokens = len(prompt)
-        identity.prompt_digest = hashlib.sha256(array("I", prompt)).hexdigest()
-        identity.answer_start = answer_start
+        identity.prompt_tokens = job.prompt_tokens
+        identity.prompt_digest = hashlib.sha256(array("I", job.prompt_token_ids)).hexdigest()
+        identity.answer_start, identity.adapter_digest = job.start.answer_start, job.start.adapter_digest
         return identity
 
     def _identity(self, tier: str) -> inference_pb2.AnswerIdentity:
@@ -122,15 +134,15 @@ class ServedTiers:
         known = {**self._latest_formats.get(tier, {}), **self.roster.tiers[tier].decoder}
         return {name: known[name] for name in _FORMATS if name in known}
 
-    def check_resume(self, request: inference_pb2.GenerateRequest, tier: str, prompt: Sequence[int]) -> None:
+    def check_resume(self, request: inference_pb2.GenerateRequest, choice: TierChoice, job: Job) -> None:
         """Refuses to continue an answer that depends on something else than an answer here would.
 
         Before the first worker joins, formats that the router was not told are not compared: a router that has just
         been restarted does not know them.
 
         Args:
-            tier: tier of which the client asks that it writes the rest.
-            prompt: token ids of the prompt, as this router has made them.
+            choice: what is asked to write the rest.
+            job: the request, with its prompt as this router has made it.
 
         Raises:
             InvalidRequest: the request has tokens of an answer and not its identity.
@@ -142,7 +154,8 @@ class ServedTiers:
                     "resume_identity", "is missing; to resume an answer, give the identity with which it was accepted"
                 )
             return
-        here, there = self.identity(tier, prompt, request.answer_start), request.resume_identity
+        tier = choice.fallback_from or choice.tier
+        here, there = self.identity(tier, job), request.resume_identity
         unknown = set(_FORMATS) - self._formats(tier).keys()
         unknown |= {name for name in CHOSEN_BY_WORKERS.values() if not getattr(there, name)}
         names = [f.name for f in here.DESCRIPTOR.fields if f.name not in unknown]
@@ -152,77 +165,109 @@ class ServedTiers:
             "this router would continue another answer",
         )
 
-    def check_can_score(self, request: inference_pb2.GenerateRequest, tier: str, caller: ApiKey | None) -> None:
-        """Raises InvalidRequest if ``request`` has its whole prompt scored in a tier with a smaller decoder."""
+    def check_can_score(
+        self, request: inference_pb2.GenerateRequest, choice: TierChoice, caller: ApiKey | None
+    ) -> None:
+        """Raises InvalidRequest if ``request`` has its whole prompt scored, and not the full model writes answers."""
+        tier = choice.fallback_from or choice.tier
         scored, split = request.sampling.HasField("prompt_logprobs"), request.HasField("answer_start")
-        if not scored or split or self._pairs[tier].identity:
+        if not scored or split or (self._pairs[tier].identity and choice.adapter is None):
             return
-        exact = _list(name for name, pair in self._pairs.items() if pair.identity and _may_use(caller, name))
+        writes = f"a smaller decoder writes the answers of the tier {tier!r}"
+        if choice.adapter is not None:
+            writes = f"the adapter {choice.writer!r} writes the answer"
+        exact = _list([name for name, pair in self._pairs.items() if pair.identity and _may_use(caller, name)])
         raise InvalidRequest(
             "sampling.prompt_logprobs",
-            f"would be the full model's, but a smaller decoder writes the answers of the tier {tier!r}; to score the "
-            f"full model, name a tier whose decoder is the full model (here: {exact}); to score the decoder, set "
-            "answer_start, the index of the first prompt token that it computes, as `pair lm-eval --address` does",
+            f"would be the full model's, but {writes}; to score the full model, name a tier whose decoder is the full "
+            f"model (here: {exact}); to score the decoder, set answer_start, the index of the first prompt token that "
+            "it computes, as `pair lm-eval --address` does",
         )
 
-    def max_model_len(self, tier: str = "") -> int:
-        """Maximum number of prompt and answer tokens together, by the model and the tier's largest decode worker.
+    def max_model_len(self, tier: str = "", adapter: Adapter | None = None) -> int:
+        """Maximum number of prompt and answer tokens together, by the model and the largest decode worker.
 
         Args:
             tier: empty means the default tier.
+            adapter: counts only the tier's workers that have it; None counts all.
         """
-        capacity = self.roster.decode[tier or self.roster.default_tier].capacity_tokens
+        capacity = self.roster.decode[tier or self.roster.default_tier].capacity_tokens(adapter)
         return self._max_positions if capacity is None else min(self._max_positions, capacity)
 
     def describe(self, name: str, caller: ApiKey | None) -> inference_pb2.Model:
-        """Describes the model under one of its names. Raises ModelNotFound unless the API key may use its tier."""
-        tier = self.parse_model(name, caller) or self.roster.default_tier
-        if not _may_use(caller, tier):
+        """Describes the model under one of its names. Raises ModelNotFound unless the API key may use what writes."""
+        writer = self.parse_model(name, caller) or self.roster.default_tier
+        choice = self._choice(writer)
+        if choice is None or not _may_use(caller, writer):
             raise self._not_found(name, caller)
-        worker = next(iter(self.roster.workers()), None)
-        pair = self._pairs[tier]
+        worker = next((worker for pool in self.roster.pools() for worker in pool), None)
+        pair = self._pairs[choice.tier]
         return inference_pb2.Model(
             name=name,
-            max_model_len=self.max_model_len(tier),
+            max_model_len=self.max_model_len(choice.tier, choice.adapter),
             full_digest=pair.full_digest,
             decoder_digest=pair.decoder_digest,
             dtype=worker.info.identity.kv.dtype if worker else "",
-            tier=tier,
+            tier=choice.tier,
+            adapter_digest="" if choice.adapter is None else choice.adapter.digest,
         )
 
     def parse_model(self, model: str, caller: ApiKey | None = None) -> str:
-        """Returns the tier that a model name names; empty if it names none.
+        """Returns the tier or adapter that a model name names; empty if it names none.
 
         Raises:
             ModelNotFound: there is no such model. The message lists the models that ``caller`` may use.
         """
         if not model or model in self._names:
             return ""
-        name, _, tier = model.rpartition(":")
-        if name in self._names and tier in self._pairs:
-            return tier
+        name, _, writer = model.rpartition(":")
+        if name in self._names and self._choice(writer) is not None:
+            return writer
         raise self._not_found(model, caller)
+
+    def _choice(self, writer: str) -> TierChoice | None:
+        """Returns the tier of this name, or the adapter with its tier; None if there is none."""
+        if writer in self._pairs:
+            return TierChoice(writer)
+        adapter = self.roster.adapters.get(writer)
+        return None if adapter is None else TierChoice(adapter.tier, adapter=adapter)
 
     def _not_found(self, model: str, caller: ApiKey | None) -> ModelNotFound:
         return ModelNotFound(f"model {model[:200]!r} does not exist; this router serves {_list(self.listed(caller))}")
 
     def requested(self, request: inference_pb2.GenerateRequest, caller: ApiKey | None) -> TierChoice:
-        """Returns the tier for which a request asks. If it has no worker, that is the one to which it falls back.
+        """Returns what a request asks to write its answer. If its tier has no worker, the fallback's tier writes.
 
         Raises:
-            ModelNotFound: there is no such model or tier.
-            PermissionDenied: the API key may not use the tier.
+            ModelNotFound: there is no such model, tier or adapter.
+            PermissionDenied: the API key may not use the tier or adapter.
             InvalidRequest: model and tier contradict each other, or there is no such tier to fall back to.
+            Unavailable: the client resumes an answer of an adapter that no worker has now.
         """
-        named, tiers = self.parse_model(request.model, caller), self.roster.tiers
-        usable = _list(name for name in tiers if _may_use(caller, name))
-        if request.tier and request.tier not in tiers:
-            raise ModelNotFound(f"tier {request.tier[:200]!r} does not exist; this router has {usable}")
-        if named and request.tier not in ("", named):
-            raise InvalidRequest("tier", f"is {request.tier!r}, but the model names the tier {named!r}: remove one")
-        tier = request.tier or named or self.roster.default_tier
-        if caller is not None and not caller.may_use(tier):
-            raise PermissionDenied(f"API key {caller.name!r} may not use the tier {tier!r}; it may use {usable}")
+        try:
+            named = self.parse_model(request.model, caller)
+            choice = self._choice(request.tier or named or self.roster.default_tier)
+            if choice is None:
+                usable = self._usable(caller)
+                raise ModelNotFound(f"tier {request.tier[:200]!r} does not exist; this router has {usable}")
+        except ModelNotFound as error:
+            if request.resume_identity.adapter_digest:  # another router knew it; a new one learns it from the workers
+                raise Unavailable(f"no decode worker has the adapter that began the answer; {error}") from None
+            raise
+        tier, writer = choice.tier, choice.writer
+        kind = "tier" if choice.adapter is None else "adapter"
+        if named and named != writer:
+            raise InvalidRequest("tier", f"is {writer!r}, but the model names {named!r}: remove one")
+        if caller is not None and not caller.may_use(writer):
+            usable = self._usable(caller)
+            raise PermissionDenied(f"API key {caller.name!r} may not use the {kind} {writer!r}; it may use {usable}")
+        if choice.adapter is not None:
+            if request.fallback not in ("", NO_FALLBACK):
+                asked = request.fallback[:200]
+                raise InvalidRequest(
+                    "fallback", f"is {asked!r}, but only the adapter {writer!r} may write its answers: remove it"
+                )
+            return choice
         fallback = "" if request.HasField("answer_start") else self._fallback(tier, request.fallback, caller)
         if fallback and self._lost(tier) and not self._lost(fallback):
             # It starts there, because it would leave its own tier's queue at once.
@@ -250,8 +295,10 @@ class ServedTiers:
         allowed = caller is not None and caller.allow_brownout
         if request.HasField("allow_brownout"):
             allowed = request.allow_brownout
-        # A client that resumes an answer has tokens of the tier that it asks for. Scores of a decoder are of no other.
-        if brownout is None or not allowed or request.resume_token_ids or request.HasField("answer_start"):
+        # A client that resumes an answer has tokens of the tier that it asks for. Scores of a decoder are of no other,
+        # and an adapter's answers neither.
+        fixed = choice.adapter is not None or request.resume_token_ids or request.HasField("answer_start")
+        if brownout is None or not allowed or fixed:
             admit(asked)
             return choice
 
@@ -276,13 +323,18 @@ class ServedTiers:
         if fallback in ("", NO_FALLBACK, tier):
             return ""
         if fallback not in tiers:
-            usable = _list(name for name in tiers if _may_use(caller, name))
+            usable = _list([name for name in tiers if _may_use(caller, name)])
             raise InvalidRequest("fallback", f"there is no tier {fallback[:200]!r}; tiers are {usable}")
         if caller is None or caller.may_use(fallback):
             return fallback
         if asked:
             raise PermissionDenied(f"API key {caller.name!r} may not use the tier {fallback!r}, named as fallback")
         return ""
+
+    def _usable(self, caller: ApiKey | None) -> str:
+        """Names the tiers and adapters that an API key may use."""
+        names = [*self.roster.tiers, *(adapter.name for adapter in self.roster.adapters.known())]
+        return _list([name for name in names if _may_use(caller, name)])
 
     def _lost(self, tier: str) -> bool:
         """True if no decode worker of the tier is alive or starting."""
@@ -298,5 +350,6 @@ def _may_use(caller: ApiKey | None, tier: str) -> bool:
     return caller is None or caller.may_use(tier)
 
 
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names)) or "none"
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + more or "none"

@@ -62,8 +62,9 @@ class Statistics:
 
     def answered(self, request: Job, finished: inference_pb2.Finished, now: float, decode_base: int) -> None:
         """Counts a complete answer. ``decode_base`` is that of ``AnswerState``."""
-        self.metrics.answered(finished, finished.parts[-1].tier)
-        self._signals.finished(finished, now, decode_base)
+        tier = finished.parts[-1].tier if request.adapter is None else request.tier
+        self.metrics.answered(finished, tier)
+        self._signals.finished(finished, tier, now, decode_base)
         self.rolling.answered(finished, now)
         self.sessions.answered(request, finished.usage)
 

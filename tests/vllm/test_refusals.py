@@ -40,6 +40,7 @@ def test_the_words_of_the_table(vllm_pair: Path, refusal: Any) -> None:
         ({"engine_args": {"gpu_memory_utilization": 7}}, "engine_args: vLLM refuses"),
         ({"max_model_len": 1 << 20}, "max_model_len: 1048576 is more than the model's context of 2048"),
         ({"block_size": 7}, "block_size: 7 does not fit vLLM and the decoder model"),
+        ({"engine_args": {"enable_lora": True}}, "engine_args: enable_lora is set by --adapters"),
         ({"engine_args": {"async_scheduling": True}}, "engine_args: async_scheduling is set by OverFill"),
         ({"device": torch.device("cuda", 0)}, "device: cuda does not fit the installed vLLM, which computes on cpu"),
         (
@@ -53,6 +54,11 @@ def test_settings_that_do_not_fit(vllm_pair: Path, options: dict[str, Any], word
     with pytest.raises(InvalidRequest) as raised:
         load_engine("vllm", Pair.load(vllm_pair), "decoder", replace(OPTIONS, **options))
     assert words in str(raised.value)
+
+
+def test_the_full_model_takes_no_adapters(vllm_pair: Path) -> None:
+    with pytest.raises(InvalidRequest, match="max_adapters: 2: the full model takes no adapters; give 0"):
+        load_engine("vllm", Pair.load(vllm_pair), "full", replace(OPTIONS, max_adapters=2))
 
 
 @pytest.mark.filterwarnings("ignore")  # vLLM's own

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from overfill.engine.sequence import SequenceFailed
-from overfill.engine.vllm.internals import VllmCore, hub
+from overfill.engine.vllm.hooks import hub
+from overfill.engine.vllm.internals import VllmCore
 from overfill.engine.vllm.ranks.steps import RankExtras, RankStep, RowSpec
 from overfill.engine.vllm.sampler import StepSampler
 from overfill.engine.work import Sampled
@@ -100,12 +101,12 @@ class VllmEngine:
             self._leaked = self._num_used - owned
             self._counted = now
 
-    # Hooks, as in ``internals.Hooks``
+    # Hooks, as in ``hooks.Hooks``
 
     def tokens_to_load(self, request_id: str, held: int) -> int:
         return 0
 
-    def allocated(self, request_id: str, num_loaded: int) -> None:
+    def allocated(self, request_id: str) -> None:
         pass
 
     def scheduled(self, num_tokens: Mapping[str, int], preempted: Collection[str]) -> None:

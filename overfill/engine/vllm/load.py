@@ -20,8 +20,10 @@ from overfill.engine.protocol import (
     LoadedEngine,
     ServedHalf,
 )
+from overfill.engine.vllm.adapters import VllmAdapters, lora_arguments
 from overfill.engine.vllm.decode import VllmDecodeEngine
 from overfill.engine.vllm.hashes import HashedPrompt
+from overfill.engine.vllm.hooks import hub
 from overfill.engine.vllm.internals import (
     CONNECTOR,
     EngineArgs,
@@ -30,7 +32,6 @@ from overfill.engine.vllm.internals import (
     VllmConfig,
     VllmCore,
     current_platform,
-    hub,
     quieten,
 )
 from overfill.engine.vllm.prefill import VllmPrefillEngine
@@ -60,7 +61,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         NotEnoughMemory: vLLM cannot hold the weights or the KV cache.
         UnsupportedModel: vLLM refuses the checkpoint, or keeps KV in a way that cannot be handed over.
     """
-    _check(options)
+    _check(half, options)
     # Here and not in the engine's thread, because vLLM loads and warms up in this one. Later it replaces the function.
     use_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
@@ -73,6 +74,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     spec = config.kv_spec(dtype)
     refusals = Refusals(pair.path(half), half, options, spec)
     arguments = _arguments(str(pair.path(half)), half, options, dtype, config.longest(options.max_model_len))
+    arguments |= lora_arguments(options)
     extra = {"kv": spec, "by_layer": half == "full"}
     tokenizer = (pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids)
     group = None
@@ -94,11 +96,14 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         vllm = VllmCore(vllm_config)
         if group is not None:
             group.join(vllm, spec)
+        adapters = VllmAdapters(vllm, options) if options.max_adapters else None
     except Exception as error:
         if group is not None and (told := group.failure()) is not None:
             raise told from error
         raise refusals.explain(error, vllm_config) from error
     log.info("%s on vLLM: %d KV blocks of %d tokens", half, vllm.num_blocks, vllm.block_size)
+    if adapters is not None:
+        log.info("%d slots for adapters, %.1f MiB each", adapters.num_slots, adapters.slot_bytes / (1 << 20))
     journal = KeyJournal()
     served = ServedHalf(
         engine_version=str(release),
@@ -115,6 +120,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         blocks_of=partial(_blocks_of, pair.kv_identity(dtype).cache_key, vllm.block_size, options.prefix_cache),
         prefix_keys=journal if half == "full" else None,
         ranks=None if group is None else group.ranks,
+        adapters=adapters,
     )
 
     def new_core(emit: Callable[[list[Any]], None], metrics: EngineMetrics) -> EngineCore:
@@ -131,7 +137,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
                 metrics,
             )
         assert isinstance(metrics, DecodeMetrics)
-        return VllmDecodeEngine(vllm, options.max_num_seqs, emit, metrics)
+        return VllmDecodeEngine(vllm, options.max_num_seqs, emit, metrics, adapters)
 
     return LoadedEngine(served, new_core)
 
@@ -169,7 +175,9 @@ def _arguments(folder: str, half: Half, options: EngineOptions, dtype: DTypeName
     return arguments
 
 
-def _check(options: EngineOptions) -> None:
+def _check(half: Half, options: EngineOptions) -> None:
+    if half == "full" and options.max_adapters:
+        raise InvalidRequest("max_adapters", f"{options.max_adapters}: the full model takes no adapters; give 0")
     if options.kv_cache_dtype != "auto":
         raise InvalidRequest(
             "kv_cache_dtype", f"{options.kv_cache_dtype} needs --engine overfill; vLLM stores KV as auto"

@@ -15,10 +15,11 @@ from overfill.making.atomic import atomic_folder
 from overfill.making.checkpoint import save_tensors, write_json
 from overfill.making.distill.model import PackedModel
 from overfill.making.distill.student import HeldOutResult
-from overfill.model.adapter import Projection
+from overfill.model.adapter import WEIGHTS, Projection
+from overfill.model.manifest import Pair
+from overfill.pair.adapters import write_record
 from overfill.process.extras import needs
 
-WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's files name a tensor by its module's path in PEFT's own model
 
 
@@ -86,19 +87,30 @@ def _stored(decoder: PackedModel) -> dict[str, Tensor]:
 
 
 def write_adapter(
-    out: Path, decoder: PackedModel, best: BestAdapter, record: Mapping[str, Any], base: str, extras: Sequence[Path]
+    out: Path,
+    pair: Pair,
+    decoder: PackedModel,
+    best: BestAdapter,
+    facts: Mapping[str, Any],
+    *,
+    tail_tokens: int,
+    own_prefill: bool,
+    extras: Sequence[Path],
 ) -> None:
     """Writes the folder ``out``: the best adapter in PEFT's files, our record, and ``extras`` in ``training/``.
 
     Args:
-        base: Name or path of the base model, for PEFT.
+        pair: Pair on whose decoder the adapter was trained.
+        facts: Facts of the training, for the record.
+        tail_tokens, own_prefill: As in ``AdapterRecord``.
     """
     config = decoder.peft_config["default"]  # type: ignore[index,union-attr]
-    config.base_model_name_or_path, config.inference_mode = base, True
+    config.base_model_name_or_path, config.inference_mode = str(pair.decoder_path), True
     with atomic_folder(out) as folder:
         config.save_pretrained(folder)
         shutil.copyfile(best.folder / WEIGHTS, folder / WEIGHTS)
-        write_json(folder / "overfill-adapter.json", record)
+        training = {**facts, "best": best.facts()}
+        write_record(folder, pair, tail_tokens=tail_tokens, own_prefill=own_prefill, training=training)
         (folder / "training").mkdir()
         for file in extras:
             shutil.copyfile(file, folder / "training" / file.name)

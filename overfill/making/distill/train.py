@@ -310,18 +310,18 @@ class Run:
             if self._training.lora is None:
                 write_pair(self._out, self._pair, decoder, facts, files, text, self._report)
             else:
-                write_adapter(self._out, decoder, self._best, self._record(facts), str(self._pair.decoder_path), files)
+                write_adapter(
+                    self._out,
+                    self._pair,
+                    decoder,
+                    self._best,
+                    facts,
+                    tail_tokens=self._tail_tokens,
+                    own_prefill=self._student.standalone,
+                    extras=files,
+                )
         self._accelerator.wait_for_everyone()
         return self._out
-
-    def _record(self, facts: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "format": "overfill-adapter/1",
-            "decoder_digest": self._pair.decoder_digest,
-            "tail_tokens": self._tail_tokens,
-            "own_prefill": self._student.standalone,
-            "training": facts | {"best": self._best.facts()},
-        }
 
     def _say_memory(self, decoder: PackedModel, full: PackedModel, standalone: bool) -> None:
         whole = [t for t in (*self._transcripts, *self._held_out.values()) if t is not None]

@@ -24,6 +24,7 @@ from overfill.api.responses.translate import responses
 from overfill.api.sessions import session_of
 from overfill.api.translation import Served, Translation, own_fields
 from overfill.request.params import REQUEST_ID_CHARACTERS
+from overfill.routing.tier import TierChoice
 from overfill.rpc.access import ROUTES, AccessPolicy, Rule, bearer, unknown
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.constants import WIRE_VERSION
@@ -235,9 +236,9 @@ class HttpApi:
                 asked, id = await self._read(request, shape, convert_with_id, hold)
             received = asyncio.get_running_loop().time()  # the upload is not the router's time
 
-            def envelope(tier: str) -> Envelope:
-                fingerprint = handler.tiers.fingerprint(tier)
-                return Envelope(kind, id, self._model_name(tier), self._pair_json(tier), fingerprint, self._tokens)
+            def envelope(choice: TierChoice) -> Envelope:
+                name, fingerprint = handler.tiers.model_name(choice), handler.tiers.fingerprint(choice)
+                return Envelope(kind, id, name, self._pair_json(choice.tier), fingerprint, self._tokens)
 
             answers = RunningChoices(handler, asked, envelope, self._span(request), self._encoding)
             with handler.statistics.refusing(hold, ApiError), own_fields(asked.own_field):
@@ -297,7 +298,7 @@ class HttpApi:
             except BaseException as error:
                 span.end(error)
                 raise
-        served = Served(id, self._model_name(answer.accepted.tier), self._pair_json(answer.accepted.tier))
+        served = Served(id, handler.tiers.model_name(answer.choice), self._pair_json(answer.choice.tier))
         headers = [(b"x-request-id", id.encode()), *self._cors.headers(request)]
         if is_anthropic(request.path, request.headers):
             headers.append((b"request-id", id.encode()))
@@ -314,10 +315,6 @@ class HttpApi:
         parent = request.headers.get(tracing.TRACEPARENT.encode())
         trace = () if parent is None else ((tracing.TRACEPARENT, parent),)
         return tracing.serve("router.request", trace, route=request.path)
-
-    def _model_name(self, tier: str) -> str:
-        tiers = self._handler.tiers
-        return f"{tiers.model}:{tier}" if tiers.several else tiers.model
 
     async def _tokenize(self, request: Request, caller: ApiKey | None) -> None:
         with self._handler.hold_quota(caller) as hold:

@@ -15,6 +15,7 @@ from overfill.api.openai.translate import ApiRequest
 from overfill.errors import InvalidRequest
 from overfill.routing.answer import AnswerDelta
 from overfill.routing.job import Job
+from overfill.routing.tier import TierChoice
 from overfill.rpc.status import as_overfill_error
 from overfill.telemetry.tracing import Span
 from services.router.http.request import Headers, Request
@@ -47,7 +48,7 @@ class RunningChoices:
 
     Args:
         asked: what the client asks for.
-        envelope: makes the response's envelope for the tier that begins its first choice.
+        envelope: makes the response's envelope for what begins to write its first choice.
         span: ends with the choices.
         encoding: held while a piece of many log-probabilities is encoded, so that all requests together delay other
             tasks by one piece at a time.
@@ -57,7 +58,7 @@ class RunningChoices:
         self,
         handler: RequestHandler,
         asked: ApiRequest,
-        envelope: Callable[[str], Envelope],
+        envelope: Callable[[TierChoice], Envelope],
         span: Span,
         encoding: asyncio.Lock,
     ) -> None:
@@ -93,7 +94,7 @@ class RunningChoices:
 
     @cached_property
     def _envelope(self) -> Envelope:
-        return self._make_envelope(self._running[0].accepted.tier)
+        return self._make_envelope(self._running[0].choice)
 
     def _choice(self, prompt: int, request: Job, answer: RunningAnswer) -> Choice:
         asked = self._asked

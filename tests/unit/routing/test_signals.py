@@ -45,7 +45,6 @@ def finished(prompt=100, answer=11, cached=0, decode=1.0, prefill=0.5):
         timing=common_pb2.Timing(decode_ns=round(decode * 1e9), prefill_compute_ns=round(prefill * 1e9)),
         prefill_worker="p",
         decode_worker="d",
-        parts=[inference_pb2.AnswerPart(tier=DEFAULT_TIER)],
     )
 
 
@@ -66,7 +65,7 @@ def test_a_reader_counts_every_request_once(signals):
     reader.read(0.0, {"r": signals.read(0.0)})
     signals.arrived(DEFAULT_TIER, 100)
     signals.arrived(DEFAULT_TIER, 300)
-    signals.finished(finished(), 0.0)
+    signals.finished(finished(), DEFAULT_TIER, 0.0)
     reader.read(1.0, {"r": signals.read(1.0)})
     reader.read(2.0, {"r": signals.read(2.0)})
     assert heard.arrivals == [100, 300]
@@ -98,7 +97,7 @@ def test_a_router_that_replaces_another_starts_at_zero(signals, roster):
 
 def test_tokens_known_to_be_cached_do_not_count_as_work(signals):
     for _ in range(500):
-        signals.finished(finished(cached=80), 0.0)
+        signals.finished(finished(cached=80), DEFAULT_TIER, 0.0)
     before = signals.read(0.0)["arrived_tokens"]
     signals.arrived(DEFAULT_TIER, 1000)
     assert signals.read(0.0)["arrived_tokens"] - before == pytest.approx(200, abs=1)
@@ -106,9 +105,9 @@ def test_tokens_known_to_be_cached_do_not_count_as_work(signals):
 
 
 def test_the_step_time_of_a_moved_answer_counts_the_last_worker_s_tokens(signals):
-    signals.finished(finished(answer=1, decode=0), 0.0)
+    signals.finished(finished(answer=1, decode=0), DEFAULT_TIER, 0.0)
     assert signals.read(0.0)["timed"] == 0, "one token has no step time"
-    signals.finished(finished(answer=11, decode=0.2), 0.0, decode_base=9)
+    signals.finished(finished(answer=11, decode=0.2), DEFAULT_TIER, 0.0, decode_base=9)
     assert signals.read(0.0)["timed_itl_seconds"] == pytest.approx(0.1)
 
 
@@ -203,13 +202,13 @@ def test_batch_size_is_the_mean_over_the_answer_not_its_value_at_the_end(signals
     for second in range(11):
         signals.read(float(second))
     roster.decode[DEFAULT_TIER].report(worker, make_report(running=0), 10.0)
-    signals.finished(finished(decode=10.0), 10.0)
+    signals.finished(finished(decode=10.0), DEFAULT_TIER, 10.0)
     assert signals.read(10.0)["timed_batch"] == pytest.approx(10)
     for second in range(11, 21):
         signals.read(float(second))
-    signals.finished(finished(decode=15.0), 20.0)  # five seconds beside nine others, ten seconds alone
+    signals.finished(finished(decode=15.0), DEFAULT_TIER, 20.0)  # five seconds beside nine others, ten seconds alone
     assert signals.read(20.0)["timed_batch"] == pytest.approx(10 + 5 * 10 / 15)
-    signals.finished(finished(decode=0.5), 20.5)  # alone, since the last reading
+    signals.finished(finished(decode=0.5), DEFAULT_TIER, 20.5)  # alone, since the last reading
     assert signals.read(20.5)["timed_batch"] == pytest.approx(10 + 5 * 10 / 15 + 1)
 
 
@@ -246,7 +245,7 @@ def test_each_stage_of_a_worker_with_both_has_its_own_batch(signals, roster, add
         signals.read(float(second))
     answer = finished(decode=5.0, prefill=1.0)
     answer.prefill_worker = answer.decode_worker = "w"
-    signals.finished(answer, 10.0)
+    signals.finished(answer, DEFAULT_TIER, 10.0)
     numbers = signals.read(10.0)
     assert numbers["timed_batch"] == pytest.approx(10)
     assert numbers["prefill_seconds"] == pytest.approx(1.0 / 2)

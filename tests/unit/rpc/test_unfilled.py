@@ -7,7 +7,6 @@ from overfill.rpc import unfilled
 from overfill.rpc.worker import check_start
 from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, registry_pb2
 
-ADAPTER = registry_pb2.AdapterList(adapters=[common_pb2.Adapter(name="a", digest="d")])
 HELLO = registry_pb2.Hello(worker_id="w")
 START = decode_pb2.StartDecode(request_id="r", prompt_token_ids=[1, 2, 3])
 PREFILL = prefill_pb2.StartPrefill(request_id="r", prompt_token_ids=[1, 2, 3])
@@ -28,13 +27,11 @@ def with_fields(message, **fields):
 @pytest.mark.parametrize(
     ("check", "message", "names"),
     [
-        (unfilled.check_hello, with_fields(HELLO, adapters=ADAPTER.adapters), ("hello.adapters",)),
         (
             unfilled.check_hello,
             with_fields(HELLO, model=common_pb2.ModelIdentity(revision="2")),
             ("hello.model.revision",),
         ),
-        (unfilled.check_report, registry_pb2.Report(adapters=ADAPTER), ("report.adapters",)),
         (check, with_fields(START, answer_start=0), ("answer_start",)),
         (check, with_fields(START, answer_start=2), ("answer_start",)),
         (check, with_fields(START, adapter_digest="d"), ("adapter_digest",)),
@@ -57,7 +54,6 @@ def test_a_field_that_this_version_does_not_fill_is_refused_by_name(check, messa
     ("check", "message"),
     [
         (unfilled.check_hello, HELLO),
-        (unfilled.check_report, registry_pb2.Report(credits=1)),
         (check, START),
         (check, with_fields(START, answer_start=3)),
         (check, with_fields(PREFILL, answer_start=3)),

@@ -16,6 +16,7 @@ import pytest
 from overfill.errors import ModelNotFound, PermissionDenied
 from overfill.routing.answer import AnswerDelta
 from overfill.routing.job import Job
+from overfill.routing.tier import TierChoice
 from overfill.rpc.access import AccessPolicy
 from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
@@ -35,6 +36,7 @@ class FakeGeneration:
         self.accepted = inference_pb2.Accepted(
             request_id="r", prompt_tokens=3, seed=7, model="tiny", tier=tiers[0], brownout_from=brownout_from
         )
+        self.choice = TierChoice(tiers[0], brownout_from=brownout_from)
         self._deltas = [AnswerDelta(0, [1], text="a"), AnswerDelta(1, [2], text="b")]
         self.finished = inference_pb2.Finished(reason=common_pb2.FINISH_REASON_STOP)
         for index, tier in enumerate(tiers):

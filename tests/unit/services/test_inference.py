@@ -36,7 +36,7 @@ async def check(*arguments):
 
 
 HANDLER = SimpleNamespace(
-    tiers=SimpleNamespace(identity=lambda tier, prompt, answer_start: inference_pb2.AnswerIdentity()),
+    tiers=SimpleNamespace(identity=lambda writer, job: inference_pb2.AnswerIdentity()),
     check=check,
     hold_quota=nullcontext,
     start=lambda *arguments: Answer(),

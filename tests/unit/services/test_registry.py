@@ -80,8 +80,8 @@ def changed(**fields):
             f"wire version {WIRE_VERSION - 1} (software unknown); this router speaks {WIRE_VERSION}",
         ),
         (
-            {"adapters": [common_pb2.Adapter(name="a")], "model": common_pb2.ModelIdentity(revision="2")},
-            ("hello.adapters", "hello.model.revision"),
+            {"model": common_pb2.ModelIdentity(revision="2")},
+            ("hello.model.revision",),
             "hello.model.revision",
         ),
     ],

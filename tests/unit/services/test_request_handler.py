@@ -293,11 +293,11 @@ async def test_a_request_to_detokenize_has_a_limit(handler, tokenizer):
 async def test_a_chat_that_its_template_makes_long_is_tokenized_in_a_thread(tokenizer):
     handler, threads = new_handler(tokenizer, Submitted(), 200), []
 
-    def encode_chat(*_, **__):
+    def encode(*_, **__):
         threads.append(threading.current_thread())
-        return [1]
+        return [1], 0
 
-    tokenizer.template_knows_tools, tokenizer.encode_chat = True, encode_chat
+    tokenizer.template_knows_tools, tokenizer.encode_with_generation_prompt = True, encode
     for calls in (1, LONG_REQUEST // 64):  # of a few bytes each
         message = inference_pb2.ChatMessage(role="assistant", tool_calls=[inference_pb2.ToolCall(name="f")] * calls)
         request = inference_pb2.TokenizeRequest(chat=inference_pb2.Chat(messages=[message]))

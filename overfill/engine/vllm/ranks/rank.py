@@ -62,7 +62,7 @@ class RankRow:
 
 
 class RankHooks:
-    """A rank's part of each step. Implements ``internals.RunnerHooks``.
+    """A rank's part of each step. Implements ``hooks.RunnerHooks``.
 
     Args:
         rank: the first rank alone reports log-probabilities.
