@@ -5,6 +5,7 @@ An answer counts if its text is the expected one. The pair is an identity pair, 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import DynamicCache
 from overfill.api.tokenizer import Tokenizer
 from overfill.making.conversations import Transcript
 from overfill.model.manifest import Pair
-from overfill.pair.hf_model import load_hf_model
+from overfill.pair.hf_model import cache_argument, load_hf_model
 from overfill.telemetry.progress import Report
 
 MAX_ANSWER = 48
@@ -25,7 +26,7 @@ _BATCH = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Writer:
+class TaskWriter:
     """What writes an answer.
 
     Attributes:
@@ -40,26 +41,29 @@ class Writer:
 
 
 class Judge:
-    """Writes answers with the full model of ``pair`` in bfloat16, and adapters on it.
+    """Writes answers with the full model of ``pair``, and adapters on it.
 
     Args:
         adapters: Folders of adapters, by name.
     """
 
-    def __init__(self, pair: Pair, adapters: Mapping[str, Path]) -> None:
+    def __init__(self, pair: Pair, adapters: Mapping[str, Path], dtype: torch.dtype = torch.bfloat16) -> None:
         self._tokenizer = Tokenizer.load(pair.full_path)
         self._stop = torch.tensor(sorted(pair.full_config.eos_token_ids))
-        base: Any = load_hf_model(pair.full_path).to(torch.bfloat16)
-        names = iter(adapters.items())
-        name, folder = next(names)
-        self._model: Any = PeftModel.from_pretrained(base, folder, adapter_name=name).eval()
-        for name, folder in names:
-            self._model.load_adapter(folder, adapter_name=name)
+        base: Any = load_hf_model(pair.full_path)
+        base.to(dtype)
+        self._cache_argument = cache_argument(base)
+        (first, folder), *others = adapters.items()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers 5 renames
+            self._model: Any = PeftModel.from_pretrained(base, folder, adapter_name=first).eval()
+            for name, folder in others:
+                self._model.load_adapter(folder, adapter_name=name)
 
     @torch.inference_mode()
     def scores(
-        self, writers: Sequence[Writer], transcripts: Mapping[str, Sequence[Transcript]], report: Report, name: str
-    ) -> dict[Writer, int]:
+        self, writers: Sequence[TaskWriter], transcripts: Mapping[str, Sequence[Transcript]], report: Report, name: str
+    ) -> dict[TaskWriter, int]:
         """Returns the number of right answers of each writer.
 
         Args:
@@ -109,8 +113,9 @@ class Judge:
             written.append(chosen)
             ended |= torch.isin(chosen, self._stop)
             inputs = chosen[:, None].tolist()
-        cache.crop(length)
-        return torch.stack(written, 1).tolist()
+        cache.crop(length - cache.get_seq_length())
+        answers: list[list[int]] = torch.stack(written, 1).tolist()
+        return answers
 
     def _forward(
         self, inputs: Sequence[Sequence[int]], padding: torch.Tensor, position: int, cache: Any
@@ -123,11 +128,12 @@ class Judge:
             input_ids=ids,
             attention_mask=(columns >= padding[:, None]).long(),
             position_ids=(columns[position:] - padding[:, None]).clamp(min=0),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: cache},
         )
-        return output.logits[:, -1]
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
 
     def _is_right(self, expected: Transcript, written: Sequence[int]) -> bool:
         stop = set(self._stop.tolist())
@@ -157,10 +163,10 @@ def rows(
         pairs = [(name, f"{name}-own") for name in found if f"{name}-own" in found and name.split(".")[0] in by_task]
         writers = {
             name: [
-                Writer(task := name.split(".")[0], name, own_prefill=False),
-                Writer(task, own, own_prefill=True),
-                Writer(task, own, own_prefill=False),
-                Writer(task, None, own_prefill=False),
+                TaskWriter(task := name.split(".")[0], name, own_prefill=False),
+                TaskWriter(task, own, own_prefill=True),
+                TaskWriter(task, own, own_prefill=False),
+                TaskWriter(task, None, own_prefill=False),
             ]
             for name, own in pairs
         }

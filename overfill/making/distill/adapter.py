@@ -104,7 +104,8 @@ def write_adapter(
         facts: Facts of the training, for the record.
         tail_tokens, own_prefill: As in ``AdapterRecord``.
     """
-    config = decoder.peft_config["default"]  # type: ignore[index,union-attr]
+    configs: Any = decoder.peft_config
+    config = configs["default"]
     config.base_model_name_or_path, config.inference_mode = str(pair.decoder_path), True
     with atomic_folder(out) as folder:
         config.save_pretrained(folder)

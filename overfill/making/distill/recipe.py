@@ -58,7 +58,6 @@ class Training(_Frozen):
 
     rank: Positive | None = None
     lora: Positive | None = None
-    lora: Positive | None = None
     learning_rate: PositiveFloat = 6e-4
     steps: Positive | None = None
     minutes: PositiveFloat | None = None
