@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from overfill.engine.sequence import (
@@ -30,6 +30,7 @@ from overfill.engine.sequence import (
     Reserve,
     Reserved,
     SequenceFailed,
+    Share,
     Start,
     StepSampled,
     Yielded,
@@ -37,7 +38,7 @@ from overfill.engine.sequence import (
 from overfill.engine.vllm.adapters import VllmAdapters
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.hashes import block_hasher
-from overfill.engine.vllm.internals import LoRARequest, VllmCore
+from overfill.engine.vllm.internals import VllmCore
 from overfill.engine.vllm.ranks.steps import RankStep
 from overfill.engine.work import Sampled, always_plain
 from overfill.errors import InternalError
@@ -120,12 +121,15 @@ class VllmDecodeEngine(VllmEngine):
         if self._adapters is not None:
             self._adapters.close()
 
-    def handle(self, message: Reserve | Start | Yielded | Release | ChangeAdapter) -> None:
+    def handle(self, message: Reserve | Share | Start | Yielded | Release | ChangeAdapter) -> None:
         self._changed = True
         match message:
             case Reserve(sequence):
                 if refused := self._reserve(sequence):
                     self._emit([refused])
+            case Share(id, followers):
+                if refused_followers := self._share(id, followers):
+                    self._emit(refused_followers)
             case Start(id, first):
                 if (started := self._sequences.get(id)) and (failed := self._start(started, first)):
                     self._emit([failed])
@@ -169,6 +173,11 @@ class VllmDecodeEngine(VllmEngine):
         return self._plan.num_tokens
 
     def _reserve(self, sequence: DecodeSequence) -> Refused | None:
+        adapter = None
+        if sequence.adapter is not None:
+            adapter = None if self._adapters is None else self._adapters.request(sequence.adapter)
+            if adapter is None:
+                return self._refuse(sequence.id, "adapter", f"slot {sequence.adapter} has no adapter")
         if len(self._sequences) >= self._max_num_seqs:
             reason = f"{len(self._sequences)} sequences, this worker's maximum"
             return self._refuse(sequence.id, "sequences", reason)
@@ -181,7 +190,7 @@ class VllmDecodeEngine(VllmEngine):
             block_hasher(sequence.prompt_blocks, self._num_shared(sequence), self._vllm.block_size),
             always_plain(sequence),
             self._row(sequence),
-            self._adapter(sequence),
+            adapter,
         )
         needed = self._blocks_for(sequence.num_tokens + 1)
         kept, free = self._num_growing(), self._vllm.num_free
@@ -192,6 +201,22 @@ class VllmDecodeEngine(VllmEngine):
         self._sequences[sequence.id] = self._receiving[sequence.id] = self._asked[sequence.id] = sequence
         self._vllm.add(request)
         return None
+
+    def _share(self, id: str, followers: Sequence[str]) -> list[DecodeEvent]:
+        """Caches a complete prompt. Followers give their blocks back and ask for new ones, the cached ones first."""
+        if self._has_blocks(id):
+            self._vllm.publish(id, self._receiving[id].num_shared)
+        refused: list[DecodeEvent] = []
+        for follower in filter(self._has_blocks, followers):
+            sequence = self._receiving[follower]
+            self._end(follower)
+            if refusal := self._reserve(sequence):
+                refused.append(refusal)
+        return refused
+
+    def _has_blocks(self, id: str) -> bool:
+        """Whether the sequence receives its prompt's KV into blocks."""
+        return id in self._receiving and id not in self._asked
 
     @staticmethod
     def _awaits_first(sequence: DecodeSequence) -> bool:
@@ -205,15 +230,12 @@ class VllmDecodeEngine(VllmEngine):
         """
         return (sequence.num_shared - (sequence.answer_start is None)) // self._vllm.block_size
 
-    def _adapter(self, sequence: DecodeSequence) -> LoRARequest | None:
-        return None if self._adapters is None or sequence.adapter is None else self._adapters.request(sequence.adapter)
-
     def _change_adapter(self, slot: int, adapter: LoraAdapter | None) -> Exception | None:
         """Changes a slot's adapter. Returns why it does not."""
         if self._adapters is None:
             return InternalError("this engine has no slots for adapters")
-        if users := [sequence.id for sequence in self._sequences.values() if sequence.adapter == slot]:
-            return InternalError(f"{len(users)} sequences use the adapter in slot {slot}")
+        if users := sum(sequence.adapter == slot for sequence in self._sequences.values()):
+            return InternalError(f"{users} sequences use the adapter in slot {slot}")
         try:
             self._adapters.change(slot, adapter)
         except Exception as error:
