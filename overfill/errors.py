@@ -12,6 +12,7 @@
     ├── Incompatible          the two ends do not fit; ``fields`` differ              FAILED_PRECONDITION
     ├── InvalidPair           a pair folder is damaged or its halves do not fit       FAILED_PRECONDITION
     │   └── UnsupportedModel  an architecture or option that the engine does not run  FAILED_PRECONDITION
+    ├── InvalidAdapter        an adapter's folder is damaged or does not fit          (local)
     ├── SourceUnavailable     a model cannot be fetched from the given source         (local)
     ├── NotEnoughMemory       a device cannot hold a model, its steps and a KV cache  (local)
     ├── TransferFailed        KV arrived incomplete or damaged, or not in time        DATA_LOSS

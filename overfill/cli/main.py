@@ -67,6 +67,7 @@ EXTRAS: dict[str, str] = {
     "verify": "server",
     "chaos": "server",
     "pair": "pairs",
+    "pair adapter": "server",
     "pair list": "server",
     "pair path": "server",
     "pair show": "server",

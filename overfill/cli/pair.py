@@ -11,6 +11,7 @@ import click
 from overfill.cli.distill import distill_command, distill_plot_command
 from overfill.cli.evaluate import compare_command, eval_command, lm_eval_command
 from overfill.cli.options import FILE, OutPath, set_threads
+from overfill.cli.pair_adapter import adapter_group
 from overfill.cli.pair_import import import_command
 from overfill.cli.pair_list import list_command
 from overfill.cli.pair_show import show_command
@@ -61,6 +62,7 @@ for _command in (
     lm_eval_command,
     distill_command,
     distill_plot_command,
+    adapter_group,
 ):
     pair_group.add_command(_command)
 

@@ -141,6 +141,6 @@ def flatten(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, dict):
             rows += flatten(value, f"{prefix}{key}.")
         else:
-            text = f"{value:,}" if isinstance(value, int) else str(value)
+            text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
             rows.append((f"{prefix}{key}", text))
     return rows

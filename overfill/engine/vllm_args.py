@@ -22,11 +22,15 @@ _SET_ELSEWHERE = {
     "enable_prefix_caching": "--prefix-cache",
     "kv_cache_dtype": "--kv-cache-dtype",
     "tensor_parallel_size": "--tensor-parallel-size",
+    "enable_lora": "--adapters",
+    "max_loras": "--max-adapters",
+    "max_cpu_loras": "--max-adapters",
+    "max_lora_rank": "--max-adapter-rank",
 }
 """Arguments of vLLM that a setting of the worker sets."""
 _SET_HERE = (
     "kv_transfer_config", "kv_events_config", "logits_processors", "async_scheduling", "skip_tokenizer_init",
-    "distributed_executor_backend", "worker_cls",
+    "distributed_executor_backend", "worker_cls", "lora_target_modules",
 )  # fmt: skip
 _UNSUPPORTED = {
     "nnodes": 1,
@@ -39,7 +43,6 @@ _UNSUPPORTED = {
     "decode_context_parallel_size": 1,
     "prefill_context_parallel_size": 1,
     "speculative_config": None,
-    "enable_lora": False,
     "enable_dbo": False,
     "enable_batch_sharded_sampling": False,
     "enable_elastic_ep": False,

@@ -159,7 +159,8 @@ class Ranks(Protocol):
 
 def root_cause(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error to report: first a worker's end, then this worker's own finding, last a cancelled stream."""
-    found = [*errors.exceptions]
-    last, first, second = RequestCancelled, (RankLost, StepFailed), TransferFailed
-    found.sort(key=lambda e: (isinstance(e, last), not isinstance(e, first), not isinstance(e, second)))
-    return found[0]
+    ends = (RankLost, StepFailed)
+    return min(
+        errors.exceptions,
+        key=lambda e: (isinstance(e, RequestCancelled), not isinstance(e, ends), not isinstance(e, TransferFailed)),
+    )

@@ -24,7 +24,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from overfill.errors import InvalidPair
 from overfill.model.config import check_link
@@ -123,9 +123,7 @@ def checkpoint_digest(
     total, done = sum(t.end - t.start for t in tensors), 0
     digest = hashlib.sha256()
     for tensor in tensors:
-        for text in (tensor.name.encode(), tensor.dtype.encode()):
-            digest.update(struct.pack("<Q", len(text)) + text)
-        digest.update(struct.pack(f"<{len(tensor.shape) + 1}Q", len(tensor.shape), *tensor.shape))
+        digest.update(digest_head(tensor))
         with tensor.file.open("rb") as stream:
             stream.seek(tensor.start)
             remaining = tensor.end - tensor.start
@@ -142,15 +140,38 @@ def checkpoint_digest(
     return digest.hexdigest()
 
 
+def digest_head(tensor: StoredTensor) -> bytes:
+    """Returns what a tensor contributes to a digest before its data; see the module's docstring."""
+    texts = b"".join(struct.pack("<Q", len(text)) + text for text in (tensor.name.encode(), tensor.dtype.encode()))
+    return texts + struct.pack(f"<{len(tensor.shape) + 1}Q", len(tensor.shape), *tensor.shape)
+
+
 def _read_header(file: Path) -> list[StoredTensor]:
     try:
-        size = file.stat().st_size
         check_not_pointer(file)
         with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(_MAX_HEADER_BYTES, size - 8):
-                raise InvalidPair(f"{file}: truncated or not a safetensors file (header of {length} bytes)")
-            header: dict[str, Any] = json.loads(stream.read(length))
+            return read_header(file, stream, file.stat().st_size)
+    except FileNotFoundError:
+        raise InvalidPair(f"{file}: missing") from None
+
+
+def read_header(
+    file: Path, stream: BinaryIO, size: int, max_header_bytes: int = _MAX_HEADER_BYTES
+) -> list[StoredTensor]:
+    """Lists the tensors of a safetensors file, in the header's order, from ``stream``, which is at its start.
+
+    Args:
+        file: for messages and results.
+        size: bytes of the file.
+
+    Raises:
+        InvalidPair: the header is malformed or too large, or does not describe ``size`` bytes.
+    """
+    try:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > min(max_header_bytes, size - 8):
+            raise InvalidPair(f"{file}: truncated or not a safetensors file (header of {length} bytes)")
+        header: dict[str, Any] = json.loads(stream.read(length), object_pairs_hook=_without_duplicates)
         header.pop("__metadata__", None)
         base = 8 + length
         tensors = [
@@ -162,9 +183,7 @@ def _read_header(file: Path) -> list[StoredTensor]:
         misfits = [
             t for t in tensors if t.dtype in _BYTES_OF and t.end - t.start != math.prod(t.shape) * _BYTES_OF[t.dtype]
         ]
-    except FileNotFoundError:
-        raise InvalidPair(f"{file}: missing") from None
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidPair(f"{file}: not a safetensors file: {error!r}") from None
     if expected != size:
         raise InvalidPair(f"{file}: {size} bytes, but its header describes {expected}; the file is damaged")
@@ -175,3 +194,10 @@ def _read_header(file: Path) -> list[StoredTensor]:
             f"{wrong.shape}; the file is damaged"
         )
     return tensors
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("the header names a tensor twice")
+    return content

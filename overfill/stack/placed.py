@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from overfill.process.held_folder import PREFIX
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.access import Role
 from overfill.rpc.addresses import reachable
@@ -18,9 +19,6 @@ from overfill.settings.tiers import TierSpec
 from overfill.settings.worker_kinds import WorkerKind, WorkerSettings, WorkerStage
 from overfill.stack.ports import fill_ports, free_ports
 from overfill.stack.spec import ROUTER, StackSpec, WorkerPlace, kind_of
-
-FOLDER = "overfill-"
-"""Beginning of the names of shared folders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +121,7 @@ class PlacedStack:
 
 def shared_folder() -> Path:
     """Returns a folder, which does not exist yet, for the files that the processes of a stack share on one machine."""
-    return Path(tempfile.gettempdir()) / f"{FOLDER}{secrets.token_hex(8)}"
+    return Path(tempfile.gettempdir()) / f"{PREFIX}{secrets.token_hex(8)}"
 
 
 def place(spec: StackSpec) -> PlacedStack:

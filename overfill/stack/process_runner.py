@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
+from overfill.process.held_folder import hold_folder
 from overfill.rpc.addresses import announced, reachable, target_host
 from overfill.rpc.tls import TlsError
 from overfill.settings.config import ServiceConfig, WorkerConfig
@@ -22,7 +23,7 @@ from overfill.stack.ask import router_status
 from overfill.stack.child import Child, StartFailed, stop
 from overfill.stack.placed import PlacedStack, PlacedWorker
 from overfill.stack.ports import check_ports
-from overfill.stack.shared import hold_folder, make_shared_folder, share_cores, share_gpus
+from overfill.stack.shared import make_shared_folder, share_cores, share_gpus
 from overfill.stack.spec import StackSpec
 
 _POLL_SECONDS = 0.2

@@ -2,63 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import secrets
-import shutil
 from collections import Counter
 from collections.abc import Iterable
 from itertools import chain, count
 from pathlib import Path
-from typing import IO
 
 from overfill.process.gpus import gpu_count, visible_gpus
+from overfill.process.held_folder import remove_abandoned_folders
 from overfill.settings.worker_kinds import WorkerSettings
 from overfill.stack.child import StartFailed
-from overfill.stack.placed import FOLDER, PlacedStack, PlacedWorker
+from overfill.stack.placed import PlacedStack, PlacedWorker
 from overfill.stack.spec import StackSpec
-
-_ALIVE = "runner"
-"""File in a shared folder that a runner locks while it lives."""
 
 
 def make_shared_folder(folder: Path, new_secret: bool) -> None:
     """Makes the folder, which other users cannot read, and if asked in it the secret that ``with_secret`` names.
 
-    The runner removes the folder at the end. This function removes those of runners that were killed.
+    The runner removes the folder at the end, and holds it (``hold_folder``) until then. A stack on a cluster that it
+    joined may outlive it, so that it does not hold that stack's folder.
     """
-    for alive in folder.parent.glob(f"{FOLDER}*/{_ALIVE}"):
-        with contextlib.suppress(OSError):
-            if alive.parent.lstat().st_uid == os.getuid():
-                _lock(alive).close()  # fails while the runner lives
-                shutil.rmtree(alive.parent, ignore_errors=True)
+    remove_abandoned_folders()
     folder.mkdir(mode=0o700)
     (folder / "routers").mkdir()
     if new_secret:
         (folder / "secret").write_text(secrets.token_hex(32) + "\n", encoding="utf-8")
-
-
-def hold_folder(folder: Path) -> IO[bytes]:
-    """Returns a file that this process keeps open while its stack runs.
-
-    When this process ends without removing the folder, the next runner removes it. A stack on a cluster that it joined
-    may outlive its runner, which therefore does not hold the folder.
-    """
-    starting = folder / "starting"
-    starting.touch()
-    held = _lock(starting)
-    starting.rename(folder / _ALIVE)  # locked before another runner can find it
-    return held
-
-
-def _lock(path: Path) -> IO[bytes]:
-    """Returns the locked file. Raises OSError if another process has locked it."""
-    with contextlib.ExitStack() as opened:
-        file = opened.enter_context(path.open("rb"))
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        opened.pop_all()
-        return file
 
 
 def share_cores(placed: PlacedStack) -> PlacedStack:

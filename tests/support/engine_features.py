@@ -157,6 +157,11 @@ FEATURES = (
         mixed=("test_the_full_model_on_vllm_and_a_decoder_on_the_other_engine_answer_as_their_references",),
     ),
     Feature(
+        "adapters (LoRA): one batch mixes them; they come and go while others answer",
+        vllm=("test_a_batch_mixes_adapters_and_none", "test_adapters_come_and_go_while_others_answer"),
+        computed=True,
+    ),
+    Feature(
         "a tier without workers: its answers go on in the next (`fallback`), or under overload (`--brownout`)",
         overfill=(
             "test_an_answer_goes_on_in_another_tier_if_it_may",
@@ -188,7 +193,11 @@ VLLM_REFUSES = (
         "speculative_config {'method': 'ngram'} is not supported in this version",
         {"engine_args": {"speculative_config": {"method": "ngram"}}},
     ),
-    Refusal("LoRA", "enable_lora True is not supported in this version", {"engine_args": {"enable_lora": True}}),
+    Refusal(
+        "adapters of a rank above 512",
+        "max_adapter_rank: 513 is more than 512, vLLM's maximum",
+        {"max_adapters": 1, "max_adapter_rank": 513},
+    ),
     Refusal("FP8 KV cache", "kv_cache_dtype is set by --kv-cache-dtype", {"engine_args": {"kv_cache_dtype": "fp8"}}),
 )
 

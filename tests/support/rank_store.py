@@ -11,7 +11,7 @@ import prefill_conformance
 from numpy.typing import NDArray
 
 from overfill.engine.vllm import sampler
-from overfill.engine.vllm.internals import hub
+from overfill.engine.vllm.hooks import hub
 from overfill.engine.vllm.ranks.shares import head_share
 from overfill.kv.chunks import Chunk, digest, num_undamaged
 from overfill.kv.ranges import KvRange

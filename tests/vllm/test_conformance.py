@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import decode_conformance as decode
 import prefill_conformance as prefill
 import pytest
-from engine_conformance import BLOCK_SIZE, prompt, sampling
+from engine_conformance import prompt, sampling
 from sampled_reference import Request
+from vllm_engines import OnVllm
 
-from overfill.engine.load import load_engine
-from overfill.engine.protocol import REPLAY_BUDGET, EngineCore, EngineOptions, LoadedEngine
+from overfill.engine.protocol import REPLAY_BUDGET
 from overfill.engine.vllm import engine, sampler
-from overfill.engine.vllm.engine import VllmEngine
-from overfill.model.manifest import Half, Pair
 
 # Importing and loading vLLM warns of deprecated uses of torch, which are not ours.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-class OnVllm:
-    """The hooks of the engine on vLLM."""
-
-    # Its kernels add in another order than transformers: up to 4e-5 in the last layer.
-    kv_tolerance = 1e-4
-
-    @classmethod
-    def load(cls, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
-        config = pair.full_config if half == "full" else pair.decoder_config
-        null_block = BLOCK_SIZE * config.kv_spec("float32").token_bytes
-        options = replace(options, kv_memory=(options.kv_memory or 0) + null_block, engine_args={"enforce_eager": True})
-        return load_engine("vllm", pair, half, options)
-
-    @classmethod
-    def fail_next_step(cls, core: EngineCore) -> None:
-        assert isinstance(core, VllmEngine)
-        executor: Any = core._vllm._core.model_executor
-
-        def fail(*arguments: object, **options: object) -> None:
-            del executor.execute_model
-            raise RuntimeError("the model failed")
-
-        executor.execute_model = fail
 
 
 class CountsLeaks:

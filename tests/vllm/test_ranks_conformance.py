@@ -5,63 +5,27 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
-from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import decode_conformance as decode
 import prefill_conformance as prefill
 import pytest
-from engine_conformance import BLOCK_SIZE, prompt, sampling
-from rank_store import RankStore, add_unwilling_processor, break_processor, draw_other_noise
+from engine_conformance import prompt, sampling
+from rank_store import add_unwilling_processor, break_processor, draw_other_noise
 from sampled_reference import Request
+from vllm_engines import OnRanks
 
-from overfill.engine.load import load_engine
-from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine
-from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.ranks import executor as executor_module
 from overfill.engine.vllm.ranks.group import RankProcessor
 from overfill.errors import InternalError
-from overfill.model.manifest import Half, Pair
 from overfill.request.params import SamplingParams
 
 # Importing and loading vLLM warns of deprecated uses of torch, which are not ours.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
-
-
-class OnRanks:
-    """The hooks of the engine on vLLM with two ranks."""
-
-    kv_tolerance = 1e-4
-
-    @classmethod
-    def load(cls, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
-        config = pair.full_config if half == "full" else pair.decoder_config
-        share = config.kv_spec("float32").token_bytes // 2
-        kv_memory = (options.kv_memory or 0) // 2 + BLOCK_SIZE * share  # and vLLM's null block
-        options = replace(options, kv_memory=kv_memory, tensor_parallel_size=2, engine_args={"enforce_eager": True})
-        loaded = load_engine("vllm", pair, half, options)
-
-        def new_core(*arguments: Any) -> EngineCore:
-            core = loaded.new_core(*arguments)
-            assert isinstance(core, VllmEngine)
-            store.append(RankStore(core._vllm.executor, BLOCK_SIZE, config.num_kv_heads, config.head_dim))
-            return core
-
-        store: list[RankStore] = []
-        return LoadedEngine(replace(loaded.served, store=_Late(store)), new_core)
-
-
-class _Late:
-    """The store of a core that is made later."""
-
-    def __init__(self, stores: list[RankStore]) -> None:
-        self._stores = stores
-        self.block_size = BLOCK_SIZE
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stores[0], name)
 
 
 class TestRanksDecode(OnRanks, decode.DecodeConformance):
@@ -103,6 +67,27 @@ class TestLostRanks(OnRanks, decode.DecodeEngineConformance):
         assert first.exitcode == -signal.SIGKILL
         with pytest.raises(InternalError, match="rank 1"):
             driver.core._vllm.step()
+
+
+def test_a_worker_killed_while_ranks_load_leaves_a_folder_that_the_next_one_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is held is removed once its process has ended (``unit/stack/test_shared_folder.py``)."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found: list[set[str]] = []
+
+    def load(executor: Any) -> None:
+        folder = Path(os.environ["VLLM_RPC_BASE_PATH"])
+        found.append({file.name for file in folder.iterdir()})
+        assert folder.parent == tmp_path
+        assert folder.stat().st_mode & 0o77 == 0
+
+    monkeypatch.setattr(executor_module.MultiprocExecutor, "_init_executor", load)
+    monkeypatch.setattr(executor_module.RankExecutor, "_unname", lambda executor: None)
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", "")
+    executor_module.RankExecutor.__new__(executor_module.RankExecutor)._init_executor()
+    assert found == [{"held"}]
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_rank_that_ends_before_its_queue_is_known_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ def test_the_words_of_the_table(vllm_pair: Path, refusal: Any) -> None:
         ({"engine_args": {"gpu_memory_utilization": 7}}, "engine_args: vLLM refuses"),
         ({"max_model_len": 1 << 20}, "max_model_len: 1048576 is more than the model's context of 2048"),
         ({"block_size": 7}, "block_size: 7 does not fit vLLM and the decoder model"),
+        ({"engine_args": {"enable_lora": True}}, "engine_args: enable_lora is set by --adapters"),
         ({"engine_args": {"async_scheduling": True}}, "engine_args: async_scheduling is set by OverFill"),
         ({"device": torch.device("cuda", 0)}, "device: cuda does not fit the installed vLLM, which computes on cpu"),
         (
@@ -56,9 +57,13 @@ def test_settings_that_do_not_fit(vllm_pair: Path, options: dict[str, Any], word
 
 
 @pytest.mark.filterwarnings("ignore")  # vLLM's own
-def test_too_little_memory_is_explained(vllm_pair: Path) -> None:
-    with pytest.raises(NotEnoughMemory, match="--kv-memory"):
-        load_engine("vllm", Pair.load(vllm_pair), "decoder", replace(OPTIONS, kv_memory=1 << 12, max_model_len=512))
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [({"kv_memory": 1 << 12, "max_model_len": 512}, "--kv-memory"), ({"max_adapters": 1 << 20}, "--max-adapters")],
+)
+def test_too_little_memory_is_explained(vllm_pair: Path, options: dict[str, Any], advice: str) -> None:
+    with pytest.raises(NotEnoughMemory, match=advice):
+        load_engine("vllm", Pair.load(vllm_pair), "decoder", replace(OPTIONS, **options))
 
 
 @pytest.mark.filterwarnings("ignore")  # vLLM's own

@@ -1,7 +1,7 @@
 """vLLM's KV connector: hands blocks and layers to OverFill's own sender and receiver.
 
 vLLM makes two kinds of these: one for its scheduler, and one for each model runner. With one rank both are in one
-process, and pass calls on to the engine (``internals.Hooks``), which owns the transfers. Of several ranks each has a
+process, and pass calls on to the engine (``hooks.Hooks``), which owns the transfers. Of several ranks each has a
 model runner in a process of its own. There the second kind builds the rank's store and starts its agent, and the two
 kinds talk by vLLM's metadata (``ranks.steps``). Nothing is loaded or sent by vLLM itself.
 """
@@ -24,7 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.model_executor.models.utils import extract_layer_index
 
-from overfill.engine.vllm.internals import hub
+from overfill.engine.vllm.hooks import hub
 from overfill.engine.vllm.layout import UnknownLayout, find_layouts
 from overfill.engine.vllm.ranks.agent import RankAgent
 from overfill.engine.vllm.ranks.messages import RankHello
@@ -58,7 +58,7 @@ class OverfillConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if hub.hooks is not None and num_external_tokens:
-            hub.hooks.allocated(request.request_id, num_external_tokens)
+            hub.hooks.allocated(request.request_id)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         if hub.hooks is None:

@@ -1,14 +1,15 @@
 """The decode engine on vLLM: reserves blocks, lets the receiver fill them, and decodes with vLLM's scheduler.
 
 A sequence's request has the prompt, and the emitted tokens or a placeholder for the first one. The connector says
-that the prompt's KV comes from outside, so vLLM allocates its blocks and computes only what follows.
+that the KV of the shared prompt comes from outside, so vLLM allocates its blocks and computes only what follows: the
+answer, and with ``answer_start`` the prompt's tokens from there on, after which it samples the first token itself.
 
 - **Refusal.** vLLM queues what does not fit. This engine counts free blocks first. The engine refuses sequences that
   vLLM still queues after the step.
 - **Preemption** is vLLM's, of the youngest running sequence. It frees the blocks at once, since no stream uses them.
-  When it allocates anew, it asks for the prompt's KV again, and the engine emits another ``Reserved``.
-- **Whose KV.** Blocks with tokens of an answer are never shared (``hashes``). A step that would compute a token of the
-  prompt fails its sequence and is counted.
+  When it allocates anew, it asks for the shared prompt's KV again, and the engine emits another ``Reserved``.
+- **Whose KV.** Blocks with tokens that the decoder computes are never shared (``hashes``). A step that would compute a
+  token of the shared prompt fails its sequence and is counted.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from overfill.engine.sequence import (
+    AdapterChanged,
+    ChangeAdapter,
     DecodeEvent,
     DecodeSequence,
     DecodeState,
@@ -31,12 +34,14 @@ from overfill.engine.sequence import (
     StepSampled,
     Yielded,
 )
+from overfill.engine.vllm.adapters import VllmAdapters
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.hashes import block_hasher
 from overfill.engine.vllm.internals import VllmCore
 from overfill.engine.vllm.ranks.steps import RankStep
 from overfill.engine.work import Sampled, always_plain
 from overfill.errors import InternalError
+from overfill.model.adapter import LoraAdapter
 from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import DecodeMetrics
 
@@ -67,13 +72,20 @@ class VllmDecodeEngine(VllmEngine):
     Args:
         max_num_seqs: maximum number of sequences that hold or wait for blocks.
         emit: takes lists of events; a step calls it before vLLM computes, and after.
+        adapters: slots of adapters; None without any.
     """
 
     _metrics: DecodeMetrics
 
     def __init__(
-        self, vllm: VllmCore, max_num_seqs: int, emit: Callable[[list[DecodeEvent]], None], metrics: DecodeMetrics
+        self,
+        vllm: VllmCore,
+        max_num_seqs: int,
+        emit: Callable[[list[DecodeEvent]], None],
+        metrics: DecodeMetrics,
+        adapters: VllmAdapters | None = None,
     ) -> None:
+        self._adapters = adapters
         self._max_num_seqs = max_num_seqs
         self._emit = emit
         self._metrics = metrics
@@ -103,7 +115,12 @@ class VllmDecodeEngine(VllmEngine):
             blocks_leaked=self._leaked,
         )
 
-    def handle(self, message: Reserve | Start | Yielded | Release) -> None:
+    def close(self) -> None:
+        super().close()
+        if self._adapters is not None:
+            self._adapters.close()
+
+    def handle(self, message: Reserve | Start | Yielded | Release | ChangeAdapter) -> None:
         self._changed = True
         match message:
             case Reserve(sequence):
@@ -114,6 +131,8 @@ class VllmDecodeEngine(VllmEngine):
                     self._emit([failed])
             case Release(id):
                 self._end(id)
+            case ChangeAdapter(slot, adapter):
+                self._emit([AdapterChanged(slot, self._change_adapter(slot, adapter))])
             case Yielded():
                 pass  # vLLM preempts running sequences only, which no stream writes
 
@@ -150,6 +169,11 @@ class VllmDecodeEngine(VllmEngine):
         return self._plan.num_tokens
 
     def _reserve(self, sequence: DecodeSequence) -> Refused | None:
+        adapter = None
+        if sequence.adapter is not None:
+            adapter = None if self._adapters is None else self._adapters.request(sequence.adapter)
+            if adapter is None:
+                return self._refuse(sequence.id, "adapter", f"slot {sequence.adapter} has no adapter")
         if len(self._sequences) >= self._max_num_seqs:
             reason = f"{len(self._sequences)} sequences, this worker's maximum"
             return self._refuse(sequence.id, "sequences", reason)
@@ -157,11 +181,12 @@ class VllmDecodeEngine(VllmEngine):
             return self._refuse(sequence.id, "preempted", "preempted sequences resume first")
         request = self._vllm.new_request(
             sequence.id,
-            sequence.prompt + (sequence.emitted or [_PLACEHOLDER]),
-            max(1, sequence.stop.max_tokens - max(1, len(sequence.emitted))),
+            sequence.prompt + (sequence.emitted or [_PLACEHOLDER] * self._awaits_first(sequence)),
+            max(1, sequence.stop.max_tokens - max(self._awaits_first(sequence), len(sequence.emitted))),
             block_hasher(sequence.prompt_blocks, self._num_shared(sequence), self._vllm.block_size),
             always_plain(sequence),
             self._row(sequence),
+            adapter,
         )
         needed = self._blocks_for(sequence.num_tokens + 1)
         kept, free = self._num_growing(), self._vllm.num_free
@@ -173,9 +198,30 @@ class VllmDecodeEngine(VllmEngine):
         self._vllm.add(request)
         return None
 
+    @staticmethod
+    def _awaits_first(sequence: DecodeSequence) -> bool:
+        """Whether the full model samples the answer's first token, and has not yet."""
+        return sequence.answer_start is None and not sequence.emitted
+
     def _num_shared(self, sequence: DecodeSequence) -> int:
-        """Leading blocks that others may share. The prompt's last token is in none, so that its KV always arrives."""
-        return (len(sequence.prompt) - 1) // self._vllm.block_size
+        """Leading blocks that others may share.
+
+        The last token of a prompt that the full model computes whole is in none, so that its KV always arrives.
+        """
+        return (sequence.num_shared - (sequence.answer_start is None)) // self._vllm.block_size
+
+    def _change_adapter(self, slot: int, adapter: LoraAdapter | None) -> Exception | None:
+        """Changes a slot's adapter. Returns why it does not."""
+        if self._adapters is None:
+            return InternalError("this engine has no slots for adapters")
+        if users := sum(sequence.adapter == slot for sequence in self._sequences.values()):
+            return InternalError(f"{users} sequences use the adapter in slot {slot}")
+        try:
+            self._adapters.change(slot, adapter)
+        except Exception as error:
+            log.exception("an adapter was not changed")
+            return error
+        return None
 
     def _refuse(self, id: str, kind: str, reason: str) -> Refused:
         self._metrics.refused(kind)
@@ -194,16 +240,16 @@ class VllmDecodeEngine(VllmEngine):
     def _start(self, sequence: DecodeSequence, first: int | None) -> SequenceFailed | None:
         if sequence.state is not DecodeState.RECEIVING or sequence.id in self._asked:
             return None
-        if first is None and not sequence.emitted:
-            self._end(sequence.id)
-            return SequenceFailed(sequence.id, InternalError("the prompt's KV came without a first token"))
-        if first is not None and not sequence.emitted:
+        if self._awaits_first(sequence):
+            if first is None:
+                self._end(sequence.id)
+                return SequenceFailed(sequence.id, InternalError("the prompt's KV came without a first token"))
             sequence.emitted.append(first)
             self._vllm.replace_token(sequence.id, len(sequence.prompt), first)
-        sequence.computed = len(sequence.prompt)
+        sequence.computed = sequence.num_shared
         sequence.state = DecodeState.RUNNING
         del self._receiving[sequence.id]
-        self._vllm.received(sequence.id)
+        self._vllm.received(sequence.id, sequence.num_shared)
         return None
 
     def _end(self, id: str) -> None:
@@ -219,36 +265,39 @@ class VllmDecodeEngine(VllmEngine):
     # What vLLM asks while it plans a step
 
     def tokens_to_load(self, request_id: str, held: int) -> int:
-        # After a preemption too: what is missing of the prompt is never the decoder's to compute.
-        return max(0, len(self._sequences[request_id].prompt) - held)
-
-    def allocated(self, request_id: str, num_loaded: int) -> None:
+        # After a preemption too: what is missing of the shared prompt is never the decoder's to compute.
         sequence = self._sequences[request_id]
-        held = len(sequence.prompt) - num_loaded
+        sequence.computed = held
+        # A new request of which nothing is missing would run before its Start. So vLLM waits for one token, and
+        # `received` says that this one is not computed. One that was preempted may run at once.
+        return max(sequence.num_shared - held, int(request_id in self._asked))
+
+    def allocated(self, request_id: str) -> None:
+        sequence = self._sequences[request_id]
         sequence.blocks = self._vllm.blocks(request_id)
         sequence.state = DecodeState.RECEIVING
         self._receiving[request_id] = sequence
         self._asked.pop(request_id, None)
         self._preempted.discard(request_id)
-        self.tokens_looked_up += len(sequence.prompt)
-        self.tokens_found += held
-        self._early.append(Reserved(request_id, sequence.blocks, held))
+        self.tokens_looked_up += sequence.num_shared
+        self.tokens_found += sequence.computed
+        self._early.append(Reserved(request_id, sequence.blocks, sequence.computed))
 
     def scheduled(self, num_tokens: Mapping[str, int], preempted: Collection[str]) -> None:
         super().scheduled(num_tokens, preempted)
+        self._preempted -= num_tokens.keys()  # vLLM still had all of their KV
         self._plan = plan = _Plan(num_tokens, preempted=bool(preempted))
         for id in preempted:
             self._metrics.preempted()
             self._preempted.add(id)
         for (id, count), start in zip(num_tokens.items(), self._vllm.num_computed(num_tokens), strict=True):
             sequence = self._sequences[id]
-            prompt = len(sequence.prompt)
-            if start < prompt:
-                wrong = min(count, prompt - start)
+            if start < sequence.num_shared:
+                wrong = min(count, sequence.num_shared - start)
                 self._metrics.prompt_tokens_computed(wrong)
                 log.error("the decoder computes %d tokens of a prompt, which are the full model's", wrong)
                 self._spoilt[id] = InternalError(f"the decoder computed {wrong} tokens of the prompt")
-            if start + count < prompt + len(sequence.emitted):
+            if start + count < sequence.num_tokens:
                 plan.replaying.add(id)
         early, self._early = self._early, []
         if early:

@@ -1,4 +1,4 @@
-"""All of vLLM that OverFill touches beyond its plug-in interfaces.
+"""What OverFill touches of vLLM beyond its plug-in interfaces.
 
 The plug-in interfaces are ``KVConnectorBase_V1`` (``connector.py``) and ``LogitsProcessor`` (``sampler.py``). vLLM
 promises nothing about the rest. Used here:
@@ -7,9 +7,11 @@ promises nothing about the rest. Used here:
 - ``Request`` with a block hasher of our own, and its lists of tokens;
 - of the scheduler: ``add_request``, ``requests``, ``_update_from_kv_xfer_finished``, ``kv_event_publisher``, and the
   KV cache manager's ``get_computed_blocks``, ``get_block_ids``, ``evict_blocks`` and ``block_pool``;
+- the model runner's ``lora_manager``, its modules and the adapters that it holds;
 - ``static_forward_context``, whose attention layers can write into a cache (``impl.do_kv_cache_update``).
 
-``ranks.executor`` has what is used of vLLM's executor for several ranks.
+``ranks.executor`` and ``ranks.process`` have what is used of vLLM's executor and worker for several ranks, and
+``refusals`` asks the attention backends for their block sizes.
 """
 
 from __future__ import annotations
@@ -17,11 +19,8 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import torch
+from collections.abc import Callable, Iterable
+from typing import Any
 
 # Before vLLM is imported, which reads them once. There is one process per engine, vLLM sends no usage statistics, and
 # OverFill sets threads and logging.
@@ -43,6 +42,7 @@ from vllm.config import KVEventsConfig, KVTransferConfig, VllmConfig
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
@@ -50,104 +50,20 @@ from vllm.v1.executor import Executor
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request, RequestStatus
 
+from overfill.engine.vllm.hooks import PLAIN, REQUEST_ID, ROW_SPEC, hub
 from overfill.errors import InternalError, UnsupportedModel
-from overfill.kv.store import KvStore
 
 __all__ = [
     "CONNECTOR",
     "EngineArgs",
-    "Hooks",
-    "Hub",
     "KVEventsConfig",
     "KVTransferConfig",
+    "LoRARequest",
     "Request",
     "VllmConfig",
     "VllmCore",
     "current_platform",
 ]
-
-
-class RunnerHooks(Protocol):
-    """What vLLM's model runner tells and asks in its process: the engine, or the hooks of one rank of several."""
-
-    def layer_started(self, layer: int) -> None: ...
-
-    def layer_written(self) -> None:
-        """The caches hold the next layer's KV of all tokens of the step, once the device's work so far is done."""
-        ...
-
-    def row_added(self, id: str, spec: Any, prompt: Sequence[int], output: Sequence[int]) -> None:
-        """A request that is not ``plain`` has got a row of logits. vLLM appends to ``output`` after each step.
-
-        Args:
-            spec: the request's ``ranks.steps.RowSpec``; None with one rank.
-        """
-        ...
-
-    def sample(self, logits: torch.Tensor, request_ids: Sequence[str], rows: Sequence[int]) -> None:
-        """Changes ``rows`` of the logits so that their greatest elements are the tokens to take.
-
-        Args:
-            request_ids: the request of each row.
-            rows: ascending rows of the requests that are not ``plain``.
-        """
-        ...
-
-
-class Hooks(RunnerHooks, Protocol):
-    """What vLLM asks and tells an engine of OverFill's while it takes a step, on the engine's thread."""
-
-    def tokens_to_load(self, request_id: str, held: int) -> int:
-        """Tokens behind the first ``held`` ones whose KV comes from outside."""
-        ...
-
-    def allocated(self, request_id: str, num_loaded: int) -> None:
-        """vLLM has given blocks to a request that waits for ``num_loaded`` tokens' KV."""
-        ...
-
-    def scheduled(self, num_tokens: Mapping[str, int], preempted: Collection[str]) -> None:
-        """The step is planned, with this many tokens of each request, and has not begun.
-
-        Requests in ``preempted`` have lost their blocks to others.
-        """
-        ...
-
-    def step_of_ranks(self) -> Any:
-        """The planned step as the ranks are told, a ``ranks.steps.RankStep``. Not called with one rank."""
-        ...
-
-    def sampled_by_ranks(self, extras: Any) -> None:
-        """What the ranks say of the step's tokens, a ``ranks.steps.RankExtras``. Not called with one rank."""
-        ...
-
-    def ending(self, request_id: str) -> bool:
-        """A request ends. Returns whether its blocks stay until ``VllmCore.sent``; else they are free afterwards."""
-        ...
-
-    def blocks_stored(self, hashes: Iterable[int]) -> None: ...
-
-    def blocks_removed(self, hashes: Iterable[int]) -> None: ...
-
-
-@dataclass(slots=True)
-class Hub:
-    """Connects the objects that vLLM creates by itself with the engine.
-
-    Attributes:
-        hooks: the engine; None while vLLM loads and warms up, and in ranks.
-        runner: what the model runner of this process calls; None while vLLM loads and warms up.
-        caches: each attention layer's cache in this process, by its name in vLLM.
-        store: the same caches, for handoffs; None in a process without a model runner.
-    """
-
-    hooks: Hooks | None = None
-    runner: RunnerHooks | None = None
-    caches: dict[str, torch.Tensor] = field(default_factory=dict)
-    store: KvStore | None = None
-
-
-hub = Hub()
-"""There is one per process, as vLLM keeps one connector per process."""
 
 
 class _EventPublisher:
@@ -216,6 +132,7 @@ class VllmCore:
         hasher: Callable[[Any], list[bytes]],
         plain: bool,
         row: Any = None,
+        adapter: LoRARequest | None = None,
     ) -> Request:
         """A request that samples ``max_tokens`` tokens after ``tokens``; no token ends it earlier.
 
@@ -237,6 +154,7 @@ class VllmCore:
             sampling_params=sampling,
             pooling_params=None,
             block_hasher=hasher,
+            lora_request=adapter,
         )
 
     def add(self, request: Request) -> None:
@@ -248,9 +166,10 @@ class VllmCore:
         request.prompt_token_ids[position] = token
         request._all_token_ids[position] = token
 
-    def received(self, id: str) -> None:
-        """Says that the KV that a request waits for is in its blocks; the next step can schedule it."""
-        self._scheduler._update_from_kv_xfer_finished(KVConnectorOutput(finished_recving={id}))
+    def received(self, id: str, num_computed: int) -> None:
+        """Says that a waiting request has the KV of ``num_computed`` tokens; the next step can schedule it."""
+        self._scheduler.requests[id].num_computed_tokens = num_computed
+        self._end_loading(id)
 
     def sent(self, id: str) -> None:
         """Frees the blocks of an ended request. The caller has joined every stream that reads them."""
@@ -265,7 +184,10 @@ class VllmCore:
         ready = id in self._scheduler.finished_recving_kv_req_ids
         self._core.abort_requests([id])
         if loading and not ready:
-            self.received(id)  # vLLM would wait for the writer of the blocks, which has been joined
+            self._end_loading(id)  # vLLM would wait for the writer of the blocks, which has been joined
+
+    def _end_loading(self, id: str) -> None:
+        self._scheduler._update_from_kv_xfer_finished(KVConnectorOutput(finished_recving={id}))
 
     def known(self, id: str) -> bool:
         """Whether vLLM still holds anything of the request."""
@@ -318,6 +240,23 @@ class VllmCore:
         cached = len(self._pool.cached_block_hash_to_block)  # of equal blocks, it counts one
         return len(owned), max(0, cached - sum(block.block_hash is not None for block in owned.values()))
 
+    # Adapters ---------------------------------------------------------------------------------------------------
+
+    def adapter_buffers(self) -> int:
+        """Bytes of the buffers for adapters, of all ranks together."""
+        return sum(self.executor.collective_rpc(_adapter_buffers))
+
+    def add_adapter(self, adapter: LoRARequest) -> str:
+        """Loads an adapter between two steps. Returns why that failed; empty if it did not."""
+        refusals = self.executor.collective_rpc(_add_adapter, args=(adapter,))
+        if any(refusals):
+            self.remove_adapter(adapter.lora_int_id)
+        return next(filter(None, refusals), "")
+
+    def remove_adapter(self, number: int) -> None:
+        """Removes the adapter ``number`` if vLLM has it. No live request uses it."""
+        self.executor.collective_rpc("remove_lora", args=(number,))
+
     # Steps ------------------------------------------------------------------------------------------------------
 
     def step(self) -> tuple[list[Any], bool]:
@@ -360,11 +299,23 @@ def _clear_blocks(worker: Any, blocks: list[int]) -> None:
         cache[blocks] = 0
 
 
+def _adapter_buffers(worker: Any) -> int:
+    """Called in every rank."""
+    modules = worker.model_runner.lora_manager._adapter_manager.modules.values()
+    return sum(buffer.nbytes for module in modules for buffer in (*module.lora_a_stacked, *module.lora_b_stacked))
+
+
+def _add_adapter(worker: Any, adapter: LoRARequest) -> str:
+    """Called in every rank. An error that leaves a rank would make the worker lose the others' answers."""
+    try:
+        worker.add_lora(adapter)
+        manager = worker.model_runner.lora_manager._adapter_manager
+        parts = {part for parts in manager.packed_modules.values() for part in parts}
+        unused = manager.get_adapter(adapter.lora_int_id).loras.keys() - manager.modules.keys() - parts
+        return f"the model has no {min(unused)}" if unused else ""
+    except Exception as error:
+        return str(error) or type(error).__name__
+
+
 CONNECTOR = "OverfillConnector"
 """Class in ``connector.py``."""
-REQUEST_ID = "overfill_request"
-"""Name under which a request's sampling parameters carry its id to the logits processor."""
-PLAIN = "overfill_plain"
-"""As ``REQUEST_ID``, for whether vLLM chooses the request's tokens by itself."""
-ROW_SPEC = "overfill_row"
-"""The same for what ranks need to choose its tokens."""

@@ -20,8 +20,10 @@ from overfill.engine.protocol import (
     LoadedEngine,
     ServedHalf,
 )
+from overfill.engine.vllm.adapters import VllmAdapters, lora_arguments
 from overfill.engine.vllm.decode import VllmDecodeEngine
 from overfill.engine.vllm.hashes import HashedPrompt
+from overfill.engine.vllm.hooks import hub
 from overfill.engine.vllm.internals import (
     CONNECTOR,
     EngineArgs,
@@ -30,7 +32,6 @@ from overfill.engine.vllm.internals import (
     VllmConfig,
     VllmCore,
     current_platform,
-    hub,
     quieten,
 )
 from overfill.engine.vllm.prefill import VllmPrefillEngine
@@ -43,6 +44,8 @@ from overfill.errors import InvalidRequest
 from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import root_key
 from overfill.kv.spec import DTypeName
+from overfill.kv.tensors import TORCH_DTYPES
+from overfill.model.lora import slot_bytes
 from overfill.model.manifest import Half, Pair
 from overfill.model.processors import new_processor
 from overfill.request.grammar import Grammars
@@ -73,6 +76,10 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     spec = config.kv_spec(dtype)
     refusals = Refusals(pair.path(half), half, options, spec)
     arguments = _arguments(str(pair.path(half)), half, options, dtype, config.longest(options.max_model_len))
+    has_adapters = half == "decoder" and options.max_adapters > 0
+    if has_adapters:
+        arguments |= lora_arguments(options)
+        refusals.check_adapters(slot_bytes(config, arguments["max_lora_rank"], TORCH_DTYPES[dtype]))
     extra = {"kv": spec, "by_layer": half == "full"}
     tokenizer = (pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids)
     group = None
@@ -94,11 +101,15 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         vllm = VllmCore(vllm_config)
         if group is not None:
             group.join(vllm, spec)
+        adapters = VllmAdapters(vllm, config, options) if has_adapters else None
     except Exception as error:
         if group is not None and (told := group.failure()) is not None:
             raise told from error
         raise refusals.explain(error, vllm_config) from error
     log.info("%s on vLLM: %d KV blocks of %d tokens", half, vllm.num_blocks, vllm.block_size)
+    if adapters is not None:
+        size = adapters.slot_bytes / (1 << 20)
+        log.info("%d slots for adapters up to rank %d, %.1f MiB each", adapters.num_slots, adapters.max_rank, size)
     journal = KeyJournal()
     served = ServedHalf(
         engine_version=str(release),
@@ -115,6 +126,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         blocks_of=partial(_blocks_of, pair.kv_identity(dtype).cache_key, vllm.block_size, options.prefix_cache),
         prefix_keys=journal if half == "full" else None,
         ranks=None if group is None else group.ranks,
+        adapters=adapters,
     )
 
     def new_core(emit: Callable[[list[Any]], None], metrics: EngineMetrics) -> EngineCore:
@@ -131,7 +143,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
                 metrics,
             )
         assert isinstance(metrics, DecodeMetrics)
-        return VllmDecodeEngine(vllm, options.max_num_seqs, emit, metrics)
+        return VllmDecodeEngine(vllm, options.max_num_seqs, emit, metrics, adapters)
 
     return LoadedEngine(served, new_core)
 

@@ -18,7 +18,7 @@ import torch
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirectionality
 
 from overfill.engine.sequence import Processor
-from overfill.engine.vllm.internals import PLAIN, REQUEST_ID, ROW_SPEC, hub
+from overfill.engine.vllm.hooks import PLAIN, REQUEST_ID, ROW_SPEC, hub
 from overfill.engine.work import Sampled
 from overfill.errors import InternalError
 from overfill.model.processors import process, row_by_row

@@ -40,7 +40,7 @@ def plot_runs(runs: Sequence[tuple[str, Path]], out: Path) -> None:
         steps = [entry for entry in entries if "loss" in entry]
         judged = [entry for entry in entries if "held_out" in entry]
         tokens = [entry["tokens"] for entry in judged]
-        label = f"{label}, {max(entry['seconds'] for entry in entries) / 60:.0f} min"
+        label = f"{label}, {max((entry['seconds'] for entry in entries), default=0) / 60:.0f} min"
         loss.plot([e["tokens"] for e in steps], _smoothed([e["loss"] for e in steps]), label=label)
         nll.plot(tokens, [e["held_out"]["nll"] for e in judged], marker=".", label=label)
         agreement.plot(tokens, [100 * e["held_out"]["agreement"] for e in judged], marker=".", label=label)

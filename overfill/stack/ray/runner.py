@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from overfill.process.held_folder import hold_folder
 from overfill.rpc.channel import open_sync_channel
 from overfill.rpc.tls import Credentials
 from overfill.stack.ask import router_status
@@ -20,7 +21,7 @@ from overfill.stack.child import StartFailed
 from overfill.stack.placed import operator_tls, secret_of, shared_folder
 from overfill.stack.ports import check_ports, fill_ports
 from overfill.stack.ray.connection import RayConnection
-from overfill.stack.shared import are_shared, hold_folder, make_shared_folder, new_file
+from overfill.stack.shared import are_shared, make_shared_folder, new_file
 from overfill.stack.spec import DRAIN_MARGIN, StackSpec
 from overfill.v1 import admin_pb2, admin_pb2_grpc
 

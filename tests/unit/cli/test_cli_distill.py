@@ -50,6 +50,16 @@ def test_a_pair_is_distilled_and_drawn(tmp_path: Path, chats: str) -> None:
     assert picture.stat().st_size > 1000
 
 
+def test_a_run_without_figures_yet_can_be_drawn(tmp_path: Path) -> None:
+    """Its metrics stay empty until the first evaluation has ended, which takes minutes."""
+    (tmp_path / "new.run").mkdir()
+    (tmp_path / "new.run" / "metrics.jsonl").touch()
+    picture = tmp_path / "new.png"
+    drawn = CliRunner().invoke(distill_plot_command, [f"new={tmp_path / 'new.run'}", "--out", str(picture)])
+    assert drawn.exit_code == 0, drawn.output
+    assert picture.stat().st_size > 1000
+
+
 def test_a_stopped_run_says_how_to_continue(tmp_path: Path, chats: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def press_ctrl_c(run: Run) -> None:
         raise KeyboardInterrupt

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from overfill.process.held_folder import hold_folder
 from overfill.stack.placed import shared_folder
-from overfill.stack.shared import hold_folder, make_shared_folder
+from overfill.stack.shared import make_shared_folder
 
 RUNNER = """
 import time
+from overfill.process.held_folder import hold_folder
 from overfill.stack.placed import shared_folder
-from overfill.stack.shared import hold_folder, make_shared_folder
+from overfill.stack.shared import make_shared_folder
 folder = shared_folder()
 make_shared_folder(folder, False)
 held = hold_folder(folder)

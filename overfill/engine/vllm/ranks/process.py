@@ -17,7 +17,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from vllm.platforms import current_platform
 
 from overfill.engine.device import NotEnoughMemory
-from overfill.engine.vllm.internals import hub, quieten
+from overfill.engine.vllm.hooks import hub
+from overfill.engine.vllm.internals import quieten
 from overfill.engine.vllm.ranks.agent import RankAgent
 from overfill.engine.vllm.ranks.messages import RankHello
 from overfill.errors import InvalidRequest

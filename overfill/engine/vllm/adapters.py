@@ -1,0 +1,130 @@
+"""Adapters on vLLM: slots, and the private folders through which vLLM reads their weights.
+
+vLLM loads an adapter from a folder in PEFT's format, in each rank. It never reads a user's folder, which may change or
+vanish meanwhile: ``AdapterSlots.stage`` writes the weights that were checked to a folder that only this user can enter.
+The folder is removed when vLLM has read it.
+
+- **No queue.** vLLM lets a request wait while others use ``max_loras`` adapters. There are as many places as slots.
+- **Rows without an adapter.** On CPUs, vLLM adds the product in its last place to those rows of a mixed batch that have
+  no adapter. So there it gets one place more than there are slots, which stays zero.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors.torch import save_file  # noqa: TID251 - only vLLM, in this user's processes, reads the files
+from vllm.config.lora import MaxLoRARanks
+
+from overfill.engine.protocol import EngineOptions
+from overfill.engine.vllm.internals import LoRARequest, VllmCore
+from overfill.errors import InternalError, InvalidRequest
+from overfill.model.adapter import LoraAdapter, Projection
+from overfill.model.config import ModelConfig
+from overfill.model.lora import check_fits
+
+_RANKS: tuple[int, ...] = get_args(MaxLoRARanks)
+"""Ranks that vLLM has buffers for."""
+
+
+def lora_arguments(options: EngineOptions) -> dict[str, Any]:
+    """vLLM's arguments for ``options.max_adapters`` slots.
+
+    Raises:
+        InvalidRequest: vLLM has no buffers for adapters of ``options.max_adapter_rank``.
+    """
+    rank = next((rank for rank in _RANKS if rank >= options.max_adapter_rank), None)
+    if rank is None:
+        raise InvalidRequest(
+            "max_adapter_rank", f"{options.max_adapter_rank} is more than {_RANKS[-1]}, vLLM's maximum"
+        )
+    places = options.max_adapters + _num_spare(options)
+    return {
+        "enable_lora": True,
+        "max_loras": places,
+        "max_cpu_loras": places,
+        "max_lora_rank": rank,
+        "lora_target_modules": list(get_args(Projection)),  # vLLM would also take embeddings and the output layer
+    }
+
+
+def _num_spare(options: EngineOptions) -> int:
+    return int(options.compute_device.type == "cpu")
+
+
+class VllmAdapters:
+    """The slots of a loaded decoder; an ``AdapterSlots``."""
+
+    def __init__(self, vllm: VllmCore, config: ModelConfig, options: EngineOptions) -> None:
+        self._config = config
+        self.num_slots = options.max_adapters
+        self.max_rank = options.max_adapter_rank
+        # vLLM also keeps each adapter in host memory, on CPUs beside its buffers.
+        buffers, spare = vllm.adapter_buffers(), _num_spare(options)
+        self.slot_bytes = buffers // self.num_slots + spare * buffers // (self.num_slots + spare)
+        self._vllm = vllm
+        self._folder = tempfile.TemporaryDirectory(prefix="overfill-adapters-")
+        self._requests: dict[int, LoRARequest] = {}  # of the slots that have an adapter
+
+    def stage(self, slot: int, adapter: LoraAdapter) -> None:
+        """As ``AdapterSlots.stage``."""
+        check_fits(adapter, self._config, self.max_rank)
+        rank = max((product.down.shape[0] for product in adapter.products.values()), default=1)
+        folder = self._path(slot)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            save_file(_tensors(adapter), folder / "adapter_model.safetensors")
+            # `up` is scaled already.
+            config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(get_args(Projection))}
+            (folder / "adapter_config.json").write_text(json.dumps(config))
+        except Exception:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def change(self, slot: int, adapter: LoraAdapter | None) -> None:
+        """Loads what was staged into a slot, or empties the slot. Called on the engine's thread.
+
+        Raises:
+            InternalError: vLLM does not take the adapter; the slot is empty.
+        """
+        if self._requests.pop(slot, None) is not None:
+            self._vllm.remove_adapter(slot + 1)
+        if adapter is None:
+            return
+        # vLLM tells adapters apart by the number, and requests' adapters by the name.
+        request = LoRARequest(f"{slot}-{adapter.record.digest}", slot + 1, str(self._path(slot)))
+        try:
+            refusal = self._vllm.add_adapter(request)
+        finally:
+            shutil.rmtree(self._path(slot), ignore_errors=True)
+        if refusal:
+            raise InternalError(f"vLLM does not take the adapter {adapter.record.name}: {refusal}")
+        self._requests[slot] = request
+
+    def request(self, slot: int) -> LoRARequest | None:
+        """What a request that uses the slot's adapter carries; None for an empty slot."""
+        return self._requests.get(slot)
+
+    def close(self) -> None:
+        """Removes what was staged."""
+        self._folder.cleanup()
+
+    def _path(self, slot: int) -> Path:
+        return Path(self._folder.name, str(slot))
+
+
+def _tensors(adapter: LoraAdapter) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under PEFT's names."""
+    tensors = {}
+    for (layer, projection), product in adapter.products.items():
+        block = "self_attn" if projection in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+        module = f"base_model.model.model.layers.{layer}.{block}.{projection}"
+        tensors[f"{module}.lora_A.weight"] = product.down.contiguous()
+        tensors[f"{module}.lora_B.weight"] = product.up.contiguous()
+    return tensors
