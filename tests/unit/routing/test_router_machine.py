@@ -72,8 +72,9 @@ class ManualLoop(asyncio.SelectorEventLoop):
 class Stream:
     """One attempt on a simulated decode worker, which holds blocks from Reserved until the stream ends."""
 
-    def __init__(self, worker, receive):
+    def __init__(self, worker, receive, adapters):
         self.worker = worker
+        self._adapters = adapters
         self._receive = receive
         self.start = None
         self.reserved = self.assigned = self.carried = self.closed = self.ended = False
@@ -82,6 +83,7 @@ class Stream:
     def send(self, number, message):
         if message.HasField("start"):
             self.start = message.start
+            assert message.start.adapter_digest in ("", *self._adapters)
             self.carried = message.start.HasField("assign_prefill")
             self.said = len(message.start.emitted_token_ids)
         else:
@@ -140,7 +142,9 @@ class Routing(RuleBasedStateMachine):
 
     # What the relay sees of a worker.
     def open(self, worker, receive):
-        stream = Stream((worker.id, worker.incarnation), receive)
+        decode = self.roster.decode[worker.tier].get(worker.id)
+        digests = {adapter.digest for adapter in decode.adapters.values()}
+        stream = Stream((worker.id, worker.incarnation), receive, digests)
         self.streams.append(stream)
         return stream, 1
 
