@@ -1,4 +1,4 @@
-"""Adapters with random weights, large enough to change a small model's answers."""
+"""Adapters with random weights that change nearly every token of a small model."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from overfill.model.config import ModelConfig
 
 
 def random_adapter(
-    config: ModelConfig, rank: int, seed: int, projections: Sequence[Projection] | None = None, scale: float = 0.15
+    config: ModelConfig, seed: int, rank: int = 4, only: Sequence[Projection] = (), scale: float = 1.0
 ) -> LoraAdapter:
-    """An adapter with products for ``projections``, by default all, in every layer."""
+    """An adapter with products for the projections in ``only``, by default all, in every layer."""
     generator = torch.Generator().manual_seed(seed)
 
-    def factor(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=generator) * scale
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
 
+    shapes = projection_shapes(config)
     products = {
-        (layer, projection): LowRank(factor(rank, columns), factor(rows, rank))
+        (layer, projection): LowRank(noise(rank, shapes[projection][1]), scale * noise(shapes[projection][0], rank))
         for layer in range(config.num_layers)
-        for projection, (rows, columns) in projection_shapes(config).items()
-        if projections is None or projection in projections
+        for projection in only or shapes
     }
-    record = AdapterRecord(f"task-{seed}", f"{seed:064x}", "0" * 64, rank)
-    return LoraAdapter(record, products)
+    return LoraAdapter(AdapterRecord(f"task-{seed}", f"{seed:064x}", "", rank), products)

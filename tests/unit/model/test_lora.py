@@ -57,9 +57,9 @@ def test_mixed_steps_equal_transformers_with_peft(name: str, save_model, runner,
     """Prompts, single tokens and several tokens of two adapters and of the plain model, in the same steps."""
     plain = save_model(CONFIGS[name])
     model = Transformer.load(tmp_path, torch.float32, CPU)
-    adapters = {"a": random_adapter(model.config, 8, 1), "b": random_adapter(model.config, 3, 2, ["q_proj", "v_proj"])}
+    adapters = {"a": random_adapter(model.config, 1, 8), "b": random_adapter(model.config, 2, 3, ["q_proj", "v_proj"])}
     slots = model.new_adapter_slots(3, 8)
-    slots.stage(2, random_adapter(model.config, 8, 9))  # of which the next one must leave nothing
+    slots.stage(2, random_adapter(model.config, 9, 8))  # of which the next one must leave nothing
     slots.stage(2, adapters["b"])
     slots.stage(0, adapters["a"])
     lengths = {"a": 20, "plain": 31, "b": 7, "second a": 18}
@@ -119,10 +119,10 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(
     save_model(CONFIGS["llama"])
     model = Transformer.load(tmp_path, torch.float32, CPU)
     slots = model.new_adapter_slots(1, 8)
-    slots.stage(0, random_adapter(model.config, 8, 1))
+    slots.stage(0, random_adapter(model.config, 1, 8))
     before = runner(model).step({"a": PROMPT}, adapters={"a": 0})
-    rank, products = change(random_adapter(model.config, 4, 2).products)
-    other = random_adapter(model.config, rank, 2)
+    rank, products = change(random_adapter(model.config, 2, 4).products)
+    other = random_adapter(model.config, 2, rank)
     with pytest.raises(InvalidRequest, match=message):
         slots.stage(0, other if products is None else replace(other, products=products))
     assert torch.equal(runner(model).step({"a": PROMPT}, adapters={"a": 0}), before)

@@ -118,9 +118,9 @@ def test_logits_with_adapters_are_nearer_to_float32_than_those_of_the_reference(
 
     def logits(model) -> torch.Tensor:
         slots = model.new_adapter_slots(3, 20)
-        slots.stage(0, random_adapter(model.config, 20, 1, scale=0.05))
-        slots.stage(2, random_adapter(model.config, 20, 2))
-        slots.stage(2, random_adapter(model.config, 5, 3, ["k_proj", "o_proj", "up_proj"], scale=0.1))
+        slots.stage(0, random_adapter(model.config, 1, 20, scale=0.3))
+        slots.stage(2, random_adapter(model.config, 2, 20))
+        slots.stage(2, random_adapter(model.config, 3, 5, ["k_proj", "o_proj", "up_proj"], scale=0.5))
         return through(runner(model, 256), ADAPTERS)
 
     exact, eager = (
@@ -139,7 +139,7 @@ def test_rows_of_adapters_change_no_other_row(save_model, runner, tmp_path: Path
     torch.set_num_threads(2)
     model = load(tmp_path)
     slots = model.new_adapter_slots(2, 16)
-    slots.stage(1, random_adapter(model.config, 16, 1))
+    slots.stage(1, random_adapter(model.config, 1, 16))
     new = {"a": PROMPT[:50], "b": PROMPT[:30], "c": PROMPT[:3]}
     plain, mixed = runner(model, 256).step(new), runner(model, 256).step(new, adapters={"b": 1})
     assert torch.equal(plain[:50], mixed[:50])
