@@ -21,7 +21,7 @@ _OTHERS = frozenset({"decoder_digest", "adapters"})
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterChange:
+class WorkerChange:
     """What one decode worker has done. ``error`` says why the adapter is not as it was asked for; None if it is."""
 
     worker_id: str
@@ -41,7 +41,7 @@ class AdapterChanges:
         self._roster = roster
         self._connector = connector
 
-    async def change(self, name: str, *, load: bool) -> list[AdapterChange]:
+    async def change(self, name: str, *, load: bool) -> list[WorkerChange]:
         """Loads the adapter ``name``, or unloads it, and returns what each decode worker that may have it has done.
 
         These are the workers of the tiers on whose decoder it works. A worker that had done so before did it too.
@@ -75,7 +75,7 @@ class AdapterChanges:
         # A worker that did not have it need not unload it.
         return [one for one in concerned if load or not isinstance(one.error, ModelNotFound)]
 
-    async def _change(self, worker: Worker, stub: admin_pb2_grpc.AdminStub, name: str, load: bool) -> AdapterChange:
+    async def _change(self, worker: Worker, stub: admin_pb2_grpc.AdminStub, name: str, load: bool) -> WorkerChange:
         adapters = self._roster.adapters
         if load:
             call = stub.LoadAdapter(admin_pb2.LoadAdapterRequest(name=name), timeout=CHANGE_TIMEOUT)
@@ -84,13 +84,13 @@ class AdapterChanges:
         try:
             answer: admin_pb2.ChangeAdapterResponse = await checked_response(call, f"worker {worker.id}")
         except OverfillError as error:
-            return AdapterChange(worker.id, common_pb2.Adapter(name=name), error)
+            return WorkerChange(worker.id, common_pb2.Adapter(name=name), error)
         adapter = next((one.adapter for one in answer.workers), common_pb2.Adapter(name=name))
         if not load:
             adapters.remove(worker, name)
         elif (known := adapters.add(worker, adapter)) is not None:
-            return AdapterChange(worker.id, adapter, Incompatible(f"worker {worker.id}: {known}", ["name"]))
-        return AdapterChange(worker.id, adapter)
+            return WorkerChange(worker.id, adapter, Incompatible(f"worker {worker.id}: {known}", ["name"]))
+        return WorkerChange(worker.id, adapter)
 
 
 def _not_concerned(error: OverfillError | None) -> bool:

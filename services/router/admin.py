@@ -18,7 +18,7 @@ from overfill.rpc.channel import open_channel
 from overfill.rpc.interceptors import Context
 from overfill.rpc.tls import Credentials
 from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2
-from services.router.adapter_changes import AdapterChange, AdapterChanges
+from services.router.adapter_changes import AdapterChanges, WorkerChange
 from services.router.port_group import Member
 
 STATUS_TIMEOUT = 1.0
@@ -195,7 +195,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         return answer.process
 
 
-def _response_of(changes: Sequence[AdapterChange]) -> admin_pb2.ChangeAdapterResponse:
+def _response_of(changes: Sequence[WorkerChange]) -> admin_pb2.ChangeAdapterResponse:
     return admin_pb2.ChangeAdapterResponse(workers=[change.to_proto() for change in changes])
 
 
