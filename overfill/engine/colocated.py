@@ -28,6 +28,7 @@ from overfill.engine.sequence import (
     Release,
     Reserve,
     SequenceFailed,
+    Share,
     Start,
     Submit,
     Yielded,
@@ -105,7 +106,9 @@ class ColocatedEngine:
         self._prefill.close()
         self._decode.close()
 
-    def handle(self, message: Submit | PrefillHere | Reserve | Start | Yielded | Release | ChangeAdapter) -> None:
+    def handle(
+        self, message: Submit | PrefillHere | Reserve | Share | Start | Yielded | Release | ChangeAdapter
+    ) -> None:
         self._prompts_blocked = False
         match message:
             case PrefillHere(sequence=sequence, into=into):
@@ -180,6 +183,8 @@ class ColocatedEngine:
                 num_tokens=len(prompt.prompt),
                 start=here.message.held_tokens,
             )
+            if computed.first is None:
+                self._decoder.synchronize()  # no step waits before the sequence's KV is read beside the steps
         except Exception as error:
             log.exception("copying KV failed")
             self._decoder.clean_up(error)

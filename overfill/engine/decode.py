@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from overfill.engine.sequence import (
     AdapterChanged,
@@ -30,6 +30,7 @@ from overfill.engine.sequence import (
     Reserve,
     Reserved,
     SequenceFailed,
+    Share,
     Start,
     StepSampled,
     Yielded,
@@ -37,6 +38,7 @@ from overfill.engine.sequence import (
 from overfill.engine.work import Runner, Work, new_scoring, score_error
 from overfill.errors import InternalError, InvalidRequest
 from overfill.kv.blocks import BlockPool
+from overfill.kv.keys import PromptBlocks
 from overfill.kv.prefix import PrefixCache
 from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import DecodeMetrics
@@ -135,11 +137,13 @@ class DecodeEngine:
     def close(self) -> None:
         """Nothing is held but memory."""
 
-    def handle(self, message: Reserve | Start | Yielded | Release | ChangeAdapter) -> None:
+    def handle(self, message: Reserve | Share | Start | Yielded | Release | ChangeAdapter) -> None:
         events: list[DecodeEvent] = []
         match message:
             case Reserve(sequence):
                 events.append(self._reserve(sequence))
+            case Share(id, followers):
+                events += self._share(id, followers)
             case Start(id, first):
                 if started := self._sequences.get(id):
                     self._start(started, first)
@@ -207,6 +211,16 @@ class DecodeEngine:
         self._sequences[sequence.id] = sequence
         return reserved
 
+    def _share(self, id: str, followers: Sequence[str]) -> Iterator[Reserved]:
+        """Publishes a complete prompt at once, since others wait for it, and gives them its blocks."""
+        leader = self._sequences.get(id)
+        if leader is not None and leader.blocks:
+            self._prefix.publish(id, leader.num_shared)
+        for follower in filter(None, map(self.receiving, followers)):
+            allocation = self._prefix.extend_cached_prefix(follower.id) or self._prefix.allocation(follower.id)
+            follower.blocks = allocation.blocks
+            yield Reserved(follower.id, allocation.blocks, allocation.cached_tokens)
+
     def _refuse(self, sequence: DecodeSequence, kind: str, reason: str) -> Refused:
         if self.metrics is not None:
             self.metrics.refused(kind)
@@ -223,6 +237,8 @@ class DecodeEngine:
             sequence.prompt_blocks = self._prefix.blocks_of(shared, sequence.cache_namespace)
         # Nothing before answer_start is left to compute, except by the full model that scores the prompt.
         whole = sequence.answer_start is not None and sequence.scores is None
+        if whole:
+            self._publish_what_begins_as(sequence.prompt_blocks)
         allocation = self._prefix.acquire(
             sequence.id, sequence.prompt_blocks, needed, spare=self._num_growing(), whole=whole
         )
@@ -256,6 +272,15 @@ class DecodeEngine:
             self._publish_quota -= self._prefix.publish(sequence.id, sequence.num_shared, self._publish_quota)
             if self._publish_quota:
                 del self._unpublished[sequence.id]
+
+    def _publish_what_begins_as(self, prompt: PromptBlocks) -> None:
+        """Publishes the rest of the prompts that may be this one too, so that their KV is not received again."""
+        first = prompt.cache_namespace, prompt.tokens[:1]
+        for id, sequence in list(self._unpublished.items()):
+            published = sequence.prompt_blocks
+            if published is not None and (published.cache_namespace, published.tokens[:1]) == first:
+                self._prefix.publish(id, sequence.num_shared)
+                del self._unpublished[id]
 
     def _resume_preempted(self, events: list[DecodeEvent]) -> None:
         """Gives free blocks to preempted sequences, oldest first, without overtaking."""

@@ -323,6 +323,18 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """Tells the engine that the KV of a sequence's shared prompt is complete, and that others wait for it.
+
+    Sent before ``Start``. The engine publishes the prompt in the prefix cache. For each follower that still receives,
+    it answers ``Reserved``, with cached blocks in place of the follower's own, which nothing has written.
+    """
+
+    id: str
+    followers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Yielded:
     """Answers ``Preempted``: no stream uses the sequence's blocks any more."""
 

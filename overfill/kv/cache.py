@@ -129,11 +129,18 @@ class KvCache:
     def read(
         self, block_table: Sequence[int], chunks: Sequence[Chunk], after: Mapping[int, DeviceEvent | None]
     ) -> None:
-        """Fills ``chunks`` with keys and values of ``spec.dtype``; as ``PagedTensors.read``."""
+        """Fills ``chunks`` with keys and values of ``spec.dtype``; as ``PagedTensors.read``.
+
+        A chunk that has room for scales gets them, and codes, unchanged.
+        """
         if self._scales is None:
             self._elements.read(block_table, chunks, after)
             return
         for chunk in chunks:
+            if chunk.scales:
+                self._elements.read(block_table, [Chunk(chunk.range, chunk.payload)], after)
+                self._scales.read(block_table, [Chunk(chunk.range, chunk.scales)], after)
+                continue
             num_vectors = chunk.range.num_vectors
             codes = Chunk(chunk.range, bytearray(num_vectors * self.spec.head_dim))
             scales = Chunk(chunk.range, bytearray(num_vectors * SCALE_BYTES))

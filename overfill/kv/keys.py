@@ -11,6 +11,9 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 
+TOKEN_BYTES = 4
+"""Bytes of a token id in ``token_bytes``."""
+
 _BLOCKS_AT_ONCE = 128
 """Blocks that are hashed before the thread yields to others."""
 
@@ -54,7 +57,7 @@ class PromptBlocks:
         end, step = len(tokens) - len(tokens) % block_size, block_size * _BLOCKS_AT_ONCE
         for start in range(0, end, step):
             group = tokens[start : min(start + step, end)]
-            data, width = token_bytes(group), 4 * block_size
+            data, width = token_bytes(group), TOKEN_BYTES * block_size
             for index in range(0, len(data), width):
                 block = data[index : index + width]
                 hash(block)
@@ -80,7 +83,7 @@ class PromptKeys:
     def __call__(self, block_size: int) -> Iterator[int]:
         """Yields the keys for blocks of ``block_size`` tokens, in order."""
         self._data = self._data or token_bytes(self._tokens)
-        data, width, keys = self._data, 4 * block_size, self._keys.setdefault(block_size, [])
+        data, width, keys = self._data, TOKEN_BYTES * block_size, self._keys.setdefault(block_size, [])
         for index in range(len(data) // width):
             if index == len(keys):
                 parent = keys[-1] if index else self._root

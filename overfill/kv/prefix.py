@@ -197,6 +197,11 @@ class PrefixCache:
         holder.table[begin : begin + len(found)] = [node.block for node in found]
         holder.path += found
         self.tokens_found += len(found) * self.pool.block_size
+        return self.allocation(owner)
+
+    def allocation(self, owner: str) -> BlockAllocation:
+        """Returns the blocks that ``owner`` has for its prompt, with the tokens that the cache holds."""
+        holder = self._holders[owner]
         return BlockAllocation(list(holder.table), len(holder.path) * self.pool.block_size)
 
     def next_unpublished_key(self, owner: str) -> Hashable:

@@ -52,7 +52,10 @@ class KvStore(Protocol):
     def read(
         self, block_table: Sequence[int], chunks: Sequence[Chunk], after: Mapping[int, DeviceEvent | None]
     ) -> None:
-        """Fills the payloads of ``chunks``, and the checksums of those that have a header; as ``PagedTensors.read``."""
+        """Fills the payloads of ``chunks``, and the checksums of those that have a header; as ``PagedTensors.read``.
+
+        A chunk with room for scales, which has no header, is read in the store's ``codec``, others raw.
+        """
         ...
 
     def write(self, block_table: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:

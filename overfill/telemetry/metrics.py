@@ -156,6 +156,12 @@ class DecodeMetrics(EngineMetrics):
         self._local = counter(
             "local_prefills_total", "Prompts that the worker prefilled itself, because it has both stages."
         )
+        self._shared = counter(
+            "shared_prompts_total",
+            "Prompts without a transfer of their own: their KV was cached, or came for another sequence.",
+            {"from": ("cache", "transfer")},
+        )
+        self._shared_tokens = counter("shared_prompt_tokens_total", "Tokens of these prompts before answer_start.")
         self._transfer = histogram(
             "kv_transfer_seconds", "Time from a prompt's first KV to its last.", LATENCY_BUCKETS, codec
         )
@@ -199,6 +205,11 @@ class DecodeMetrics(EngineMetrics):
     def prefilled_here(self) -> None:
         """Counts a prompt that this worker has prefilled for a sequence of its own."""
         self._local.inc()
+
+    def shared(self, source: str, tokens: int) -> None:
+        """Counts a prompt of ``tokens`` whose KV came from the "cache", or from another sequence's "transfer"."""
+        self._shared.labels(source).inc()
+        self._shared_tokens.inc(tokens)
 
     def received(self, codec: common_pb2.KvCodec, pull: PullNumbers) -> None:
         """Counts the bytes and broken streams of a handoff that has ended, successfully or not."""

@@ -22,6 +22,7 @@ from overfill.engine.sequence import (
     Reserved,
     SequenceEvent,
     SequenceFailed,
+    Share,
     Start,
     TokenSampled,
     Yielded,
@@ -32,8 +33,10 @@ from overfill.errors import (
     OverfillError,
     Overloaded,
     StepFailed,
+    TransferFailed,
     Unavailable,
 )
+from overfill.kv.cut_blocks import CutBlocks, shared_key
 from overfill.kv.ranks import RankLost
 from overfill.kv.receiver import PullStats
 from overfill.kv.shielded import shielded
@@ -43,6 +46,7 @@ from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.telemetry.outcomes import outcome_of
 from overfill.v1 import common_pb2, decode_pb2
+from services.decode.shared_transfers import Deserted, SharedTransfer, SharedTransfers, TransferLost
 from services.messages import tokens_to_proto
 
 _Need = decode_pb2.NeedPrefill
@@ -68,6 +72,8 @@ Item = (
     | decode_pb2.Evict
     | decode_pb2.Tokens
     | PullEnded
+    | TransferLost
+    | Deserted
     | Exception
 )
 """What may happen to a sequence. Tokens is the full model's token; FinishReason ends an answer with queued tokens."""
@@ -110,9 +116,13 @@ class SequenceWorker(Protocol):
 
     Attributes:
         metrics: counts the reservation, the handoffs and the end.
+        transfers: the prompts that several sequences wait for.
+        cut_blocks: the KV of cut blocks; None if this process has no KV.
     """
 
     metrics: DecodeMetrics
+    transfers: SharedTransfers
+    cut_blocks: CutBlocks | None
 
     def send(self, message: object) -> None:
         """Sends a message to the engine."""
@@ -168,6 +178,7 @@ class SequenceSession:
         self._of_prompt = decode_pb2.Tokens()
         self._pull: asyncio.Task[None] | None = None
         self._pulls = 0
+        self._transfer: SharedTransfer | None = None  # while others may share the prompt, and its KV is awaited
         self._prefill_worker = ""
         self._handoff: Handoff | None = None
         self._cached_tokens: int | None = None
@@ -178,7 +189,7 @@ class SequenceSession:
         self._wants_kv = False
         self._waiting = False  # True while the session's task waits for an item and handles none
         self._first_known_ns: int | None = None
-        # When the session knew that the prompt was computed; without a prefill of its own, when it had its blocks.
+        # When the session knew that the prompt was computed; without a prefill of its own, when it first had blocks.
         self._prompt_known_ns = self._received_ns
         self._in_place_ns = self._received_ns
         self._first_step_ns: int | None = None
@@ -211,8 +222,7 @@ class SequenceSession:
             raise
         finally:
             try:
-                # A pull whose KV is in place ends by itself, so that the prefill worker does not count it as cancelled.
-                await shielded(self._join_pull(cancel=self._wants_kv or self._failure is not None))
+                await shielded(self._let_go())
             finally:
                 self._worker.send(Release(self.sequence.id))
                 self._log()
@@ -289,11 +299,13 @@ class SequenceSession:
         match item:
             case Reserved(blocks=blocks, held_tokens=held):
                 # vLLM preempts without Preempted. The old blocks' pull may still await the prefill worker's last word.
+                awaited = self._leave_transfer()
                 await self._join_pull(cancel=self._wants_kv)
                 self.blocks, self.held_tokens = blocks, held
                 self._wants_kv = True
-                self._prompt_known_ns = time.monotonic_ns()
-                self._announce_reservation()
+                await self._announce_reservation(awaited)
+            case Refused(reason=reason) if self._reserved:
+                raise Overloaded(reason)  # vLLM had no room when it was to give cached blocks for the sequence's own
             case Refused(reason=reason):
                 refused = decode_pb2.Refused(load=self._worker.load(), reason=reason)
                 self._served.put(decode_pb2.SequenceUpdate(refused=refused))
@@ -311,15 +323,24 @@ class SequenceSession:
                 self._note_handoff()
                 self._prefill_worker = worker
                 self._wants_kv = False
-                self._in_place_ns = time.monotonic_ns()
-                self._handoff_unreported = True
-                self._worker.send(Start(self.sequence.id, self._first_token))
+                await self._share()
+                self._begin()
             case PullEnded(worker_id=worker, error=error):
                 self._pull = None
                 assert error is not None
+                if self._transfer is not None:
+                    self._transfer.fail(worker, error)
                 self._want_prefill(_reason_for(error), str(error), worker, isinstance(error, StepFailed))
+            case TransferLost(transfer=lost, worker_id=worker, error=error):
+                if lost is self._transfer and not lost.runs:
+                    if isinstance(error, InvalidRequest):  # of the request that led; this one may be valid
+                        error = TransferFailed(str(error))
+                    self._want_prefill(_reason_for(error), str(error), worker, isinstance(error, StepFailed))
+            case Deserted():
+                pass  # the transfer goes on, because this sequence wants it
             case Preempted():
                 self._wants_kv = False
+                self._leave_transfer()
                 await self._join_pull(cancel=True)
                 self._worker.send(Yielded(self.sequence.id))
             case TokenSampled():
@@ -339,26 +360,41 @@ class SequenceSession:
                 assert_never(item)
         return False
 
-    def _announce_reservation(self) -> None:
+    async def _announce_reservation(self, awaited: SharedTransfer | None) -> None:
+        """Tells the router of new blocks. ``awaited`` is the transfer that another sequence has completed, or None."""
+        in_place = await self._take_shared(awaited)
+        has_prompt = in_place or (self._transfer is not None and self._transfer.runs)
         if self._reserved:
-            self._want_prefill(_Need.REASON_PREEMPTED, "the sequence lost its blocks to an older sequence", "")
-            return
+            if not has_prompt:
+                self._want_prefill(_Need.REASON_PREEMPTED, "the sequence has new blocks, without all of its prompt", "")
+        else:
+            self._tell_reserved(has_prompt)
+        if in_place:
+            self._wants_kv = False
+            self._begin()
+
+    def _tell_reserved(self, has_prompt: bool) -> None:
         self._reserved = True
-        reservation_ns = time.monotonic_ns() - self._received_ns
+        self._prompt_known_ns = time.monotonic_ns()
+        reservation_ns = self._prompt_known_ns - self._received_ns
         self._metrics.reserved(reservation_ns / 1e9)
         tracing.current().past("decode.reservation", self._received_ns, self._received_ns + reservation_ns)
         # The pull begins first, because the first token waits for it and for nothing else.
-        if self.start.HasField("assign_prefill"):
+        if has_prompt:
+            pass
+        elif self.start.HasField("assign_prefill"):
             self._begin_pull(self.start.assign_prefill)
         elif (own := self._worker.own_assignment(len(self.sequence.prompt))) is not None:
             self._begin_pull(own)
-        reserved = decode_pb2.Reserved(blocks=len(self.blocks), reservation_ns=reservation_ns)
+        reserved = decode_pb2.Reserved(blocks=len(self.blocks), reservation_ns=reservation_ns, has_prompt=has_prompt)
         self._served.put(decode_pb2.SequenceUpdate(reserved=reserved))
 
     def _begin_pull(self, target: decode_pb2.AssignPrefill) -> None:
         # Ignores an assignment that arrives after the sequence lost its blocks: it will ask again.
-        if self._wants_kv and self._pull is None:
+        if self._wants_kv and self._pull is None and not (self._transfer is not None and self._transfer.runs):
             self._pulls += 1
+            if self._transfer is not None:
+                self._transfer.leader = self.sequence.id
             self._pull = asyncio.ensure_future(self._fetch(target, self._pulls))
 
     def _want_prefill(
@@ -386,7 +422,9 @@ class SequenceSession:
                 async with self._worker.new_handoff(target, self) as handoff:
                     self._handoff = handoff
                     try:
-                        await handoff.run(self._served.time_left(), self.take_first, on_in_place)
+                        # A transfer that others may come to share does not end with this request.
+                        timeout = None if self._transfer is not None else self._served.time_left()
+                        await handoff.run(timeout, self.take_first, on_in_place)
                         if not handoff.codec:
                             self._metrics.prefilled_here()
                         elif in_place:
@@ -405,6 +443,89 @@ class SequenceSession:
         except Exception as failure:
             self._metrics.handoff_failed(failure)
             self.inbox.put_nowait(failure)
+
+    async def _take_shared(self, awaited: SharedTransfer | None) -> bool:
+        """Takes KV that is here already. Returns True if all of the prompt's is in place.
+
+        Otherwise the sequence waits for it together with others of the same prompt, if nothing but KV is needed.
+        """
+        sequence = self.sequence
+        if sequence.answer_start is None or self.wants_scores or sequence.prompt_blocks is None:
+            return False
+        key = shared_key(sequence.prompt_blocks, sequence.prompt, sequence.num_shared)
+        if key is None:
+            return False
+        if self.held_tokens == sequence.num_shared - len(key.rest):
+            cuts = self._worker.cut_blocks
+            if not key.rest or (cuts is not None and await cuts.restore(key, self.blocks)):
+                self._note_shared(awaited)
+                return True
+            if cuts is None:  # each receives the few tokens for itself
+                return False
+        self._transfer = self._worker.transfers.join(key, sequence.id, self.inbox.put_nowait)
+        return False
+
+    def _note_shared(self, awaited: SharedTransfer | None) -> None:
+        if self._cached_tokens is None:
+            self._cached_tokens = self.sequence.num_shared
+        if awaited is not None:
+            self._prefill_worker, self._codec = awaited.worker_id, awaited.codec
+        self._metrics.shared("cache" if awaited is None else "transfer", self.sequence.num_shared)
+
+    async def _share(self) -> None:
+        """Gives the prompt's KV, which is in place, to the sequences that wait for it and to later ones."""
+        if (transfer := self._transfer) is None:
+            return
+        if self._worker.cut_blocks is not None:
+            await self._worker.cut_blocks.keep(transfer.key, self.blocks)
+        self._transfer = None
+        if followers := transfer.complete(self._prefill_worker, self._codec):
+            self._worker.send(Share(self.sequence.id, followers))
+
+    def _begin(self) -> None:
+        """Has the engine run the sequence, whose prompt's KV is in place."""
+        self._in_place_ns = time.monotonic_ns()
+        self._handoff_unreported = True
+        self._worker.send(Start(self.sequence.id, self._first_token))
+
+    def _leave_transfer(self) -> SharedTransfer | None:
+        """Leaves the transfer. The one that led fails it. Returns it if another sequence has completed it."""
+        transfer, self._transfer = self._transfer, None
+        if transfer is None:
+            return None
+        if transfer.leader == self.sequence.id:
+            transfer.fail("", Unavailable("the sequence that received the prompt has lost its blocks"))
+        transfer.leave(self.sequence.id)
+        return transfer if transfer.in_place else None
+
+    async def _let_go(self) -> None:
+        """Ends what uses the blocks. A transfer for which others wait ends first."""
+        if self._transfer is not None and self._transfer.leader == self.sequence.id:
+            await self._carry_on(self._transfer)
+        self._leave_transfer()
+        # A pull whose KV is in place ends by itself, so that the prefill worker does not count it as cancelled.
+        await self._join_pull(cancel=self._wants_kv or self._failure is not None)
+
+    async def _carry_on(self, transfer: SharedTransfer) -> None:
+        """Goes on with the transfer, although this sequence has ended, until it ends or has no followers."""
+        while transfer.followers:
+            if not self._wants_kv:
+                await self._share()
+                return
+            if (self._pull is None or self._pull.done()) and self.inbox.empty():
+                return
+            match await self.inbox.get():
+                case PullEnded(worker_id=worker, error=error) as item if item.pull == self._pulls:
+                    if error is not None:
+                        transfer.fail(worker, error)
+                        return
+                    self._note_handoff()
+                    self._prefill_worker = worker
+                    self._wants_kv = False
+                case Preempted() | SequenceFailed() | Exception():
+                    return
+                case _:
+                    pass
 
     async def _join_pull(self, *, cancel: bool) -> None:
         if self._pull is not None:

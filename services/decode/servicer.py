@@ -11,6 +11,7 @@ from typing import Protocol
 from overfill.engine.protocol import ServedHalf
 from overfill.engine.sequence import AdapterChanged, DecodeEvent, DecodeSequence, StepSampled, StopRule
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, Unavailable
+from overfill.kv.cut_blocks import CutBlocks
 from overfill.kv.peers import PeerPool, PrefillPeer
 from overfill.kv.puller import LocalPuller
 from overfill.kv.receiver import PromptPull
@@ -25,6 +26,7 @@ from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, registry_pb2
 from services.decode.adapters import WorkerAdapters
 from services.decode.sequence_session import Handoff, SequenceSession
+from services.decode.shared_transfers import SharedTransfers
 from services.hosting import EnginePort
 from services.messages import worker_load
 from services.prompt_hasher import PromptHasher
@@ -51,6 +53,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
 
     Attributes:
         metrics: counts reservations, handoffs and ends.
+        transfers, cut_blocks: see ``SequenceWorker``.
         own_prefills: the prefill stage of this worker; None without one.
         adapters: the worker's adapters; None without any.
     """
@@ -76,6 +79,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         self._hello = hello
         self._peers = peers
         self._executor = executor
+        self.transfers = SharedTransfers()
+        self.cut_blocks: CutBlocks | None = None
+        if served.ranks is None:
+            self.cut_blocks = CutBlocks(served.store, served.kv, served.config.num_layers, executor)
         self.own_prefills: OwnPrefills | None = None
         self.adapters: WorkerAdapters | None = None
         self._sessions: dict[str, SequenceSession] = {}

@@ -16,7 +16,7 @@ from engine_conformance import BLOCK_SIZE, LENGTHS, MAX_NUM_SEQS, SAMPLING, Engi
 from engine_drivers import DecodeDriver, Decoding
 from sampled_reference import Request, assert_same_tokens
 
-from overfill.engine.sequence import FinishReason, Release, Start, Yielded
+from overfill.engine.sequence import FinishReason, Release, Share, Start, Yielded
 from overfill.errors import InternalError, InvalidRequest
 from overfill.model.processors import LogitProcessor
 from overfill.request.params import Grammar, SamplingParams
@@ -216,6 +216,30 @@ class DecodeConformance(_AnswerTests):
     def test_equal_prompts_at_once_answer_right(self, driver):
         requests = [Request(prompt(70), sampling("temperature", 8, seed=seed)) for seed in range(4)]
         assert_right(driver, *driver.answer(*requests))
+
+    @pytest.mark.parametrize("ended", [False, True])
+    def test_sequences_that_wait_for_a_prompt_get_the_blocks_that_one_of_them_received(self, driver, ended):
+        """With ``ended``, that one never runs."""
+        requests = [Request(prompt(70), sampling("temperature", 8, seed=seed)) for seed in range(4)]
+        leader, *others = map(driver.reserve, requests)
+        followers = others[:-1]
+        used = driver.load.blocks_used
+        driver.write(leader, driver.reference.kv(leader.request.prompt))
+        driver.core.handle(Share(leader.id, (*(each.id for each in followers), "unknown")))
+        if ended:
+            driver.release(leader)
+        else:
+            driver.start(leader)
+        driver.until(lambda: all(len(each.reserved) == 2 for each in followers))
+        shared = 70 // BLOCK_SIZE
+        assert [each.held_tokens for each in others] == [shared * BLOCK_SIZE] * 2 + [0]
+        tables = {tuple(each.reserved[-1].blocks[:shared]) for each in followers}
+        assert tables == {tuple(leader.reserved[0].blocks[:shared])}
+        assert driver.load.blocks_used < used
+        for each in others:
+            driver.proceed(each)
+        driver.run()
+        assert_right(driver, *others, *([] if ended else [leader]))
 
     def test_kv_is_found_within_its_namespace_only(self, driver):
         request = Request(prompt(70), sampling("greedy", 5))

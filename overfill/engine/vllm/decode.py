@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from overfill.engine.sequence import (
@@ -30,6 +30,7 @@ from overfill.engine.sequence import (
     Reserve,
     Reserved,
     SequenceFailed,
+    Share,
     Start,
     StepSampled,
     Yielded,
@@ -120,12 +121,15 @@ class VllmDecodeEngine(VllmEngine):
         if self._adapters is not None:
             self._adapters.close()
 
-    def handle(self, message: Reserve | Start | Yielded | Release | ChangeAdapter) -> None:
+    def handle(self, message: Reserve | Share | Start | Yielded | Release | ChangeAdapter) -> None:
         self._changed = True
         match message:
             case Reserve(sequence):
                 if refused := self._reserve(sequence):
                     self._emit([refused])
+            case Share(id, followers):
+                if refused_followers := self._share(id, followers):
+                    self._emit(refused_followers)
             case Start(id, first):
                 if (started := self._sequences.get(id)) and (failed := self._start(started, first)):
                     self._emit([failed])
@@ -197,6 +201,22 @@ class VllmDecodeEngine(VllmEngine):
         self._sequences[sequence.id] = self._receiving[sequence.id] = self._asked[sequence.id] = sequence
         self._vllm.add(request)
         return None
+
+    def _share(self, id: str, followers: Sequence[str]) -> list[DecodeEvent]:
+        """Caches a complete prompt. Followers give their blocks back and ask for new ones, the cached ones first."""
+        if self._has_blocks(id):
+            self._vllm.publish(id, self._receiving[id].num_shared)
+        refused: list[DecodeEvent] = []
+        for follower in filter(self._has_blocks, followers):
+            sequence = self._receiving[follower]
+            self._end(follower)
+            if refusal := self._reserve(sequence):
+                refused.append(refusal)
+        return refused
+
+    def _has_blocks(self, id: str) -> bool:
+        """Whether the sequence receives its prompt's KV into blocks."""
+        return id in self._receiving and id not in self._asked
 
     @staticmethod
     def _awaits_first(sequence: DecodeSequence) -> bool:

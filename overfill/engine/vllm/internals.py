@@ -6,7 +6,7 @@ promises nothing about the rest. Used here:
 - ``EngineCore`` in this process: its constructor, ``step_fn``, ``post_step``, ``abort_requests``, ``shutdown``;
 - ``Request`` with a block hasher of our own, and its lists of tokens;
 - of the scheduler: ``add_request``, ``requests``, ``_update_from_kv_xfer_finished``, ``kv_event_publisher``, and the
-  KV cache manager's ``get_computed_blocks``, ``get_block_ids``, ``evict_blocks`` and ``block_pool``;
+  KV cache manager's ``get_computed_blocks``, ``cache_blocks``, ``get_block_ids``, ``evict_blocks`` and ``block_pool``;
 - the model runner's ``lora_manager``, its modules and the adapters that it holds;
 - ``static_forward_context``, whose attention layers can write into a cache (``impl.do_kv_cache_update``).
 
@@ -170,6 +170,10 @@ class VllmCore:
         """Says that a waiting request has the KV of ``num_computed`` tokens; the next step can schedule it."""
         self._scheduler.requests[id].num_computed_tokens = num_computed
         self._end_loading(id)
+
+    def publish(self, id: str, num_computed: int) -> None:
+        """Lets the prefix cache share a waiting request's full blocks, which have the KV of ``num_computed`` tokens."""
+        self._manager.cache_blocks(self._scheduler.requests[id], num_computed)
 
     def sent(self, id: str) -> None:
         """Frees the blocks of an ended request. The caller has joined every stream that reads them."""

@@ -113,7 +113,7 @@ async def test_the_start_stops_looking_when_its_time_is_over(tmp_path, worker, m
 async def test_a_folder_that_vanishes_or_hangs_does_not_hold_the_start(tmp_path, gone, monkeypatch, caplog):
     worker, hangs = Worker(tmp_path / "gone" if gone else tmp_path), threading.Event()
     add(tmp_path, "a")
-    monkeypatch.setattr(worker_adapters, "CHANGE_TIMEOUT", 0.01)
+    monkeypatch.setattr(worker_adapters, "CHANGE_TIMEOUT", 60 if gone else 0.01)
     monkeypatch.setattr(worker_adapters, "adapter_names", lambda folder, of=worker_adapters.adapter_names: (
         gone or hangs.wait(60), of(folder)
     )[1])  # fmt: skip

@@ -1,0 +1,122 @@
+"""One transfer for several sequences of one prompt: who receives it, and who waits for it.
+
+A sequence whose ``answer_start`` leaves the first token to the decoder needs nothing of the full model but KV, which is
+the same for each adapter. So sequences of equal shared prompts in one cache namespace are members of a
+``SharedTransfer`` from the time they have blocks until the prompt's KV is in place:
+
+- **asking**: nobody receives the prompt. Each member waits for a prefill worker; the first one that gets one leads.
+- **received**: the leader's handoff writes into the leader's blocks. The others follow: they hold blocks of their own,
+  which stay unwritten, and need no prefill worker. An assignment that reaches one is not used.
+- **in place**: the leader has told the engine, which gives each follower cached blocks in place of its own. The
+  transfer has ended; who comes now finds the blocks in the prefix cache.
+
+What may happen meanwhile:
+
+- The leader is cancelled, or its deadline passes. While there are followers, its session goes on until the transfer
+  ends, and keeps its blocks. When the last follower has left, or if there was none, the transfer is cancelled.
+- The leader is preempted. It gives its blocks back at once, because older sequences wait for them: the transfer fails.
+- A follower is cancelled, preempted or ends otherwise. It leaves.
+- The transfer fails. Every member asks for a prefill worker, and the first one that gets one leads.
+
+The transfer has no deadline of a request. Its own limits bound it (``kv.stall``), and the wait of each member ends with
+the member's deadline. This module knows neither engines nor wires; ``sequence_session`` acts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from overfill.errors import OverfillError
+from overfill.kv.cut_blocks import SharedKey
+from overfill.v1 import common_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class TransferLost:
+    """What a follower is told when the transfer that it awaits has failed.
+
+    Attributes:
+        worker_id: the prefill worker.
+    """
+
+    transfer: SharedTransfer
+    worker_id: str
+    error: OverfillError
+
+
+@dataclass(frozen=True, slots=True)
+class Deserted:
+    """What a leader is told when its last follower has left."""
+
+
+Notify = Callable[[TransferLost | Deserted], None]
+
+
+@dataclass(slots=True, eq=False)
+class SharedTransfer:
+    """The members that wait for one prompt.
+
+    Attributes:
+        leader: id of the sequence into whose blocks the prompt is received; empty while none is.
+        in_place: whether the KV is complete.
+        worker_id: the prefill worker from which it has come.
+        codec: codec in which it has come.
+    """
+
+    key: SharedKey
+    registry: SharedTransfers
+    members: dict[str, Notify] = field(default_factory=dict)
+    leader: str = ""
+    in_place: bool = False
+    worker_id: str = ""
+    codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED
+
+    @property
+    def runs(self) -> bool:
+        """Whether members need no prefill worker."""
+        return bool(self.leader) or self.in_place
+
+    @property
+    def followers(self) -> tuple[str, ...]:
+        """Members besides the leader, in order of arrival."""
+        return tuple(id for id in self.members if id != self.leader)
+
+    def complete(self, worker_id: str, codec: common_pb2.KvCodec) -> tuple[str, ...]:
+        """Ends the transfer, whose KV is in place, and returns the followers."""
+        followers = self.followers
+        self.in_place, self.worker_id, self.codec = True, worker_id, codec
+        self._end()
+        return followers
+
+    def fail(self, worker_id: str, error: OverfillError) -> None:
+        """Tells the followers that the transfer has failed; the leader stays a member."""
+        followers, self.leader = self.followers, ""
+        for id in followers:
+            self.members[id](TransferLost(self, worker_id, error))
+
+    def leave(self, id: str) -> None:
+        """Removes a member that does not lead."""
+        self.members.pop(id, None)
+        if not self.members:
+            self._end()
+        elif not self.followers and self.leader:
+            self.members[self.leader](Deserted())
+
+    def _end(self) -> None:
+        if self.registry.transfers.get(self.key) is self:
+            del self.registry.transfers[self.key]
+
+
+class SharedTransfers:
+    """The prompts for which sequences of this worker wait, by key."""
+
+    def __init__(self) -> None:
+        self.transfers: dict[SharedKey, SharedTransfer] = {}
+
+    def join(self, key: SharedKey, id: str, notify: Notify) -> SharedTransfer:
+        """Makes the sequence ``id`` a member of the transfer of its prompt."""
+        if (transfer := self.transfers.get(key)) is None:
+            transfer = self.transfers[key] = SharedTransfer(key, self)
+        transfer.members[id] = notify
+        return transfer
