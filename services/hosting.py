@@ -24,7 +24,7 @@ from overfill.process.leaving import exit_now
 from overfill.rpc.metrics_http import MetricsServer
 from overfill.rpc.server import RpcServer
 from overfill.rpc.tls import TlsError
-from overfill.rpc.worker import WorkerHandle, WorkerHost
+from overfill.rpc.worker import ChangingAdapters, WorkerHandle, WorkerHost
 from overfill.settings.config import WorkerConfig
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.engine_load import EngineLoad
@@ -111,6 +111,7 @@ class StageService:
         metrics: metrics of the stage; the stages of a worker share one registry.
         close: releases what the stage holds besides requests.
         on_drain: called once when the worker begins to drain.
+        adapters: changes the adapters of a decoder; None means that it has none.
     """
 
     served: ServedHalf
@@ -120,6 +121,7 @@ class StageService:
     metrics: EngineMetrics
     close: Callable[[], Awaitable[None]]
     on_drain: Callable[[], None] = lambda: None
+    adapters: ChangingAdapters | None = None
 
 
 def _step_timeouts(
@@ -229,6 +231,7 @@ async def serve_stages(
         prefix_keys=stages[0].served.prefix_keys,
         prefill_load=reports[0] if len(stages) > 1 else None,
         on_drain=on_drain,
+        adapters=stages[-1].adapters,
     )
     host = WorkerHost(
         server, hello, worker, config.routers, config.credentials(), config.grace_period, config.advertise

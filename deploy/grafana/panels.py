@@ -30,7 +30,8 @@ SECONDS, BYTES, BYTES_PER_SECOND, SHARE, COUNT, PER_SECOND = "s", "bytes", "Bps"
 _PALETTES = {
     "{{part}}": {
         "router_queue": "#8AB8FF", "decode_reservation": "#CA95E5", "prefill_queue": "#FFB357",
-        "prefill_compute": "#F2495C", "return_path": "#73BF69", "unattributed": "#808080",
+        "prefill_compute": "#F2495C", "handoff": "#37872D", "first_step": "#FADE2A", "return_path": "#73BF69",
+        "unattributed": "#808080",
     },
     "{{stage}}": {"prefill": "#F2495C", "decode": "#5794F2", "router": "#FF9830"},
     "used": {"used": "#F2495C", "cached": "#FADE2A", "free": "#73BF69"},

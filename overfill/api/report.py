@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from overfill.request.names import CODEC_NAMES
+from overfill.request.names import CODEC_NAMES, TTFT_PARTS
 from overfill.v1 import inference_pb2
 
 _TIMES: tuple[tuple[str, Any], ...] = tuple(
     (f"{name}_ms", f"{name}_ns")
     for name in (
         "ttft",
-        "router_queue",
-        "decode_reservation",
-        "prefill_queue",
-        "prefill_compute",
-        "return_path",
+        *TTFT_PARTS,
         "handoff_exposed",
         "decode",
         "total",

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from overfill.client import TTFT_PARTS, Answer, AnswerPart, PoolStatus, StackStatus
+from overfill.request.names import OWN_FIRST_PARTS
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.stack_status import RouterStatus, WorkerStatus
 from overfill.rpc.stack_status_json import pool_json
@@ -26,6 +27,8 @@ PART_NAMES = {
     "decode_reservation": "decode reservation",
     "prefill_queue": "prefill queue",
     "prefill_compute": "prefill compute",
+    "handoff": "handoff",
+    "first_step": "first decode step",
     "return_path": "return path",
 }
 
@@ -76,7 +79,8 @@ def ttft_table(answer: Answer) -> Table:
     table.add_column("ms", justify="right")
     table.add_column("%", justify="right")
     table.add_column("", min_width=_BAR_WIDTH, no_wrap=True)
-    rows = [(PART_NAMES[name], getattr(timing, name)) for name in TTFT_PARTS]
+    names = [name for name in TTFT_PARTS if name not in OWN_FIRST_PARTS or getattr(timing, name) is not None]
+    rows = [(PART_NAMES[name], getattr(timing, name)) for name in names]
     for name, seconds in [*rows, ("unattributed", timing.unattributed)]:
         if seconds is None or not total:
             table.add_row(name, "?" if seconds is None else _milliseconds(seconds, unit=""), "", "")
@@ -238,7 +242,8 @@ def _summary(answer: Answer) -> Table:
     table.add_row("tokens", f"{usage.prompt_tokens} in{cached}, {usage.completion_tokens} out")
     table.add_row("ended by", f"{answer.finish_reason}{f' string {answer.stop!r}' if answer.stop else ''}")
     table.add_row("total", _milliseconds(timing.total))
-    table.add_row("second token", f"waited {_milliseconds(timing.handoff_exposed)} for the handoff")
+    if timing.handoff is None:
+        table.add_row("second token", f"waited {_milliseconds(timing.handoff_exposed)} for the handoff")
     table.add_row("seen here", f"first token after {_milliseconds(answer.client_ttft)}")
     moved = f", moved {counted(answer.migrations, 'time')}" if answer.migrations else ""
     read, wrote = (f" ({engine})" if engine else "" for engine in (answer.prefill_engine, answer.decode_engine))

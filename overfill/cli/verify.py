@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +18,18 @@ import click
 
 from overfill.cli.options import TIER, ClientConnection, check_replaced, connection_options
 from overfill.errors import OverfillError
+from overfill.request.answer_start import answer_start
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.settings.tiers import TierSpec, check_tiers
 from overfill.stack.pairs import resolve_tiers, tier_pair
 
 if TYPE_CHECKING:
     from overfill.client import Answer, Client, StackStatus
+    from overfill.model.adapter import AdapterRecord
     from overfill.model.manifest import Pair
     from overfill.pair.reference import JudgedAnswer, Summary, TwoStageReference
     from overfill.rpc.stack_status import WorkerStatus
     from overfill.telemetry.progress import Report
-
-Tokenize = Callable[[str], list[int]]
 
 
 class CannotVerify(click.ClickException):
@@ -39,10 +39,36 @@ class CannotVerify(click.ClickException):
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedTier:
-    """The answers to the questions that were asked in one tier.
+class AskedWriter:
+    """What is asked: a tier, or an adapter on the decoder of a tier.
 
     Attributes:
+        name: the tier's or the adapter's.
+        asked: what requests name; empty means the stack's default tier.
+        allowed: what may write parts of the answers.
+        adapter: the adapter; None means the tier's decoder alone.
+    """
+
+    name: str
+    asked: str
+    allowed: frozenset[str]
+    adapter: AdapterRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Tokens of a prompt, of which the last ``generation_prompt`` are the chat template's generation prompt."""
+
+    ids: Sequence[int]
+    generation_prompt: int
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedTier:
+    """The answers to the questions that were asked of one writer.
+
+    Attributes:
+        tier: name of the tier or adapter.
         prompt_tokens, cached_tokens: totals; the prefix cache had the KV of ``cached_tokens`` of them.
     """
 
@@ -77,9 +103,22 @@ class JudgedTier:
 @click.option(
     "--ask",
     "chosen",
-    metavar="TIER",
+    metavar="NAME",
     multiple=True,
-    help="Tier to ask; repeat for several.  [default: every --tier, in order]",
+    help="Tier or adapter to ask; repeat for several.  [default: every --tier and --adapter, in order]",
+)
+@click.option(
+    "--adapter",
+    "adapter_names",
+    metavar="NAME",
+    multiple=True,
+    help="Adapter that the stack has loaded; repeat for several.",
+)
+@click.option(
+    "--adapters",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of adapters.  [default: that of the pair's full model, in the cache]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Ask only the first N questions.  [default: all]")
 @click.option(
@@ -93,6 +132,8 @@ def verify_command(
     pair: str,
     tiers: tuple[TierSpec, ...],
     chosen: tuple[str, ...],
+    adapter_names: tuple[str, ...],
+    adapters: Path | None,
     limit: int | None,
     concurrency: int,
     as_json: bool,
@@ -108,34 +149,47 @@ def verify_command(
     answers, and the prompt tokens whose KV the prefix cache had. If another tier goes on with an answer, each part is
     judged by its own tier's decoder.
 
+    With --adapter, asks every question of each tier and each adapter, question by question, so that one batch mixes
+    them. PEFT loads the adapters for the reference, from the folder of adapters.
+
     Exits with 1 if an answer is wrong or missing, or if more than one token in a thousand is a tie. Exits with 2 if the
     stack does not run in float32 with the raw codec: start it with `overfill up --dtype float32`.
     """
     from overfill.cli.output import print_json
     from overfill.cli.progress import show_progress
-    from overfill.pair.hf_model import chat_token_ids, load_tokenizer
+    from overfill.pair.hf_model import chat_token_ids, generation_prompt_tokens, load_tokenizer
     from overfill.pair.reference import load_references
 
-    several = bool(tiers)
-    tiers = _check_tiers(pair, tiers, chosen)
+    several = bool(tiers or adapter_names)
+    names_tiers = bool(tiers)
+    tiers = _check_tiers(pair, tiers, chosen, adapter_names)
     prompts = read_questions(questions)[:limit]
     with show_progress() as report:
         tiers = resolve_tiers(tiers, report)
-        asked = [tier for tier in tiers if not chosen or tier.name in chosen]
+        pairs = {tier.name: tier_pair(tier) for tier in tiers}
+        folders = _adapter_folders(pairs, adapters, adapter_names)
+        writers = [AskedWriter(t.name, t.name if names_tiers else "", frozenset({t.name, t.fallback})) for t in tiers]
+        for of_tier in folders.values():
+            writers += [AskedWriter(name, name, frozenset({name}), record) for name, (_, record) in of_tier.items()]
+        asked = [writer for writer in writers if not chosen or writer.name in chosen]
         with connection.client() as client:
-            check_stack(client.status(), {tier.name: tier_pair(tier) for tier in tiers})
+            check_stack(client.status(), pairs)
+            together = [asked] if adapter_names else [[writer] for writer in asked]
             answers = [
-                ask(client, prompts, max_tokens, concurrency, report, tier.name if several else "") for tier in asked
+                answers
+                for group in together
+                for answers in ask(client, prompts, max_tokens, concurrency, report, [one.asked for one in group])
             ]
         references = load_references(tiers)
+        for tier, of_tier in folders.items():
+            references |= references[tier].with_adapters({name: folder for name, (folder, _) in of_tier.items()})
         tokenizer = load_tokenizer(references[tiers[0].name].pair.full_path)
-
-        def tokenize(prompt: str) -> list[int]:
-            return chat_token_ids(tokenizer, prompt)
-
+        tokenized = [
+            Prompt(chat_token_ids(tokenizer, text), generation_prompt_tokens(tokenizer, text)) for text in prompts
+        ]
         results = [
-            judge_tier(references, tokenize, tier, prompts, of_tier, max_tokens, report)
-            for tier, of_tier in zip(asked, answers, strict=True)
+            judge_writer(references, writer, tokenized, of_writer, max_tokens, report)
+            for writer, of_writer in zip(asked, answers, strict=True)
         ]
     passed = all(result.summary.passed for result in results)
     total = JudgedTier(
@@ -163,7 +217,9 @@ def verify_command(
     return 0 if passed else 1
 
 
-def _check_tiers(pair: str, tiers: tuple[TierSpec, ...], chosen: Iterable[str]) -> tuple[TierSpec, ...]:
+def _check_tiers(
+    pair: str, tiers: tuple[TierSpec, ...], chosen: Iterable[str], adapters: Sequence[str]
+) -> tuple[TierSpec, ...]:
     """Returns the tiers: with one pair there is one, called "default". Raises click.UsageError."""
     if tiers:
         check_replaced("pair")
@@ -172,9 +228,33 @@ def _check_tiers(pair: str, tiers: tuple[TierSpec, ...], chosen: Iterable[str]) 
     except ValueError as error:
         raise click.UsageError(f"--tier: {error}") from error
     for name in chosen:
-        if name not in (known := [tier.name for tier in tiers]):
-            raise click.UsageError(f"--ask {name}: give it a --tier; tiers are {', '.join(known) or 'none'}")
+        if name not in (known := [*(tier.name for tier in tiers), *adapters]):
+            kind = "--tier or --adapter; those given" if adapters else "--tier; tiers"
+            raise click.UsageError(f"--ask {name}: give it a {kind} are {', '.join(known) or 'none'}")
     return tiers or (TierSpec(name=DEFAULT_TIER, pair=pair),)
+
+
+def _adapter_folders(
+    pairs: Mapping[str, Pair], directory: Path | None, names: Sequence[str]
+) -> dict[str, dict[str, tuple[Path, AdapterRecord]]]:
+    """Returns tier -> adapter -> its folder and record, for the tier whose decoder each adapter is of.
+
+    Raises:
+        CannotVerify: no tier has an adapter's decoder.
+        InvalidAdapter: an adapter is missing or its record is damaged.
+    """
+    from overfill.model.adapter import read_record
+    from overfill.pair.adapters import default_folder, find_adapter
+
+    tiers = {pair.decoder_digest: name for name, pair in pairs.items()}
+    found: dict[str, dict[str, tuple[Path, AdapterRecord]]] = {}
+    for name in dict.fromkeys(names):
+        folder = find_adapter(directory or default_folder(next(iter(pairs.values()))), name)
+        record = read_record(folder)
+        if record.decoder_digest not in tiers:
+            raise CannotVerify(f"{folder} is an adapter of another decoder than those of {', '.join(pairs)}")
+        found.setdefault(tiers[record.decoder_digest], {})[name] = folder, record
+    return found
 
 
 def _figures(result: JudgedTier) -> dict[str, Any]:
@@ -266,76 +346,98 @@ def _check_worker(worker: WorkerStatus, pairs: Mapping[str, Pair]) -> None:
 
 
 def ask(
-    client: Client, prompts: Sequence[str], max_tokens: int, concurrency: int, report: Report, tier: str = ""
-) -> list[Answer | OverfillError]:
-    """Asks ``prompts`` and returns, in their order, the greedy answers or the errors.
+    client: Client,
+    prompts: Sequence[str],
+    max_tokens: int,
+    concurrency: int,
+    report: Report,
+    writers: Sequence[str] = ("",),
+) -> list[list[Answer | OverfillError]]:
+    """Asks ``prompts`` and returns, by writer and in their order, the greedy answers or the errors.
 
     Args:
-        tier: tier to ask; empty means the stack's default.
+        writers: tiers and adapters; each prompt is asked of all before the next one. Empty means the stack's default.
     """
     from overfill.client import Message, SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
 
-    def answer(prompt: str) -> Answer | OverfillError:
+    def answer(prompt: str, writer: str) -> Answer | OverfillError:
         try:
-            return client.generate([Message("user", prompt)], sampling=sampling, tier=tier)
+            return client.generate([Message("user", prompt)], sampling=sampling, tier=writer)
         except OverfillError as error:
             return error
 
     with ThreadPoolExecutor(concurrency) as pool:
-        futures = [pool.submit(answer, prompt) for prompt in prompts]
+        futures = [pool.submit(answer, prompt, writer) for prompt in prompts for writer in writers]
         for done, _ in enumerate(as_completed(futures), 1):
-            report(f"Asking {tier}".strip(), done, len(prompts))
-    return [future.result() for future in futures]
+            report(f"Asking {', '.join(writers)}".strip(), done, len(futures))
+    return [[future.result() for future in futures[number :: len(writers)]] for number in range(len(writers))]
 
 
-def judge_tier(
+def judge_writer(
     references: Mapping[str, TwoStageReference],
-    tokenize: Tokenize,
-    tier: TierSpec,
-    prompts: Sequence[str],
+    writer: AskedWriter,
+    prompts: Sequence[Prompt],
     answers: Sequence[Answer | OverfillError],
     max_tokens: int,
     report: Report,
 ) -> JudgedTier:
-    """Judges the answers to ``prompts``, which were asked in ``tier``. Only the tier's fallback may go on with one."""
-    allowed = {tier.name, tier.fallback}
+    """Judges the answers to ``prompts`` that were asked of ``writer``. Only a tier's fallback may go on with one."""
     judged: list[JudgedAnswer] = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        judged.append(judge_answer(references, tokenize, prompt, answer, max_tokens, allowed))
-        report(f"Judging {tier.name}", len(judged), len(answers))
+        start, problem = None, ""
+        if writer.adapter is not None:
+            start = answer_start(len(prompt.ids), writer.adapter.tail_tokens, prompt.generation_prompt)
+            problem = _problem(answer, writer.adapter, start)
+        one = judge_answer(references, prompt.ids, answer, max_tokens, writer.allowed, start)
+        judged.append(replace(one, problem=one.problem or problem or None))
+        report(f"Judging {writer.name}", len(judged), len(answers))
     usages = [answer.usage for answer in answers if not isinstance(answer, OverfillError)]
     prompt_tokens, cached = sum(u.prompt_tokens for u in usages), sum(u.cached_tokens for u in usages)
-    return JudgedTier(tier.name, judged, prompt_tokens, cached)
+    return JudgedTier(writer.name, judged, prompt_tokens, cached)
+
+
+def _problem(answer: Answer | OverfillError, adapter: AdapterRecord, start: int) -> str:
+    """Says what is wrong if another adapter wrote the answer, or the decoder began elsewhere; empty if nothing is."""
+    if isinstance(answer, OverfillError):
+        return ""
+    found = (answer.identity.adapter_digest, answer.identity.answer_start) if answer.identity else ("", 0)
+    if found == (adapter.digest, start):
+        return ""
+    return "was written by adapter {!r} from prompt token {} on; the adapter's record implies {!r} and {}".format(
+        *found, adapter.digest, start
+    )
 
 
 def judge_answer(
     references: Mapping[str, TwoStageReference],
-    tokenize: Tokenize,
-    prompt: str,
+    prompt_ids: Sequence[int],
     answer: Answer | OverfillError,
     max_tokens: int,
     allowed: Iterable[str] = (DEFAULT_TIER,),
+    answer_start: int | None = None,
 ) -> JudgedAnswer:
     """Judges one served answer; an error becomes a judged answer with a problem.
 
     Args:
-        references: tier -> its reference.
-        allowed: tiers that may write the answer.
+        references: tier or adapter -> its reference.
+        prompt_ids: the prompt's tokens, as plain transformers reads it.
+        allowed: tiers or adapters that may write the answer.
+        answer_start: index of the first prompt token that the decoder computes; None means the prompt's length.
     """
     from overfill.pair.reference import JudgedAnswer, judge_parts
 
     if isinstance(answer, OverfillError):
         return JudgedAnswer((), f"no answer: {answer}")
-    prompt_ids = tokenize(prompt)
     if answer.usage.prompt_tokens != len(prompt_ids):
         counts = f"the stack counts {answer.usage.prompt_tokens} prompt tokens, the reference {len(prompt_ids)}"
         return JudgedAnswer((), f"{counts}: their tokenizers or chat templates differ")
     parts = [(part.tier, part.first_index) for part in answer.parts]
     if unasked := [(tier, index) for tier, index in parts if tier not in allowed]:
         return JudgedAnswer((), "tier {!r} wrote the tokens from {} on, which was not asked for".format(*unasked[0]))
-    return judge_parts(references, parts, prompt_ids, answer.token_ids, answer.finish_reason, max_tokens)
+    reason = answer.finish_reason
+    return judge_parts(references, parts, prompt_ids, answer.token_ids, reason, max_tokens, answer_start=answer_start)
 
 
 def failures(judged: Sequence[JudgedAnswer], decode: Callable[[list[int]], Any]) -> list[dict[str, Any]]:

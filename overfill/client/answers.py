@@ -138,7 +138,10 @@ class Timing:
         router_queue: In the router: validation, tokenization, queue, and waiting for workers of both stages.
         decode_reservation: From the decode worker's receipt of the request until it has reserved blocks.
         prefill_queue: From the prefill worker's receipt of the prompt until it schedules the first chunk.
-        prefill_compute: From then until the prefill worker has sampled the first token.
+        prefill_compute: From then until the prefill worker has sampled the first token, or computed the prompt.
+        handoff: Only if the decoder samples the first token: from the news on the decode worker that the prompt is
+            computed until its KV is in place.
+        first_step: Likewise: from then until the decoder has sampled the first token.
         return_path: Time of the first token inside each process on its way to the client.
         handoff_exposed: From the decode worker's receipt of the first token to its first decode step.
         decode: From the first decode step to the last token, on the last decode worker.
@@ -150,6 +153,8 @@ class Timing:
     decode_reservation: float | None = None
     prefill_queue: float | None = None
     prefill_compute: float | None = None
+    handoff: float | None = None
+    first_step: float | None = None
     return_path: float | None = None
     handoff_exposed: float | None = None
     decode: float | None = None

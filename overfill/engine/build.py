@@ -24,7 +24,7 @@ from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE, DTypeName
 from overfill.kv.tensors import TORCH_DTYPES
-from overfill.model.lora import LoraSlots, adapter_bytes
+from overfill.model.lora import LoraSlots, slot_bytes
 from overfill.model.manifest import Half, Pair
 from overfill.model.native.transformer import fastest_model
 from overfill.model.processors import new_processor
@@ -159,7 +159,7 @@ def load_half(pair: Pair, half: Half, options: EngineOptions) -> LoadedHalf:
 def _new_adapter_slots(model: ForwardModel, options: EngineOptions) -> LoraSlots:
     """Takes the memory of the decoder's adapters, before the KV cache gets what is left."""
     count, rank = options.max_adapters, options.max_adapter_rank
-    needed, free = count * adapter_bytes(model.config, rank, model.dtype), _free_memory(model.device)
+    needed, free = count * slot_bytes(model.config, rank, model.dtype), _free_memory(model.device)
     advice = "give a smaller --max-adapters or --max-adapter-rank"
     if needed > free:
         raise NotEnoughMemory(

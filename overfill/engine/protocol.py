@@ -1,4 +1,4 @@
-"""The protocol between a worker's servicer and its engine. Two engines speak it: ``overfill.engine`` and vLLM.
+"""The protocol between a worker's servicer and its engine. Three engines speak it: ours, vLLM, the mock.
 
 - *Messages and events* are in ``engine.sequence``. The servicer sends messages; the engine answers with events, each of
   which names its sequence. A decode engine never queues: it answers ``Reserve`` with ``Reserved`` or ``Refused`` at
@@ -7,7 +7,7 @@
 - ``ServedHalf`` is what a servicer knows of the model that the engine runs. Its ``store`` is the engine's KV cache: the
   sender reads from it, and the receiver writes into it.
 
-Rules that both engines keep; ``tests/support/*_conformance.py`` test them on each:
+Rules that all engines keep; ``tests/support/*_conformance.py`` test them on each:
 
 - A decode engine computes tokens of the answer only. A prompt's KV is always the full model's: an engine that has lost
   it to a preemption asks for it again, with another ``Reserved``.

@@ -57,6 +57,8 @@ class ModelRunner:
         self.cache = cache
         self.device = cache.device
         self.token_layer_bytes = cache.spec.token_layer_bytes
+        # The kernels of torch attend to one sequence at a time, unless all have a single token.
+        self.mixes_lengths = isinstance(model, GreedyModel)
         self._tables = BlockTables()
 
     @property

@@ -96,10 +96,14 @@ class Runner(Protocol):
         cache: its KV cache.
         token_layer_bytes: bytes of one token's keys and values in one layer.
         max_scored: maximum number of tokens that one step scores; 0 if the runner cannot score tokens.
+        mixes_lengths: whether a few tokens of a sequence cost less in a step of single tokens than in their own step.
     """
 
     @property
     def max_scored(self) -> int: ...
+
+    @property
+    def mixes_lengths(self) -> bool: ...
 
     @property
     def device(self) -> torch.device | None: ...

@@ -105,8 +105,8 @@ class PromptPull:
         self._peer = peer
         self._worker = f"prefill worker {peer.target.worker_id}"
         self._sample_first_token = start.sample_first_token
-        # With an answer_start, scores of the prompt come where the first token would.
-        self._awaits_first = start.sample_first_token or start.sampling.HasField("prompt_logprobs")
+        # With an answer_start, the prompt's times and scores come where the first token would.
+        self._awaits_first = start.sample_first_token or start.HasField("answer_start")
         self._puller = puller
         self._layer_map = layer_map
         self._blocks = blocks

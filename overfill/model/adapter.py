@@ -106,17 +106,17 @@ class LoraAdapter:
 
 
 def projection_shapes(config: ModelConfig) -> dict[Projection, tuple[int, int]]:
-    """Returns the sizes (in, out) of each projection of a layer."""
-    hidden, heads = config.hidden_size, config.num_heads * config.head_dim
-    kv_heads, neurons = config.num_kv_heads * config.head_dim, config.intermediate_size
+    """(out, in) of each projection of a layer."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {
-        "q_proj": (hidden, heads),
-        "k_proj": (hidden, kv_heads),
-        "v_proj": (hidden, kv_heads),
-        "o_proj": (heads, hidden),
-        "gate_proj": (hidden, neurons),
-        "up_proj": (hidden, neurons),
-        "down_proj": (neurons, hidden),
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (intermediate, hidden),
+        "up_proj": (intermediate, hidden),
+        "down_proj": (hidden, intermediate),
     }
 
 
@@ -290,10 +290,10 @@ def _check_tensors(
             raise InvalidAdapter(f"{what} is of layer {number}; the decoder has layers 0 to {config.num_layers - 1}")
         if tensor.dtype not in _BYTES_OF:
             raise InvalidAdapter(f"{what} is {tensor.dtype}; supported are {', '.join(_BYTES_OF)}")
-        rank, (inputs, outputs) = peft.rank_of(module), shapes[projection]
+        rank, (rows, columns) = peft.rank_of(module), shapes[projection]
         if rank > max_rank:
             raise InvalidAdapter(_rank_too_large(what, rank, max_rank))
-        expected = (rank, inputs) if half == "A" else (outputs, rank)
+        expected = (rank, columns) if half == "A" else (rows, rank)
         if tensor.shape != expected:
             raise InvalidAdapter(
                 f"{what} has the shape {tensor.shape}; rank {rank} in {PEFT_CONFIG} and the decoder imply {expected}: "

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from overfill.errors import InvalidRequest
-from overfill.model.adapter import LoraAdapter, LowRank, Projection
+from overfill.model.adapter import LoraAdapter, LowRank, Projection, projection_shapes
 from overfill.model.config import ModelConfig
 from overfill.model.upload import upload
 
@@ -29,29 +29,40 @@ FUSED: Mapping[str, tuple[Projection, ...]] = {
 }
 """The projections whose rows each fused matrix has, in order."""
 
+_RANK_UNIT = 16  # as ``RANK_UNIT`` in native/adapters.h
+
 _TILE_ROWS = 16
 """Maximum number of a slot's rows that one product of the batched kernel computes."""
 
 
-def projection_shapes(config: ModelConfig) -> dict[Projection, tuple[int, int]]:
-    """(out, in) of each projection of a layer."""
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries),
-        "gate_proj": (intermediate, hidden),
-        "up_proj": (intermediate, hidden),
-        "down_proj": (hidden, intermediate),
-    }
+def round_up_rank(rank: int) -> int:
+    """The rank for which a slot has memory: kernels read whole vectors of ranks."""
+    return -(-rank // _RANK_UNIT) * _RANK_UNIT
 
 
-def adapter_bytes(config: ModelConfig, rank: int, dtype: torch.dtype) -> int:
-    """Bytes of an adapter of ``rank`` with a product for every projection of every layer."""
+def slot_bytes(config: ModelConfig, max_rank: int, dtype: torch.dtype) -> int:
+    """Bytes of a slot for a product of every projection of every layer."""
+    rank = round_up_rank(max_rank)
     elements = sum(rank * (rows + columns) for rows, columns in projection_shapes(config).values())
     return config.num_layers * elements * dtype.itemsize
+
+
+def check_fits(adapter: LoraAdapter, config: ModelConfig, max_rank: int) -> None:
+    """Raises InvalidRequest if the adapter's rank, layers or shapes are not those of the model and its slots."""
+    name, shapes = adapter.record.name, projection_shapes(config)
+    for (layer, projection), product in adapter.products.items():
+        (rank, columns), (rows, inner) = product.down.shape, product.up.shape
+        if rank > max_rank:
+            reason = f"{name!r} has rank {rank}, more than this worker's --max-adapter-rank {max_rank}"
+            raise InvalidRequest("adapter", reason)
+        if not 0 <= layer < config.num_layers:
+            raise InvalidRequest("adapter", f"{name!r} has layer {layer}; the decoder has {config.num_layers} layers")
+        if (rows, columns) != shapes[projection] or inner != rank:
+            raise InvalidRequest(
+                "adapter",
+                f"{name!r} has a {projection} of [{rows}, {inner}] × [{rank}, {columns}] in layer {layer}; the "
+                f"decoder's is {list(shapes[projection])}",
+            )
 
 
 class LoraSlots(ABC):
@@ -63,8 +74,8 @@ class LoraSlots(ABC):
     def __init__(self, config: ModelConfig, num_slots: int, max_rank: int, dtype: torch.dtype) -> None:
         self.num_slots = num_slots
         self.max_rank = max_rank
-        self.slot_bytes = adapter_bytes(config, max_rank, dtype)
-        self._num_layers = config.num_layers
+        self.slot_bytes = slot_bytes(config, max_rank, dtype)
+        self._config = config
         self._shapes = projection_shapes(config)
 
     def stage(self, slot: int, adapter: LoraAdapter) -> None:
@@ -73,26 +84,11 @@ class LoraSlots(ABC):
         Raises:
             InvalidRequest: the adapter's rank, layers or shapes are not those of this model and its slots.
         """
-        for (layer, projection), product in adapter.products.items():
-            self._check(adapter.record.name, layer, projection, product)
+        check_fits(adapter, self._config, self.max_rank)
         with self._copying():
             self._clear(slot)
             for (layer, projection), product in adapter.products.items():
                 self._put(slot, layer, projection, product)
-
-    def _check(self, name: str, layer: int, projection: Projection, product: LowRank) -> None:
-        (rank, columns), (rows, inner) = product.down.shape, product.up.shape
-        if rank > self.max_rank:
-            reason = f"{name!r} has rank {rank}, more than this worker's --max-adapter-rank {self.max_rank}"
-            raise InvalidRequest("adapter", reason)
-        if not 0 <= layer < self._num_layers:
-            raise InvalidRequest("adapter", f"{name!r} has layer {layer}; the decoder has {self._num_layers} layers")
-        if (rows, columns) != self._shapes[projection] or inner != rank:
-            raise InvalidRequest(
-                "adapter",
-                f"{name!r} has a {projection} of [{rows}, {inner}] × [{rank}, {columns}] in layer {layer}; the "
-                f"decoder's is {list(self._shapes[projection])}",
-            )
 
     def _copying(self) -> AbstractContextManager[object]:
         """Encloses the copies of one adapter."""
@@ -115,23 +111,24 @@ class TorchLoraSlots(LoraSlots):
     ) -> None:
         super().__init__(config, num_slots, max_rank, dtype)
         self._device = device
+        self._rank = rank = round_up_rank(max_rank)
         shape = (config.num_layers, num_slots)
-        self._down: dict[str, Tensor] = {}  # [layers, slots, parts * max_rank, in]
-        self._up: dict[str, Tensor] = {}  # [layers, slots, out, max_rank], the rows of all parts
+        self._down: dict[str, Tensor] = {}  # [layers, slots, parts * rank, in]
+        self._up: dict[str, Tensor] = {}  # [layers, slots, out, rank], the rows of all parts
         self._rows: dict[str, list[int]] = {}  # of each part
         for fused, parts in FUSED.items():
             self._rows[fused] = rows = [self._shapes[part][0] for part in parts]
             columns = self._shapes[parts[0]][1]
             # Filled, not only reserved: memory that no page backs would be given to the KV cache too.
-            self._down[fused] = torch.empty(*shape, len(parts) * max_rank, columns, dtype=dtype, device=device).zero_()
-            self._up[fused] = torch.empty(*shape, sum(rows), max_rank, dtype=dtype, device=device).zero_()
+            self._down[fused] = torch.empty(*shape, len(parts) * rank, columns, dtype=dtype, device=device).zero_()
+            self._up[fused] = torch.empty(*shape, sum(rows), rank, dtype=dtype, device=device).zero_()
 
     def add(self, out: Tensor, x: Tensor, fused: str, layer: int, tiles: RowTiles) -> None:
         """Adds the products of the rows in ``tiles`` to ``out``, [T, out], for the operands ``x``, [T, in]."""
-        slots, rank = tiles.slots, self.max_rank
+        slots, rank = tiles.slots, self._rank
         gathered = x.index_select(0, tiles.gathered).view(len(slots), tiles.height, -1)
         inner = torch.bmm(gathered, self._down[fused][layer].index_select(0, slots).transpose(1, 2))
-        up = self._up[fused][layer].index_select(0, slots).transpose(1, 2)  # [tiles, max_rank, out]
+        up = self._up[fused][layer].index_select(0, slots).transpose(1, 2)  # [tiles, rank, out]
         parts = zip(inner.split(rank, 2), up.split(self._rows[fused], 2), strict=True)
         products = [torch.bmm(low, high) for low, high in parts]
         whole = products[0] if len(products) == 1 else torch.cat(products, 2)
@@ -150,7 +147,7 @@ class TorchLoraSlots(LoraSlots):
     def _put(self, slot: int, layer: int, projection: Projection, product: LowRank) -> None:
         fused = next(fused for fused, parts in FUSED.items() if projection in parts)
         part, rank = FUSED[fused].index(projection), len(product.down)
-        first_inner, first_row = part * self.max_rank, sum(self._rows[fused][:part])
+        first_inner, first_row = part * self._rank, sum(self._rows[fused][:part])
         rows = self._rows[fused][part]
         self._down[fused][layer, slot, first_inner : first_inner + rank].copy_(product.down)
         self._up[fused][layer, slot, first_row : first_row + rows, :rank].copy_(product.up)

@@ -122,6 +122,21 @@ def chat_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]
     return ids(before[:start]) + ids(turn, split_special_tokens=True) + ids(after[end:])
 
 
+def generation_prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+    """Number of tokens at the end of ``chat_token_ids`` that are the generation prompt, or share one with it."""
+    if tokenizer.chat_template is None:
+        return 0
+    messages = [{"role": "user", "content": prompt}]
+    before, text = (
+        str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=added))
+        for added in (False, True)
+    )
+    if not text.startswith(before):
+        return 0
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return sum(end > len(before) for _, end in spans)
+
+
 def _replaced_config(folder: Path) -> PretrainedConfig | None:
     """Returns the config that replaces the checkpoint's own, or None when transformers accepts its own."""
     found = json.loads((folder / "config.json").read_text(encoding="utf-8"))

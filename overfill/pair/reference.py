@@ -5,7 +5,7 @@ decoder reads the answer on that cache: its layer i uses the keys and values of 
 arithmetic is float32; an int8 decoder has its dequantised weights.
 
 Several decoders of one full model, the tiers of a stack, may write parts of one answer. Each part is then judged by its
-own tier's decoder.
+own tier's decoder. PEFT loads the adapters; the decoder with its adapter then computes the end of the prompt too.
 
 Answers are greedy or drawn with a seed. Each token is judged after the answer's own tokens before it, so that a tie
 does not put the rest of the answer in doubt.
@@ -13,11 +13,13 @@ does not put the rest of the answer in doubt.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -33,6 +35,9 @@ from overfill.pair.margins import TIE_MARGIN, judge_rows
 from overfill.request.names import FinishReason
 from overfill.request.params import SamplingParams
 from overfill.settings.tiers import TierSpec
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -82,9 +87,45 @@ class TwoStageReference:
             raise InvalidPair(f"{pair.folder} and {shares.pair.folder} have different full models")
         self.pair: Pair = pair if quantize is None else pair.with_quantize(quantize)
         self._full: PreTrainedModel = load_hf_model(self.pair.full_path) if shares is None else shares._full
-        self._decoder = self._full if self.pair.identity else load_hf_model(self.pair.decoder_path)
+        self._decoder = self._full if self.pair.identity else self._load_decoder()
+        self._adapted: PeftModel | None = None  # another copy of the decoder, with all adapters
+        self._adapter = ""  # name in ``_adapted`` of the adapter that writes
+
+    def with_adapters(self, folders: Mapping[str, Path]) -> dict[str, TwoStageReference]:
+        """Returns references with an adapter each, by its name. They share the models.
+
+        Args:
+            folders: folder with PEFT's files of each adapter, by name.
+
+        Raises:
+            InvalidPair: PEFT cannot load an adapter.
+        """
+        from peft import PeftModel
+
+        adapted: PeftModel | None = None
+        references = {}
+        for number, (name, folder) in enumerate(folders.items()):
+            one = references[name] = copy.copy(self)
+            one._adapter = f"adapter{number}"  # PEFT takes no name with a dot
+            how: Any = {"adapter_name": one._adapter, "torch_device": "cpu"}
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what PEFT reads
+                    if adapted is None:
+                        adapted = PeftModel.from_pretrained(self._load_decoder(), folder, **how)
+                    else:
+                        adapted.load_adapter(folder, **how)
+            except (OSError, ValueError, RuntimeError, KeyError) as error:
+                raise InvalidPair(f"{folder}: PEFT cannot load this adapter: {error}") from error
+        for one in references.values():
+            one._adapted = adapted
+        return references
+
+    def _load_decoder(self) -> PreTrainedModel:
+        decoder = load_hf_model(self.pair.decoder_path)
         if self.pair.quantize == "int8":
-            round_to_int8(self._decoder)
+            round_to_int8(decoder)
+        return decoder
 
     @torch.inference_mode()
     def score(
@@ -94,6 +135,7 @@ class TwoStageReference:
         stop_ids: Collection[int] = (),
         sampling: SamplingParams = GREEDY,
         sample_index: int = 0,
+        answer_start: int | None = None,
     ) -> list[Verdict]:
         """Judges each token, given the prompt and the tokens before it.
 
@@ -102,10 +144,12 @@ class TwoStageReference:
                 the least margin is then judged as the answer's last token.
             sampling: Parameters of the request, without a grammar; they have a seed unless they are greedy.
             sample_index: Number of the answer among the request's answers.
+            answer_start: Index of the first prompt token that the decoder computes. None means the prompt's length: the
+                full model chooses the first token.
         """
-        cache, first = self._prefill(prompt_ids)
+        cache, first = self._prefill(prompt_ids, answer_start)
         inputs = list(answer_ids) if stop_ids else list(answer_ids[:-1])
-        logits = torch.cat([first, _forward(self._decoder, inputs, len(prompt_ids), cache)]) if inputs else first
+        logits = torch.cat([first, self._decode(inputs, len(prompt_ids), cache)]) if inputs else first
         processor = new_processor(sampling, prompt_ids, None, self.pair.full_config.eos_token_ids)
         for index in range(len(logits)):
             process(logits[index : index + 1], [processor], [answer_ids[:index]])
@@ -121,26 +165,44 @@ class TwoStageReference:
         ]
 
     @torch.inference_mode()
-    def generate(self, prompt_ids: Sequence[int], max_tokens: int) -> list[int]:
-        """Writes the greedy answer: at most ``max_tokens`` tokens, without the end-of-sequence token."""
+    def generate(self, prompt_ids: Sequence[int], max_tokens: int, answer_start: int | None = None) -> list[int]:
+        """Writes the greedy answer: at most ``max_tokens`` tokens, without the end-of-sequence token.
+
+        Args:
+            answer_start: As for ``score``.
+        """
         eos_ids = self.pair.full_config.eos_token_ids
-        cache, logits = self._prefill(prompt_ids)
+        cache, logits = self._prefill(prompt_ids, answer_start)
         answer: list[int] = []
         while (token := int(logits[-1].argmax())) not in eos_ids:
             answer.append(token)
             if len(answer) == max_tokens:
                 break
-            logits = _forward(self._decoder, [token], len(prompt_ids) + len(answer) - 1, cache)
+            logits = self._decode([token], len(prompt_ids) + len(answer) - 1, cache)
         return answer
 
-    def _prefill(self, prompt_ids: Sequence[int]) -> tuple[DynamicCache, torch.Tensor]:
-        """Returns the decoder's cache of the prompt and the full model's logits after it, [1, vocab]."""
+    def _prefill(self, prompt_ids: Sequence[int], answer_start: int | None) -> tuple[DynamicCache, torch.Tensor]:
+        """Returns the decoder's cache of the prompt, and the logits after it, [1, vocab].
+
+        The cache's part before ``answer_start`` is the full model's, whatever wrote earlier turns of a chat.
+        """
+        start = len(prompt_ids) if answer_start is None else answer_start
+        shared, tail = list(prompt_ids[:start]), list(prompt_ids[start:])
         full_cache: Any = DynamicCache(config=self._full.config)
-        logits = _forward(self._full, list(prompt_ids), 0, full_cache)
+        logits = _forward(self._full, shared, 0, full_cache)
         cache = DynamicCache(config=self._decoder.config)
         for layer, source in enumerate(self.pair.layer_map):
             cache.update(full_cache.layers[source].keys, full_cache.layers[source].values, layer)
+        if tail:
+            logits = self._decode(tail, len(shared), cache)
         return cache, logits[-1:]
+
+    def _decode(self, token_ids: list[int], position: int, cache: DynamicCache) -> torch.Tensor:
+        """As ``_forward``, of the decoder with its adapter."""
+        if not self._adapter or self._adapted is None:
+            return _forward(self._decoder, token_ids, position, cache)
+        self._adapted.set_adapter(self._adapter)
+        return _forward(cast(PreTrainedModel, self._adapted.get_base_model()), token_ids, position, cache)
 
 
 def _forward(model: PreTrainedModel, token_ids: list[int], position: int, cache: DynamicCache) -> torch.Tensor:
@@ -223,18 +285,20 @@ def judge_parts(
     max_tokens: int,
     sampling: SamplingParams = GREEDY,
     sample_index: int = 0,
+    answer_start: int | None = None,
 ) -> JudgedAnswer:
-    """As ``judge``, for a greedy or drawn answer that several tiers may have written.
+    """As ``judge``, for a greedy or drawn answer that several tiers, or an adapter, may have written.
 
     Each part is judged by its own tier.
 
     The decoder of a part reads the prompt's KV, which the full model computed, and all earlier tokens of the answer, as
-    the worker does that goes on with the answer. Token 0 is the full model's in every tier.
+    the worker does that goes on with the answer. Token 0 is the full model's in every tier, unless there is an
+    ``answer_start``.
 
     Args:
-        references: tier -> its reference. All have the same full model.
-        parts: tier and index of the first token of each part, in order; the first index is 0.
-        sampling, sample_index: as for ``TwoStageReference.score``.
+        references: tier or adapter -> its reference. All have the same full model.
+        parts: tier or adapter and index of the first token of each part, in order; the first index is 0.
+        sampling, sample_index, answer_start: as for ``TwoStageReference.score``.
     """
     eos_ids = next(iter(references.values())).pair.full_config.eos_token_ids
     unsent_stop = finish_reason == "stop" and not (answer_ids and answer_ids[-1] in eos_ids)
@@ -253,7 +317,9 @@ def judge_parts(
         end = len(answer_ids) if last else starts[index + 1]
         if end > start or (last and unsent_stop):
             stop_ids = eos_ids if last and unsent_stop else ()
-            judged = references[tier].score(prompt_ids, answer_ids[:end], stop_ids, sampling, sample_index)
+            judged = references[tier].score(
+                prompt_ids, answer_ids[:end], stop_ids, sampling, sample_index, answer_start
+            )
             verdicts += judged[start:]
     return JudgedAnswer(tuple(verdicts))
 

@@ -26,5 +26,16 @@ CODECS: dict[CodecName, common_pb2.KvCodec] = {
 CODEC_NAMES: dict[int, CodecName] = {codec: name for name, codec in CODECS.items()}
 """Use ``get``: it returns None for an unspecified codec or one that this version does not know."""
 
-TTFT_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path")
+TTFT_PARTS = (
+    "router_queue",
+    "decode_reservation",
+    "prefill_queue",
+    "prefill_compute",
+    "handoff",
+    "first_step",
+    "return_path",
+)
 """Fields of ``Timing`` that add up to its ``ttft``, in the order in which they happen."""
+
+OWN_FIRST_PARTS = ("handoff", "first_step")
+"""Those of ``TTFT_PARTS`` that only an answer has whose first token the decoder samples."""

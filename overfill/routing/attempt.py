@@ -197,6 +197,10 @@ class Attempt:
             timing.prefill_compute_ns = tokens.prefill_compute_ns
         if tokens.HasField("return_ns"):
             timing.return_path_ns = tokens.return_ns
+        if tokens.HasField("handoff_ns"):
+            timing.handoff_ns = tokens.handoff_ns
+        if tokens.HasField("first_step_ns"):
+            timing.first_step_ns = tokens.first_step_ns
 
     def _on_need_prefill(self, need: decode_pb2.NeedPrefill) -> None:
         self._on_need(need.reason)

@@ -8,6 +8,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 
+from overfill.request.names import TTFT_PARTS
 from overfill.routing.session_stats import busiest_of
 from overfill.v1 import admin_pb2, inference_pb2
 
@@ -17,9 +18,8 @@ WINDOW = 60.0
 RATE_SECONDS = 10
 """Seconds over which tokens per second are averaged."""
 
-_PARTS = ("router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path")
 _WHOLE = ("ttft", "handoff_exposed", "decode", "total")
-_NAMES = (*_WHOLE[:1], *_PARTS, "unattributed", *_WHOLE[1:], "itl")
+_NAMES = (*_WHOLE[:1], *TTFT_PARTS, "unattributed", *_WHOLE[1:], "itl")
 _MAX_ANSWERS = 10_000
 """Maximum number of answers kept. If more finish in a minute, the latest are used."""
 
@@ -123,7 +123,7 @@ def _times(finished: inference_pb2.Finished) -> dict[str, int]:
     timing, completion_tokens = finished.timing, finished.usage.completion_tokens
     times = {field.name.removesuffix("_ns"): value for field, value in timing.ListFields()}
     if "ttft" in times:
-        times["unattributed"] = times["ttft"] - sum(times.get(part, 0) for part in _PARTS)
+        times["unattributed"] = times["ttft"] - sum(times.get(part, 0) for part in TTFT_PARTS)
         if "total" in times and completion_tokens > 1:
             times["itl"] = (times["total"] - times["ttft"]) // (completion_tokens - 1)
     return times

@@ -283,6 +283,7 @@ class _Link:
         self._joined_elsewhere = joined_elsewhere
         self._tls = tls
         self._prefix_keys = prefix_keys
+        self._adapters = registry_pb2.AdapterList()  # as the router knows them
         self.demand: RouterDemand | None = None
         self._later: asyncio.TimerHandle | None = None
 
@@ -332,6 +333,7 @@ class _Link:
         channel = open_channel(self.address, self._tls)
         try:
             call: Any = registry_pb2_grpc.RegistryStub(channel).Join()
+            self._adapters = registry_pb2.AdapterList(adapters=self._hello.adapters)
             with suppress(OverfillError):  # the call may have ended; the read below raises its error
                 await checked_write(call.write(registry_pb2.JoinRequest(hello=self._hello)), self.address)
             welcome = await self._read(call)
@@ -377,6 +379,10 @@ class _Link:
             report = self._report(self)
             if feed is not None and (delta := feed.take()) is not None:
                 report.prefix.CopyFrom(delta)
+            if report.adapters == self._adapters:
+                report.ClearField("adapters")
+            else:
+                self._adapters = report.adapters
             await checked_write(call.write(registry_pb2.JoinRequest(report=report)), self.address)
             if report.draining:
                 self.drain_sent.set()

@@ -12,12 +12,12 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from overfill.errors import Incompatible, InvalidRequest, OverfillError, ShuttingDown, Unavailable
 from overfill.process import startup
 from overfill.process.open_files import allow_connections
-from overfill.rpc import unfilled
+from overfill.request.answer_start import MAX_TAIL_TOKENS
 from overfill.rpc.addresses import announced, instead_of_wildcard, split_address
 from overfill.rpc.constants import MAX_CONNECTIONS, MAX_STARTUP
 from overfill.rpc.interceptors import Context
@@ -34,6 +34,22 @@ _POLL = 0.05  # seconds between checks for running requests while draining
 _Description = TypeVar("_Description", decode_pb2.DescribeDecodeResponse, prefill_pb2.DescribePrefillResponse)
 
 
+class ChangingAdapters(Protocol):
+    """The adapters of a decode worker, which Admin changes."""
+
+    async def start(self) -> None:
+        """Loads those with which the worker starts."""
+        ...
+
+    async def load(self, name: str) -> common_pb2.Adapter:
+        """Loads an adapter from the worker's folder and returns it. Raises OverfillError."""
+        ...
+
+    async def unload(self, name: str) -> common_pb2.Adapter:
+        """Refuses new requests for an adapter and returns it. Raises OverfillError."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerHandle:
     """Interface through which ``WorkerHost`` uses a worker.
@@ -48,6 +64,7 @@ class WorkerHandle:
         prefix_keys: keys of a prefill worker's prefix cache; None means that there is none.
         prefill_load: with both stages, returns the load of the prefill stage; ``load`` is then the decode stage's.
         on_drain: called once, when a drain starts.
+        adapters: changes the worker's adapters; None means that it has none.
     """
 
     load: Callable[[], decode_pb2.WorkerLoad]
@@ -59,6 +76,7 @@ class WorkerHandle:
     prefix_keys: PrefixKeys | None = None
     prefill_load: Callable[[], decode_pb2.WorkerLoad] | None = None
     on_drain: Callable[[], None] = lambda: None
+    adapters: ChangingAdapters | None = None
 
 
 class WorkerHost:
@@ -133,6 +151,8 @@ class WorkerHost:
             Unavailable: the address cannot be bound.
             Incompatible: every router refused the worker.
         """
+        if self._worker.adapters is not None:
+            await self._worker.adapters.start()
         loop = asyncio.get_running_loop()
         # Inside another process, such as a Ray replica, that process handles signals.
         if threading.current_thread() is threading.main_thread():
@@ -204,6 +224,7 @@ class WorkerHost:
             credits=self._worker.capacity,
             ready=True,
             draining=self.draining,
+            adapters=registry_pb2.AdapterList(adapters=self._hello.adapters),
         )
 
     def _prefill_load(self) -> decode_pb2.WorkerLoad | None:
@@ -212,6 +233,20 @@ class WorkerHost:
     def _on_refused(self, error: Incompatible) -> None:
         self._refusal = error
         self.drain()
+
+    def adapters(self) -> ChangingAdapters:
+        """Returns what changes the worker's adapters.
+
+        Raises:
+            Incompatible: it has no folder of adapters.
+            ShuttingDown: it drains.
+        """
+        if self._worker.adapters is None:
+            reason = "has no folder of adapters: start the decode workers with --adapters FOLDER"
+            raise Incompatible(f"{self._hello.worker_id} {reason}", ["adapters"])
+        if self.draining:
+            raise ShuttingDown(f"{self._hello.worker_id} is draining")
+        return self._worker.adapters
 
     def status(self) -> admin_pb2.ProcessStatus:
         hello = self._hello
@@ -243,20 +278,20 @@ def check_start(
     Raises:
         ShuttingDown: the worker drains.
         Unavailable: the router means an earlier incarnation.
-        Incompatible: the request asks for something that this version does not support: an adapter, or another
-            ``answer_start`` than the prompt's length, its default, without scores of the prompt.
-        InvalidRequest: ``answer_start`` leaves the full model no token of the prompt, or is behind it.
+        InvalidRequest: ``answer_start`` leaves the full model no token of the prompt, is behind it, or leaves the
+            decoder too many tokens.
     """
     if draining:
         raise ShuttingDown(f"{hello.worker_id} is draining")
     if start.expected_incarnation != hello.incarnation:
         raise Unavailable(f"{hello.worker_id} was restarted since the router chose it")
-    early = shared_tokens(start) != len(start.prompt_token_ids) and not start.sampling.HasField("prompt_logprobs")
-    adapter = isinstance(start, decode_pb2.StartDecode) and start.adapter_digest != ""
-    unfilled.refuse(f"request {start.request_id}", {"answer_start": early, "adapter_digest": adapter})
     prompt = len(start.prompt_token_ids)
     if start.HasField("answer_start") and not 1 <= start.answer_start <= prompt:
         raise InvalidRequest("answer_start", f"must be in 1..{prompt}, the prompt's length; got {start.answer_start}")
+    tail = prompt - shared_tokens(start)
+    if tail > MAX_TAIL_TOKENS and not start.sampling.HasField("prompt_logprobs"):
+        reason = f"leaves the decoder {tail} of the prompt's {prompt} tokens; at most {MAX_TAIL_TOKENS} are allowed"
+        raise InvalidRequest("answer_start", reason)
 
 
 def shared_tokens(start: decode_pb2.StartDecode | prefill_pb2.StartPrefill) -> int:
@@ -304,3 +339,17 @@ class _Admin(admin_pb2_grpc.AdminServicer):
             raise InvalidRequest("worker_id", f"this is {self._host.status().id}, not {request.worker_id}")
         self._host.drain()
         return admin_pb2.DrainResponse()
+
+    async def LoadAdapter(
+        self, request: admin_pb2.LoadAdapterRequest, context: Context
+    ) -> admin_pb2.ChangeAdapterResponse:
+        return self._changed(await self._host.adapters().load(request.name))
+
+    async def UnloadAdapter(
+        self, request: admin_pb2.UnloadAdapterRequest, context: Context
+    ) -> admin_pb2.ChangeAdapterResponse:
+        return self._changed(await self._host.adapters().unload(request.name))
+
+    def _changed(self, adapter: common_pb2.Adapter) -> admin_pb2.ChangeAdapterResponse:
+        change = admin_pb2.AdapterChange(worker_id=self._host.status().id, adapter=adapter)
+        return admin_pb2.ChangeAdapterResponse(workers=[change])

@@ -166,7 +166,10 @@ class DecodeMetrics(EngineMetrics):
             "kv_transfer_seconds", "Time from a prompt's first KV to its last.", LATENCY_BUCKETS, codec
         )
         self._exposed = histogram(
-            "handoff_exposed_seconds", "Time from a sequence's first token to its first decode step.", LATENCY_BUCKETS
+            "handoff_exposed_seconds",
+            "Time from a sequence's first token, or its computed prompt if the decoder samples that token, to its "
+            "first decode step.",
+            LATENCY_BUCKETS,
         )
         self._bytes = counter("kv_received_bytes_total", "Bytes of KV received, by codec and path.",
             {**codec, "path": ("socket", "shared")})  # fmt: skip

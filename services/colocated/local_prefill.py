@@ -157,7 +157,7 @@ class LocalPrefill:
                         prefills.metrics.computed((now - scheduled_ns) / 1e9)
                         tracing.current().past("prefill.compute", scheduled_ns, now)
                         self.stats.first_kv_ns = self.stats.last_kv_ns = now - self.stats.started_ns
-                        if first is not None or scores is not None:
+                        if first is not None or scores is not None or session.sequence.answer_start is not None:
                             self.stats.first_token_ns = time.monotonic_ns() - self.stats.started_ns
                             token = first_token_to_proto(first, scores, scheduled_ns, now)
                             token.prefill_queue_ns = queue_ns

@@ -13,6 +13,7 @@ from overfill.request.names import CODECS
 from overfill.settings.config import DecodeConfig
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import decode_pb2_grpc, registry_pb2
+from services.decode.adapters import WorkerAdapters
 from services.decode.servicer import DecodeServicer
 from services.hosting import OnReady, StageService, on_loop, run_worker_process, serve_stages
 from services.loading import load_half_of
@@ -43,8 +44,14 @@ def decode_stage(
     limits = TransferLimits(whole=config.max_transfer_time)
     writers = device_executor(_WRITERS, "kv-in", served.device)
     servicer = DecodeServicer(served, hello, peers, writers, CODECS[config.codec], metrics, limits)
+    if config.adapters is not None:
+        servicer.adapters = WorkerAdapters(
+            config.adapters, served, hello, servicer.send, lambda: servicer.host.notify()
+        )
     add = decode_pb2_grpc.add_DecodeServicer_to_server
-    return servicer, StageService(served, servicer, add, SERVICE, metrics, peers.close, servicer.on_drain)
+    return servicer, StageService(
+        served, servicer, add, SERVICE, metrics, peers.close, servicer.on_drain, servicer.adapters
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -174,7 +174,8 @@ class SequenceSession:
         self._received_ns = time.monotonic_ns()
         self._emitted = len(sequence.emitted)
         self._first_token: int | None = None
-        self._full_scores = decode_pb2.Tokens()  # the full model's part of the prompt's scores, and its times
+        # What came where the first token would: the full model's part of the prompt's scores, and the prefill's times.
+        self._of_prompt = decode_pb2.Tokens()
         self._pull: asyncio.Task[None] | None = None
         self._pulls = 0
         self._transfer: SharedTransfer | None = None  # while others may share the prompt, and its KV is awaited
@@ -188,6 +189,9 @@ class SequenceSession:
         self._wants_kv = False
         self._waiting = False  # True while the session's task waits for an item and handles none
         self._first_known_ns: int | None = None
+        # When the session knew that the prompt was computed; without a prefill of its own, when it first had blocks.
+        self._prompt_known_ns = self._received_ns
+        self._in_place_ns = self._received_ns
         self._first_step_ns: int | None = None
 
     @property
@@ -371,7 +375,8 @@ class SequenceSession:
 
     def _tell_reserved(self, has_prompt: bool) -> None:
         self._reserved = True
-        reservation_ns = time.monotonic_ns() - self._received_ns
+        self._prompt_known_ns = time.monotonic_ns()
+        reservation_ns = self._prompt_known_ns - self._received_ns
         self._metrics.reserved(reservation_ns / 1e9)
         tracing.current().past("decode.reservation", self._received_ns, self._received_ns + reservation_ns)
         # The pull begins first, because the first token waits for it and for nothing else.
@@ -479,6 +484,7 @@ class SequenceSession:
 
     def _begin(self) -> None:
         """Has the engine run the sequence, whose prompt's KV is in place."""
+        self._in_place_ns = time.monotonic_ns()
         self._handoff_unreported = True
         self._worker.send(Start(self.sequence.id, self._first_token))
 
@@ -544,12 +550,13 @@ class SequenceSession:
         if self._emitted or self._handoff is None:  # an earlier prefill of this session has sent it
             return None
         self._note_handoff()
-        if not tokens.ids:  # the decoder samples the first token, and scores the prompt's last ones
-            self._full_scores = tokens
-            return None
         stats = self._handoff.stats
+        known_ns = stats.started_ns + stats.first_token_ns
+        if not tokens.ids:  # the decoder samples the first token
+            self._of_prompt, self._prompt_known_ns = tokens, known_ns
+            return None
         emitted, finish = self.sequence.stop.judge(tokens.ids[0], 0)
-        self._first_known_ns = stats.started_ns + stats.first_token_ns
+        self._first_known_ns = known_ns
         self._span.event("first token")
         self._first_token = tokens.ids[0]
         if emitted:
@@ -557,7 +564,7 @@ class SequenceSession:
         else:
             del tokens.ids[:], tokens.logprobs[:]
         if emitted or tokens.HasField("prompt_logprobs"):
-            tokens.return_ns += time.monotonic_ns() - self._first_known_ns
+            tokens.return_ns += time.monotonic_ns() - known_ns
             tokens.so_far.CopyFrom(self._so_far())
             self._served.put(decode_pb2.SequenceUpdate(tokens=tokens))
         if finish is not None:
@@ -568,21 +575,25 @@ class SequenceSession:
         """Tells the router of a token of a decode step. Returns the reason if the answer ends with it."""
         if self._first_step_ns is None:
             self._first_step_ns = event.step_started_ns
-            if self._first_known_ns is not None:
-                self._metrics.exposed((self._first_step_ns - self._first_known_ns) / 1e9)
+            known_ns = self._first_known_ns if event.index else self._prompt_known_ns
+            if known_ns is not None:
+                self._metrics.exposed((self._first_step_ns - known_ns) / 1e9)
         token, scores = event.token, event.scores
         if token is not None:
             self._emitted = event.index + 1
-            if token.logprob is None and scores is None and not self._handoff_unreported:
+            if event.index and token.logprob is None and not self._handoff_unreported:
                 self._served.put_token(event.index, token.token_id)
                 return event.finish
         elif scores is None:
             return event.finish
         tokens = decode_pb2.Tokens() if token is None else tokens_to_proto(token, event.index)
-        if scores is not None:
-            tokens.MergeFrom(self._full_scores)
-            tokens.prompt_logprobs.MergeFrom(scores)
-        if self._handoff_unreported:
+        if not event.index:  # the decoder has sampled the first token
+            tokens.MergeFrom(self._of_prompt)
+            tokens.handoff_ns = max(0, self._in_place_ns - self._prompt_known_ns)
+            tokens.first_step_ns = time.monotonic_ns() - self._in_place_ns
+            if scores is not None:
+                tokens.prompt_logprobs.MergeFrom(scores)
+        if self._handoff_unreported or not event.index:
             self._handoff_unreported = False
             tokens.so_far.CopyFrom(self._so_far())
         self._served.put(decode_pb2.SequenceUpdate(tokens=tokens))
@@ -598,6 +609,7 @@ class SequenceSession:
             ),
             prefill_worker_id=self._prefill_worker,
             codec=self._codec,
+            adapter_digest=self.start.adapter_digest,
         )
         if self._first_step_ns is not None:
             so_far.decode_ns = time.monotonic_ns() - self._first_step_ns

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Protocol
 
 from overfill.engine.protocol import ServedHalf
 from overfill.engine.sequence import AdapterChanged, DecodeEvent, DecodeSequence, StepSampled, StopRule
-from overfill.errors import InvalidRequest, OverfillError, PromptTooLong
+from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, Unavailable
 from overfill.kv.cut_blocks import CutBlocks
 from overfill.kv.peers import PeerPool, PrefillPeer
 from overfill.kv.puller import LocalPuller
@@ -24,6 +24,7 @@ from overfill.rpc.worker import WorkerHost, check_start, fill_description, share
 from overfill.telemetry import tracing
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, registry_pb2
+from services.decode.adapters import WorkerAdapters
 from services.decode.sequence_session import Handoff, SequenceSession
 from services.decode.shared_transfers import SharedTransfers
 from services.hosting import EnginePort
@@ -54,6 +55,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         metrics: counts reservations, handoffs and ends.
         transfers, cut_blocks: see ``SequenceWorker``.
         own_prefills: the prefill stage of this worker; None without one.
+        adapters: the worker's adapters; None without any.
     """
 
     engine: EnginePort
@@ -82,6 +84,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         if served.ranks is None:
             self.cut_blocks = CutBlocks(served.store, served.kv, served.config.num_layers, executor)
         self.own_prefills: OwnPrefills | None = None
+        self.adapters: WorkerAdapters | None = None
         self._sessions: dict[str, SequenceSession] = {}
 
     @property
@@ -98,7 +101,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         for event in events:
             if isinstance(event, StepSampled):
                 self._on_step(event)
-            elif not isinstance(event, AdapterChanged) and (session := self._sessions.get(event.id)):
+            elif isinstance(event, AdapterChanged):
+                if self.adapters is not None:
+                    self.adapters.on_changed(event)
+            elif session := self._sessions.get(event.id):
                 session.take(event)
 
     def _on_step(self, step: StepSampled) -> None:
@@ -128,16 +134,28 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             emitted_tokens=len(start.emitted_token_ids),
         )
         check_start(start, self._hello, draining=self.host.draining)
-        sequence = await self._parse(start)
-        check_start(start, self._hello, draining=self.host.draining)  # again: compiling a grammar takes time
-        session = self._sessions[sequence.id] = SequenceSession(served, sequence, self)
-        try:
-            await session.run()
-        finally:
-            del self._sessions[sequence.id]
+        with self._use_adapter(start.adapter_digest) as slot:
+            sequence = await self._parse(start, slot)
+            check_start(start, self._hello, draining=self.host.draining)  # again: compiling a grammar takes time
+            session = self._sessions[sequence.id] = SequenceSession(served, sequence, self)
+            try:
+                await session.run()
+            finally:
+                del self._sessions[sequence.id]
 
-    async def _parse(self, start: decode_pb2.StartDecode) -> DecodeSequence:
-        """Returns the sequence that ``start`` asks for, as the engine takes it.
+    @contextmanager
+    def _use_adapter(self, digest: str) -> Iterator[int | None]:
+        """Yields the slot of an adapter, which is kept for the sequence; None for no digest. Raises Unavailable."""
+        if not digest:
+            yield None
+        elif self.adapters is None:
+            raise Unavailable(f"{self._hello.worker_id} has no adapters")
+        else:
+            with self.adapters.use(digest) as slot:
+                yield slot
+
+    async def _parse(self, start: decode_pb2.StartDecode, adapter: int | None) -> DecodeSequence:
+        """Returns the sequence that ``start`` asks for, as the engine takes it. ``adapter``: slot of its adapter.
 
         Raises:
             InvalidRequest: a field is out of range, or the grammar is not supported.
@@ -160,6 +178,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             cache_namespace=namespace,
             prompt_blocks=await self._hasher.blocks_of(prompt[:shared], namespace),
             answer_start=shared if own else None,
+            adapter=adapter,
             scores=None if start.emitted_token_ids else scores,
         )
 

@@ -76,6 +76,7 @@ class Lease:
         self.ranks = served.ranks
         self.released = False  # True once the decode worker needs no more KV
         self.scheduled_ns = 0
+        self.tells_times = start.HasField("answer_start")  # the decoder samples the first token
         self.trace = kv_pb2.PrefillTrace()
 
     def on_event(self, event: PrefillEvent) -> None:
@@ -371,7 +372,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                 self._metrics.computed((now - lease.scheduled_ns) / 1e9)
                 tracing.current().past("prefill.compute", lease.scheduled_ns, now)
                 lease.trace.first_token_sent_ns = time.monotonic_ns() - lease.scheduled_ns
-                if first is not None or scores is not None:
+                if first is not None or scores is not None or lease.tells_times:
                     response.first_token.CopyFrom(first_token_to_proto(first, scores, lease.scheduled_ns, now))
             case SequenceFailed():
                 event.raise_for("prefill")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,37 +13,10 @@ from sampled_reference import ReferenceAnswer, Request, SampledReference, assert
 from transformers.cache_utils import DynamicCache
 
 from overfill.engine.sequence import AdapterChanged, ChangeAdapter, DecodeSequence, Reserve, StopRule
-from overfill.model.adapter import AdapterRecord, LoraAdapter, LowRank, Projection
-from overfill.model.config import ModelConfig
+from overfill.model.adapter import LoraAdapter
 from overfill.model.processors import new_processor, process
 from overfill.model.sampling import sample
 from overfill.pair.reference import _forward
-
-
-def random_adapter(config: ModelConfig, seed: int, rank: int = 4, only: Sequence[Projection] = ()) -> LoraAdapter:
-    """An adapter that changes nearly every token; of all projections by default."""
-    hidden, wide = config.hidden_size, config.intermediate_size
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[Projection, tuple[int, int]] = {
-        "q_proj": (hidden, heads),
-        "k_proj": (hidden, kv),
-        "v_proj": (hidden, kv),
-        "o_proj": (heads, hidden),
-        "gate_proj": (hidden, wide),
-        "up_proj": (hidden, wide),
-        "down_proj": (wide, hidden),
-    }
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
-
-    products = {
-        (layer, projection): LowRank(noise(rank, shapes[projection][0]), noise(shapes[projection][1], rank))
-        for layer in range(config.num_layers)
-        for projection in only or shapes
-    }
-    return LoraAdapter(AdapterRecord(f"task-{seed}", f"{seed:064x}", "", rank), products)
 
 
 @dataclass(frozen=True)

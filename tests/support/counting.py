@@ -20,10 +20,11 @@ class CountingRunner:
         steps: new tokens and the position of the first of them, by step and sequence.
         fail_next: error that the next step raises, once.
         spoilt: rows of logits that hold one number, by their index in each step.
-        max_scored: as of every runner.
+        max_scored, mixes_lengths: as of every runner.
     """
 
     max_scored = 6
+    mixes_lengths = False
 
     def __init__(self, num_layers: int = 2, block_size: int = 4) -> None:
         self.device = torch.device("cpu")

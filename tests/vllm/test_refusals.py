@@ -56,15 +56,14 @@ def test_settings_that_do_not_fit(vllm_pair: Path, options: dict[str, Any], word
     assert words in str(raised.value)
 
 
-def test_the_full_model_takes_no_adapters(vllm_pair: Path) -> None:
-    with pytest.raises(InvalidRequest, match="max_adapters: 2: the full model takes no adapters; give 0"):
-        load_engine("vllm", Pair.load(vllm_pair), "full", replace(OPTIONS, max_adapters=2))
-
-
 @pytest.mark.filterwarnings("ignore")  # vLLM's own
-def test_too_little_memory_is_explained(vllm_pair: Path) -> None:
-    with pytest.raises(NotEnoughMemory, match="--kv-memory"):
-        load_engine("vllm", Pair.load(vllm_pair), "decoder", replace(OPTIONS, kv_memory=1 << 12, max_model_len=512))
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [({"kv_memory": 1 << 12, "max_model_len": 512}, "--kv-memory"), ({"max_adapters": 1 << 20}, "--max-adapters")],
+)
+def test_too_little_memory_is_explained(vllm_pair: Path, options: dict[str, Any], advice: str) -> None:
+    with pytest.raises(NotEnoughMemory, match=advice):
+        load_engine("vllm", Pair.load(vllm_pair), "decoder", replace(OPTIONS, **options))
 
 
 @pytest.mark.filterwarnings("ignore")  # vLLM's own

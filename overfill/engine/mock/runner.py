@@ -24,6 +24,7 @@ class MockRunner:
 
     device = None
     max_scored = 0  # there are no logits
+    mixes_lengths = True
 
     def __init__(
         self, half: Half, cache: MockKvStore, options: MockOptions, adapters: MockAdapterSlots | None = None

@@ -25,19 +25,19 @@ from overfill.engine.protocol import EngineOptions
 from overfill.engine.vllm.internals import LoRARequest, VllmCore
 from overfill.errors import InternalError, InvalidRequest
 from overfill.model.adapter import LoraAdapter, Projection
+from overfill.model.config import ModelConfig
+from overfill.model.lora import check_fits
 
 _RANKS: tuple[int, ...] = get_args(MaxLoRARanks)
 """Ranks that vLLM has buffers for."""
 
 
 def lora_arguments(options: EngineOptions) -> dict[str, Any]:
-    """vLLM's arguments for ``options.max_adapters`` slots; none for 0.
+    """vLLM's arguments for ``options.max_adapters`` slots.
 
     Raises:
         InvalidRequest: vLLM has no buffers for adapters of ``options.max_adapter_rank``.
     """
-    if not options.max_adapters:
-        return {}
     rank = next((rank for rank in _RANKS if rank >= options.max_adapter_rank), None)
     if rank is None:
         raise InvalidRequest(
@@ -60,7 +60,8 @@ def _num_spare(options: EngineOptions) -> int:
 class VllmAdapters:
     """The slots of a loaded decoder; an ``AdapterSlots``."""
 
-    def __init__(self, vllm: VllmCore, options: EngineOptions) -> None:
+    def __init__(self, vllm: VllmCore, config: ModelConfig, options: EngineOptions) -> None:
+        self._config = config
         self.num_slots = options.max_adapters
         self.max_rank = options.max_adapter_rank
         # vLLM also keeps each adapter in host memory, on CPUs beside its buffers.
@@ -72,11 +73,8 @@ class VllmAdapters:
 
     def stage(self, slot: int, adapter: LoraAdapter) -> None:
         """As ``AdapterSlots.stage``."""
+        check_fits(adapter, self._config, self.max_rank)
         rank = max((product.down.shape[0] for product in adapter.products.values()), default=1)
-        if rank > self.max_rank:
-            raise InvalidRequest(
-                "name", f"{adapter.record.name} has rank {rank}; the slots have space for rank {self.max_rank}"
-            )
         folder = self._path(slot)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -109,9 +107,9 @@ class VllmAdapters:
             raise InternalError(f"vLLM does not take the adapter {adapter.record.name}: {refusal}")
         self._requests[slot] = request
 
-    def request(self, slot: int) -> LoRARequest:
-        """What a request that uses the slot's adapter carries."""
-        return self._requests[slot]
+    def request(self, slot: int) -> LoRARequest | None:
+        """What a request that uses the slot's adapter carries; None for an empty slot."""
+        return self._requests.get(slot)
 
     def close(self) -> None:
         """Removes what was staged."""

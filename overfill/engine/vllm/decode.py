@@ -38,7 +38,7 @@ from overfill.engine.sequence import (
 from overfill.engine.vllm.adapters import VllmAdapters
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.hashes import block_hasher
-from overfill.engine.vllm.internals import LoRARequest, VllmCore
+from overfill.engine.vllm.internals import VllmCore
 from overfill.engine.vllm.ranks.steps import RankStep
 from overfill.engine.work import Sampled, always_plain
 from overfill.errors import InternalError
@@ -173,6 +173,11 @@ class VllmDecodeEngine(VllmEngine):
         return self._plan.num_tokens
 
     def _reserve(self, sequence: DecodeSequence) -> Refused | None:
+        adapter = None
+        if sequence.adapter is not None:
+            adapter = None if self._adapters is None else self._adapters.request(sequence.adapter)
+            if adapter is None:
+                return self._refuse(sequence.id, "adapter", f"slot {sequence.adapter} has no adapter")
         if len(self._sequences) >= self._max_num_seqs:
             reason = f"{len(self._sequences)} sequences, this worker's maximum"
             return self._refuse(sequence.id, "sequences", reason)
@@ -185,7 +190,7 @@ class VllmDecodeEngine(VllmEngine):
             block_hasher(sequence.prompt_blocks, self._num_shared(sequence), self._vllm.block_size),
             always_plain(sequence),
             self._row(sequence),
-            self._adapter(sequence),
+            adapter,
         )
         needed = self._blocks_for(sequence.num_tokens + 1)
         kept, free = self._num_growing(), self._vllm.num_free
@@ -225,15 +230,12 @@ class VllmDecodeEngine(VllmEngine):
         """
         return (sequence.num_shared - (sequence.answer_start is None)) // self._vllm.block_size
 
-    def _adapter(self, sequence: DecodeSequence) -> LoRARequest | None:
-        return None if self._adapters is None or sequence.adapter is None else self._adapters.request(sequence.adapter)
-
     def _change_adapter(self, slot: int, adapter: LoraAdapter | None) -> Exception | None:
         """Changes a slot's adapter. Returns why it does not."""
         if self._adapters is None:
             return InternalError("this engine has no slots for adapters")
-        if users := [sequence.id for sequence in self._sequences.values() if sequence.adapter == slot]:
-            return InternalError(f"{len(users)} sequences use the adapter in slot {slot}")
+        if users := sum(sequence.adapter == slot for sequence in self._sequences.values()):
+            return InternalError(f"{users} sequences use the adapter in slot {slot}")
         try:
             self._adapters.change(slot, adapter)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""What the two vLLM engine cores have in common: their hooks' defaults, their sampling and their load."""
+"""What the two vLLM engine cores have in common: their sampling and their load."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from overfill.engine.sequence import SequenceFailed
-from overfill.engine.vllm.hooks import hub
+from overfill.engine.vllm.hooks import Hooks, hub
 from overfill.engine.vllm.internals import VllmCore
-from overfill.engine.vllm.ranks.steps import RankExtras, RankStep, RowSpec
+from overfill.engine.vllm.ranks.steps import RankExtras, RowSpec
 from overfill.engine.vllm.sampler import StepSampler
 from overfill.engine.work import Sampled
 from overfill.telemetry.metrics import EngineMetrics
@@ -23,7 +23,7 @@ _RECOUNT = 10.0
 """Seconds between counts of cached and leaked blocks while the engine is busy: a count looks at every block in use."""
 
 
-class VllmEngine:
+class VllmEngine(Hooks):
     """A vLLM engine whose requests are OverFill's sequences, by id. Subclasses are engine cores.
 
     Attributes:
@@ -101,38 +101,10 @@ class VllmEngine:
             self._leaked = self._num_used - owned
             self._counted = now
 
-    # Hooks, as in ``hooks.Hooks``
-
-    def tokens_to_load(self, request_id: str, held: int) -> int:
-        return 0
-
-    def allocated(self, request_id: str) -> None:
-        pass
+    # Hooks
 
     def scheduled(self, num_tokens: Mapping[str, int], preempted: Collection[str]) -> None:
         self.step_shape = (len(num_tokens), sum(num_tokens.values()))
-
-    def layer_started(self, layer: int) -> None:
-        pass
-
-    def layer_written(self) -> None:
-        pass
-
-    def ending(self, request_id: str) -> bool:
-        return False
-
-    def blocks_stored(self, hashes: Iterable[int]) -> None:
-        pass
-
-    def blocks_removed(self, hashes: Iterable[int]) -> None:
-        pass
-
-    def row_added(self, id: str, spec: RowSpec | None, prompt: Sequence[int], output: Sequence[int]) -> None:
-        pass
-
-    def step_of_ranks(self) -> RankStep:
-        """The planned step as ranks are told; called with several ranks only."""
-        raise NotImplementedError
 
     def sampled_by_ranks(self, extras: RankExtras) -> None:
         self._sampler.details |= extras.details

@@ -44,6 +44,8 @@ from overfill.errors import InvalidRequest
 from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import root_key
 from overfill.kv.spec import DTypeName
+from overfill.kv.tensors import TORCH_DTYPES
+from overfill.model.lora import slot_bytes
 from overfill.model.manifest import Half, Pair
 from overfill.model.processors import new_processor
 from overfill.request.grammar import Grammars
@@ -61,7 +63,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         NotEnoughMemory: vLLM cannot hold the weights or the KV cache.
         UnsupportedModel: vLLM refuses the checkpoint, or keeps KV in a way that cannot be handed over.
     """
-    _check(half, options)
+    _check(options)
     # Here and not in the engine's thread, because vLLM loads and warms up in this one. Later it replaces the function.
     use_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
@@ -74,7 +76,10 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     spec = config.kv_spec(dtype)
     refusals = Refusals(pair.path(half), half, options, spec)
     arguments = _arguments(str(pair.path(half)), half, options, dtype, config.longest(options.max_model_len))
-    arguments |= lora_arguments(options)
+    has_adapters = half == "decoder" and options.max_adapters > 0
+    if has_adapters:
+        arguments |= lora_arguments(options)
+        refusals.check_adapters(slot_bytes(config, arguments["max_lora_rank"], TORCH_DTYPES[dtype]))
     extra = {"kv": spec, "by_layer": half == "full"}
     tokenizer = (pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids)
     group = None
@@ -96,14 +101,15 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         vllm = VllmCore(vllm_config)
         if group is not None:
             group.join(vllm, spec)
-        adapters = VllmAdapters(vllm, options) if options.max_adapters else None
+        adapters = VllmAdapters(vllm, config, options) if has_adapters else None
     except Exception as error:
         if group is not None and (told := group.failure()) is not None:
             raise told from error
         raise refusals.explain(error, vllm_config) from error
     log.info("%s on vLLM: %d KV blocks of %d tokens", half, vllm.num_blocks, vllm.block_size)
     if adapters is not None:
-        log.info("%d slots for adapters, %.1f MiB each", adapters.num_slots, adapters.slot_bytes / (1 << 20))
+        size = adapters.slot_bytes / (1 << 20)
+        log.info("%d slots for adapters up to rank %d, %.1f MiB each", adapters.num_slots, adapters.max_rank, size)
     journal = KeyJournal()
     served = ServedHalf(
         engine_version=str(release),
@@ -175,9 +181,7 @@ def _arguments(folder: str, half: Half, options: EngineOptions, dtype: DTypeName
     return arguments
 
 
-def _check(half: Half, options: EngineOptions) -> None:
-    if half == "full" and options.max_adapters:
-        raise InvalidRequest("max_adapters", f"{options.max_adapters}: the full model takes no adapters; give 0")
+def _check(options: EngineOptions) -> None:
     if options.kv_cache_dtype != "auto":
         raise InvalidRequest(
             "kv_cache_dtype", f"{options.kv_cache_dtype} needs --engine overfill; vLLM stores KV as auto"

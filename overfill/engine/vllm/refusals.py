@@ -35,6 +35,7 @@ class Refusals:
         self._engine_args = options.engine_args
         self._ranks = options.tensor_parallel_size
         self._token_bytes = spec.token_bytes // min(self._ranks, spec.num_kv_heads)
+        self._max_adapters, self._max_adapter_rank = options.max_adapters, options.max_adapter_rank
         self._longest = options.max_model_len or 1
         self.look_at_memory(options.compute_device)
 
@@ -52,6 +53,15 @@ class Refusals:
             raise NotEnoughMemory(
                 f"the KV of {self._longest} tokens of the {self._half} model takes {needed} bytes{each}, in blocks of "
                 f"{block} tokens; the KV cache has {kv_memory}; give another --kv-memory or --max-model-len"
+            )
+
+    def check_adapters(self, slot_bytes: int) -> None:
+        """Raises NotEnoughMemory if the adapters' slots, of ``slot_bytes`` each, do not fit beside each other."""
+        needed = self._max_adapters * slot_bytes // self._ranks
+        if needed > self._free:
+            raise NotEnoughMemory(
+                f"{self._max_adapters} adapters of rank {self._max_adapter_rank} need {needed >> 20} MiB, more than "
+                f"the {self._free >> 20} MiB that are free; give a smaller --max-adapters or --max-adapter-rank"
             )
 
     def explain(self, error: Exception, config: Any = None) -> OverfillError:

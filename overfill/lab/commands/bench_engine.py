@@ -57,6 +57,14 @@ def _common_options(command: _F) -> _F:
     show_default=True,
     help="KV cache of the decoder. With int8, --pair identity also gets a decoder of its own.",
 )
+@click.option(
+    "--adapters",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Also measure the decoder with this many adapters, which the sequences have in turn.",
+)
+@click.option("--adapter-rank", type=click.IntRange(1), default=16, show_default=True, help="Rank of each adapter.")
 @option_errors()
 def decode_command(
     pair: str,
@@ -72,6 +80,8 @@ def decode_command(
     steps: int,
     quantize: Quantization | None,
     kv_cache_dtype: KvCacheDtype,
+    adapters: int,
+    adapter_rank: int,
 ) -> None:
     """Measure decode: tokens per second of the full model and of the decoder, at each batch size.
 
@@ -83,7 +93,9 @@ def decode_command(
 
     def measure(report: Report) -> Iterator[Row]:
         settings = _settings(pair, vllm, install_vllm, dtype, threads, device, BenchPlan(rounds, steps), report)
-        settings = replace(settings, quantize=quantize, kv_cache_dtype=kv_cache_dtype)
+        settings = replace(
+            settings, quantize=quantize, kv_cache_dtype=kv_cache_dtype, adapters=adapters, adapter_rank=adapter_rank
+        )
         return bench_decode(settings, batches, context, report)
 
     _print(measure, as_json)

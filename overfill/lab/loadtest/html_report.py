@@ -28,7 +28,7 @@ _BINS = 40
 _MIN_PER_BIN = 5
 _GROUPS = 10
 """Number of groups, by time to first token, in the plot of its parts."""
-_COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#9c9c9c")
+_COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#9c9c9c")
 _DUE = "when the request was to be sent, seconds since the start"
 _LINES = {50: "#1b9e77", 90: "#d95f02", 99: "#7570b3"}
 

@@ -50,8 +50,8 @@ class Batch(Structure):
         *((name, c_int64) for name in ("tokens", "sequences", "tables", "table_width", "num_logits", "block_size")),
         *((name, c_int64) for name in ("slots_in_cache", "threads")),
         *((name, c_void_p) for name in ("token_ids", "positions", "slots", "query_lens", "context_lens")),
-        *((name, c_void_p) for name in ("block_tables", "table_rows", "logits_indices", "k_cache", "v_cache")),
-        *((name, c_void_p) for name in ("k_scales", "v_scales", "logits", "best")),
+        *((name, c_void_p) for name in ("block_tables", "table_rows", "logits_indices", "adapters")),
+        *((name, c_void_p) for name in ("k_cache", "v_cache", "k_scales", "v_scales", "logits", "best")),
     ]
 
 
@@ -109,6 +109,12 @@ def _library() -> ctypes.CDLL:
     library.ovf_set_matrix.argtypes = [c_void_p, c_int64, c_int, c_void_p, c_void_p]
     library.ovf_set_vector.restype = None
     library.ovf_set_vector.argtypes = [c_void_p, c_int64, c_int, c_void_p, c_int64]
+    library.ovf_allocate_adapters.restype = c_int
+    library.ovf_allocate_adapters.argtypes = [c_void_p, c_int64, c_int64]
+    library.ovf_clear_adapter.restype = None
+    library.ovf_clear_adapter.argtypes = [c_void_p, c_int64]
+    library.ovf_set_low_rank.restype = None
+    library.ovf_set_low_rank.argtypes = [c_void_p, *[c_int64] * 5, c_void_p, c_void_p]
     library.ovf_forward.restype = c_char_p
     library.ovf_forward.argtypes = [c_void_p, POINTER(Batch), Hook]
     library.ovf_draw.restype = None

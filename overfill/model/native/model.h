@@ -1,13 +1,11 @@
 // A model's weights in the kernels' layout, and the scratch memory of a step.
 #pragma once
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <vector>
 
+#include "adapters.h"
 #include "attention.h"
 #include "pool.h"
 #include "span_amx.h"
@@ -31,6 +29,7 @@ struct OvfBatch {
     const int64_t *query_lens, *context_lens, *block_tables;   // [sequences], [sequences], [tables, table_width]
     const int64_t* table_rows;                                 // [sequences], rows of block_tables; null means 0, 1, ...
     const int64_t* logits_indices;                                // [num_logits]
+    const int64_t* adapters;                                   // [tokens], slot or -1; null if no token has an adapter
     void *k_cache, *v_cache;                                   // [layers, slots, kv_heads, head_dim], bf16 or int8
     float *k_scales, *v_scales;                                // [layers, slots, kv_heads]; null if the cache is bf16
     float* logits;                                             // [num_logits, vocab], output, or null
@@ -46,31 +45,6 @@ typedef int (*OvfHook)(int64_t layer, int64_t written);
 }
 
 namespace ovf {
-
-// Memory for arrays that live as long as the arena. It is one mapping in huge pages, if the system has them, because a
-// step reads all of it and would otherwise miss the TLB every 4 KiB.
-class Arena {
-  public:
-    explicit Arena(size_t bytes) : size_(round_up(bytes + 64, 1 << 21)) {
-        base_ = static_cast<char*>(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-        if (base_ == MAP_FAILED) throw std::bad_alloc();
-        madvise(base_, size_, MADV_HUGEPAGE);
-    }
-    Arena(const Arena&) = delete;
-    ~Arena() { munmap(base_, size_); }
-
-    template <class T>
-    T* allocate(size_t count) {
-        char* start = base_ + used_;
-        used_ += round_up(count * sizeof(T), 64);
-        return reinterpret_cast<T*>(start);
-    }
-    static size_t rounded(size_t bytes) { return round_up(bytes, 64); }
-
-  private:
-    char* base_;
-    size_t size_, used_ = 0;
-};
 
 struct Layer {
     Matrix qkv, o, gate_up, down;
@@ -96,6 +70,7 @@ struct Workspace {
     size_t tokens = 0, num_logits = 0, scratch_bytes = 0, packed_elements = 0, partial_count = 0;
     int threads = 0;
     size_t normed_stride = 0, attended_stride = 0, gated_stride = 0, hidden_stride = 0, qkv_stride = 0;
+    size_t lowered_stride = 0, plain_stride = 0;
     float *hidden, *qkv, *attention, *gated_wide, *scales, *partials, *logit_scales;
     uint16_t *normed, *attended, *gated, *last;
     bf16 *q, *packed;
@@ -104,10 +79,13 @@ struct Workspace {
     __m512* best;        // [threads][num_logits], best logits; lane i has every sixteenth token
     __m512i* best_ids;   // [threads][num_logits]
     uint8_t* broken;     // [threads][num_logits]
+    bf16* lowered;       // [tokens][lowered_stride], sums of the adapters' products
+    uint16_t* plain;     // [tokens][plain_stride], operands in bfloat16 of a quantised model, for its adapters
     std::vector<SpanItem> spans;
     std::vector<size_t> span_start;  // [tokens + 1], index of each row's first span
     std::vector<TileItem> pack_items, tile_items;
     std::vector<size_t> packed_at;  // [sequences], offset of each sequence in `packed`
+    Groups groups, last_groups;     // all rows, and those that the last layer computes
 };
 
 struct Model {
@@ -121,6 +99,7 @@ struct Model {
     const int32_t* order = nullptr;   // [vocab], token of each row of head, then tail_left; null if in id order
     const float *cos = nullptr, *sin = nullptr;  // [max_positions, head_dim / 2]
     std::unique_ptr<Arena> arena;
+    Adapters adapters;
     Workspace work;
     Pool pool;
     std::mutex busy;

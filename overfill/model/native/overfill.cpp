@@ -121,6 +121,30 @@ void ovf_set_vector(void* handle, int64_t index, int kind, const float* data, in
     *fields[kind] = out;
 }
 
+// Allocates slots for adapters up to `rank`; returns 0 if memory does not suffice. Called before the first step with one.
+int ovf_allocate_adapters(void* handle, int64_t slots, int64_t rank) {
+    Model& m = *static_cast<Model*>(handle);
+    const OvfShape& s = m.shape;
+    std::lock_guard<std::mutex> alone(m.busy);
+    try {
+        m.adapters.allocate(slots, rank, s.layers, s.hidden, s.heads * s.head_dim, s.kv_heads * s.head_dim, s.intermediate);
+    } catch (const std::bad_alloc&) {
+        return 0;
+    }
+    m.work.tokens = 0;  // the next step allocates scratch that has room for adapters
+    return 1;
+}
+
+// Empties a slot that no step uses.
+void ovf_clear_adapter(void* handle, int64_t slot) { static_cast<Model*>(handle)->adapters.clear(slot); }
+
+// Copies a product into a slot that no step uses: down [rank, in] and up [out, rank], bf16. Projections are counted as
+// in `PROJECTIONS`. Steps may run meanwhile.
+void ovf_set_low_rank(void* handle, int64_t slot, int64_t layer, int64_t projection, int64_t rank, int64_t columns,
+                      const uint16_t* down, const uint16_t* up) {
+    static_cast<Model*>(handle)->adapters.set(slot, layer, projection, rank, columns, down, up);
+}
+
 // Runs one forward pass. Returns null on success, "" if the hook aborted it, otherwise what is wrong with the batch.
 const char* ovf_forward(void* handle, const OvfBatch* batch, OvfHook hook) {
     Model& m = *static_cast<Model*>(handle);
@@ -132,6 +156,7 @@ const char* ovf_forward(void* handle, const OvfBatch* batch, OvfHook hook) {
         allocate_scratch(m, batch->tokens, batch->num_logits, threads);
         plan_attention(m, *batch, threads);
         Step step(m, *batch, hook);
+        step.plan_groups();
         m.pool.run(threads, step);
         return step.aborted() ? "" : nullptr;
     } catch (const std::bad_alloc&) {

@@ -27,6 +27,8 @@ inline const char* fault_of(const Model& m, const OvfBatch& b) {
     for (int64_t i = 0; i < b.tokens; ++i) {
         if (b.token_ids[i] < 0 || b.token_ids[i] >= m.shape.vocab) return "a token id is outside the vocabulary";
         if (b.positions[i] < 0 || b.positions[i] >= m.shape.max_positions) return "a position is beyond the context";
+        if (b.adapters && (b.adapters[i] < -1 || b.adapters[i] >= static_cast<int64_t>(m.adapters.slots)))
+            return "a token's adapter slot does not exist";
         if (b.slots[i] < 0 || b.slots[i] >= b.slots_in_cache) return "a slot is not in the cache";
     }
     for (int64_t i = 0; i < b.num_logits; ++i)
@@ -100,6 +102,8 @@ inline void allocate_scratch(Model& m, size_t tokens, size_t num_logits, int thr
     w.hidden_stride = round_up(m.shape.hidden, PANEL);
     w.normed_stride = round_up(m.shape.hidden, ROW_UNIT), w.attended_stride = round_up(attended, ROW_UNIT);
     w.gated_stride = round_up(gated, ROW_UNIT);
+    w.lowered_stride = m.adapters.slots ? 3 * m.adapters.units * RANK_UNIT : 0;
+    w.plain_stride = m.adapters.slots && m.quantised() ? std::max({w.normed_stride, w.attended_stride, w.gated_stride}) : 0;
     w.qkv_stride = round_up(std::max(attended + 2 * s.kv_heads * s.dim, w.normed_stride), 16);
     for (int pass = 0; pass < 2; ++pass) {  // the first pass counts bytes
         size_t bytes = 0;
@@ -125,6 +129,7 @@ inline void allocate_scratch(Model& m, size_t tokens, size_t num_logits, int thr
         allocate(w.tiles, threads), allocate(w.span_scratch, threads);
         allocate(w.best, threads * num_logits), allocate(w.best_ids, threads * num_logits);
         allocate(w.broken, threads * num_logits);
+        allocate(w.lowered, tokens * w.lowered_stride), allocate(w.plain, tokens * w.plain_stride);
         w.scratch_bytes = bytes;
     }
     w.tokens = tokens, w.num_logits = num_logits, w.threads = threads;

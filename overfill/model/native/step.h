@@ -16,9 +16,18 @@ class Step {
           b_(batch),
           hook_(hook),
           w_(model.work),
+          adapters_(batch.adapters),
           span_(batch.k_scales ? span_int8_function(model.attention) : span_function(model.attention)) {}
 
     bool aborted() const { return aborted_; }
+
+    // Groups the rows that have an adapter. Called once, before the threads start.
+    void plan_groups() {
+        w_.groups.groups.clear(), w_.last_groups.groups.clear();
+        if (!adapters_) return;
+        w_.groups.plan(b_.tokens, [&](size_t i) { return adapters_[i]; });
+        w_.last_groups.plan(last_rows_.count, [&](size_t i) { return adapters_[last_rows_[i]]; });
+    }
 
     void operator()(int thread, int threads) {
         const size_t first = b_.tokens * thread / threads, last = b_.tokens * (thread + 1) / threads;
@@ -29,7 +38,8 @@ class Step {
             for (size_t row = first; row < last; ++row) normalise(row, row, layer.input_norm, w_.normed, w_.scales);
             m_.pool.barrier.wait();
             if (aborted_) return;
-            project(layer, thread, threads);
+            lower_operands(i, FUSED_QKV, w_.groups, w_.normed, w_.normed_stride, thread, threads);
+            project(layer, i, thread, threads);
             m_.pool.barrier.wait();
             const KvLayer kv = cache(i);
             for (size_t row = first; row < last; ++row) rotate(layer, kv, row);
@@ -42,7 +52,7 @@ class Step {
             attend(kv, thread);
             m_.pool.barrier.wait();
             if (aborted_) return;
-            finish_layer(layer, rows, thread, threads);
+            finish_layer(layer, i, rows, thread, threads);
         }
         if (b_.num_logits) predict(thread, threads);
     }
@@ -64,24 +74,53 @@ class Step {
     }
 
     // Computes the output projection and the MLP. Operand i belongs to rows[i].
-    void finish_layer(const Layer& layer, const Rows& rows, int thread, int threads) {
+    void finish_layer(const Layer& layer, size_t index, const Rows& rows, int thread, int threads) {
+        const Groups& groups = rows.list ? w_.last_groups : w_.groups;
         const size_t first = rows.count * thread / threads, last = rows.count * (thread + 1) / threads;
         for (size_t i = first; i < last; ++i) collect(rows[i], i);
         m_.pool.barrier.wait();
-        add_to_hidden(layer.o, layer.o_bias, w_.attended, w_.attended_stride, rows, thread, threads);
+        lower_operands(index, FUSED_O, groups, w_.attended, w_.attended_stride, thread, threads);
+        add_to_hidden(layer.o, layer.o_bias, index, FUSED_O, w_.attended, w_.attended_stride, rows, thread, threads);
         m_.pool.barrier.wait();
         for (size_t i = first; i < last; ++i) normalise(rows[i], i, layer.post_norm, w_.normed, w_.scales);
         m_.pool.barrier.wait();
-        gate(layer, rows.count, thread, threads);
+        lower_operands(index, FUSED_GATE_UP, groups, w_.normed, w_.normed_stride, thread, threads);
+        gate(layer, index, rows, thread, threads);
         m_.pool.barrier.wait();
         if (m_.quantised()) {
             for (size_t i = first; i < last; ++i)
-                store_operand(w_.gated_wide + i * m_.shape.intermediate, m_.shape.intermediate, operand_,
-                              w_.gated + i * w_.gated_stride, w_.scales + i);
+                store(w_.gated_wide + i * m_.shape.intermediate, m_.shape.intermediate, i, w_.gated + i * w_.gated_stride,
+                      w_.scales);
             m_.pool.barrier.wait();
         }
-        add_to_hidden(layer.down, layer.down_bias, w_.gated, w_.gated_stride, rows, thread, threads);
+        lower_operands(index, FUSED_DOWN, groups, w_.gated, w_.gated_stride, thread, threads);
+        add_to_hidden(layer.down, layer.down_bias, index, FUSED_DOWN, w_.gated, w_.gated_stride, rows, thread, threads);
         m_.pool.barrier.wait();
+    }
+
+    // Stores x [n] as row `to` of an operand, and of the operands of a quantised model's adapters.
+    void store(const float* x, size_t n, size_t to, uint16_t* out, float* scales) {
+        store_operand(x, n, operand_, out, scales + to);
+        if (adapters_ && m_.quantised()) store_operand(x, n, Operand::BF16, w_.plain + to * w_.plain_stride, nullptr);
+    }
+
+    // Computes the sums of the adapters' products for the operands of a matrix, and waits for all threads.
+    void lower_operands(size_t layer, Fused fused, const Groups& groups, const uint16_t* x, size_t stride, int thread,
+                        int threads) {
+        if (groups.groups.empty()) return;
+        if (m_.quantised()) x = w_.plain, stride = w_.plain_stride;
+        lower(m_.adapters, layer, fused, groups, x, stride, w_.lowered, w_.lowered_stride, thread, threads);
+        m_.pool.barrier.wait();
+    }
+
+    // Adds what row `row`, which is operand `i`, gains from its adapter in a panel of a matrix.
+    inline __attribute__((always_inline)) void add_adapter(size_t layer, Fused fused, size_t row, size_t i, size_t p,
+                                                           __m512& low, __m512& high) const {
+        if (!adapters_ || adapters_[row] < 0) return;
+        alignas(64) float sums[PANEL];
+        _mm512_store_ps(sums, low), _mm512_store_ps(sums + 16, high);
+        raise(m_.adapters, layer, fused, adapters_[row], w_.lowered + i * w_.lowered_stride, p, sums);
+        low = _mm512_load_ps(sums), high = _mm512_load_ps(sums + 16);
     }
 
     void call_hook(size_t layer, int64_t written) {
@@ -130,10 +169,10 @@ class Step {
             const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), factor);
             _mm512_mask_storeu_ps(normed + i, mask, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, weight + i)));
         }
-        store_operand(normed, n, operand_, out + to * w_.normed_stride, scales + to);
+        store(normed, n, to, out + to * w_.normed_stride, scales);
     }
 
-    void project(const Layer& layer, int thread, int threads) {
+    void project(const Layer& layer, size_t index, int thread, int threads) {
         const size_t rows = layer.qkv.rows;
         const float* bias = layer.qkv_bias;
         multiply(layer.qkv, {w_.normed, w_.scales, w_.normed_stride, amx_}, b_.tokens, thread, threads,
@@ -142,6 +181,7 @@ class Step {
                          low = _mm512_add_ps(low, _mm512_loadu_ps(bias + p * PANEL));
                          high = _mm512_add_ps(high, _mm512_loadu_ps(bias + p * PANEL + 16));
                      }
+                     add_adapter(index, FUSED_QKV, row, row, p, low, high);
                      store(w_.qkv + row * w_.qkv_stride, rows, p, low, high);
                  });
     }
@@ -260,11 +300,11 @@ class Step {
         const size_t n = s.heads * s.dim, start = w_.span_start[row], count = w_.span_start[row + 1] - start;
         float* x = w_.attention + row * n;
         if (count) join_spans(s, w_.partials + start * s.heads * s.partial(), count, x);
-        store_operand(x, n, operand_, w_.attended + to * w_.attended_stride, w_.scales + to);
+        store(x, n, to, w_.attended + to * w_.attended_stride, w_.scales);
     }
 
-    void add_to_hidden(const Matrix& matrix, const float* bias, const uint16_t* data, size_t stride, const Rows& rows,
-                       int thread, int threads) {
+    void add_to_hidden(const Matrix& matrix, const float* bias, size_t index, Fused fused, const uint16_t* data,
+                       size_t stride, const Rows& rows, int thread, int threads) {
         multiply(matrix, {data, w_.scales, stride, amx_}, rows.count, thread, threads,
                  [&](size_t i, size_t p, __m512 low, __m512 high) {
                      float* out = w_.hidden + rows[i] * w_.hidden_stride + p * PANEL;  // rows hold whole panels
@@ -272,22 +312,24 @@ class Step {
                          low = _mm512_add_ps(low, _mm512_loadu_ps(bias + p * PANEL));
                          high = _mm512_add_ps(high, _mm512_loadu_ps(bias + p * PANEL + 16));
                      }
+                     add_adapter(index, fused, rows[i], i, p, low, high);
                      _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), low));
                      _mm512_storeu_ps(out + 16, _mm512_add_ps(_mm512_loadu_ps(out + 16), high));
                  });
     }
 
     // Computes silu(gate) * up. A panel has sixteen rows of gate, then sixteen of up.
-    void gate(const Layer& layer, size_t rows, int thread, int threads) {
+    void gate(const Layer& layer, size_t index, const Rows& rows, int thread, int threads) {
         const size_t n = m_.shape.intermediate;
         const float* bias = layer.gate_up_bias;
         const bool wide = m_.quantised();
-        multiply(layer.gate_up, {w_.normed, w_.scales, w_.normed_stride, amx_}, rows, thread, threads,
+        multiply(layer.gate_up, {w_.normed, w_.scales, w_.normed_stride, amx_}, rows.count, thread, threads,
                  [&](size_t row, size_t p, __m512 gate, __m512 up) {
                      if (bias) {
                          gate = _mm512_add_ps(gate, _mm512_loadu_ps(bias + p * PANEL));
                          up = _mm512_add_ps(up, _mm512_loadu_ps(bias + p * PANEL + 16));
                      }
+                     add_adapter(index, FUSED_GATE_UP, rows[row], row, p, gate, up);
                      const __m512 one = _mm512_set1_ps(1.0f), product = _mm512_mul_ps(gate, up);
                      __m512 x;
                      if (wide)
@@ -387,6 +429,7 @@ class Step {
     const Rows last_rows_ = rows_behind_last(b_);
     OvfHook hook_;
     Workspace& w_;
+    const int64_t* adapters_;  // [tokens], slot or -1; null if no token has an adapter
     SpanFunction span_;
     // The same for all products of a step, so that the choice of requested rows does not change the results' bits.
     const bool amx_ = m_.amx && b_.tokens >= AMX_MIN_TOKENS;

@@ -7,20 +7,23 @@ with int8 weights. The KV cache is bfloat16 or int8.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import weakref
 from ctypes import byref
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from overfill.errors import InternalError
 from overfill.kv.cache import KvCache
+from overfill.model.adapter import LowRank, Projection
 from overfill.model.batch import ForwardBatch
 from overfill.model.config import ModelConfig
 from overfill.model.head import tokens_in_row_order
 from overfill.model.loading import LayerWeights, Weights
-from overfill.model.lora import LoraSlots
+from overfill.model.lora import FUSED, LoraSlots
 from overfill.model.native import library
 from overfill.model.quantize import Int8Matrix, Matrix
 from overfill.model.steps import NO_HOOKS, LayerHooks
@@ -31,6 +34,7 @@ log = logging.getLogger(__name__)
 _PARTS = ("qkv", "o", "gate_up", "down")  # in the order of `Part` in overfill.cpp; the head and its tail follow
 _VECTORS = ("input_norm", "post_norm", "qkv_bias", "q_norm", "k_norm", "o_bias", "gate_up_bias", "down_bias")
 _NORM = len(_VECTORS)
+_PROJECTIONS = tuple(chain.from_iterable(FUSED.values()))  # as ``PROJECTIONS`` of adapters.h counts them
 _MAX_HEADS, _MAX_GROUP = 64, 48
 
 
@@ -110,7 +114,9 @@ class NativeTransformer:
         self._fill(weights, model.release_layers())
 
     def new_adapter_slots(self, num_slots: int, max_rank: int) -> LoraSlots:
-        raise NotImplementedError
+        if not self._library.ovf_allocate_adapters(self._handle, num_slots, max_rank):
+            raise MemoryError("not enough memory for the adapters")
+        return _NativeLoraSlots(self, self._library, self._handle, num_slots, max_rank)
 
     def forward(self, batch: ForwardBatch, cache: KvCache, hooks: LayerHooks = NO_HOOKS) -> Tensor:
         """Computes a step as ``Transformer.forward`` does.
@@ -154,6 +160,7 @@ class NativeTransformer:
             block_tables=tables.data_ptr(),
             table_rows=None if batch.table_rows is None else batch.table_rows.data_ptr(),
             logits_indices=batch.logits_indices.data_ptr(),
+            adapters=None if batch.adapters is None else batch.adapters.data_ptr(),
             k_cache=cache.k.data_ptr(),
             v_cache=cache.v.data_ptr(),
             k_scales=None if cache.k_scales is None else cache.k_scales.data_ptr(),
@@ -195,6 +202,27 @@ class NativeTransformer:
     def _set_vector(self, index: int, kind: int, vector: Tensor) -> None:
         wide = vector.float().contiguous()
         self._library.ovf_set_vector(self._handle, index, kind, wide.data_ptr(), len(wide))
+
+
+class _NativeLoraSlots(LoraSlots):
+    """The slots of a native model, which they keep alive. Copies release the interpreter's lock."""
+
+    def __init__(
+        self, model: NativeTransformer, native: ctypes.CDLL, handle: int, num_slots: int, max_rank: int
+    ) -> None:
+        super().__init__(model.config, num_slots, max_rank, model.dtype)
+        self._model = model
+        self._library = native
+        self._handle = handle
+
+    def _clear(self, slot: int) -> None:
+        self._library.ovf_clear_adapter(self._handle, slot)
+
+    def _put(self, slot: int, layer: int, projection: Projection, product: LowRank) -> None:
+        down, up = (factor.to(self._model.dtype).contiguous() for factor in (product.down, product.up))
+        place, (rank, columns) = _PROJECTIONS.index(projection), down.shape
+        pointers = down.data_ptr(), up.data_ptr()
+        self._library.ovf_set_low_rank(self._handle, slot, layer, place, rank, columns, *pointers)
 
 
 class _HookCallback:

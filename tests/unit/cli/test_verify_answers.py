@@ -12,10 +12,13 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from peft_adapters import add_tiny_adapter
 
 from overfill.cli import verify
 from overfill.client import AnswerPart
 from overfill.errors import Unavailable
+from overfill.making.tiny import make_tiny_pair
+from overfill.pair.adapters import list_adapters
 from overfill.pair.hf_model import chat_token_ids, load_tokenizer
 from overfill.pair.reference import TwoStageReference, load_references
 from overfill.settings.tiers import TierSpec
@@ -31,6 +34,9 @@ class Stack:
         self.reference = TwoStageReference(folder)
         self.tiers = {"": self.reference}
         self.tokenizer = load_tokenizer(folder / "full")
+        self.starts: dict[str, Callable[[list[int]], int]] = {}  # of adapters: where the decoder takes over
+        self.digests: dict[str, str] = {}
+        self.asked: list[str] = []
         self.tamper: Callable[[int, SimpleNamespace], SimpleNamespace] = lambda index, answer: answer
         self.processes = [self.process("prefill", None), self.process("decode", "raw")]
 
@@ -56,13 +62,16 @@ class Stack:
 
     def generate(self, messages: list[Any], sampling: Any, tier: str) -> SimpleNamespace:
         assert sampling.greedy
+        self.asked.append(tier)
         prompt = messages[0].content
         ids = chat_token_ids(self.tokenizer, prompt)
-        token_ids = self.tiers[tier].generate(ids, sampling.max_tokens)
+        start = self.starts[tier](ids) if tier in self.starts else None
+        token_ids = self.tiers[tier].generate(ids, sampling.max_tokens, start)
         answer = SimpleNamespace(
             parts=(AnswerPart(tier or "default", 0),),
             token_ids=tuple(token_ids),
             finish_reason="length" if len(token_ids) == sampling.max_tokens else "stop",
+            identity=SimpleNamespace(adapter_digest=self.digests.get(tier, ""), answer_start=start or 0),
             usage=SimpleNamespace(prompt_tokens=len(ids), cached_tokens=16 if tier == "fast" else 0),
         )
         return self.tamper(QUESTIONS.index(prompt), answer)
@@ -209,3 +218,66 @@ def test_a_file_without_questions_is_bad_usage(content: str, tmp_path: Path) -> 
     file.write_text(content)
     with pytest.raises(click.UsageError, match="questions"):
         verify.read_questions(file)
+
+
+@pytest.fixture
+def adapted(stack: Stack, tiny_pair: Path, tmp_path: Path) -> list[str]:
+    """Makes a stack with two adapters, the second with a tail of its own; returns the options that name them."""
+    pair, folder = stack.reference.pair, tmp_path / "adapters"
+    folders = {
+        name: add_tiny_adapter(pair, folder, name, seed=tail, tail_tokens=tail)
+        for name, tail in (("planner", 0), ("coder", 7))
+    }
+    stack.tiers |= stack.reference.with_adapters(folders)
+    stack.digests = {record.name: record.digest for record in list_adapters(folder)}
+    # "<|im_start|>assistant\n" begins with a special token.
+    opening = stack.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    stack.starts = {"planner": lambda ids: len(ids) - 1 - ids[::-1].index(opening), "coder": lambda ids: len(ids) - 7}
+    # One at a time, because the references of both adapters share one model.
+    return [f"--adapters={folder}", "--adapter=planner", "--adapter=coder", "--concurrency=1"]
+
+
+def test_adapters_are_asked_in_one_batch_and_judged_with_their_own_start(
+    stack: Stack, adapted: list[str], run: Callable[..., Any]
+) -> None:
+    report = json.loads(run(*adapted, "--json").stdout)
+    assert [(tier["tier"], tier["identical"]) for tier in report["tiers"]] == [
+        ("default", 3), ("planner", 3), ("coder", 3),
+    ]  # fmt: skip
+    assert stack.asked == ["", "planner", "coder"] * 3
+    assert run(*adapted, "--ask=coder").stdout.splitlines()[-1] == "3/3 correct (3 identical, 0 ties)"
+
+
+@pytest.mark.parametrize("fault", ["weights", "digest", "start"])
+def test_an_answer_of_another_adapter_or_start_is_wrong(
+    fault: str, stack: Stack, adapted: list[str], run: Callable[..., Any]
+) -> None:
+    if fault == "weights":
+        stack.tiers["coder"] = stack.tiers["planner"]
+    elif fault == "digest":
+        stack.digests["coder"] = stack.digests["planner"]
+    else:
+        stack.starts["coder"] = lambda ids: len(ids) - 6
+    result = run(*adapted, "--json")
+    report = json.loads(result.stdout)
+    assert [tier["correct"] for tier in report["tiers"]] == [3, 3, 0]
+    problems = {row["problem"] for row in report["failures"]}
+    assert result.return_value == 1
+    if fault == "weights":
+        assert problems == {"wrong token"}
+    else:
+        assert all("the adapter's record implies" in problem for problem in problems)
+
+
+def test_adapters_that_no_tier_can_use_are_not_asked(
+    stack: Stack, adapted: list[str], run: Callable[..., Any], tmp_path: Path
+) -> None:
+    other = make_tiny_pair(tmp_path / "other", decoder_seed=1)
+    result = run(*adapted, f"--tier=a={other}")
+    assert isinstance(result.exception, verify.CannotVerify)
+    assert "planner is an adapter of another decoder than those of a" in str(result.exception)
+    assert "has no adapter 'x'; there are coder, planner" in str(run(*adapted, "--adapter=x").exception)
+    assert "--ask x: give it a --tier or --adapter; those given are planner, coder" in str(
+        run(*adapted, "--ask=x").exception
+    )
+    assert stack.asked == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import adapter_conformance as adapters
 import decode_conformance as decode
 import prefill_conformance as prefill
 import pytest
@@ -37,6 +38,18 @@ class TestDecodeWithDroppedLayers(OverFill, decode.DroppedLayersDecodeConformanc
 
 class TestDecodeWithFewBlocks(OverFill, decode.SmallDecodeConformance):
     pass
+
+
+class TestAdapters(OverFill, adapters.AdapterConformance):
+    @classmethod
+    def load(cls, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
+        return super().load(pair, half, adapters.with_slots(options))
+
+
+class TestAdaptersWithFewBlocks(OverFill, adapters.SmallAdapterConformance):
+    @classmethod
+    def load(cls, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
+        return super().load(pair, half, adapters.with_slots(options))
 
 
 class TestFailedDecodeStep(OverFill, decode.FailedStepDecodeConformance):

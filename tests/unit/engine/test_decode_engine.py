@@ -14,6 +14,7 @@ from sequence_events import by_sequence
 from overfill.engine import decode
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.sequence import (
+    ChangeAdapter,
     DecodeSequence,
     DecodeState,
     Preempted,
@@ -82,6 +83,35 @@ def test_a_long_replay_takes_several_steps_of_the_budget(runner, pool, events):
     assert ([50], 4) in runner.steps[1]  # one decode step ran between two parts of the replay
 
 
+def test_short_tails_ride_with_running_answers_and_long_ones_pass_in_short_steps(runner, events, monkeypatch):
+    monkeypatch.setattr(decode, "_MAX_PROMPT_BESIDE_ANSWERS", 5)
+    monkeypatch.setattr(decode, "_MAX_RIDING", 3)
+    runner.mixes_lengths = True
+    engine = new_engine(runner, BlockPool(64, 4), events)
+    engine.handle(ChangeAdapter(1, object()))
+    start(engine, sequence("plain", max_tokens=9), 50)
+    engine.step()
+    for name, tail, emitted in (("a", 3, ()), ("b", 2, (7,)), ("c", 2, ()), ("long", 11, (8, 9))):
+        joining = sequence(name, prompt=12, emitted=emitted)
+        joining.answer_start, joining.adapter = 12 - tail, 1
+        start(engine, joining, None)
+    shapes = []
+    while engine.step():
+        shapes.append([len(tokens) for tokens, _ in runner.steps[-1]])
+    assert shapes[:7] == [
+        [3],  # "b", for which the next decode step has no room
+        [1, 1, 3, 2],  # the running answer, "b", and the tails of "a" and "c"
+        [5],  # the beginning of the long tail
+        [1, 1, 1, 1],
+        [5],
+        [1, 1, 1, 3],  # "b" has ended, and the rest of the long tail rides with its emitted tokens
+        [1, 1, 1, 1],
+    ]
+    assert {id: [e.index for e in events if isinstance(e, TokenSampled) and e.id == id] for id in "abc"} == {
+        "a": [0, 1, 2, 3], "b": [1, 2, 3], "c": [0, 1, 2, 3]
+    }  # fmt: skip
+
+
 def scored(name, prompt, answer_start):
     sampling = SamplingParams(temperature=0, prompt_logprobs=1)
     made = DecodeSequence(name, prompt, [], sampling, StopRule(frozenset(), 2), answer_start=answer_start)
@@ -115,7 +145,7 @@ def test_the_rest_of_a_scored_prompt_passes_in_steps_of_a_bounded_number_of_toke
 
 
 def test_steps_that_score_a_prompt_are_short_while_answers_wait(runner, events, monkeypatch):
-    monkeypatch.setattr(decode, "_MAX_SCORED_BESIDE_ANSWERS", 2)
+    monkeypatch.setattr(decode, "_MAX_PROMPT_BESIDE_ANSWERS", 2)
     engine = new_engine(runner, BlockPool(32, 4), events)
     start(engine, sequence("plain", max_tokens=3), 50)
     start(engine, scored("a", list(range(10, 25)), 3), None)

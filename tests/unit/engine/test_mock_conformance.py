@@ -12,16 +12,20 @@ from typing import Any
 import decode_conformance as decode
 import prefill_conformance as prefill
 import pytest
+from adapted_decoding import AdaptedDriver, AdaptedRequest
 from engine_conformance import fail_next_step_of, prompt, sampling
 from engine_drivers import DecodeDriver
 from mock_reference import MockReference
 from sampled_reference import Request
 
+from overfill.api.tokenizer import Tokenizer
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.load import load_engine
+from overfill.engine.mock.adapters import adapter_mark
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.protocol import EngineCore, EngineOptions, LoadedEngine
-from overfill.errors import InternalError
+from overfill.errors import InternalError, InvalidRequest
+from overfill.model.adapter import AdapterRecord, LoraAdapter
 from overfill.model.manifest import Half, Pair
 
 TEXT = "the capital of France"
@@ -80,6 +84,32 @@ class TestMockDecode(Mock, decode.DecodeConformance):
         driver.run()
         assert isinstance(decoding.error, InternalError)
         assert "is not that of its 70 prompt tokens" in str(decoding.error)
+
+
+class TestMockAdapters(Mock, decode.DecodeEngineConformance):
+    decode_driver = AdaptedDriver
+
+    @classmethod
+    def load(cls, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
+        return super().load(pair, half, replace(options, max_adapters=2, max_adapter_rank=4))
+
+    def test_answers_begin_with_the_mark_of_their_adapter_in_whichever_slot_it_is(self, driver: AdaptedDriver) -> None:
+        tokenizer = Tokenizer.load(driver.reference.pair.full_path)
+        records = [AdapterRecord(name, digit * 64, "", 4) for name, digit in (("task", "a"), ("task", "b"))]
+        for slot, record in ((0, records[0]), (1, records[1]), (0, records[1]), (1, records[0])):
+            assert driver.change(slot, LoraAdapter(record, {})).error is None
+            marks = [tokenizer.encode_continuation(adapter_mark(each.record)) for each in driver.adapters.values()]
+            requests = [
+                AdaptedRequest(prompt(40), sampling("greedy", 60), answer_start=37, slot=used)
+                for used in (*driver.adapters, None)
+            ]
+            for decoding, mark in zip(driver.answer(*requests), [*marks, []], strict=True):
+                ids = [token.token_id for token in decoding.tokens]
+                assert ids[: len(mark)] == mark
+                plain = driver.reference.answer(Request(prompt(40), sampling("greedy", 60 - len(mark)))).ids
+                assert ids[len(mark) :] == plain
+        with pytest.raises(InvalidRequest, match="'task' has rank 5, more than this worker's --max-adapter-rank 4"):
+            driver.served.adapters.stage(0, LoraAdapter(replace(records[0], rank=5), {}))
 
 
 class TestMockDecodeWithFewBlocks(Mock, decode.SmallDecodeConformance):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64decode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -76,8 +76,18 @@ class PagedRunner:
         cache = self.cache
         return (cache.k, cache.v) if cache.k_scales is None else (cache.k_scales, cache.v_scales)
 
-    def step(self, new: dict[str, Sequence[int]], logits: Sequence[int] | None = None, **hooks) -> Tensor:
-        """Feeds each sequence its new tokens; returns the logits of all new tokens, or of the given rows."""
+    def step(
+        self,
+        new: dict[str, Sequence[int]],
+        logits: Sequence[int] | None = None,
+        adapters: Mapping[str, int] | None = None,
+        **hooks,
+    ) -> Tensor:
+        """Feeds each sequence its new tokens; returns the logits of all new tokens, or of the given rows.
+
+        Args:
+            adapters: slots of the sequences that have an adapter.
+        """
         starts = [self._lengths.get(name, 0) for name in new]
         ends = [start + len(tokens) for start, tokens in zip(starts, new.values(), strict=True)]
         for name, end in zip(new, ends, strict=True):
@@ -94,6 +104,7 @@ class PagedRunner:
             block_tables[row, : len(table)] = torch.tensor(table)
         spans = list(zip(tables, starts, ends, strict=True))
         total = sum(map(len, new.values()))
+        slots = [(adapters or {}).get(name, -1) for name, tokens in new.items() for _ in tokens]
         batch = ForwardBatch(
             token_ids=torch.tensor([t for tokens in new.values() for t in tokens]),
             positions=torch.cat([torch.arange(start, end) for _, start, end in spans]),
@@ -104,6 +115,7 @@ class PagedRunner:
             context_lens_device=torch.tensor(ends),
             logits_indices=torch.arange(total) if logits is None else torch.tensor(logits, dtype=torch.int64),
             table_rows=rows,
+            adapters=None if adapters is None else torch.tensor(slots),
         )
         return self.model.forward(batch, self.cache, LayerHooks(**hooks))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from base64 import b64encode
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from random_adapters import random_adapter
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from overfill.making.head_plan import head_mask_of
@@ -67,12 +69,16 @@ def load(folder: Path, quantize: str = "none", amx: bool | None = None) -> Nativ
     return model
 
 
-def through(run) -> torch.Tensor:
+def through(run, adapters: Mapping[str, int] | None = None) -> torch.Tensor:
     """Runs a prompt, a chunk, several new tokens and a single one, next to another sequence."""
-    logits = [run.step({"a": PROMPT[:200]}), run.step({"a": PROMPT[200:330], "b": PROMPT[:37]})]
-    logits += [run.step({"b": PROMPT[37:39], "a": PROMPT[330:333]})]
-    logits += [run.step({"a": [PROMPT[333 + i]], "b": [PROMPT[39 + i]]}) for i in range(5)]
-    logits += [run.step({"c": PROMPT[:390]})]  # enough rows for threads to divide rows, not panels
+
+    def step(new: dict[str, list[int]]) -> torch.Tensor:
+        return run.step(new, adapters=adapters)
+
+    logits = [step({"a": PROMPT[:200]}), step({"a": PROMPT[200:330], "b": PROMPT[:37]})]
+    logits += [step({"b": PROMPT[37:39], "a": PROMPT[330:333]})]
+    logits += [step({"a": [PROMPT[333 + i]], "b": [PROMPT[39 + i]]}) for i in range(5)]
+    logits += [step({"c": PROMPT[:390]})]  # enough rows for threads to divide rows, not panels
     return torch.cat(logits)
 
 
@@ -95,6 +101,53 @@ def test_logits_are_nearer_to_float32_than_those_of_the_reference(
         error = (through(runner(load(tmp_path, quantize, amx), 256, kv_cache_dtype=held)) - exact).abs()
         assert error.mean() <= 1.05 * (eager - exact).abs().mean()
         assert error.max() <= 0.15 * exact.std()
+
+
+ADAPTERS = {"a": 0, "c": 2}
+"""Slots of the sequences of ``through``; "b" has no adapter."""
+
+
+@on_both_units
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("name", ["biases", "qwen2-odd-sizes", "qwen3-dim-128"])
+def test_logits_with_adapters_are_nearer_to_float32_than_those_of_the_reference(
+    name: str, quantize: str, amx: bool, save_model, runner, tmp_path: Path
+) -> None:
+    """One adapter has two units of ranks; the other, with some projections only, follows a larger one in its slot."""
+    save_model(CONFIGS[name])
+
+    def logits(model) -> torch.Tensor:
+        slots = model.new_adapter_slots(3, 20)
+        slots.stage(0, random_adapter(model.config, 1, 20, scale=0.3))
+        slots.stage(2, random_adapter(model.config, 2, 20))
+        slots.stage(2, random_adapter(model.config, 3, 5, ["k_proj", "o_proj", "up_proj"], scale=0.5))
+        return through(runner(model, 256), ADAPTERS)
+
+    exact, eager = (
+        logits(Transformer.load(tmp_path, dtype, CPU, quantize=quantize)) for dtype in (torch.float32, torch.bfloat16)
+    )
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        error = (logits(load(tmp_path, quantize, amx)) - exact).abs()
+        assert error.mean() <= 1.05 * (eager - exact).abs().mean()
+        assert error.max() <= 0.15 * exact.std()
+
+
+def test_rows_of_adapters_change_no_other_row(save_model, runner, tmp_path: Path) -> None:
+    """Rows without an adapter equal those of a step without any, to the last bit; so do rows that are asked for."""
+    save_model(CONFIGS["biases"])
+    torch.set_num_threads(2)
+    model = load(tmp_path)
+    slots = model.new_adapter_slots(2, 16)
+    slots.stage(1, random_adapter(model.config, 1, 16))
+    new = {"a": PROMPT[:50], "b": PROMPT[:30], "c": PROMPT[:3]}
+    plain, mixed = runner(model, 256).step(new), runner(model, 256).step(new, adapters={"b": 1})
+    assert torch.equal(plain[:50], mixed[:50])
+    assert torch.equal(plain[80:], mixed[80:])
+    assert not torch.isclose(plain[50:80], mixed[50:80]).all(1).any()
+    assert torch.equal(runner(model, 256).step(new, logits=[49, 79, 81], adapters={"b": 1}), mixed[[49, 79, 81]])
+    with pytest.raises(ValueError, match="adapter slot does not exist"):
+        runner(model, 256).step(new, adapters={"b": 2})
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "head-in-two-parts", "head-of-chosen-rows"])

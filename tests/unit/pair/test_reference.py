@@ -5,15 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft_adapters import save_peft
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from overfill.errors import InvalidPair
 from overfill.making.pair_json import write_manifest
 from overfill.making.tiny import make_tiny_pair
+from overfill.model.manifest import Pair
+from overfill.pair.hf_model import load_hf_model
 from overfill.pair.reference import (
     JudgedAnswer,
     TwoStageReference,
     Verdict,
+    _forward,
     judge,
     judge_parts,
     load_references,
@@ -43,6 +49,34 @@ def greedy(folder: Path, prompt: list[int], max_tokens: int) -> list[int]:
     ids = list(prompt)
     while len(ids) < len(prompt) + max_tokens:
         token = int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+        if token == EOS:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+@torch.inference_mode()
+def merged(pair: Pair, peft: Path) -> PreTrainedModel:
+    """Returns the decoder with an adapter that is added to its matrices by hand."""
+    decoder = load_hf_model(pair.decoder_path)
+    tensors = load_file(peft / "adapter_model.safetensors")
+    for name, down in tensors.items():
+        if ".lora_A." in name:
+            module = decoder.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+            module.weight += 2 * tensors[name.replace("lora_A", "lora_B")] @ down  # alpha ÷ rank is 2
+    return decoder
+
+
+@torch.inference_mode()
+def on_full_kv(
+    full: PreTrainedModel, decoder: PreTrainedModel, prompt: list[int], max_tokens: int, start: int
+) -> list[int]:
+    """Computes the answer token by token, each from the full model's KV up to ``start``. Layers map to themselves."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + max_tokens:
+        cache = DynamicCache(config=full.config)
+        _forward(full, prompt[:start], 0, cache)
+        token = int(_forward(decoder, ids[start:], start, cache)[-1].argmax())
         if token == EOS:
             break
         ids.append(token)
@@ -232,3 +266,24 @@ def test_tiers_of_another_full_model_are_refused(tiny_tiers: tuple[TierSpec, ...
     other = TierSpec(name="other", pair=str(make_tiny_pair(tmp_path / "pair", seed=1)))
     with pytest.raises(InvalidPair, match="different full models"):
         load_references([*tiny_tiers, other])
+
+
+def test_an_adapter_answers_from_answer_start_on_the_full_models_kv(tiny_pair: Path, tmp_path: Path) -> None:
+    pair = Pair.load(tiny_pair)
+    folders = {name: save_peft(pair, tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two.b"))}
+    reference = TwoStageReference(tiny_pair)
+    full, written = load_hf_model(pair.full_path), set()
+    for name, one in reference.with_adapters(folders).items():
+        decoder = merged(pair, folders[name])
+        for prompt in PROMPTS[:2]:
+            for start in (1, 30, 39):
+                answer = one.generate(prompt, 8, start)
+                assert answer == on_full_kv(full, decoder, prompt, 8, start)
+                verdicts = one.score(prompt, answer, (EOS,) if len(answer) < 8 else (), answer_start=start)
+                assert {v.kind for v in verdicts} == {"identical"}
+                written.add(tuple(answer))
+    assert len(written) == 2 * 2 * 3, "adapters and starts have answers of their own"
+    tensors = load_file(folders["one"] / "adapter_model.safetensors")
+    save_file({name: tensor * 0 for name, tensor in tensors.items()}, folders["one"] / "adapter_model.safetensors")
+    (nothing,) = reference.with_adapters({"one": folders["one"]}).values()
+    assert nothing.generate(PROMPTS[0], 8) == reference.generate(PROMPTS[0], 8), "the decoder alone is as it was"

@@ -32,15 +32,6 @@ def with_fields(message, **fields):
             with_fields(HELLO, model=common_pb2.ModelIdentity(revision="2")),
             ("hello.model.revision",),
         ),
-        (check, with_fields(START, answer_start=0), ("answer_start",)),
-        (check, with_fields(START, answer_start=2), ("answer_start",)),
-        (check, with_fields(START, adapter_digest="d"), ("adapter_digest",)),
-        (
-            check,
-            with_fields(START, answer_start=2, adapter_digest="d"),
-            ("answer_start", "adapter_digest"),
-        ),
-        (check, with_fields(PREFILL, answer_start=2), ("answer_start",)),
     ],
 )
 def test_a_field_that_this_version_does_not_fill_is_refused_by_name(check, message, names):
@@ -57,8 +48,8 @@ def test_a_field_that_this_version_does_not_fill_is_refused_by_name(check, messa
         (check, START),
         (check, with_fields(START, answer_start=3)),
         (check, with_fields(PREFILL, answer_start=3)),
-        (check, with_fields(START, answer_start=2, sampling=SCORED)),
-        (check, with_fields(PREFILL, answer_start=2, sampling=SCORED)),
+        (check, with_fields(START, answer_start=1, adapter_digest="d")),
+        (check, with_fields(PREFILL, answer_start=1)),
     ],
 )
 def test_defaults_are_accepted(check, message):
@@ -69,4 +60,13 @@ def test_defaults_are_accepted(check, message):
 @pytest.mark.parametrize("message", [START, PREFILL], ids=["decode", "prefill"])
 def test_an_answer_start_outside_the_prompt_is_refused(message, answer_start):
     with pytest.raises(InvalidRequest, match=rf"answer_start: must be in 1\.\.3.* got {answer_start}"):
-        check(with_fields(message, answer_start=answer_start, sampling=SCORED))
+        check(with_fields(message, answer_start=answer_start))
+
+
+@pytest.mark.parametrize("message", [START, PREFILL], ids=["decode", "prefill"])
+def test_a_decoder_computes_256_tokens_of_a_prompt_at_most_unless_it_scores_them(message):
+    message = type(message)(prompt_token_ids=range(300))
+    check(with_fields(message, answer_start=44))
+    check(with_fields(message, answer_start=43, sampling=SCORED))
+    with pytest.raises(InvalidRequest, match="answer_start: leaves the decoder 257 of the prompt's 300 tokens"):
+        check(with_fields(message, answer_start=43))

@@ -403,6 +403,40 @@ async def test_scores_of_both_models_come_with_the_decoder_s_first_token(stop):
     await task
 
 
+@pytest.mark.parametrize("times", [{}, {"prefill_queue_ns": 3, "prefill_compute_ns": 4, "return_ns": 5}])
+async def test_the_decoder_s_first_token_brings_the_times_before_it(times):
+    """Without a prefill of its own, the prompt's KV came from another sequence."""
+    harness = SessionHarness()
+    sampling = SamplingParams(temperature=0)
+    sequence = DecodeSequence("s", [5, 1, 2, 3], [], sampling, StopRule(frozenset(), 2), answer_start=2)
+    harness.session = SequenceSession(harness.session._served, sequence, harness)
+    harness.session.start.adapter_digest = "d"
+    assert (harness.session.wants_first_token, harness.session.wants_scores) == (False, False)
+    task = asyncio.ensure_future(harness.session.run())
+    await settle()
+    pull = await harness.assign()
+    pull.stats.cached_tokens = 1
+    if times:
+        pull.stats.first_token_ns = 1
+        harness.session.take_first(decode_pb2.Tokens(**times))
+    pull.on_in_place()
+    pull.end()
+    await settle()
+    while harness.engine.step():
+        await settle()
+    first, second = first_tokens(harness), harness.told[-2].tokens
+    assert [list(told.ids) for told in (*first, second)] == [[4], [5]]
+    told = {field.name: value for field, value in first[0].ListFields()}
+    assert {name: told.get(name) for name in times} == times
+    assert told["handoff_ns"] >= 0
+    assert told["first_step_ns"] > 0
+    assert (told["so_far"].adapter_digest, told["so_far"].usage.cached_tokens) == ("d", 1)
+    assert not told["so_far"].HasField("handoff_exposed_ns")
+    assert not second.HasField("first_step_ns")
+    assert harness.told[-1].done.adapter_digest == "d"
+    await task
+
+
 def sampled(index, finish=None, **scores):
     token, finishes = 40 + index, {"s": finish} if finish else {}
     return [StepSampled(1, ["s"], [index], [token], finishes, {"s": SampledToken(token, **scores)} if scores else {})]

@@ -14,6 +14,7 @@ import torch
 
 from overfill.engine.layers import LayerReports
 from overfill.engine.sequence import KvWritten, Processor
+from overfill.engine.vllm.hooks import RunnerHooks
 from overfill.engine.vllm.ranks.steps import RankExtras, RankStep, RowSpec, portable
 from overfill.engine.vllm.sampler import StepSampler
 
@@ -61,8 +62,8 @@ class RankRow:
         return self._num_prompt + self._known + len(self._output)
 
 
-class RankHooks:
-    """A rank's part of each step. Implements ``hooks.RunnerHooks``.
+class RankHooks(RunnerHooks):
+    """A rank's part of each step.
 
     Args:
         rank: the first rank alone reports log-probabilities.
@@ -91,9 +92,6 @@ class RankHooks:
         self._reports = LayerReports(parts, self._token_layer_bytes, self._device)
         if assigned := [(bytes.fromhex(c.id), c.first_block, c.blocks) for c in step.chunks if c.blocks]:
             self._agent.assign(assigned)
-
-    def layer_started(self, layer: int) -> None:
-        pass
 
     def layer_written(self) -> None:
         if written := self._reports.written():

@@ -40,6 +40,8 @@ class EngineSettings:
         quantize: Weights of the decoder. None means the pair's recipe.
         kv_cache_dtype: KV cache of the decoder.
         max_num_batched_tokens: Maximum prompt tokens in a step, for our engine and vLLM.
+        adapters: Adapters that the decoder's sequences have in turn, in one more measured engine.
+        adapter_rank: Rank of each.
     """
 
     pair: Pair
@@ -51,6 +53,8 @@ class EngineSettings:
     quantize: Quantization | None = None
     kv_cache_dtype: KvCacheDtype = "auto"
     max_num_batched_tokens: int = 2048
+    adapters: int = 0
+    adapter_rank: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +72,9 @@ class _Loaded:
     settings: EngineSettings
     dtype: DTypeName
     device: torch.device
-    full: OverfillEngine
-    decoder: OverfillEngine | None
+    ours: list[OverfillEngine]
     vllm: PeerProcess | None
     probe: MachineProbe
-
-    @property
-    def ours(self) -> list[OverfillEngine]:
-        return [self.full] if self.decoder is None else [self.full, self.decoder]
 
     @property
     def peers(self) -> list[BenchEngine]:
@@ -120,7 +119,8 @@ def bench_decode(
     """Measures tokens per second of the full model and the decoder at each batch, at a mean context of ``context``.
 
     If the pair has a decoder, a row ``decode_gain`` compares the ratio of the two speeds with the ratio of their
-    bounds.
+    bounds. With adapters, a row ``adapters_step`` compares a step's duration, divided by that of a step without them,
+    with the ratio of the bounds, which is the lowest that is possible.
     """
     plan = settings.plan
     prompt = max(1, context - plan.warmup - plan.rounds * plan.steps // 2)
@@ -140,11 +140,14 @@ def bench_decode(
             mean = prompt + 1 + plan.warmup + (plan.rounds * plan.steps - 1) / 2
             rows = []
             for ours in loaded.ours:
-                bound = decode_step_seconds(ours.cost, result.machine, batch, mean)
+                bound = decode_step_seconds(ours.cost(batch), result.machine, batch, mean)
                 rows.append(loaded.row(f"decode_{ours.name}", ours, batch, round(mean), batch, bound, result))
             yield from rows
-            if len(rows) == 2:
-                yield _gain(*rows)
+            plain = rows[:-1] if settings.adapters else rows
+            if len(plain) == 2:
+                yield _ratio("decode_gain", plain[1], plain[0])
+            if settings.adapters:
+                yield _ratio("adapters_step", plain[-1], rows[-1])
         report("Measuring decode", len(batches), len(batches))
 
 
@@ -156,16 +159,17 @@ def bench_prefill(settings: EngineSettings, prompts: Sequence[Sequence[int]], re
     """
     workload = EngineWorkload(max(map(len, prompts)), max(map(max, prompts)) + 1)
     with _loaded(settings, workload, report) as loaded:
-        engines: list[BenchEngine] = [loaded.full, *loaded.peers]
+        full = loaded.ours[0]
+        engines: list[BenchEngine] = [full, *loaded.peers]
         for done, lengths in enumerate(prompts):
             report("Measuring prefill", done, len(prompts))
             for engine in engines:
                 engine.prefill(lengths)  # warm-up
             turns = in_turns(settings.plan, engines, _prefill_turn(lengths), loaded.probe.measure)
             result = _Result(*turns)
-            bound = prefill_seconds(loaded.full.cost, result.machine, lengths)
+            bound = prefill_seconds(full.cost(1), result.machine, lengths)
             tokens = sum(lengths)
-            yield loaded.row("prefill", loaded.full, len(lengths), tokens // len(lengths), tokens, bound, result)
+            yield loaded.row("prefill", full, len(lengths), tokens // len(lengths), tokens, bound, result)
         report("Measuring prefill", len(prompts), len(prompts))
 
 
@@ -173,14 +177,15 @@ def _prefill_turn(lengths: Sequence[int]) -> Callable[[BenchEngine], list[float]
     return lambda engine: [engine.prefill(lengths)]
 
 
-def _gain(full: Row, decoder: Row) -> Row:
+def _ratio(name: str, row: Row, other: Row) -> Row:
+    """The speed of ``row`` divided by that of ``other``."""
     return replace(
-        decoder,
-        name="decode_gain",
-        value=decoder.value / full.value,
-        bound=decoder.bound / full.bound,
+        row,
+        name=name,
+        value=row.value / other.value,
+        bound=row.bound / other.bound,
         unit="x",
-        spread=full.spread + decoder.spread,
+        spread=row.spread + other.spread,
         peer=None,
         peer_value=None,
         peer_spread=None,
@@ -195,7 +200,7 @@ def _loaded(settings: EngineSettings, workload: EngineWorkload, report: Report) 
     python = _vllm_python(device) if settings.vllm else None  # first, so that a missing one is reported at once
     with ExitStack() as stack:
         report("Loading our engine", 0, 1)
-        full, decoder = load_engines(
+        ours = load_engines(
             settings.pair,
             dtype=dtype,
             device=device,
@@ -203,6 +208,8 @@ def _loaded(settings: EngineSettings, workload: EngineWorkload, report: Report) 
             kv_cache_dtype=settings.kv_cache_dtype,
             workload=workload,
             max_num_batched_tokens=settings.max_num_batched_tokens,
+            adapters=settings.adapters,
+            adapter_rank=settings.adapter_rank,
         )
         report("Loading our engine", 1, 1)
         vllm = None
@@ -213,7 +220,7 @@ def _loaded(settings: EngineSettings, workload: EngineWorkload, report: Report) 
             stack.callback(vllm.close)
             report("Loading vLLM", 1, 1)
         probe = MachineProbe(device, TORCH_DTYPES[dtype], settings.threads)
-        yield _Loaded(settings, dtype, device, full, decoder, vllm, probe)
+        yield _Loaded(settings, dtype, device, ours, vllm, probe)
 
 
 def _vllm_python(device: torch.device) -> Path:

@@ -14,6 +14,7 @@ from overfill.engine.prefill import PrefillEngine
 from overfill.engine.protocol import EngineOptions
 from overfill.engine.runner import ModelRunner
 from overfill.engine.sequence import (
+    ChangeAdapter,
     DecodeEvent,
     DecodeSequence,
     PrefillEvent,
@@ -33,6 +34,8 @@ from overfill.errors import InternalError
 from overfill.kv.cache import copy_sequence
 from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
 from overfill.lab.bench.engine.bounds import ModelCost
+from overfill.model.adapter import AdapterRecord, LoraAdapter, LowRank, projection_shapes
+from overfill.model.config import ModelConfig
 from overfill.model.manifest import Half, Pair
 from overfill.request.params import SamplingParams
 
@@ -61,16 +64,20 @@ def load_engines(
     kv_cache_dtype: KvCacheDtype = "auto",
     workload: EngineWorkload,
     max_num_batched_tokens: int,
-) -> tuple[OverfillEngine, OverfillEngine | None]:
+    adapters: int = 0,
+    adapter_rank: int = 16,
+) -> list[OverfillEngine]:
     """Loads the full model and the decoder, each with a KV cache of its own.
 
     Args:
         quantize: Weights of the decoder. None means the pair's recipe.
         kv_cache_dtype: KV cache of the decoder.
+        adapters: number of random adapters of ``adapter_rank``, with products for all projections.
 
     Returns:
-        An engine that decodes with the full model, and one that decodes with the decoder. The second is None for an
-        identity pair with ``kv_cache_dtype`` "auto", because both would be the same.
+        An engine that decodes with the full model, one that decodes with the decoder, and one that decodes with the
+        decoder and an adapter for each sequence, in turn. The second is left out for an identity pair with
+        ``kv_cache_dtype`` "auto", because it would equal the first; the third, without adapters.
 
     Raises:
         NotEnoughMemory: The workload does not fit.
@@ -87,16 +94,25 @@ def load_engines(
             max_num_seqs=workload.batch,
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_dtype=cached,
+            max_adapters=adapters if half == "decoder" else 0,
+            max_adapter_rank=adapter_rank,
         )
         loaded = load_half(pair, half, options)
-        memory = workload.cache_bytes(loaded.requirement.block_bytes // _BLOCK_SIZE)
+        engines = 2 if half == "decoder" and adapters and not same else 1  # that use its cache
+        memory = engines * workload.cache_bytes(loaded.requirement.block_bytes // _BLOCK_SIZE)
         options = replace(options, kv_memory=memory, max_model_len=workload.tokens + _BLOCK_SIZE)
         return size_pools([replace(loaded, options=options)])[0]
 
-    full = load("full")
-    ours = OverfillEngine("full", full, full, max_num_batched_tokens)
     same = pair.identity and kv_cache_dtype == "auto"
-    return ours, None if same else OverfillEngine("decoder", full, load("decoder"), max_num_batched_tokens)
+    full = load("full")
+    engines = [OverfillEngine("full", full, full, max_num_batched_tokens)]
+    if adapters or not same:
+        decoder = load("decoder")
+        if not same:
+            engines.append(OverfillEngine("decoder", full, decoder, max_num_batched_tokens))
+        if adapters:
+            engines.append(OverfillEngine("adapters", full, decoder, max_num_batched_tokens, adapters))
+    return engines
 
 
 class OverfillEngine:
@@ -104,9 +120,12 @@ class OverfillEngine:
 
     In a decode run all sequences have the same prompt. The engine prefills it once and copies its KV to blocks of each
     sequence.
+
+    Args:
+        adapters: number of slots of ``parts`` that get a random adapter.
     """
 
-    def __init__(self, name: str, full: Stage, parts: Stage, max_num_batched_tokens: int) -> None:
+    def __init__(self, name: str, full: Stage, parts: Stage, max_num_batched_tokens: int, adapters: int = 0) -> None:
         self.name = name
         assert isinstance(full.runner, ModelRunner)
         assert isinstance(parts.runner, ModelRunner)
@@ -120,12 +139,19 @@ class OverfillEngine:
         )
         self._decode = DecodeEngine(parts.runner, parts.pool, 1 << 20, max_num_batched_tokens, self._events.extend)
         self._ids: list[str] = []
+        self._adapters = adapters
+        for slot in range(adapters):
+            assert parts.adapters is not None
+            adapter = _random_adapter(self._runner.model.config, parts.adapters.max_rank, slot)
+            parts.adapters.stage(slot, adapter)
+            self._decode.handle(ChangeAdapter(slot, adapter))
+        self._pop_events()
 
-    @property
-    def cost(self) -> ModelCost:
-        """Bytes and operations of the model that decodes."""
-        model = self._runner.model
-        return ModelCost.of(model.config, model.bytes_read, self._runner.cache.token_bytes)
+    def cost(self, batch: int) -> ModelCost:
+        """Bytes and operations of the model that decodes, with the adapters of ``batch`` sequences."""
+        model, slots = self._runner.model, self._parts.adapters
+        adapters = 0 if slots is None else min(batch, self._adapters) * slots.slot_bytes
+        return ModelCost.of(model.config, model.bytes_read + adapters, self._runner.cache.token_bytes)
 
     @property
     def weights(self) -> str:
@@ -145,7 +171,8 @@ class OverfillEngine:
         limit = StopRule.of(_GREEDY, (), steps + 2)
         try:
             for index in range(batch):
-                sequence = DecodeSequence(str(index), list(prompt), [], _GREEDY, limit)
+                sequence = DecodeSequence(f"{self.name}-{index}", list(prompt), [], _GREEDY, limit)
+                sequence.adapter = index % self._adapters if self._adapters else None
                 self._decode.handle(Reserve(sequence))
                 (event,) = self._pop_events()
                 if not isinstance(event, Reserved):
@@ -157,7 +184,7 @@ class OverfillEngine:
                     self._runner.cache,
                     event.blocks,
                     self._parts.pair.layer_map
-                    if self.name == "decoder"
+                    if self._parts is not self._full
                     else range(self._full.pair.full_config.num_layers),
                     prompt_tokens,
                 )
@@ -223,6 +250,20 @@ class OverfillEngine:
         events = self._events[:]
         self._events.clear()
         return events
+
+
+def _random_adapter(config: ModelConfig, rank: int, seed: int) -> LoraAdapter:
+    generator = torch.Generator().manual_seed(seed)
+
+    def factor(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) * 0.01
+
+    products = {
+        (layer, projection): LowRank(factor(rank, columns), factor(rows, rank))
+        for layer in range(config.num_layers)
+        for projection, (rows, columns) in projection_shapes(config).items()
+    }
+    return LoraAdapter(AdapterRecord(f"random-{seed}", "", "", rank), products)
 
 
 def random_prompt(vocab_size: int, length: int, seed: int) -> list[int]:

@@ -33,7 +33,7 @@ def ask_questions(address: str, report: Report) -> Answers:
     """Greedy answers of the stack at ``address`` to questions that ship with the package."""
     questions = _questions()
     with Client(address) as client:
-        return ask(client, questions, MAX_TOKENS, len(questions), report)
+        return ask(client, questions, MAX_TOKENS, len(questions), report)[0]
 
 
 def judge_answers(pair: Pair, exact: Answers | None, rounded: Answers | None, report: Report) -> list[Figure]:
@@ -50,9 +50,7 @@ def judge_answers(pair: Pair, exact: Answers | None, rounded: Answers | None, re
         found: list[JudgedAnswer] = []
         for question, answer in zip(_questions(), answers, strict=True):
             report(step, len(found), len(answers))
-            found.append(
-                judge_answer(references, lambda text: chat_token_ids(tokenizer, text), question, answer, MAX_TOKENS)
-            )
+            found.append(judge_answer(references, chat_token_ids(tokenizer, question), answer, MAX_TOKENS))
         report(step, len(answers), len(answers))
         return found
 

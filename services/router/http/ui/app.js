@@ -1,7 +1,9 @@
 "use strict";
 
 // Parts of the time to first token, named and ordered like `timing` in docs/reference/openai.md.
-const PARTS = ["router_queue", "decode_reservation", "prefill_queue", "prefill_compute", "return_path", "unattributed"];
+const OWN_FIRST = ["handoff", "first_step"]; // only of answers whose first token the decoder samples
+const PARTS = ["router_queue", "decode_reservation", "prefill_queue", "prefill_compute", ...OWN_FIRST, "return_path",
+  "unattributed"];
 const TIMES = { ttft: "first token", ...Object.fromEntries(PARTS.map((p) => [p, "· " + p.replaceAll("_", " ")])),
   itl: "between tokens", total: "end to end" };
 const POLL_MS = 1000;
@@ -126,6 +128,7 @@ function details(reported, usage) {
   if (usage) facts.push(usage.prompt_tokens + " tokens in, " + usage.completion_tokens + " out");
   const bar = node("div", "bar"), legend = node("ul", "legend");
   PARTS.forEach((part, i) => {
+    if (OWN_FIRST.includes(part) && timing[part + "_ms"] === null) return;
     const name = part.replaceAll("_", " "), share = node("span", "p" + i), item = node("li");
     share.style.width = (100 * values[i]) / ttft + "%";
     share.dataset.part = part;
@@ -228,7 +231,9 @@ function show(status) {
     const rows = all.filter((worker) => worker.stage === stage).map(row);
     $(stage).replaceChildren(...(rows.length ? rows : [node("li", "quiet", "no worker")]));
   }
-  $("times").replaceChildren(...Object.entries(TIMES).map(([name, label]) => {
+  $("times").replaceChildren(...Object.entries(TIMES).filter(
+    ([name]) => status.timing_ms[name] || !OWN_FIRST.includes(name)
+  ).map(([name, label]) => {
     const line = node("tr"), found = status.timing_ms[name], head = node("th", "", label);
     head.scope = "row";
     line.append(head, ...["p50", "p90", "p99"].map((mark) => node("td", "", found ? figure(found[mark]) : "–")));

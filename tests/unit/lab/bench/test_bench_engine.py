@@ -37,7 +37,7 @@ def vllm(monkeypatch):
     """A full model of ours in the place of vLLM, which is not installed here."""
 
     def start(python, settings, workload, dtype, log):
-        peer, _ = load_engines(
+        peer, *_ = load_engines(
             settings.pair, dtype=dtype, device=torch.device("cpu"), quantize=None, workload=workload,
             max_num_batched_tokens=settings.max_num_batched_tokens,
         )  # fmt: skip
@@ -57,6 +57,18 @@ def test_decode_measures_both_halves_beside_vllm(tiny_pair, vllm):
     ]
     assert all(row["value"] > 0 and row["ratio"] > 0 and row["context"] == 32 for row in rows)
     assert all(row["peer_value"] > 0 for row in rows if row["peer"])
+
+
+@pytest.mark.parametrize("identity", [False, True])
+def test_decode_measures_adapters_beside_the_same_decoder_without(tiny_family, identity):
+    pair = tiny_family["full" if identity else "fast"]
+    rows = rows_of("decode", f"--pair={pair}", "--batch=3", "--context=32", "--steps=2", "--adapters=2")
+    plain = ["decode_full"] if identity else ["decode_full", "decode_decoder", "decode_gain"]
+    measured = {row["name"]: row["value"] for row in rows}
+    assert sorted(measured) == sorted([*plain, "decode_adapters", "adapters_step"])
+    assert measured["adapters_step"] == pytest.approx(
+        measured["decode_full" if identity else "decode_decoder"] / measured["decode_adapters"], rel=0.01
+    )
 
 
 def test_prefill_reads_prompts_alone_and_together(tiny_pair):
