@@ -470,6 +470,9 @@ class SequenceSession:
             self._cached_tokens = self.sequence.num_shared
         if awaited is not None:
             self._prefill_worker, self._codec = awaited.worker_id, awaited.codec
+            waited_ns = max(0, awaited.known_ns - self._prompt_known_ns)
+            self._of_prompt = decode_pb2.Tokens(prefill_compute_ns=waited_ns)
+            self._prompt_known_ns += waited_ns
         self._metrics.shared("cache" if awaited is None else "transfer", self.sequence.num_shared)
 
     async def _share(self) -> None:
@@ -479,7 +482,7 @@ class SequenceSession:
         if self._worker.cut_blocks is not None:
             await self._worker.cut_blocks.keep(transfer.key, self.blocks)
         self._transfer = None
-        if followers := transfer.complete(self._prefill_worker, self._codec):
+        if followers := transfer.complete(self._prefill_worker, self._codec, self._prompt_known_ns):
             self._worker.send(Share(self.sequence.id, followers))
 
     def _begin(self) -> None:

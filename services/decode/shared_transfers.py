@@ -62,6 +62,7 @@ class SharedTransfer:
         in_place: whether the KV is complete.
         worker_id: the prefill worker from which it has come.
         codec: codec in which it has come.
+        known_ns: when the leader knew that the prompt was computed.
     """
 
     key: SharedKey
@@ -71,6 +72,7 @@ class SharedTransfer:
     in_place: bool = False
     worker_id: str = ""
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED
+    known_ns: int = 0
 
     @property
     def runs(self) -> bool:
@@ -82,10 +84,10 @@ class SharedTransfer:
         """Members besides the leader, in order of arrival."""
         return tuple(id for id in self.members if id != self.leader)
 
-    def complete(self, worker_id: str, codec: common_pb2.KvCodec) -> tuple[str, ...]:
+    def complete(self, worker_id: str, codec: common_pb2.KvCodec, known_ns: int) -> tuple[str, ...]:
         """Ends the transfer, whose KV is in place, and returns the followers."""
         followers = self.followers
-        self.in_place, self.worker_id, self.codec = True, worker_id, codec
+        self.in_place, self.worker_id, self.codec, self.known_ns = True, worker_id, codec, known_ns
         self._end()
         return followers
 
