@@ -332,12 +332,11 @@ class SequenceSession:
                 assert error is not None
                 if self._transfer is not None:
                     self._transfer.fail(worker, error)
-                self._want_prefill(_reason_for(error), str(error), worker, isinstance(error, StepFailed))
+                self._ask_again(error, worker)
             case TransferLost(transfer=lost, worker_id=worker, error=error):
                 if lost is self._transfer and not lost.runs and self._wants_kv:  # otherwise it has no blocks yet
-                    if isinstance(error, InvalidRequest):  # of the request that led; this one may be valid
-                        error = TransferFailed(str(error))
-                    self._want_prefill(_reason_for(error), str(error), worker, isinstance(error, StepFailed))
+                    # A refusal is of the request that led; this one may be valid.
+                    self._ask_again(TransferFailed(str(error)) if isinstance(error, InvalidRequest) else error, worker)
             case Deserted():
                 pass  # the transfer goes on, because this sequence wants it
             case Preempted():
@@ -399,6 +398,10 @@ class SequenceSession:
             if self._transfer is not None:
                 self._transfer.leader = self.sequence.id
             self._pull = asyncio.ensure_future(self._fetch(target, self._pulls))
+
+    def _ask_again(self, error: OverfillError, worker: str) -> None:
+        """Asks for a prefill worker after the handoff from ``worker`` has failed."""
+        self._want_prefill(_reason_for(error), str(error), worker, isinstance(error, StepFailed))
 
     def _want_prefill(
         self, reason: decode_pb2.NeedPrefill.Reason, detail: str, worker: str, step_failed: bool = False
