@@ -6,7 +6,6 @@ pair's folder. ``overfill.model.adapter`` describes an adapter's files.
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import shutil
@@ -25,7 +24,6 @@ from overfill.model.adapter import (
     file_limits,
     parse_peft,
     parse_record,
-    read_record,
     record_json,
 )
 from overfill.model.adapter_files import InvalidAdapter, parse_object, read_files
@@ -33,8 +31,6 @@ from overfill.model.manifest import Pair
 from overfill.process.home import home
 
 _MAX_NAMED = 20  # names in a message
-
-logger = logging.getLogger(__name__)
 
 
 def default_folder(pair: Pair) -> Path:
@@ -55,27 +51,20 @@ def adapter_names(directory: Path) -> list[str]:
         raise InvalidAdapter(f"{directory}: cannot read the folder of adapters: {error.strerror}") from None
 
 
-def list_adapters(directory: Path) -> list[AdapterRecord]:
-    """Reads the record of each adapter in ``directory``, by name; warns of those that cannot be read.
-
-    Raises:
-        InvalidAdapter: as ``adapter_names``.
-    """
-    records = []
-    for name in adapter_names(directory):
-        try:
-            records.append(read_record(directory / name))
-        except InvalidAdapter as error:
-            logger.warning("adapter %s is left out: %s", name, error)
-    return records
-
-
 def find_adapter(directory: Path, name: str) -> Path:
     """Returns the folder of the adapter ``name``; raises InvalidAdapter, which names the others, if there is none."""
     if name not in (names := adapter_names(directory)):
         known = f"there are {', '.join(names[:_MAX_NAMED])}{', …' if len(names) > _MAX_NAMED else ''}"
         raise InvalidAdapter(f"{directory} has no adapter {name[:80]!r}; {known if names else 'it has none'}")
     return directory / name
+
+
+def check_decoder(record: AdapterRecord, pair: Pair) -> None:
+    """Raises InvalidAdapter if the adapter is of another decoder than the pair's."""
+    if record.decoder_digest != pair.decoder_digest:
+        raise InvalidAdapter(
+            f"{record.name} is of the decoder {record.decoder_digest}; that of {pair.folder} is {pair.decoder_digest}"
+        )
 
 
 def write_record(

@@ -16,8 +16,12 @@ from stacks import idle, running_stack, wait_until
 
 from overfill.client import TTFT_PARTS, Client, ModelNotFound, SamplingParams
 from overfill.model.manifest import Pair
+from overfill.pair.reference import TwoStageReference, judge_parts
 from overfill.rpc.channel import open_sync_channel
 from overfill.v1 import admin_pb2, admin_pb2_grpc
+
+TAILS = {"a": 1, "b": 3}
+"""Tokens of the prompt that the decoder computes, by adapter."""
 
 LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 
@@ -25,8 +29,8 @@ LONG = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
 @pytest.fixture(scope="module")
 def folder(tiny_pair, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters") / "tasks"
-    for seed, name in enumerate(("a", "b")):
-        add_tiny_adapter(Pair.load(tiny_pair), folder, name, seed=seed, tail_tokens=3 * seed)
+    for seed, (name, tail) in enumerate(TAILS.items()):
+        add_tiny_adapter(Pair.load(tiny_pair), folder, name, seed=seed, tail_tokens=tail)
     return folder
 
 
@@ -69,14 +73,18 @@ def knows(client, name):
     return any(model.name.endswith(f":{name}") for model in client.models())
 
 
-def test_the_decoder_writes_the_first_token_and_its_parts_add_up(client):
+def test_the_decoder_writes_the_first_token_and_its_parts_add_up(client, tiny_pair, folder):
+    references = TwoStageReference(tiny_pair).with_adapters({name: folder / name for name in TAILS})
     plain = ask(client)
-    for name in ("a", "b"):
+    for name, tail in TAILS.items():
         for _ in range(2):  # the second time, prompts are cached
             answer = ask(client, tier=name)
-            timing = answer.timing
+            ids, timing, start = answer.token_ids, answer.timing, len(prompt(0)) - tail
             assert answer.tier == name
-            assert answer.token_ids[0] != plain.token_ids[0]
+            assert ids != plain.token_ids
+            assert judge_parts(
+                references, [(name, 0)], prompt(0), ids, answer.finish_reason, 24, answer_start=start
+            ).correct
             assert timing.handoff is not None
             assert timing.first_step > 0
             parts = [getattr(timing, part) for part in TTFT_PARTS]

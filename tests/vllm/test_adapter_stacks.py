@@ -57,6 +57,11 @@ def sampling(max_tokens: int = 24) -> SamplingParams:
     return SamplingParams(**GREEDY, max_tokens=max_tokens)
 
 
+def knows(client, adapter):
+    """Whether the router offers the adapter."""
+    return any(model.name.endswith(f":{adapter}") for model in client.models())
+
+
 def check(references, prompt, writer, answer, max_tokens=24):
     """Compares an answer with that of transformers and PEFT."""
     start = len(prompt) - min(TAILS[writer] or 1, len(prompt) - 1) if writer else None
@@ -85,11 +90,13 @@ def test_adapters_come_and_go_under_load(mixed, client, references):
 
     with ThreadPoolExecutor(3) as pool:
         running = [pool.submit(load, writer) for writer in ("", "extract", "summary")]
-        for address, method in product(workers, ("Unload", "Load")):
-            with open_sync_channel(address, None) as channel:
-                request = getattr(admin_pb2, f"{method}AdapterRequest")(name="label")
-                call = getattr(admin_pb2_grpc.AdminStub(channel), f"{method}Adapter")
-                assert [each.error for each in call(request, timeout=60).workers] == [""]
+        for method, known in (("Unload", False), ("Load", True)):
+            for address in workers:
+                with open_sync_channel(address) as channel:
+                    request = getattr(admin_pb2, f"{method}AdapterRequest")(name="label")
+                    call = getattr(admin_pb2_grpc.AdminStub(channel), f"{method}Adapter")
+                    assert [each.error for each in call(request, timeout=60).workers] == [""]
+            wait_until(lambda known=known: knows(client, "label") is known, 20, f"after {method}")
         answers += [(p, "label", client.generate(p, sampling=sampling(), tier="label")) for p in asked]
         done.set()
         for each in running:

@@ -13,7 +13,7 @@ from overfill.rpc import membership as membership_module
 from overfill.rpc.membership import Membership
 from overfill.rpc.server import RpcServer
 from overfill.rpc.tls import ClientTls, Credentials
-from overfill.v1 import registry_pb2, registry_pb2_grpc
+from overfill.v1 import common_pb2, registry_pb2, registry_pb2_grpc
 
 SERVICE = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
 
@@ -372,6 +372,24 @@ async def test_every_router_gets_the_prefix_cache_s_keys_and_then_changes(monkey
         while not (report := await router.reports.get()).prefix.replaces:
             pass
         assert list(report.prefix.added) == [2]
+
+
+async def test_every_router_hears_of_each_change_of_the_adapters_once(monkeypatch):
+    monkeypatch.setattr(membership_module, "REPORT_INTERVAL", 0.03)
+    loaded = []
+
+    def report():
+        return registry_pb2.Report(credits=12, adapters=registry_pb2.AdapterList(adapters=loaded))
+
+    async with registry() as (router, address), member(address, report=report) as worker:
+        assert not (await router.reports.get()).HasField("adapters"), "Hello says that there are none"
+        for name in ("a", "b", ""):
+            loaded[:] = [common_pb2.Adapter(name=name)] if name else []
+            worker.notify()
+            while not (told := await router.reports.get()).HasField("adapters"):
+                pass
+            assert [one.name for one in told.adapters.adapters] == [one.name for one in loaded]
+            assert not (await router.reports.get()).HasField("adapters")
 
 
 async def test_routers_that_come_after_the_worker_are_found_soon(monkeypatch):

@@ -2,18 +2,29 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from overfill.errors import ModelNotFound
 from overfill.process import startup
 from overfill.process.open_files import SPARE_FILES
 from overfill.rpc.addresses import announced
 from overfill.rpc.constants import MAX_CONNECTIONS
 from overfill.rpc.server import RpcServer
 from overfill.rpc.worker import WorkerHandle, WorkerHost, announce, fill_description
-from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, registry_pb2, registry_pb2_grpc
+from overfill.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    common_pb2,
+    decode_pb2,
+    kv_pb2,
+    prefill_pb2,
+    registry_pb2,
+    registry_pb2_grpc,
+)
 
 HANDLE = WorkerHandle(decode_pb2.WorkerLoad, lambda: 0, lambda error: None, capacity=1, healthy=lambda: True)
 
@@ -99,6 +110,51 @@ async def test_a_worker_without_routers_says_that_it_gets_no_requests(caplog):
     host = WorkerHost(RpcServer(), registry_pb2.Hello(worker_id="w"), HANDLE, routers=[], tls=None, grace=0.0)
     assert await host.run("127.0.0.1:0", lambda host: host.drain()) == 0
     assert "w joins no router and gets no requests: name routers with --routers" in caplog.messages
+
+
+class Adapters:
+    """Adapters that are loaded and unloaded at once; ``calls`` has the calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    async def start(self):
+        self.calls.append("start")
+
+    async def load(self, name):
+        self.calls.append(("load", name))
+        return common_pb2.Adapter(name=name)
+
+    async def unload(self, name):
+        self.calls.append(("unload", name))
+        raise ModelNotFound("w has no adapter")
+
+
+async def test_admin_changes_the_adapters_of_a_worker_that_has_a_folder():
+    adapters, refused = Adapters(), grpc.StatusCode.FAILED_PRECONDITION
+    for handle, statuses in (
+        (HANDLE, [refused, refused]),
+        (replace(HANDLE, adapters=adapters), [grpc.StatusCode.OK, grpc.StatusCode.NOT_FOUND]),
+    ):
+        hello = registry_pb2.Hello(worker_id="w", stages=[common_pb2.STAGE_DECODE])
+        host = WorkerHost(RpcServer(), hello, handle, routers=[], tls=None, grace=0.0)
+        serving = asyncio.Event()
+        running = asyncio.create_task(host.run("127.0.0.1:0", lambda host, serving=serving: serving.set()))
+        await serving.wait()
+        async with grpc.aio.insecure_channel(host.address) as channel:
+            admin = admin_pb2_grpc.AdminStub(channel)
+            load = admin.LoadAdapter(admin_pb2.LoadAdapterRequest(name="a"))
+            unload = admin.UnloadAdapter(admin_pb2.UnloadAdapterRequest(name="b"))
+            assert [await load.code(), await unload.code()] == statuses
+            if handle is HANDLE:
+                assert "w has no folder of adapters: start the decode workers with --adapters" in await load.details()
+            else:
+                change = admin_pb2.AdapterChange(worker_id="w", adapter=common_pb2.Adapter(name="a"))
+                assert list((await load).workers) == [change]
+        host.drain()
+        assert await running == 0
+    assert adapters.calls[0] == "start"
+    assert set(adapters.calls[1:]) == {("load", "a"), ("unload", "b")}
 
 
 class Registry(registry_pb2_grpc.RegistryServicer):

@@ -33,7 +33,7 @@ from services.decode.sequence_session import SequenceSession
 class Prefilling:
     """A session whose prompt is being prefilled; ``sent`` has the messages to the engine."""
 
-    def __init__(self, emitted=()):
+    def __init__(self, emitted=(), answer_start=None):
         self.sent, self.first_tokens, self.in_place = [], [], 0
         config = SimpleNamespace(eos_token_ids=(9,))
         full = SimpleNamespace(
@@ -49,8 +49,10 @@ class Prefilling:
         sampling = common_pb2.SamplingParams(temperature=0, seed=3)
         start = decode_pb2.StartDecode(sampling=sampling, sample_index=2, cache_namespace="tenant")
         sequence = DecodeSequence("d", [1, 2, 3], list(emitted), SamplingParams(), StopRule(frozenset(), 4), 2)
+        sequence.answer_start = answer_start
+        wants_first = not emitted and answer_start is None
         self.session = SimpleNamespace(
-            start=start, sequence=sequence, wants_first_token=not emitted, wants_scores=False, held_tokens=2
+            start=start, sequence=sequence, wants_first_token=wants_first, wants_scores=False, held_tokens=2
         )
         self.handoff = self.prefills.handoff(self.session)
 
@@ -100,6 +102,23 @@ async def test_an_answer_that_goes_on_gets_no_first_token():
     await prefilling.task
     assert (prefilling.first_tokens, prefilling.in_place) == ([], 1)
     assert prefilling.metrics.registry.get_sample_value("overfill_prefill_compute_seconds_count") == 1
+
+
+async def test_the_session_learns_the_times_of_a_prompt_that_the_decoder_goes_on_with():
+    prefilling = Prefilling(answer_start=2)
+    sequence = (await prefilling.start()).sequence
+    assert (sequence.prompt, sequence.sample_first_token) == ([1, 2], False)
+    began_ns = prefilling.handoff.stats.started_ns
+    prefilling.prefills.on_events(
+        [
+            PrefillScheduled(sequence.id, [0], 1, None, began_ns + 1000),
+            PromptComputed(sequence.id, None, began_ns + 3000),
+        ]
+    )
+    await prefilling.task
+    (told,) = prefilling.first_tokens
+    assert (list(told.ids), told.prefill_queue_ns, told.prefill_compute_ns) == ([], 1000, 2000)
+    assert prefilling.handoff.stats.first_token_ns > 0
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,9 @@ def start(transfer_id=b"t" * 16, **options):
     )
 
 
-def accepted(servicer, transfer_id=b"t" * 16):
+def accepted(servicer, transfer_id=b"t" * 16, **options):
     sequence = PrefillSequence(transfer_id.hex(), [1, 2, 3, 4], SamplingParams(temperature=0))
-    return servicer._accept(start(transfer_id), sequence)
+    return servicer._accept(start(transfer_id, **options), sequence)
 
 
 def computed(servicer):
@@ -162,6 +162,18 @@ async def test_every_computed_prompt_counts_and_only_a_sampled_token_is_sent(ben
     value = bench.servicer._metrics.registry.get_sample_value
     assert value("overfill_prefill_compute_seconds_count") == 1
     assert value("overfill_prefill_compute_seconds_sum") == 2
+
+
+async def test_the_decode_worker_learns_the_prefill_s_times_where_the_first_token_would_come(bench):
+    lease = accepted(bench.servicer, answer_start=3)
+    lease.received_ns = scheduled_ns = time.monotonic_ns() - 2 * 10**9
+    lease.on_event(PrefillScheduled(lease.sequence.id, [0], 0, None, scheduled_ns))
+    lease.on_event(PromptComputed(lease.sequence.id, None, scheduled_ns + 10**9))
+    lease.sender.acknowledge(KvRange(0, 2, 0, 4, 0, 1))
+    (response,) = [response async for response in bench.servicer._serve(lease, False)]
+    first = response.first_token
+    assert (list(first.ids), first.prefill_compute_ns) == ([], 10**9)
+    assert first.return_ns >= 10**9
 
 
 def at_once(servicer, **options):
