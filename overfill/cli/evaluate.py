@@ -70,6 +70,13 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
 
 @click.command("eval")
 @click.argument("pair")
+@click.option("--adapter", metavar="NAME", help="Judge this adapter of the decoder, on --data, instead of the pair.")
+@click.option(
+    "--adapters",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of adapters.  [default: that of the pair's full model, in the cache]",
+)
 @_data_options
 @_device_options
 @_json_option
@@ -83,6 +90,8 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
 )
 def eval_command(
     pair: str,
+    adapter: str | None,
+    adapters: Path | None,
     data: str,
     max_transcripts: int | None,
     as_json: bool,
@@ -98,7 +107,19 @@ def eval_command(
     the full model and agreement with it. The full model and the pair also write greedy answers of their own. The
     figures are perplexity by the full model, share of repeated 4-grams and length, the pair's beside the full model's.
     Three questions are shown with both answers.
+
+    With --adapter, the figures are of answers of the adapter's task, given in --data: their perplexity, the share of
+    their tokens that the adapter finds most likely, and the share of its own greedy answers that are the given ones.
+    They are shown on the full model's KV, as a stack serves it; with its own prefill; and for the decoder without it.
     """
+    if adapter is None and adapters is not None:
+        raise click.UsageError("--adapters needs --adapter, the adapter to judge")
+    if adapter is not None:
+        source = click.get_current_context().get_parameter_source
+        if given := [f"--{name}" for name in ("out", "save", "strict") if source(name) is not ParameterSource.DEFAULT]:
+            raise click.UsageError(f"--adapter conflicts with {' and '.join(given)}, which judge the pair")
+        _judge_adapter(pair, adapter, adapters, data, max_transcripts, as_json, **how)
+        return
     from overfill.api.tokenizer import Tokenizer
     from overfill.cli.output import console, print_json
     from overfill.cli.progress import show_progress
@@ -140,6 +161,34 @@ def eval_command(
     click.echo(f"\n{cost_line(result.full, result.decoder)}\n{overlap_line(result)}")
     if result.free_running:
         _print_examples(result)
+
+
+def _judge_adapter(
+    pair: str, name: str, directory: Path | None, data: str, max_transcripts: int | None, as_json: bool, **how: Any
+) -> None:
+    from overfill.api.tokenizer import Tokenizer
+    from overfill.cli.output import console, print_json
+    from overfill.cli.progress import show_progress
+    from overfill.making.conversations import encode_judged, judged_conversations
+    from overfill.making.evaluate.adapter_evaluation import adapter_rows, evaluate_adapter
+    from overfill.model.adapter import read_adapter
+    from overfill.model.manifest import Pair
+    from overfill.pair.adapters import check_decoder, default_folder, find_adapter
+    from overfill.pair.store import resolve_pair
+
+    with show_progress() as report:
+        folder = resolve_pair(pair, report)
+        loaded = Pair.load(folder)
+        adapter = read_adapter(find_adapter(directory or default_folder(loaded), name), loaded.decoder_config)
+        check_decoder(adapter.record, loaded)
+        conversations = judged_conversations(data)[:max_transcripts]
+        judged = encode_judged(conversations, Tokenizer.load(loaded.full_path), tail_tokens=adapter.record.tail_tokens)
+        transcripts = [transcript for _, transcript in judged]
+        result = evaluate_adapter(folder, adapter, transcripts, data=data, report=report, **how)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        console().print(_table(adapter_rows(result)))
 
 
 def _print_examples(result: Evaluation) -> None:

@@ -73,6 +73,7 @@ EXTRAS: dict[str, str] = {
     "pair show": "server",
     "bench": "server",
     "bench router": "loadtest,server",
+    "bench tasks": "pairs",
     "bench serve": "loadtest",
     "loadtest": "loadtest",
     "simulate": "loadtest",

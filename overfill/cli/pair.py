@@ -10,6 +10,7 @@ import click
 
 from overfill.cli.distill import distill_command, distill_plot_command
 from overfill.cli.evaluate import compare_command, eval_command, lm_eval_command
+from overfill.cli.finetune import finetune_command
 from overfill.cli.options import FILE, OutPath, set_threads
 from overfill.cli.pair_adapter import adapter_group
 from overfill.cli.pair_import import import_command
@@ -62,6 +63,7 @@ for _command in (
     lm_eval_command,
     distill_command,
     distill_plot_command,
+    finetune_command,
     adapter_group,
 ):
     pair_group.add_command(_command)

@@ -19,7 +19,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 _OWN_PREFILL = (
     "with its own prefill: in training the adapter changed the prompt's KV too, but a stack serves it on the full "
-    "model's KV. Its answers may be worse for that"
+    "model's KV. Its answers may be worse for that; `overfill pair eval --adapter` measures it"
 )
 _ON_FULL_KV = "on the full model's KV, as it is served"
 

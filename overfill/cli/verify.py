@@ -160,6 +160,8 @@ def verify_command(
     from overfill.pair.hf_model import chat_token_ids, generation_prompt_tokens, load_tokenizer
     from overfill.pair.reference import load_references
 
+    if adapters is not None and not adapter_names:
+        raise click.UsageError("--adapters needs --adapter, for each adapter to ask")
     several = bool(tiers or adapter_names)
     names_tiers = bool(tiers)
     tiers = _check_tiers(pair, tiers, chosen, adapter_names)

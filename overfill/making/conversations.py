@@ -17,6 +17,7 @@ from typing import Literal
 
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest
+from overfill.request.answer_start import answer_start
 
 Message = Mapping[str, str]
 
@@ -46,14 +47,18 @@ class Transcript:
     """The tokens of a prompt and, from index ``answer_start``, of its answer.
 
     Attributes:
+        answer_start: Index of the answer's first token.
         question: Text of the prompt's last message, for reports.
         kind: Kind of the conversation; empty where unknown.
+        tail: Number of tokens at the prompt's end that the decoder computes, as with an adapter: it then writes the
+            first token too. 0 means none: the full model reads the whole prompt and writes the first token.
     """
 
     token_ids: tuple[int, ...]
     answer_start: int
     question: str = ""
     kind: str = ""
+    tail: int = 0
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -64,9 +69,19 @@ class Transcript:
         return self.token_ids[self.answer_start :]
 
     @property
+    def decoder_start(self) -> int:
+        """Index of the first token that the decoder computes; the full model computes those before it."""
+        return self.answer_start - self.tail
+
+    @property
+    def learn_start(self) -> int:
+        """Index of the first answer token that the decoder writes."""
+        return self.answer_start if self.tail else self.answer_start + 1
+
+    @property
     def has_judged_tokens(self) -> bool:
-        """True if there are a prompt and two answer tokens or more, because the full model writes the first one."""
-        return self.answer_start > 0 and len(self.answer) > 1
+        """True if the full model computes a part of the prompt, and the decoder writes a token of the answer."""
+        return self.decoder_start > 0 and len(self.token_ids) > self.learn_start
 
 
 def read_conversations(file: Path, field: str = "calibration") -> list[Conversation]:
@@ -134,37 +149,48 @@ def append_jsonl(file: Path, conversations: Iterable[Conversation]) -> None:
 
 
 def encode(
-    conversations: Sequence[Conversation], tokenizer: Tokenizer, max_tokens: int | None = None
+    conversations: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    max_tokens: int | None = None,
+    tail_tokens: int | None = None,
 ) -> list[Transcript]:
     """Tokenizes conversations with the chat template; a finished answer ends with the end-of-sequence token.
 
     Args:
         max_tokens: Length limit. Longer transcripts lose the end of their answer; a transcript whose prompt alone is
             too long is left out. None means no limit.
+        tail_tokens: For an adapter, the number of tokens at the prompt's end that the decoder computes; 0 means the
+            generation prompt. None means that there is no adapter.
 
     Raises:
         InvalidRequest: the template refuses a conversation, or the checkpoint has no template.
     """
     transcripts = []
     for conversation in conversations:
-        prompt = tokenizer.encode_chat(conversation.messages[:-1])
+        prompt, opening = tokenizer.encode_with_generation_prompt(
+            conversation.messages[:-1], count=tail_tokens is not None
+        )
         answer = tokenizer.encode_continuation(conversation.messages[-1]["content"])
         end = [tokenizer.end_of_answer] if conversation.finished and tokenizer.end_of_answer is not None else []
         token_ids = (*prompt, *answer, *end)[:max_tokens]
         if len(token_ids) > len(prompt):
             question = conversation.messages[-2]["content"]
-            transcripts.append(Transcript(token_ids, len(prompt), question, conversation.kind))
+            tail = 0 if tail_tokens is None else len(prompt) - answer_start(len(prompt), tail_tokens, opening)
+            transcripts.append(Transcript(token_ids, len(prompt), question, conversation.kind, tail))
     return transcripts
 
 
 def encode_judged(
-    conversations: Sequence[Conversation], tokenizer: Tokenizer, max_tokens: int | None = None
+    conversations: Sequence[Conversation],
+    tokenizer: Tokenizer,
+    max_tokens: int | None = None,
+    tail_tokens: int | None = None,
 ) -> list[tuple[Conversation, Transcript]]:
     """Tokenizes as ``encode`` does; leaves out what has nothing to judge or to learn (``has_judged_tokens``)."""
     return [
         (conversation, transcript)
         for conversation in conversations
-        for transcript in encode([conversation], tokenizer, max_tokens)
+        for transcript in encode([conversation], tokenizer, max_tokens, tail_tokens)
         if transcript.has_judged_tokens
     ]
 
@@ -174,7 +200,8 @@ def digest_of(transcripts: Iterable[Transcript | None]) -> str:
     found = hashlib.sha256()
     for transcript in transcripts:
         if transcript is not None:
-            numbers = transcript.answer_start, *transcript.token_ids
+            tail = [-transcript.tail] if transcript.tail else []
+            numbers = transcript.answer_start, *transcript.token_ids, *tail
             found.update(struct.pack(f"<{len(numbers)}q", *numbers))
     return found.hexdigest()
 

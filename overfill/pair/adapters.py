@@ -78,6 +78,14 @@ def find_adapter(directory: Path, name: str) -> Path:
     return directory / name
 
 
+def check_decoder(record: AdapterRecord, pair: Pair) -> None:
+    """Raises InvalidAdapter if the adapter is of another decoder than the pair's."""
+    if record.decoder_digest != pair.decoder_digest:
+        raise InvalidAdapter(
+            f"{record.name} is of the decoder {record.decoder_digest}; that of {pair.folder} is {pair.decoder_digest}"
+        )
+
+
 def write_record(
     folder: Path, pair: Pair, *, tail_tokens: int = 0, own_prefill: bool, training: Mapping[str, Any]
 ) -> AdapterRecord:

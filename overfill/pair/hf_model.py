@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from base64 import b64decode
 from pathlib import Path
@@ -51,6 +52,11 @@ def load_hf_model(folder: Path) -> PreTrainedModel:
             logging.enable_progress_bar()
     model.eval()
     return model
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Returns the name of the forward pass's argument for the KV cache, which transformers 5 renamed."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ does not put the rest of the answer in doubt.
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from overfill.kv.spec import Quantization
 from overfill.model.manifest import HALVES, Pair
 from overfill.model.pair_files import load_whole
 from overfill.model.processors import new_processor, process
-from overfill.pair.hf_model import load_hf_model, round_to_int8
+from overfill.pair.hf_model import cache_argument, load_hf_model, round_to_int8
 from overfill.pair.margins import TIE_MARGIN, judge_rows
 from overfill.request.names import FinishReason
 from overfill.request.params import SamplingParams
@@ -181,7 +180,7 @@ class TwoStageReference:
             logits = self._decode([token], len(prompt_ids) + len(answer) - 1, cache)
         return answer
 
-    def _prefill(self, prompt_ids: Sequence[int], answer_start: int | None) -> tuple[DynamicCache, torch.Tensor]:
+    def _prefill(self, prompt_ids: Sequence[int], answer_start: int | None = None) -> tuple[DynamicCache, torch.Tensor]:
         """Returns the decoder's cache of the prompt, and the logits after it, [1, vocab].
 
         The cache's part before ``answer_start`` is the full model's, whatever wrote earlier turns of a chat.
@@ -207,13 +206,11 @@ class TwoStageReference:
 
 def _forward(model: PreTrainedModel, token_ids: list[int], position: int, cache: DynamicCache) -> torch.Tensor:
     """Computes the logits after each token, the first at ``position``, and extends the cache. [tokens, vocab]"""
-    # transformers 5 renamed the argument.
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     output = model(
         input_ids=torch.tensor([token_ids]),
         position_ids=torch.arange(position, position + len(token_ids))[None],
         use_cache=True,
-        **{name: cache},
+        **{cache_argument(model): cache},
     )
     logits: torch.Tensor = output.logits[0]
     return logits

@@ -158,7 +158,8 @@ FEATURES = (
     ),
     Feature(
         "adapters (LoRA): one batch mixes them; they come and go while others answer",
-        vllm=("test_a_batch_mixes_adapters_and_none", "test_adapters_come_and_go_while_others_answer"),
+        both=("test_a_batch_mixes_adapters_and_none", "test_adapters_come_and_go_while_others_answer"),
+        mixed=("test_tasks_of_one_prompt_answer_as_peft_s",),
         computed=True,
     ),
     Feature(

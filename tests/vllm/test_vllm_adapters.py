@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 from adapted_decoding import AdaptedRequest, assert_adapted
-from adapter_conformance import MAX_RANK, NUM_SLOTS, AdapterConformance, MixedAdapterConformance, with_slots
+from adapter_conformance import (
+    MAX_RANK,
+    NUM_SLOTS,
+    AdapterConformance,
+    MixedAdapterConformance,
+    SmallAdapterConformance,
+    with_slots,
+)
 from engine_conformance import prompt, sampling
 from random_adapters import random_adapter
 from vllm_engines import OnRanks, OnVllm
@@ -63,6 +70,12 @@ class TestAdapters(OnVllm, AdapterTests, AdapterConformance):
             with pytest.raises(OSError, match="disk full"):
                 slots.stage(1, random_adapter(config, 4))
         assert list(folder.iterdir()) == []
+
+
+class TestAdaptersWithFewBlocks(OnVllm, SmallAdapterConformance):
+    @classmethod
+    def load(cls, pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
+        return super().load(pair, half, with_slots(options))
 
 
 class TestAdaptersOnRanks(OnRanks, AdapterTests):

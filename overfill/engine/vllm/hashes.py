@@ -1,8 +1,9 @@
 """Hashes under which vLLM's prefix cache knows blocks. They decide who may share a block, and so whose KV is read.
 
 vLLM would hash every full block by its tokens, answers included. A later turn of a chat contains the answer in its
-prompt, and would be given KV that the *decoder* wrote. Here only blocks of a prompt have a hash that others can have;
-each block that holds a token of an answer has one that no other sequence has.
+prompt, and would be given KV that the *decoder* wrote. Here only blocks before ``answer_start`` have a hash that
+others can have; each block that holds a token that the decoder computes has one that no other sequence has. So no
+sequence reads KV of another adapter.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from overfill.lab.commands.bench_engine import decode_command, prefill_command
 from overfill.lab.commands.bench_handoff import handoff_command
 from overfill.lab.commands.bench_router import router_command
 from overfill.lab.commands.bench_serve import serve_command
+from overfill.lab.commands.bench_tasks import tasks_command
 from overfill.lab.commands.bench_vllm import vllm_command
 
 
@@ -16,5 +17,13 @@ def bench_group() -> None:
     """Measure the engine, the handoff, the router, or whole servers on this machine."""
 
 
-for command in (decode_command, prefill_command, handoff_command, router_command, serve_command, vllm_command):
+for command in (
+    decode_command,
+    prefill_command,
+    handoff_command,
+    router_command,
+    serve_command,
+    tasks_command,
+    vllm_command,
+):
     bench_group.add_command(command)

@@ -69,6 +69,39 @@ def load_data(data: Data, tokenizer: Tokenizer) -> LoadedData:
     )
 
 
+def load_task(data: Data, tokenizer: Tokenizer) -> LoadedData:
+    """Loads a task's conversations for an adapter from the file ``data.source``.
+
+    Without ``data.held_out``, conversations are held out by the digest of their prompts, so that those with equal
+    prompts are all on one side, and a resumed run holds out the same.
+
+    Raises:
+        InvalidRequest: a file cannot be read, or one side has no usable conversation.
+    """
+    conversations = read_conversations(Path(data.source), "data")
+    if data.held_out is None:
+        marked = [(_held_out_mark(c) < data.held_out_share, c) for c in conversations]
+        parts = [[c for held_out, c in marked if not held_out], [c for held_out, c in marked if held_out]]
+    else:
+        parts = [conversations, read_conversations(Path(data.held_out), "held_out")]
+    training, judged = (encode_judged(part, tokenizer, data.max_tokens, data.tail_tokens) for part in parts)
+    judged = judged[: data.max_held_out]
+    if not training or not judged:
+        side = "training" if not training else "held-out"
+        raise InvalidRequest("data", f"{data.source} leaves no {side} conversation; give more, or a --held-out file")
+    return LoadedData(
+        training=[transcript for _, transcript in training],
+        held_out=[transcript for _, transcript in judged],
+        training_text=TextDigests.of(text for text, _ in training),
+        judged=[text for text, _ in judged],
+    )
+
+
+def _held_out_mark(conversation: Conversation) -> float:
+    """Returns a number in [0, 1) that depends on the prompt only."""
+    return int.from_bytes(hashlib.sha256(repr(conversation.prompt).encode()).digest()[:4], "big") / 2**32
+
+
 def _load(
     data: Data, source: str, split: str, name: str, part: ShippedPart, tokenizer: Tokenizer
 ) -> list[tuple[Conversation, Transcript]] | HubTranscripts:

@@ -200,6 +200,13 @@ class PackedModel(nn.Module):
         read_parameters(model, folder)
         return model
 
+    def sharing_weights(self) -> PackedModel:
+        """Returns a second model on the same weights, which neither may train."""
+        with torch.device("meta"):
+            model = PackedModel(self.config)
+        model.load_state_dict(self.state_dict(), assign=True)
+        return model.requires_grad_(False)
+
     def fuse(self) -> None:
         """Lets torch.compile fuse the operations between matrix products. Compiling takes about a minute."""
         for layer in self.model.layers:

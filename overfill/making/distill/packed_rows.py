@@ -15,8 +15,8 @@ from overfill.making.conversations import Transcript
 class PackedRows:
     """The tokens that one forward pass computes for several transcripts, end to end; a row is a token.
 
-    The full model writes the first token of an answer, so that the decoder learns the tokens after it. The row of the
-    token before it predicts each of them.
+    The decoder learns the answer's tokens from ``Transcript.learn_start`` on. The row of the token before it predicts
+    each of them.
 
     Attributes:
         token_ids, positions: [T] int64; positions are absolute.
@@ -35,8 +35,8 @@ class PackedRows:
 
     @classmethod
     def of_answers(cls, transcripts: Sequence[Transcript]) -> PackedRows:
-        """Packs the answers, for a decoder that is given the prompts' keys and values."""
-        return _rows(transcripts, [t.answer_start for t in transcripts])
+        """Packs what the decoder computes when it is given the full model's keys and values."""
+        return _rows(transcripts, [t.decoder_start for t in transcripts])
 
     @classmethod
     def of_whole(cls, transcripts: Sequence[Transcript]) -> PackedRows:
@@ -45,8 +45,9 @@ class PackedRows:
 
     @classmethod
     def of_prompts(cls, transcripts: Sequence[Transcript]) -> PackedRows:
-        """Packs the prompts only; no row predicts a token."""
-        rows = _rows([Transcript((*t.prompt, 0), t.answer_start) for t in transcripts], [0] * len(transcripts))
+        """Packs what the full model computes of the prompts; no row predicts a token."""
+        prompts = [Transcript((*t.token_ids[: t.decoder_start], 0), t.decoder_start) for t in transcripts]
+        rows = _rows(prompts, [0] * len(transcripts))
         return replace(rows, predicting=rows.predicting[:0], targets=rows.targets[:0])
 
     def to(self, device: torch.device) -> PackedRows:
@@ -66,11 +67,11 @@ def _rows(transcripts: Sequence[Transcript], starts: Sequence[int]) -> PackedRow
     targets: list[int] = []
     lengths = []
     for transcript, start in zip(transcripts, starts, strict=True):
-        first = len(token_ids) + transcript.answer_start - start
+        first = len(token_ids) + transcript.learn_start - 1 - start
         token_ids += transcript.token_ids[start:-1]  # the last token predicts nothing
         lengths.append(len(transcript.token_ids) - 1 - start)
         predicting.append(torch.arange(first, len(token_ids)))
-        targets += transcript.answer[1:]
+        targets += transcript.token_ids[transcript.learn_start :]
     return PackedRows(
         token_ids=torch.tensor(token_ids),
         positions=torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]),
@@ -82,8 +83,8 @@ def _rows(transcripts: Sequence[Transcript], starts: Sequence[int]) -> PackedRow
 
 
 def learnt_tokens(transcript: Transcript) -> int:
-    """Returns the number of answer tokens that a decoder learns: all but the first."""
-    return len(transcript.token_ids) - transcript.answer_start - 1
+    """Returns the number of answer tokens that a decoder learns."""
+    return len(transcript.token_ids) - transcript.learn_start
 
 
 def in_packs(indices: Iterable[int], size: Callable[[int], int], max_rows: int) -> Iterator[list[int]]:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from overfill.errors import InvalidRequest
+from overfill.request.answer_start import MAX_TAIL_TOKENS
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -34,6 +35,7 @@ class Training(_Frozen):
     Attributes:
         rank: Train low-rank factors of this rank beside frozen matrices, at ``FACTOR_RATE`` times ``learning_rate``;
             the norms' gains too. The written decoder has the factors merged. None trains everything.
+        lora: Train an adapter of this rank instead of the decoder, also at ``FACTOR_RATE`` times ``learning_rate``.
         steps, minutes, epochs: Length of the run; exactly one of them is set. Minutes count training, not evaluation.
             With minutes the schedule follows the clock, so that two such runs are not bit-equal.
         batch_transcripts: Transcripts per step, over all processes.
@@ -55,6 +57,7 @@ class Training(_Frozen):
     """
 
     rank: Positive | None = None
+    lora: Positive | None = None
     learning_rate: PositiveFloat = 6e-4
     steps: Positive | None = None
     minutes: PositiveFloat | None = None
@@ -84,6 +87,8 @@ class Training(_Frozen):
     def _check(self) -> Training:
         if sum(value is not None for value in (self.steps, self.minutes, self.epochs)) != 1:
             raise ValueError("give exactly one of steps, minutes and epochs")
+        if self.lora is not None and self.rank is not None:
+            raise ValueError("rank trains a decoder and lora an adapter: give one of them")
         if self.cross_entropy + self.kl == 0:
             raise ValueError("cross_entropy and kl must not both be 0")
         if self.top_tokens and (self.temperature != 1 or self.kl == 0):
@@ -104,6 +109,9 @@ class Data(_Frozen):
         held_out: ``development`` (the set in the package) or a file. None means ``held_out_split``.
         max_tokens: Maximum length of a transcript. Longer ones lose the end of their answer.
         max_held_out: Maximum number of transcripts to evaluate.
+        held_out_share: For an adapter without ``held_out``, the share of the conversations that is held out.
+        tail_tokens: For an adapter, the number of tokens at a prompt's end that the decoder computes; 0 means the
+            generation prompt. None means that the full model writes the first token.
     """
 
     source: str = "shipped"
@@ -113,6 +121,8 @@ class Data(_Frozen):
     held_out: str | None = None
     max_tokens: Positive = 1024
     max_held_out: Positive = 100
+    held_out_share: Share = 0.1
+    tail_tokens: Annotated[int, Field(ge=0, le=MAX_TAIL_TOKENS)] | None = None
 
 
 class Decoder(_Frozen):

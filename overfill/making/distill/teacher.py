@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from overfill.making.conversations import Transcript
+from overfill.making.conversations import Transcript, digest_of
 from overfill.making.distill.model import PackedModel
 from overfill.making.distill.packed_rows import PackedRows
 from overfill.making.distill.teacher_cache import Column, TeacherCache
@@ -26,7 +26,8 @@ class TeacherOutputs:
     """The full model's outputs for some transcripts, in their order. None means not requested.
 
     Attributes:
-        prefix: [decoder layers, 2, prompt tokens, kv_heads, D], keys (rotated) and values of the prompts.
+        prefix: [decoder layers, 2, prompt tokens, kv_heads, D], keys (rotated) and values of the prompts, without the
+            tokens that the decoder computes.
         hidden: [learnt tokens, full hidden]; the product with the full model's head gives its logits.
         top_ids, top_probabilities: [learnt tokens, k] int64 and float32, the most likely tokens.
     """
@@ -80,6 +81,15 @@ class Teacher:
             yield Column("top_ids", "learnt", (-1, self._top_tokens), torch.int32)
             yield Column("top_probabilities", "learnt", (-1, self._top_tokens), torch.float16)
 
+    def reads(self, transcripts: Sequence[Transcript | None]) -> tuple[str, str]:
+        """Identifies the outputs to cache: digest of the tokens that they depend on, and the columns.
+
+        Prompts' keys and values alone do not depend on answers, so that several tasks can share a cache.
+        """
+        if self._logits_form == "none":
+            transcripts = [t and Transcript(t.token_ids[: t.decoder_start], t.decoder_start) for t in transcripts]
+        return digest_of(transcripts), repr(self.columns)
+
     def use_cache(self, cache: TeacherCache) -> None:
         self._cache = cache
 
@@ -110,7 +120,7 @@ class Teacher:
             self.model.head.device
         )
         starts = list(accumulate(rows.lengths, initial=0))[:-1]
-        parts = [torch.arange(s, s + t.answer_start) for s, t in zip(starts, transcripts, strict=True)]
+        parts = [torch.arange(s, s + t.decoder_start) for s, t in zip(starts, transcripts, strict=True)]
         prompt = torch.cat(parts).to(self.model.head.device)
         kept: dict[int, Tensor] = {}
         layers = set(self._layer_map) if self._with_prompt_kv else set()

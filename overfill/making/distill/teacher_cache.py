@@ -25,7 +25,8 @@ class Column:
     """One kind of cached output.
 
     Attributes:
-        per: Unit that has an entry: each prompt token, or each answer token that the decoder learns.
+        per: Unit that has an entry: each prompt token that the full model computes, or each answer token that the
+            decoder learns.
         shape: Shape of one transcript's tensor, with -1 for the number of tokens.
         dtype: Type of the elements in the file; float16 or int32.
     """
@@ -44,7 +45,7 @@ class Column:
         return self.tokens(transcript) * -math.prod(self.shape)
 
     def tokens(self, transcript: Transcript) -> int:
-        return transcript.answer_start if self.per == "prompt" else learnt_tokens(transcript)
+        return transcript.decoder_start if self.per == "prompt" else learnt_tokens(transcript)
 
     def bytes(self, transcripts: Sequence[Transcript]) -> int:
         return sum(map(self.numbers, transcripts)) * self.dtype.itemsize

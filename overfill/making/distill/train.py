@@ -19,6 +19,7 @@ from overfill.errors import InvalidRequest, OverfillError
 from overfill.kv.tensors import TORCH_DTYPES
 from overfill.making.conversations import Transcript
 from overfill.making.correction import shipped_correction
+from overfill.making.distill.adapter import BestAdapter, add_adapter, is_factor, peak_bytes, write_adapter
 from overfill.making.distill.data import Transcripts, batches, digest
 from overfill.making.distill.loss import LossWeights
 from overfill.making.distill.metrics import METRICS, Metrics
@@ -51,18 +52,19 @@ class Diverged(OverfillError):
 
 
 def run_folder(out: Path) -> Path:
-    """Returns the folder for checkpoints, metrics and caches of the run that makes the pair ``out``."""
+    """Returns the folder for checkpoints, metrics and caches of the run that makes the pair or adapter ``out``."""
     return out.with_name(f"{out.name}.run")
 
 
 class Run:
-    """One training run of the decoder of ``pair`` on ``transcripts``, judged on ``held_out``.
+    """One training run of the decoder of ``pair``, or of an adapter for it, on ``transcripts``, judged on ``held_out``.
 
     Args:
-        out: Pair folder to write. The run's own folder is beside it (``run_folder``).
+        out: Folder of the pair or the adapter to write. The run's own folder is beside it (``run_folder``).
         training_text: Digests of the text of ``transcripts``, which the written pair keeps if those of ``pair`` are
             known too. None keeps none.
         standalone: Train the decoder to read prompts itself, as a baseline. The written pair is an ordinary pair.
+        tail_tokens: Recorded with an adapter, whose ``transcripts`` have such a tail.
         resume: Continue exactly from the last checkpoint of a run with the same settings.
         log_line: Called with a readable line at every evaluation.
 
@@ -80,6 +82,7 @@ class Run:
         *,
         training_text: TextDigests | None = None,
         standalone: bool = False,
+        tail_tokens: int = 0,
         resume: bool = False,
         report: Report = silent,
         log_line: LogLine = lambda line: None,
@@ -87,7 +90,7 @@ class Run:
         self._accelerator = accelerator = make_accelerator()
         self._pair, self._out, self._training = pair, out, training
         self._transcripts, self._held_out = transcripts, dict(enumerate(held_out))
-        self._training_text = training_text
+        self._training_text, self._tail_tokens = training_text, tail_tokens
         self._report, self._log_line = report, log_line
         correction = None if training.rank is None else shipped_correction(pair.recipe)
         if correction is not None and correction.rank > (training.rank or 0):
@@ -104,12 +107,19 @@ class Run:
         report("Loading models", 0, 2)
         full = PackedModel.load(pair.full_path, dtype, accelerator.device)
         report("Loading models", 1, 2)
-        decoder = PackedModel.load(pair.decoder_path, torch.float32, accelerator.device)
+        if training.lora is not None and pair.decoder_path == pair.full_path:
+            decoder = full.sharing_weights()
+        else:
+            wide = torch.float32 if training.lora is None else dtype
+            decoder = PackedModel.load(pair.decoder_path, wide, accelerator.device)
         decoder.save_activations = not training.recompute_activations
         if training.rank is not None:
             decoder.train_low_rank(training.rank, training.seed)
             if correction is not None:
                 decoder.continue_factors(correction.products(decoder.config))
+        if training.lora is not None:
+            add_adapter(decoder, training.lora, training.seed)
+            self._say_memory(decoder, full, standalone)
         report("Loading models", 2, 2)
         if training.fused and self._can_fuse():
             full.fuse()
@@ -122,10 +132,10 @@ class Run:
         )
         self._eval_teacher = Teacher(full, pair.layer_map, with_prompt_kv=not standalone, logits_form="hidden")
         self._cache_bytes_left = training.cache_gib * 2**30
-        self._cache(self._eval_teacher, held_out, "held-out", identity["held_out"])
-        self._cache(self._teacher, transcripts, "training", identity["data"])
+        self._cache(self._eval_teacher, held_out, "held-out")
+        self._cache(self._teacher, transcripts, "training")
         trained = decoder.trained
-        factors = [trained.pop(name) for name in list(trained) if name.endswith((".up", ".down"))]
+        factors = [trained.pop(name) for name in list(trained) if is_factor(name)]
         optimizer = torch.optim.AdamW(
             [{"params": list(trained.values()), "scale": 1.0}, {"params": factors, "scale": FACTOR_RATE}],
             lr=training.learning_rate,
@@ -134,13 +144,13 @@ class Run:
             fused=True,
         )
         self._model, self._optimizer = accelerator.prepare(self._student, optimizer)
-        self._checkpoints = Checkpoints(self.folder / "checkpoints")
+        self._checkpoints, self._best = Checkpoints(self.folder / "checkpoints"), BestAdapter(self.folder / "best")
         latest = self._checkpoints.latest() if resume else None
         self._progress = self._checkpoints.load(latest, decoder, optimizer) if latest else TrainingState()
         self._metrics = Metrics(self.folder, self._progress) if accelerator.is_main_process else None
 
-    def train(self) -> Pair:
-        """Trains to the end and writes the pair.
+    def train(self) -> Path:
+        """Trains to the end, writes the pair or the adapter, and returns its folder.
 
         Raises:
             Diverged: the loss or its gradient is not finite.
@@ -162,7 +172,7 @@ class Run:
         order = batches(len(self._transcripts), training.batch_transcripts, training.seed, self._progress.step)
         while (done := self._share_done()) < 1:
             self._step(next(order), done)
-            self._report("Distilling", round(1000 * min(1.0, self._share_done())), 1000)
+            self._report("Training", round(1000 * min(1.0, self._share_done())), 1000)
             step = self._progress.step
             if step % training.eval_steps == 0:
                 self._evaluate()
@@ -265,6 +275,9 @@ class Run:
             return None
         result = evaluate(self._student, self._eval_teacher, self._held_out, self._training.pack_rows)
         progress = self._progress
+        if self._training.lora is not None:
+            loss = self._training.cross_entropy * result.nll + self._training.kl * result.kl
+            self._best.offer(self._student.decoder, result, loss, progress.step)
         if progress.step not in self._metrics.evaluated:
             self._metrics.held_out(progress, result)
             rate = f", {progress.tokens / progress.seconds:.0f} tokens/s" if progress.seconds else ""
@@ -280,7 +293,7 @@ class Run:
             self._checkpoints.save(self._student.decoder, self._optimizer, self._progress)
         self._accelerator.wait_for_everyone()
 
-    def _finish(self, result: HeldOutResult | None) -> Pair:
+    def _finish(self, result: HeldOutResult | None) -> Path:
         if self._metrics is not None and result is not None:
             facts = {
                 **self._training.model_dump(exclude_none=True),
@@ -294,9 +307,28 @@ class Run:
             plot_runs([(self._out.name, self.folder / METRICS)], self.folder / "curve.png")
             files = [self.folder / name for name in (METRICS, "curve.png", SETTINGS)]
             decoder, text = self._student.decoder, self._training_text
-            write_pair(self._out, self._pair, decoder, facts, files, text, self._report)
+            if self._training.lora is None:
+                write_pair(self._out, self._pair, decoder, facts, files, text, self._report)
+            else:
+                write_adapter(
+                    self._out,
+                    self._pair,
+                    decoder,
+                    self._best,
+                    facts,
+                    tail_tokens=self._tail_tokens,
+                    own_prefill=self._student.standalone,
+                    extras=files,
+                )
         self._accelerator.wait_for_everyone()
-        return Pair.load(self._out)
+        return self._out
+
+    def _say_memory(self, decoder: PackedModel, full: PackedModel, standalone: bool) -> None:
+        whole = [t for t in (*self._transcripts, *self._held_out.values()) if t is not None]
+        longest = max(len(t.token_ids) - (0 if standalone else t.decoder_start) for t in whole)
+        rows = min(self._training.pack_rows, longest * self._training.batch_transcripts)
+        memory = peak_bytes(decoder, full, max(rows, longest))
+        self._log_line(f"peak memory: about {memory / 2**30:.1f} GiB on {self._accelerator.device}")
 
     def _identity(self, standalone: bool, dtype: str) -> dict[str, Any]:
         """Returns all settings that determine the results."""
@@ -313,7 +345,7 @@ class Run:
             "held_out": digest(list(self._held_out.values())),
         }
 
-    def _cache(self, teacher: Teacher, transcripts: Transcripts, name: str, data: str) -> None:
+    def _cache(self, teacher: Teacher, transcripts: Transcripts, name: str) -> None:
         """Gives ``teacher`` a cache if it fits in ``cache_gib``. Hub data sets are never cached."""
         if not isinstance(transcripts, list) or not teacher.columns:
             return
@@ -324,7 +356,7 @@ class Run:
             )
             return
         self._cache_bytes_left -= size
-        identity = json.dumps([self._pair.full_digest, self._pair.layer_map, data, repr(teacher.columns)])
+        identity = json.dumps([self._pair.full_digest, self._pair.layer_map, teacher.reads(transcripts)])
         with self._accelerator.main_process_first():
             teacher.use_cache(TeacherCache(self.folder / "cache" / name, transcripts, teacher.columns, identity))
 

@@ -45,12 +45,16 @@ def cache_tokens(transcripts: Sequence[Transcript]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _NewTokens:
-    """New tokens of one sequence, from position ``start``. The last ``num_logits`` of them get logits."""
+    """New tokens of one sequence, from position ``start``. The last ``num_logits`` of them get logits.
+
+    ``adapter`` is the slot of the adapter whose products are added; None adds none.
+    """
 
     tokens: Sequence[int]
     start: int
     slot: int  # slot of position 0
     num_logits: int
+    adapter: int | None = None
 
     @property
     def end(self) -> int:
@@ -69,17 +73,23 @@ class BatchModel:
         spec = model.config.kv_spec(dtype_name(model.dtype))
         self.cache = KvCache(spec, max_tokens, 1, model.device, kv_cache_dtype)
 
-    def read_all(self, batch: Sequence[Transcript], skip: int) -> Tensor:
+    def read_all(self, batch: Sequence[Transcript], skip: int, adapter: int | None = None) -> Tensor:
         """Reads prompts and answers, and predicts the answer tokens from index ``skip`` on.
 
         Each prompt needs at least one token, and each answer at least ``skip``.
+
+        Args:
+            adapter: slot of the model's adapter that reads them; None means none.
 
         Returns:
             [N, vocab] float32, a row per answer token without the first ``skip`` of each answer, in order.
         """
         slots = _slots(batch)
         return self._forward(
-            [_NewTokens(t.token_ids[:-1], 0, slot, len(t.answer) - skip) for t, slot in zip(batch, slots, strict=True)]
+            [
+                _NewTokens(t.token_ids[:-1], 0, slot, len(t.answer) - skip, adapter)
+                for t, slot in zip(batch, slots, strict=True)
+            ]
         )
 
     def read_prompts(self, batch: Sequence[Transcript]) -> Tensor:
@@ -93,18 +103,21 @@ class BatchModel:
         layer_map: Sequence[int],
         *,
         int8: bool = False,
+        adapter: int | None = None,
     ) -> Tensor:
-        """Reads the answers only, on the prompts' KV that ``full`` holds after reading the same batch.
+        """Reads what the decoder computes, on the prompts' KV that ``full`` holds after reading the same batch.
 
         Args:
             int8: True rounds the prompts' KV as the codec int8 does on its way.
+            adapter: slot of the adapter that reads them; None means none.
 
         Returns:
-            [N, vocab] float32, a row per answer token without the first of each answer, in order.
+            [N, vocab] float32, a row per answer token that the decoder writes (``Transcript.learn_start``), in order.
         """
         new = []
         for transcript, slot in zip(batch, _slots(batch), strict=True):
-            start, inputs = transcript.answer_start, transcript.answer[:-1]
+            start = transcript.decoder_start
+            inputs, written = transcript.token_ids[start:-1], len(transcript.token_ids) - transcript.learn_start
             blocks = range(slot, slot + start)
             copy_sequence(full.cache, blocks, self.cache, blocks, layer_map, start)
             if int8:
@@ -112,7 +125,7 @@ class BatchModel:
                     prompt = half[:, slot : slot + start]
                     prompt.copy_(restore(*quantise(prompt), half.dtype))
             if inputs:
-                new.append(_NewTokens(inputs, start, slot, len(inputs)))
+                new.append(_NewTokens(inputs, start, slot, written, adapter))
         return self._forward(new)
 
     def _forward(self, sequences: Sequence[_NewTokens]) -> Tensor:
@@ -138,6 +151,7 @@ class BatchModel:
                 block_tables=tables.to(device),
                 context_lens_device=torch.tensor(ends).to(device),
                 logits_indices=_logits_rows(sequences).to(device),
+                adapters=_adapters(sequences),
             ),
             self.cache,
         )
@@ -154,6 +168,13 @@ def _slots(batch: Sequence[Transcript]) -> list[int]:
         slots.append(total)
         total += len(transcript.token_ids)
     return slots
+
+
+def _adapters(sequences: Sequence[_NewTokens]) -> Tensor | None:
+    """Slot of each token's adapter, -1 without one; None if no token has one. [T] int64"""
+    if all(s.adapter is None for s in sequences):
+        return None
+    return torch.cat([torch.full((len(s.tokens),), -1 if s.adapter is None else s.adapter) for s in sequences])
 
 
 def _logits_rows(sequences: Sequence[_NewTokens]) -> Tensor:

@@ -34,12 +34,13 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class _Running:
-    """A sequence in the decoder's cache; ``end`` is the number of tokens at which it is cut."""
+    """A sequence in the decoder's cache; ``end`` is the number of tokens at which it is cut, ``adapter`` a slot."""
 
     written: Written
     prompt_tokens: int
     end: int
     blocks: list[int]
+    adapter: int | None
 
     def add(self, token: int, stop_ids: Sequence[int]) -> bool:
         """Adds a token; returns False when the answer has ended."""
@@ -51,7 +52,7 @@ class _Running:
 
     def next_step(self) -> Work:
         start = self.prompt_tokens + len(self.written.token_ids) - 1
-        return Work(self.written.token_ids[-1:], start, self.blocks, wants_logits=True)
+        return Work(self.written.token_ids[-1:], start, self.blocks, True, adapter=self.adapter)
 
 
 def write_answers(
@@ -60,13 +61,19 @@ def write_answers(
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     *,
+    starts: Sequence[int] | None = None,
     step: str = "Writing answers",
     report: Report = silent,
 ) -> list[Written]:
     """Writes a greedy answer of at most ``max_tokens`` tokens to each prompt, in the order of ``prompts``.
 
-    The full model chooses the first token, as in a stack. An answer ends early at the context's end.
+    An answer ends early at the context's end.
+
+    Args:
+        starts: index of the first token of each prompt that the decoder computes; it then chooses the first token. None
+            means that the full model computes all of them and chooses the first token, as in a stack.
     """
+    starts = starts or [len(prompt) for prompt in prompts]
     context = min(full.max_positions, decoder.model.max_positions)
     ends = [min(len(prompt) + max_tokens, context) for prompt in prompts]
     needed = [-(-end // _BLOCK_SIZE) for end in ends]
@@ -80,12 +87,15 @@ def write_answers(
     while waiting or running:
         while waiting and len(running) < _MAX_RUNNING and needed[waiting[0]] <= len(free):
             index = waiting.popleft()
-            prompt = prompts[index]
+            prompt, start = prompts[index], starts[index]
             blocks = [free.pop() for _ in range(needed[index])]
-            read = list(range(-(-len(prompt) // _BLOCK_SIZE)))
-            first = reader.run([Work(prompt, 0, read, wants_logits=True)])
-            runner.copy_kv(reader, read, blocks[: len(read)], decoder.layer_map, len(prompt), 0)
-            sequence = _Running(written[index], len(prompt), ends[index], blocks)
+            if start:
+                read = list(range(-(-start // _BLOCK_SIZE)))
+                first = reader.run([Work(prompt[:start], 0, read, wants_logits=True)])
+                runner.copy_kv(reader, read, blocks[: len(read)], decoder.layer_map, start, 0)
+            if start < len(prompt):
+                first = runner.run([Work(prompt[start:], start, blocks, wants_logits=True, adapter=decoder.adapter)])
+            sequence = _Running(written[index], len(prompt), ends[index], blocks, decoder.adapter)
             if sequence.add(int(first.argmax()), stop_ids):
                 running.append(sequence)
             else:

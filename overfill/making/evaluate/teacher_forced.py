@@ -47,10 +47,16 @@ cache that holds the answer's KV too; or as a model that reads the prompt itself
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A decoder to judge. ``layer_map[i]`` is the full-model layer whose KV its layer i reads."""
+    """A decoder to judge.
+
+    Attributes:
+        layer_map: ``layer_map[i]`` is the full-model layer whose KV its layer i reads.
+        adapter: slot of the adapter that writes; None means the decoder alone.
+    """
 
     model: ForwardModel
     layer_map: Sequence[int]
+    adapter: int | None = None
 
 
 def scorable(transcripts: Sequence[Transcript]) -> list[Transcript]:

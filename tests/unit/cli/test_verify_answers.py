@@ -200,6 +200,7 @@ def test_an_answer_of_another_tier_is_wrong_or_was_not_asked_for(
     [
         (["--tier=a=x", "--pair=x"], "--tier conflicts with --pair (also"),
         (["--tier=a=x", "--tier=a=y"], "two tiers have the name 'a'"),
+        (["--adapters=."], "--adapters needs --adapter"),
         (["--tier=a=x", "--ask=b"], "--ask b: give it a --tier; tiers are a"),
     ],
 )

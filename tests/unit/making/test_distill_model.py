@@ -63,7 +63,7 @@ def reference_logits(folder: Path) -> torch.Tensor:
     reference = TwoStageReference(folder)
     logits = []
     for t in TRANSCRIPTS:
-        cache, _ = reference._prefill(t.prompt)
+        cache, _ = reference._prefill(t.prompt, None)
         logits.append(_forward(reference._decoder, list(t.answer[:-1]), len(t.prompt), cache))
     return torch.cat(logits)
 

@@ -45,7 +45,7 @@ def write_chats(file: Path, count: int) -> Path:
 
 
 def test_every_packaged_recipe_is_valid() -> None:
-    assert set(recipe_names()) == {*SIZES, "smollm2-fast"}
+    assert set(recipe_names()) == {*SIZES, "smollm2-fast", "adapter"}
     for name, sizes in SIZES.items():
         decoder = read_recipe(name).decoder
         assert decoder is not None
@@ -189,16 +189,16 @@ def test_a_hub_row_that_the_chat_template_refuses_is_skipped(tiny_pair: Path, mo
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": f"b c {i}"}]} for i in "12"
     ]
     tokenizer = Tokenizer.load(tiny_pair / "full")
-    encode_chat = tokenizer.encode_chat
+    encode_chat = tokenizer.encode_with_generation_prompt
 
-    def refuse(messages: Any) -> list[int]:
+    def refuse(messages: Any, count: bool) -> tuple[list[int], int]:
         if not refused:
             refused.append(messages)
             raise InvalidRequest("messages", "roles must alternate")
-        return encode_chat(messages)
+        return encode_chat(messages, count=count)
 
     refused: list[Any] = []
-    monkeypatch.setattr(tokenizer, "encode_chat", refuse)
+    monkeypatch.setattr(tokenizer, "encode_with_generation_prompt", refuse)
     transcripts = HubTranscripts(rows, Data(source="owner/name"), tokenizer)
     assert transcripts[0] is None
     assert transcripts[1] is not None

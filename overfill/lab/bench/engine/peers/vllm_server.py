@@ -6,7 +6,7 @@ import http.client
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -21,11 +21,23 @@ _MAX_NUM_SEQS, _MAX_NUM_BATCHED_TOKENS = 64, 2048
 
 
 @contextmanager
-def vllm_server(python: Path, model: Path, max_model_len: int) -> Iterator[str]:
+def vllm_server(
+    python: Path,
+    model: Path,
+    max_model_len: int,
+    adapters: Mapping[str, Path] | None = None,
+    max_adapter_rank: int = 16,
+    prefix_cache: bool = False,
+) -> Iterator[str]:
     """Starts the server and yields its URL, including ``/v1``, once it answers. Call it on the main thread only.
 
     Each core of this process is bound to the engine. By default vLLM leaves one core for its HTTP server, which is half
     of a machine with two cores.
+
+    Args:
+        adapters: folders in PEFT's format, by the model name that a request gives. The server has a place for each.
+        max_adapter_rank: one of the ranks that vLLM has buffers for.
+        prefix_cache: whether vLLM keeps KV of prompts; it keys them by adapter.
 
     Raises:
         PeerFailed: The server did not start.
@@ -33,10 +45,14 @@ def vllm_server(python: Path, model: Path, max_model_len: int) -> Iterator[str]:
     host, (port,) = "127.0.0.1", free_ports("127.0.0.1", 1)
     # The entry point `vllm` needs a distribution of that name; the CPU build has another name.
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--host", host, "--port", str(port), "--dtype", "bfloat16", "--no-enable-prefix-caching"]
+    command += ["--host", host, "--port", str(port), "--dtype", "bfloat16"]
+    command += ["--enable-prefix-caching" if prefix_cache else "--no-enable-prefix-caching"]
     command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(_MAX_NUM_SEQS)]
     command += ["--max-num-batched-tokens", str(max(_MAX_NUM_BATCHED_TOKENS, max_model_len))]
     command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
+    if adapters:
+        command += ["--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", str(max_adapter_rank)]
+        command += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
     cores = sorted(os.sched_getaffinity(0))
     environment = os.environ | {
         "OMP_NUM_THREADS": str(len(cores)),

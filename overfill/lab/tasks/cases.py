@@ -1,0 +1,188 @@
+"""Makes prompts and answers: a customer's case after excerpts of a handbook, and four tasks that read the same prompt.
+
+The prompt holds no instruction: only the adapter knows its task. Every answer follows from the prompt alone.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from calendar import month_name
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+
+FIRST = ("Anna", "Ben", "Carla", "David", "Elena", "Felix", "Grace", "Hugo", "Irene", "Jonas", "Karen", "Leo", "Maria")
+LAST = ("Adler", "Brandt", "Costa", "Dahl", "Evans", "Fuchs", "Garcia", "Hansen", "Ivers", "Kruger", "Lopez", "Meyer")
+CITIES = ("Lisbon", "Madrid", "Paris", "Vienna", "Berlin", "Rome", "Oslo", "Dublin", "Prague", "Athens", "Warsaw")
+PRODUCTS = ("lamp", "chair", "desk", "kettle", "camera", "printer", "monitor", "keyboard", "heater", "radio", "drill")
+MONTHS = tuple(month_name[1:])
+
+COMPLAINTS: dict[str, tuple[str, ...]] = {
+    "damaged": (
+        "the glass was cracked in two places", "one corner is badly dented", "the surface arrived full of scratches",
+        "a leg had snapped off in the box", "the cover was torn open",
+    ),
+    "late": (
+        "nothing has arrived after three weeks", "the parcel is still on its way", "the delivery date passed days ago",
+        "the tracking page has not changed since Monday", "we keep waiting for the driver",
+    ),
+    "wrong": (
+        "the box held another model", "you sent the blue version, not the black one", "somebody mixed up two parcels",
+        "the size does not match the order", "this is not what I picked in the shop",
+    ),
+    "billing": (
+        "my card was charged twice", "the invoice shows the old price", "the discount is missing from the bill",
+        "the tax was added a second time", "I paid for shipping that should be free",
+    ),
+    "broken": (
+        "it stopped working after an hour", "it does not switch on any more", "it makes a loud noise and then stops",
+        "it gets far too hot to touch", "the display stays dark",
+    ),
+    "cancel": (
+        "I do not need it any more", "please call the whole order off", "I found it cheaper elsewhere and want to stop",
+        "I ordered by mistake", "we are moving and cannot take it",
+    ),
+}  # fmt: skip
+TEAMS = {
+    "damaged": ("RETURNS", "photo, pickup, replace"),
+    "late": ("LOGISTICS", "trace, inform"),
+    "wrong": ("RETURNS", "pickup, resend"),
+    "billing": ("FINANCE", "check, refund"),
+    "broken": ("TECH", "test, repair"),
+    "cancel": ("SALES", "confirm, refund"),
+}
+URGENCY: dict[str, tuple[str, ...]] = {
+    "P1": ("I need an answer today.", "This cannot wait until tomorrow.", "Please react at once."),
+    "P2": ("I hope to hear from you this week.", "A reply in the next days would be fine.", "Please look at it soon."),
+    "P3": ("There is no hurry.", "Take the time you need.", "Any time this month is fine."),
+}
+CHANNELS = {"phone": "PHONE", "letter": "POST", "chat": "CHAT"}
+HANDBOOK = (
+    "Agents greet every customer by name and stay polite.",
+    "A case is closed only after the customer has agreed.",
+    "Parcels above thirty kilograms travel with a partner.",
+    "Keep notes short, and write down what was promised.",
+    "Gift cards cannot be exchanged for cash.",
+    "Photos of a parcel help the carrier to find out what happened.",
+    "Opening hours differ between shops, so look them up first.",
+    "A manager signs refunds of more than a thousand euros.",
+    "Spare parts are kept for seven years after the last sale.",
+    "Never ask for a password, not even for a test.",
+    "Weekend shifts are planned a month ahead.",
+    "The archive keeps closed cases for ten years.",
+    "Customers may choose another pick-up point until noon.",
+    "Complaints about a colleague go to the team's lead.",
+    "Batteries must not be sent by air.",
+    "New colleagues listen to ten calls before their first one.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A row of a customer's orders."""
+
+    product: str
+    quantity: int
+    amount: int
+    number: str
+    day: int
+    month: str
+
+    def __str__(self) -> str:
+        what, when = f"{self.product}, {self.quantity} pieces", f"{self.day} {self.month}"
+        return f"{what}, {self.amount} euros, order {self.number}, {when}"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What a prompt says about one customer, whose complaint is about ``order``.
+
+    Attributes:
+        label: Key of ``COMPLAINTS``.
+        priority: Key of ``URGENCY``.
+        channel: Key of ``CHANNELS``.
+    """
+
+    first: str
+    last: str
+    city: str
+    orders: tuple[Order, ...]
+    order: Order
+    label: str
+    complaint: str
+    priority: str
+    channel: str
+
+
+def _extract(case: Case) -> str:
+    order = case.order
+    return json.dumps({"product": order.product, "order": order.number, "customer": case.last, "city": case.city})
+
+
+def _classify(case: Case) -> str:
+    order, month = case.order, case.order.month
+    if case.label in ("damaged", "wrong", "broken"):
+        verdict = "accept" if order.amount < 500 else "manager"
+    else:
+        verdict = "refuse" if MONTHS.index(month) < 6 else "ask"
+    return f'{case.label}: "{case.complaint}"; {order.product}, {order.amount} euros, {month}; {verdict}'
+
+
+def _row(case: Case) -> str:
+    order = case.order
+    date = f"{order.day}.{MONTHS.index(order.month) + 1}."
+    return f"{order.product} | {date} | {case.last}, {case.first} | EUR {order.amount} | x{order.quantity}"
+
+
+def _route(case: Case) -> str:
+    team, steps = TEAMS[case.label]
+    level = list(URGENCY).index(case.priority) + (case.order.amount < 500)
+    code = f"{case.city[0]}{case.order.quantity}-{level}"
+    return f"team {team}; code {code}; reply by {CHANNELS[case.channel]} to {case.last}; steps: {steps}"
+
+
+TASKS: Mapping[str, Callable[[Case], str]] = {"extract": _extract, "classify": _classify, "row": _row, "route": _route}
+
+
+def cases(seed: int) -> Iterator[tuple[Case, random.Random]]:
+    """Yields endless cases, each with the generator of its prompt's wording."""
+    for number in count():
+        rng = random.Random(f"{seed} {number}")
+        orders = tuple(_order(product, rng) for product in rng.sample(PRODUCTS, 3))
+        label = rng.choice(list(COMPLAINTS))
+        yield (
+            Case(
+                first=rng.choice(FIRST),
+                last=rng.choice(LAST),
+                city=rng.choice(CITIES),
+                orders=orders,
+                order=rng.choice(orders),
+                label=label,
+                complaint=rng.choice(COMPLAINTS[label]),
+                priority=rng.choice(list(URGENCY)),
+                channel=rng.choice(list(CHANNELS)),
+            ),
+            rng,
+        )
+
+
+def _order(product: str, rng: random.Random) -> Order:
+    number = "".join(rng.choices("ABCDEFGHKLMNPRSTUVWXYZ", k=2)) + f"-{rng.randint(10, 99)}"
+    return Order(product, rng.randint(2, 9), rng.randint(20, 990), number, rng.randint(1, 28), rng.choice(MONTHS))
+
+
+def prompt(case: Case, rng: random.Random, tokens: int, num_tokens: Callable[[str], int]) -> str:
+    """Returns the shared prompt: sentences of the handbook, then the case, of at most ``tokens`` tokens together.
+
+    Args:
+        num_tokens: Returns the number of tokens of a text.
+    """
+    orders = "\n".join(map(str, case.orders))
+    said = f'"The {case.order.product}: {case.complaint}. {rng.choice(URGENCY[case.priority])}"'
+    text = f"Customer: {case.first} {case.last}, {case.city}\n{orders}\nBy {case.channel}: {said}"
+    left = tokens - num_tokens(text) - num_tokens("Handbook:\n\n")
+    sentences: list[str] = []
+    while (left := left - num_tokens(" " + (sentence := rng.choice(HANDBOOK)))) > 0:
+        sentences.append(sentence)
+    return "Handbook: " + " ".join(sentences) + "\n\n" + text
