@@ -22,10 +22,11 @@ from overfill.client.requests import (
     check_messages,
     check_timeout,
     sample_options,
+    task_options,
 )
 from overfill.errors import InvalidRequest, OverfillError, RequestCancelled
 from overfill.rpc.addresses import split_addresses
-from overfill.rpc.stack_status import Model, StackStatus
+from overfill.rpc.stack_status import AdapterChange, Model, StackStatus
 from overfill.rpc.tls import ClientTls
 from overfill.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -229,6 +230,30 @@ class AsyncClient:
         """
         return await run_as_tasks(_whole, [self.stream(prompt, **one) for one in sample_options(n, options)])
 
+    async def fan_out(
+        self,
+        prompt: Prompt,
+        tasks: Sequence[str],
+        **options: Unpack[Options],
+    ) -> list[Answer | OverfillError]:
+        """Has several tasks answer one prompt, concurrently. They share the KV that the full model computes of it.
+
+        Returns the answers in the order of ``tasks``. Where a task fails, its error is in the list, and the other tasks
+        go on.
+
+        Args:
+            prompt: As in ``generate``.
+            tasks: Names of the tiers and adapters that write an answer each.
+            **options: Options of each request, by name. All requests belong to one session, by default one of their
+                own. ``timeout`` is the limit for all answers together.
+
+        Raises:
+            InvalidRequest: an argument is wrong.
+            TypeError: there is no such option.
+        """
+        streams = [self.stream(prompt, **one) for one in task_options(tasks, options)]
+        return await run_as_tasks(_whole_or_error, streams)
+
     async def tokenize(
         self,
         prompt: str | Sequence[Message | Mapping[str, Any]],
@@ -326,6 +351,40 @@ class AsyncClient:
 
         await self._unary(start, timeout)
 
+    async def load_adapter(self, name: str, *, timeout: float | None = 90.0) -> list[AdapterChange]:
+        """Has all decode workers load an adapter from their folder of adapters, unless they have loaded it.
+
+        Args:
+            name: Name of the adapter's folder.
+            timeout: Seconds for the call; None means no limit.
+
+        Returns:
+            What each decode worker that may have the adapter has done.
+
+        Raises:
+            OverfillError: no worker has loaded it; the first worker's reason.
+        """
+        request = admin_pb2.LoadAdapterRequest(name=name)
+
+        def start(address: str, timeout: float | None) -> Any:
+            stub = admin_pb2_grpc.AdminStub(self._channels[address])
+            return stub.LoadAdapter(request, timeout=timeout, metadata=self._metadata)
+
+        return [AdapterChange.from_proto(change) for change in (await self._unary(start, timeout)).workers]
+
+    async def unload_adapter(self, name: str, *, timeout: float | None = 90.0) -> list[AdapterChange]:
+        """Has all decode workers unload an adapter. They finish its answers and refuse new ones.
+
+        Arguments, results and errors are those of ``load_adapter``.
+        """
+        request = admin_pb2.UnloadAdapterRequest(name=name)
+
+        def start(address: str, timeout: float | None) -> Any:
+            stub = admin_pb2_grpc.AdminStub(self._channels[address])
+            return stub.UnloadAdapter(request, timeout=timeout, metadata=self._metadata)
+
+        return [AdapterChange.from_proto(change) for change in (await self._unary(start, timeout)).workers]
+
     async def close(self) -> None:
         """Cancels running requests and closes all connections."""
         self._closed = True
@@ -360,3 +419,10 @@ async def _whole(stream: AsyncStream) -> Answer:
         async for _ in stream:
             pass
         return stream.answer
+
+
+async def _whole_or_error(stream: AsyncStream) -> Answer | OverfillError:
+    try:
+        return await _whole(stream)
+    except OverfillError as error:
+        return error
