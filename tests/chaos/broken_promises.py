@@ -84,6 +84,16 @@ BROKEN = (
         "len(self.prompt) if self.answer_start is None else self.answer_start", "len(self.prompt)",
         "tests/unit/engine/test_conformance.py::TestAdapters"
         "::test_turns_of_a_chat_that_different_tasks_answer_find_only_what_the_full_model_wrote"),
+    Broken("KV of a prompt is the full model's, whatever wrote the turns before",
+        "the blocks of an answer are shared across adapters",
+        "self._prefix.release(sequence.id)",
+        "if sequence.blocks:\n"
+        "    tokens = [*sequence.prompt, *sequence.emitted]\n"
+        "    self._prefix._holders[sequence.id].prompt = self._prefix.blocks_of(tokens, sequence.cache_namespace)\n"
+        "    self._prefix.publish(sequence.id, sequence.computed)\n"
+        "self._prefix.release(sequence.id)",
+        "tests/integration/test_tasks_of_one_prompt.py"
+        "::test_the_prompts_of_a_chat_of_many_tasks_are_the_full_models_throughout", inside="_free"),
     Broken("missing KV is pulled again", "a broken stream is not restarted",
         "MAX_REPEATS = ...", "MAX_REPEATS = 0",
         "tests/integration/test_bad_kv.py::test_ranges_of_a_wrong_chunk_are_sent_again"),
@@ -112,8 +122,14 @@ BROKEN = (
         "counts == self._replicas", "counts == 1",
         "tests/unit/kv/test_ranks.py::test_a_range_is_reported_when_all_replicas_have_it_and_once"),
     Broken("no block is freed while it is written", "writers are not waited for",
-        "await shielded(self._join_pull(...))", "pass",
+        "await shielded(self._let_go())", "pass",
         "tests/unit/services/test_sequence_session.py::test_cancelled_twice_it_still_waits_for_the_pull_before_the_engine_forgets"),
+    Broken("the end of one task does not end the transfer for the others", "the session that leads it does not go on",
+        "await self._carry_on(self._transfer)", "pass",
+        "tests/unit/services/test_shared_transfers.py::test_the_transfer_goes_on_when_its_leader_has_ended"),
+    Broken("a sequence waits only while its prompt is received", "followers do not learn of a failed transfer",
+        "self.members[id](TransferLost(self, worker_id, error))", "pass",
+        "tests/unit/services/test_shared_transfers.py::test_each_asks_again_after_a_failure_and_the_first_that_gets_a_prefill_worker_leads"),
     Broken("no block is freed while a rank reads it", "the rank's readers are not waited for",
         "await transfer.streams.join()", "pass",
         "tests/unit/engine/ranks/test_rank_agents.py::test_a_transfer_is_closed_when_no_rank_reads_it_any_more"),
