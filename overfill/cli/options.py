@@ -239,8 +239,12 @@ _REQUEST_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Drop tokens less likely than this fraction of the most likely one.  [default: off]",
     ),
     click.option("--seed", type=int, help="Random seed; it repeats an answer, best effort.  [default: random]"),
-    click.option("--model", default="", help="Name of the model.  [default: the stack's model]"),
-    click.option("--tier", default="", help="Tier that writes the answer.  [default: the stack's default tier]"),
+    click.option(
+        "--model", default="", help="Name of the model, or NAME:TIER or NAME:ADAPTER.  [default: the stack's model]"
+    ),
+    click.option(
+        "--tier", default="", help="Tier or adapter that writes the answer.  [default: the stack's default tier]"
+    ),
     click.option(
         "--fallback",
         default="",

@@ -22,6 +22,7 @@ from overfill.client.requests import (
     check_messages,
     check_timeout,
     sample_options,
+    task_options,
 )
 from overfill.errors import InvalidRequest, OverfillError, RequestCancelled
 from overfill.rpc.addresses import split_addresses
@@ -229,6 +230,30 @@ class AsyncClient:
         """
         return await run_as_tasks(_whole, [self.stream(prompt, **one) for one in sample_options(n, options)])
 
+    async def fan_out(
+        self,
+        prompt: Prompt,
+        tasks: Sequence[str],
+        **options: Unpack[Options],
+    ) -> list[Answer | OverfillError]:
+        """Has several tasks answer one prompt, concurrently. They share the KV that the full model computes of it.
+
+        Returns the answers in the order of ``tasks``. Where a task fails, its error is in the list, and the other tasks
+        go on.
+
+        Args:
+            prompt: As in ``generate``.
+            tasks: Names of the tiers and adapters that write an answer each.
+            **options: Options of each request, by name. All requests belong to one session, by default one of their
+                own. ``timeout`` is the limit for all answers together.
+
+        Raises:
+            InvalidRequest: an argument is wrong.
+            TypeError: there is no such option.
+        """
+        streams = [self.stream(prompt, **one) for one in task_options(tasks, options)]
+        return await run_as_tasks(_whole_or_error, streams)
+
     async def tokenize(
         self,
         prompt: str | Sequence[Message | Mapping[str, Any]],
@@ -394,3 +419,10 @@ async def _whole(stream: AsyncStream) -> Answer:
         async for _ in stream:
             pass
         return stream.answer
+
+
+async def _whole_or_error(stream: AsyncStream) -> Answer | OverfillError:
+    try:
+        return await _whole(stream)
+    except OverfillError as error:
+        return error

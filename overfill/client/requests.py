@@ -142,7 +142,7 @@ class Options(TypedDict, total=False):
     """Options of every request; all are keyword arguments, and all are optional.
 
     Attributes:
-        model: Name of the model, or "NAME:TIER"; empty means the only one served.
+        model: Name of the model, "NAME:TIER" or "NAME:ADAPTER"; empty means the only one served.
         sampling: How tokens are sampled; None means the defaults of SamplingParams.
         stop: Strings that end the answer; the answer does not include them. In an answer with tool calls, they count in
             the text before the first call.
@@ -175,7 +175,8 @@ class Options(TypedDict, total=False):
             minimum counts if it is larger.
         answer_start: Index of the first prompt token that the tier's decoder computes, on the full model's KV of those
             before; only with ``prompt_logprobs``. The full model scores this token, the decoder those after it.
-        tier: Tier that writes the answer; empty means the one in ``model``, as in "NAME:TIER", or the stack's default.
+        tier: Tier or adapter that writes the answer; empty means the one in ``model``, as in "NAME:TIER", or else the
+            stack's default tier.
         fallback: Tier that continues the answer when its own tier has no decode worker left; "none" means that the
             request waits; empty means what the tier's settings say.
         allow_brownout: Whether the next tier of the router's ``--brownout`` may write the answer when the requested
@@ -292,6 +293,24 @@ def sample_options(n: int, options: Options) -> list[Options]:
     each: list[Options] = []
     for index in range(first, first + n):
         one: Options = {**options, "sampling": sampling, "sample_index": index}
+        if options.get("request_id"):
+            one["request_id"] = f"{options['request_id']}-{index}"
+        each.append(one)
+    return each
+
+
+def task_options(tasks: Sequence[str], options: Options) -> list[Options]:
+    """Options for a request to each of ``tasks``, all in one session. Raises InvalidRequest."""
+    if isinstance(tasks, str) or not tasks:
+        raise InvalidRequest("tasks", f"is {tasks!r}; give a sequence of names of tiers and adapters")
+    if options.get("tier"):
+        raise InvalidRequest(
+            "tier", f"is {options['tier']!r}, but each of `tasks` is what writes an answer; leave it out"
+        )
+    shared: Options = {**options, "session": options.get("session") or secrets.token_hex(8)}
+    each: list[Options] = []
+    for index, task in enumerate(tasks):
+        one: Options = {**shared, "tier": task}
         if options.get("request_id"):
             one["request_id"] = f"{options['request_id']}-{index}"
         each.append(one)

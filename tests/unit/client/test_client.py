@@ -27,6 +27,7 @@ from overfill.errors import (
     DeadlineExceeded,
     InternalError,
     InvalidRequest,
+    ModelNotFound,
     Overloaded,
     Produced,
     RequestCancelled,
@@ -203,6 +204,35 @@ async def test_a_failed_sample_ends_the_others_of_an_asyncio_client(router):
         with pytest.raises(InvalidRequest, match="is bad"):
             await client.samples("x", 3)
         assert await asyncio.to_thread(router.abandoned.wait, 20)
+
+
+def test_tasks_of_one_prompt_fail_each_for_itself(sdk, router):
+    def choose():
+        failed = router.requests[-1].tier == "judge"
+        router.script = [ModelNotFound("no judge")] if failed else list(say.GOOD)
+
+    router.on_request = choose
+    tasks = ["planner", "judge", "coder"]
+    answers = sdk.run(router.address, "fan_out", "x", tasks, request_id="r", timeout=30)
+    assert [getattr(answer, "token_ids", None) for answer in answers] == [(10, 11, 12), None, (10, 11, 12)]
+    assert isinstance(answers[1], ModelNotFound)
+    asked = {request.tier: request for request in router.requests}
+    assert [asked[task].request_id for task in tasks] == ["r-0", "r-1", "r-2"]
+    assert len({request.session for request in router.requests}) == 1
+    assert router.requests[0].session
+    assert all(0 < left < 31 for left in router.time_remaining)
+    sdk.run(router.address, "fan_out", "x", ["planner"], session="mine")
+    assert (router.requests[-1].session, router.requests[-1].tier) == ("mine", "planner")
+
+
+@pytest.mark.parametrize(("field", "tasks", "options"), [
+    ("tasks", "planner", {}), ("tasks", [], {}), ("tier", ["planner"], {"tier": "coder"}), ("tier", [3], {}),
+])  # fmt: skip
+def test_wrong_tasks_are_refused_before_anything_is_sent(sdk, router, field, tasks, options):
+    with pytest.raises(InvalidRequest) as caught:
+        sdk.run(router.address, "fan_out", "x", tasks, **options)
+    assert caught.value.field == field
+    assert router.requests == []
 
 
 async def test_cancelling_the_task_cancels_the_request(router):
