@@ -367,8 +367,10 @@ class SequenceSession:
         in_place = await self._take_shared(awaited)
         has_prompt = in_place or (self._transfer is not None and self._transfer.runs)
         if self._reserved:
-            if not has_prompt:
-                self._want_prefill(_Need.REASON_PREEMPTED, "the sequence has new blocks, without all of its prompt", "")
+            if not has_prompt and awaited is None:
+                self._want_prefill(_Need.REASON_PREEMPTED, "the sequence lost its blocks to an older sequence", "")
+            elif not has_prompt:
+                self._want_prefill(_Need.REASON_REST, "another sequence's transfer brought less than the prompt", "")
         else:
             self._tell_reserved(has_prompt)
         if in_place:

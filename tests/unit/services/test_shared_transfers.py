@@ -301,6 +301,8 @@ async def test_prompts_that_begin_alike_receive_what_they_have_in_common_once(wo
     assert [worker.has_prompt(id) for id in worker.tasks] == [False] + [follow] * (len(starts) - 1)
     worker.pulls[0].end.set_result(None)
     await settle()
+    for id, pull in zip("bc", held[1:] if follow else [], strict=False):
+        assert worker.told[id][-1].need_prefill.reason == decode_pb2.NeedPrefill.REASON_REST, pull
     for id in worker.tasks:
         worker.assign(id)
     await settle()
