@@ -39,6 +39,7 @@ from overfill.model.config import ModelConfig
 from overfill.model.digest import StoredTensor, digest_head, read_header
 from overfill.model.peft_config import MAX_RANK, PeftConfig
 from overfill.request.answer_start import MAX_TAIL_TOKENS
+from overfill.request.names import ADAPTER_NAME
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +49,6 @@ RECORD = "overfill-adapter.json"
 PEFT_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-"""What an adapter may be called."""
 
 _MAX_HEADER_BYTES = 1 << 20
 _BYTES_OF = {"F32": 4, "BF16": 2, "F16": 2}
@@ -170,7 +168,7 @@ def file_limits(config: ModelConfig, max_rank: int = MAX_RANK) -> dict[str, int]
 
 def check_name(name: str) -> None:
     """Raises InvalidAdapter unless an adapter may have this name."""
-    if NAME.fullmatch(name) is None:
+    if ADAPTER_NAME.fullmatch(name) is None:
         raise InvalidAdapter(
             f"{name[:80]!r} is no name for an adapter: 1 to 64 of A-Z a-z 0-9 . _ - are, with a letter or digit first"
         )
