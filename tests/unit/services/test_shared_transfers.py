@@ -28,6 +28,7 @@ from services.decode.shared_transfers import SharedTransfers
 SPEC = KvSpec(2, 1, 4, "float32", RopeSpec())
 PROMPT = list(range(30, 44))
 START = 10  # two blocks of 4, and a third one cut
+SAME_BEGINNING = [*PROMPT[:9], *range(7), 43]
 
 
 class Inline(Executor):
@@ -94,7 +95,8 @@ class Worker:
 
     def take(self, events):
         for event in by_sequence(events):
-            self.sessions[event.id].take(event)
+            if not self.tasks[event.id].done():
+                self.sessions[event.id].take(event)
 
     @asynccontextmanager
     async def new_handoff(self, target, session):
@@ -132,7 +134,7 @@ class Worker:
         sequence = self.sessions[id].sequence
         if sequence.state in (DecodeState.RECEIVING, DecodeState.RUNNING) and sequence.blocks:
             sequence.state = DecodeState.YIELDING
-            self.sessions[id].take(Preempted(id))
+            self.engine._emit([Preempted(id)])
 
     def kinds(self, id):
         return [update.WhichOneof("message") for update in self.told[id]]
@@ -208,6 +210,40 @@ async def test_sequences_that_come_at_once_share_one_transfer_and_its_blocks(wor
     assert shared("overfill_decode_shared_prompt_tokens_total") == 3 * START
 
 
+async def test_blocks_that_were_on_their_way_when_the_prompt_came_are_asked_for_again(worker, monkeypatch):
+    worker.add("a", assigned=True)
+    await settle()
+    late = []
+    monkeypatch.setattr(worker.engine, "_emit", late.extend)
+    worker.add("b", assigned=True)
+    worker.add("c")
+    await settle()
+    monkeypatch.undo()
+    worker.pulls[0].end.set_result(None)
+    await settle()
+    worker.take(late)
+    await worker.finish(*"abc")
+    assert [worker.has_prompt(id) for id in "bc"] == [True, True]
+    assert len(worker.pulls) == 1
+
+
+async def test_a_failure_before_the_blocks_are_there_is_no_request_for_a_prefill_worker(worker, monkeypatch):
+    worker.add("a", assigned=True)
+    await settle()
+    late = []
+    monkeypatch.setattr(worker.engine, "_emit", late.extend)
+    worker.add("b")
+    await settle()
+    monkeypatch.undo()
+    worker.pulls[0].end.set_exception(TransferFailed("stalled"))
+    await settle()
+    assert worker.told["b"] == []
+    worker.take(late)
+    await settle()
+    assert worker.kinds("b") == ["reserved"]
+    assert not worker.has_prompt("b")
+
+
 @pytest.mark.parametrize("answer_start", [8, 10])
 async def test_a_later_sequence_begins_at_once(worker, answer_start):
     for id in "ab":
@@ -236,9 +272,7 @@ async def test_sequences_that_wait_for_a_prefill_worker_follow_the_first_that_ge
     assert worker.told["a"][-1].done.prefill_worker_id == "p-b"
 
 
-@pytest.mark.parametrize(
-    "other", [{"namespace": "raw/tenant"}, {"namespace": "int8/"}, {"answer_start": 9}, {"prompt": [9, *PROMPT[1:]]}]
-)
+@pytest.mark.parametrize("other", [{"namespace": "raw/tenant"}, {"namespace": "int8/"}, {"prompt": [9, *PROMPT[1:]]}])
 async def test_nothing_else_is_shared(worker, other):
     worker.add("a", assigned=True)
     worker.add("b", assigned=True, **other)
@@ -247,6 +281,38 @@ async def test_nothing_else_is_shared(worker, other):
     for pull in worker.pulls:
         pull.end.set_result(None)
     await worker.finish(*"ab")
+
+
+LONGER = [*PROMPT, *range(3, 20)]
+
+
+@pytest.mark.parametrize(
+    ("starts", "follow", "held"),
+    [
+        ((17, 9, 10), True, [0]),  # the cut blocks of the shorter prompts are in the longer one's blocks
+        ((9, 17, 10), True, [0, 8, 8]),  # each of the others asks for its rest
+        ((9, 25), False, [0, 0]),  # less than half of the longer prompt is on its way
+    ],
+)
+async def test_prompts_that_begin_alike_receive_what_they_have_in_common_once(worker, starts, follow, held):
+    for id, answer_start in zip("abc", starts, strict=False):
+        worker.add(id, prompt=LONGER, answer_start=answer_start, assigned=id == "a" or not follow)
+        await settle()
+    assert [worker.has_prompt(id) for id in worker.tasks] == [False] + [follow] * (len(starts) - 1)
+    worker.pulls[0].end.set_result(None)
+    await settle()
+    for id, pull in zip("bc", held[1:] if follow else [], strict=False):
+        assert worker.told[id][-1].need_prefill.reason == decode_pb2.NeedPrefill.REASON_REST, pull
+    for id in worker.tasks:
+        worker.assign(id)
+    await settle()
+    for pull in worker.pulls[1:]:
+        pull.end.set_result(None)
+    await settle()
+    while worker.engine.step():
+        await settle()
+    assert [worker.kinds(id)[-1] for id in worker.tasks] == ["done"] * len(starts)
+    assert [pull.held for pull in worker.pulls] == held
 
 
 @pytest.mark.parametrize("sharing", ["no answer_start", "no prefix cache"])
@@ -370,19 +436,26 @@ async def test_a_leader_that_ends_while_the_cut_block_is_copied_still_shares_the
     assert len(worker.pulls) == 1
 
 
-@pytest.mark.parametrize("seed", range(40))
-async def test_no_order_of_events_leaves_a_sequence_waiting(worker, seed):
+@pytest.mark.parametrize("seed", [*range(40), 599, 1077, 1122])  # the last ones have found defects
+async def test_no_order_of_events_leaves_a_sequence_waiting(worker, monkeypatch, seed):
     draw = random.Random(seed)
     ids, cancelled = "abcdefg"[: draw.randint(3, 7)], set()
     for id in ids:
-        worker.add(id, assigned=draw.random() < 0.5, answer_start=draw.choice([START, START, 8]))
+        prompt, answer_start = draw.choice([(PROMPT, START), (PROMPT, START), (PROMPT, 8), (SAME_BEGINNING, 13)])
+        worker.add(id, assigned=draw.random() < 0.5, answer_start=answer_start, prompt=prompt)
 
     def live():
         return [id for id in ids if not worker.tasks[id].done() and id not in cancelled]
 
+    late, take = [], worker.engine._emit
+    monkeypatch.setattr(worker.engine, "_emit", late.extend)  # events of the engine arrive some time later
+
     for _ in range(40):
         for _ in range(draw.randint(0, 4)):
             await asyncio.sleep(0)
+        if draw.random() < 0.5:
+            take(late)
+            late.clear()
         running = [pull for pull in worker.pulls if pull.running]
         event, id = draw.randrange(8), draw.choice(live() or ids)
         if event == 0 and running:
@@ -399,6 +472,8 @@ async def test_no_order_of_events_leaves_a_sequence_waiting(worker, seed):
         elif event == 6:
             worker.engine.step()
         worker.prefix.check_integrity()
+    monkeypatch.undo()
+    take(late)
     for _ in range(20):
         await settle()
         for id in live():
