@@ -287,15 +287,15 @@ def _check_tensors(
         if number >= config.num_layers:
             raise InvalidAdapter(f"{what} is of layer {number}; the decoder has layers 0 to {config.num_layers - 1}")
         if tensor.dtype not in _BYTES_OF:
-            raise InvalidAdapter(f"{what} is {tensor.dtype}; supported are {', '.join(_BYTES_OF)}")
+            raise InvalidAdapter(f"{what} is {str(tensor.dtype)[:80]}; supported are {', '.join(_BYTES_OF)}")
         rank, (rows, columns) = peft.rank_of(module), shapes[projection]
         if rank > max_rank:
             raise InvalidAdapter(_rank_too_large(what, rank, max_rank))
         expected = (rank, columns) if half == "A" else (rows, rank)
         if tensor.shape != expected:
             raise InvalidAdapter(
-                f"{what} has the shape {tensor.shape}; rank {rank} in {PEFT_CONFIG} and the decoder imply {expected}: "
-                "the adapter is of another decoder, or its files are of two adapters"
+                f"{what} has the shape {str(tensor.shape)[:80]}; rank {rank} in {PEFT_CONFIG} and the decoder imply "
+                f"{expected}: the adapter is of another decoder, or its files are of two adapters"
             )
         modules[number, projection] = module
         halves.setdefault(module, set()).add(half)

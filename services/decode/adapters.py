@@ -55,12 +55,19 @@ _T = TypeVar("_T")
 
 @dataclass(eq=False, slots=True)
 class _Loaded:
-    """An adapter in a slot. ``users`` counts the sequences that the engine may still compute with it."""
+    """An adapter in a slot.
+
+    Attributes:
+        users: number of sequences that the engine may still compute with it.
+        unloaded: whether new sequences are refused.
+        emptied: done when the engine has emptied the slot; None before it was asked.
+    """
 
     record: AdapterRecord
     slot: int
     users: int = 0
     unloaded: bool = False
+    emptied: asyncio.Future[Exception | None] | None = None
 
 
 @dataclass(slots=True)
@@ -257,8 +264,8 @@ class WorkerAdapters:
         return adapter
 
     async def _take_slot(self) -> int:
-        while not self._free and any(not one.users for one in self._leaving):
-            await asyncio.wait(list(self._changing.values()), return_when=asyncio.FIRST_COMPLETED)
+        while not self._free and (soon := [one.emptied for one in self._leaving if one.emptied is not None]):
+            await asyncio.wait(soon, return_when=asyncio.FIRST_COMPLETED)
         if self._free:
             self._free.sort()
             return self._free.pop(0)
@@ -278,7 +285,8 @@ class WorkerAdapters:
             self._leaving.discard(loaded)
             self._free.append(loaded.slot)
 
-        self._change(loaded.slot, None).add_done_callback(emptied)
+        loaded.emptied = self._change(loaded.slot, None)
+        loaded.emptied.add_done_callback(emptied)
 
     def _change(self, slot: int, adapter: LoraAdapter | None) -> asyncio.Future[Exception | None]:
         """Asks the engine to change a slot. The result is why it is empty, if that is an error."""
