@@ -216,7 +216,7 @@ BROKEN = (
         "(identity.answer_start, identity.adapter_digest) = ...", "identity.answer_start = job.start.answer_start",
         "tests/integration/test_adapter_routes.py::test_an_answer_is_resumed_at_another_router_only_by_its_adapter"),
     Broken("a request that waits for an adapter holds up no other", "the first blocked request claims every worker",
-        "self._tokens.setdefault(job.adapter, job.total_tokens)", "self._tokens.setdefault(None, job.total_tokens)",
+        "self._tokens.setdefault(..., job.total_tokens)", "self._tokens.setdefault('', job.total_tokens)",
         "tests/unit/routing/test_dispatcher.py"
         "::test_a_blocked_job_claims_only_workers_that_have_its_adapter_and_each_adapter_claims_its_own"),
     Broken("a request that waits for an adapter which is unloaded ends", "it waits until its deadline",
