@@ -18,7 +18,7 @@ WORKER_STATES = ("ready", "starting", "draining", "silent")
 APIS = ("chat", "completions", "responses", "messages", "grpc")
 """The APIs through which requests come: values of the label ``api``."""
 
-PREFILL_AGAIN = ("preempted", "failed", "refused", "incompatible")
+PREFILL_AGAIN = ("preempted", "failed", "refused", "incompatible", "rest")
 """Reasons for which a decode worker requests a prompt's KV again (``NeedPrefill.Reason``)."""
 
 MAX_KEY_SERIES = 100
