@@ -288,9 +288,12 @@ class WorkerAdapters:
         if loaded.users or not loaded.unloaded:
             return
 
-        def emptied(_: object) -> None:
+        def emptied(answer: asyncio.Future[Exception | None]) -> None:
             self._leaving.discard(loaded)
-            self._free.append(loaded.slot)
+            if (error := answer.result()) is None:
+                self._free.append(loaded.slot)
+            else:  # it may be in use
+                logger.error("slot %d of %s stays unused: %s", loaded.slot, loaded.record.name, error)
 
         loaded.emptied = self._change(loaded.slot, None)
         loaded.emptied.add_done_callback(emptied)
