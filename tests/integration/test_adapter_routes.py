@@ -85,6 +85,18 @@ def test_every_api_takes_an_adapter_as_its_model(stack, client):
     assert answer.identity.adapter_digest == models(stack)[name]["overfill"]["adapter_digest"]
 
 
+def test_tasks_of_one_prompt_meet_on_a_decode_worker(client):
+    workers = []
+    for prompt in ([5] * 100, [6] * 100, [7] * 100):
+        streams = [client.stream(prompt, tier=name, sampling=SHORT) for name in "abab"]
+        for stream in streams:
+            for _ in stream:
+                pass
+        workers.append({stream.answer.decode_worker for stream in streams})
+    assert [len(where) for where in workers] == [1, 1, 1]
+    assert len(set.union(*workers)) == 2, "other prompts go where there is less to do"
+
+
 def test_adapters_come_and_go_by_vllms_routes(stack, client, folder, tiny_pair):
     load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
     add_tiny_adapter(Pair.load(tiny_pair), folder, "c", seed=2, tail_tokens=0)
