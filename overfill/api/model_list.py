@@ -13,12 +13,15 @@ _INSTRUCTIONS = "You are a coding agent. Work in the user's folder with the tool
 
 
 def describe_model(model: inference_pb2.Model, created: int, pair: dict[str, Any]) -> dict[str, Any]:
-    """Returns one model, with the fields of OpenAI's and of Anthropic's API.
+    """Returns one model, with the fields of OpenAI's and of Anthropic's API, and with those of vLLM for adapters.
 
     Args:
         created: Unix time from which on the model is served, seconds.
         pair: description of the pair of its tier.
     """
+    base, _, adapter = model.name.rpartition(":")
+    of_adapter = bool(model.adapter_digest)
+    own = {"tier": model.tier, "pair": pair, "dtype": model.dtype or None}
     return {
         "id": model.name,
         "object": "model",
@@ -31,7 +34,9 @@ def describe_model(model: inference_pb2.Model, created: int, pair: dict[str, Any
         "max_model_len": model.max_model_len,
         "max_input_tokens": model.max_model_len,
         "max_tokens": model.max_model_len,
-        "overfill": {"tier": model.tier, "pair": pair, "dtype": model.dtype or None},
+        "root": adapter if of_adapter else model.name,
+        "parent": base if of_adapter else None,
+        "overfill": own | {"adapter_digest": model.adapter_digest} if of_adapter else own,
     }
 
 

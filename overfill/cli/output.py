@@ -22,6 +22,8 @@ _PIPE_WIDTH = 200
 # Eighths of a character cell, so that a bar of 30 cells shows 0.4 % steps.
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
+_SHOWN_ADAPTERS = 4
+
 PART_NAMES = {
     "router_queue": "router queue",
     "decode_reservation": "decode reservation",
@@ -139,7 +141,8 @@ def _worker_table(status: StackStatus, wide: bool) -> Table:
         table.add_column(column)
     for column in ("running", "waiting", "KV used", "cached", "total", "prefix hits"):
         table.add_column(column, justify="right")
-    for column in ("address", "pid", "metrics") if wide else ():
+    with_adapters = any(worker.adapters for worker in status.workers)
+    for column in (*(["adapters"] if with_adapters else []), *(("address", "pid", "metrics") if wide else ())):
         table.add_column(column)
     for worker in status.workers:
         row = _worker_json(worker)
@@ -149,8 +152,15 @@ def _worker_table(status: StackStatus, wide: bool) -> Table:
         stage = f"{worker.stage}, of both" if worker.colocated else worker.stage
         names = (worker.id, stage, *tier, row["engine"] or "?", worker.state)
         place = (worker.address, str(row["pid"] or "?"), row["metrics_address"] or "–") if wide else ()
-        table.add_row(*names, *numbers, hits, *place)
+        table.add_row(*names, *numbers, hits, *([adapter_names(worker)] if with_adapters else []), *place)
     return table
+
+
+def adapter_names(worker: WorkerStatus) -> str:
+    """Returns the names of a worker's first adapters, and the number of the others."""
+    names = list(worker.adapters)
+    more = f" +{len(names) - _SHOWN_ADAPTERS}" if len(names) > _SHOWN_ADAPTERS else ""
+    return ", ".join(names[:_SHOWN_ADAPTERS]) + more or "–"
 
 
 def percent(share: float | None) -> str:
@@ -205,6 +215,7 @@ def _worker_json(worker: WorkerStatus) -> dict[str, Any]:
         "stage": worker.stage,
         "colocated": worker.colocated,
         "tier": worker.tier,
+        "adapters": dict(worker.adapters),
         **_fields(worker.process, "engine", "pid"),
         "address": worker.address,
         **_fields(worker.process, "metrics_address"),

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from overfill.cli.output import PART_NAMES, bar, counted, percent
+from overfill.cli.output import PART_NAMES, adapter_names, bar, counted, percent
 from overfill.client import TTFT_PARTS, Activity, StackStatus, WorkerLoad, WorkerStatus
 from overfill.request.names import OWN_FIRST_PARTS
 
@@ -60,6 +60,8 @@ def _pool(name: str, workers: list[WorkerStatus]) -> Table:
     for column in ("running", "waiting", "KV used", "cached", "free"):
         table.add_column(column, justify="right")
     table.add_column("", min_width=_BAR, no_wrap=True)
+    if with_adapters := any(worker.adapters for worker in workers):
+        table.add_column("adapters")
     for worker in workers:
         name = f"{worker.id}, both stages" if worker.colocated else worker.id
         state = Text(worker.state, _STATES[worker.state])
@@ -69,7 +71,8 @@ def _pool(name: str, workers: list[WorkerStatus]) -> Table:
             continue
         free = load.kv_blocks_total - load.kv_blocks_used - load.kv_blocks_cached
         numbers = (load.running, load.waiting, load.kv_blocks_used, load.kv_blocks_cached, free)
-        table.add_row(name, state, *map(str, numbers), _kv_bar(load))
+        adapters = [adapter_names(worker)] if with_adapters else []
+        table.add_row(name, state, *map(str, numbers), _kv_bar(load), *adapters)
     if not workers:
         table.add_row("none", "")
     return table

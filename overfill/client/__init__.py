@@ -50,6 +50,7 @@ from overfill.request.names import TTFT_PARTS
 from overfill.request.params import Grammar, SamplingParams
 from overfill.rpc.stack_status import (
     Activity,
+    AdapterChange,
     KvShape,
     Model,
     ModelIdentity,
@@ -67,6 +68,7 @@ __all__ = [
     "TTFT_PARTS",
     "Accepted",
     "Activity",
+    "AdapterChange",
     "Answer",
     "AnswerIdentity",
     "AnswerPart",

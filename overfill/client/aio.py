@@ -26,7 +26,7 @@ from overfill.client.requests import (
 )
 from overfill.errors import InvalidRequest, OverfillError, RequestCancelled
 from overfill.rpc.addresses import split_addresses
-from overfill.rpc.stack_status import Model, StackStatus
+from overfill.rpc.stack_status import AdapterChange, Model, StackStatus
 from overfill.rpc.tls import ClientTls
 from overfill.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -350,6 +350,40 @@ class AsyncClient:
             return stub.Drain(request, timeout=timeout, metadata=self._metadata)
 
         await self._unary(start, timeout)
+
+    async def load_adapter(self, name: str, *, timeout: float | None = 90.0) -> list[AdapterChange]:
+        """Has all decode workers load an adapter from their folder of adapters, unless they have loaded it.
+
+        Args:
+            name: Name of the adapter's folder.
+            timeout: Seconds for the call; None means no limit.
+
+        Returns:
+            What each decode worker that may have the adapter has done.
+
+        Raises:
+            OverfillError: no worker has loaded it; the first worker's reason.
+        """
+        request = admin_pb2.LoadAdapterRequest(name=name)
+
+        def start(address: str, timeout: float | None) -> Any:
+            stub = admin_pb2_grpc.AdminStub(self._channels[address])
+            return stub.LoadAdapter(request, timeout=timeout, metadata=self._metadata)
+
+        return [AdapterChange.from_proto(change) for change in (await self._unary(start, timeout)).workers]
+
+    async def unload_adapter(self, name: str, *, timeout: float | None = 90.0) -> list[AdapterChange]:
+        """Has all decode workers unload an adapter. They finish its answers and refuse new ones.
+
+        Arguments, results and errors are those of ``load_adapter``.
+        """
+        request = admin_pb2.UnloadAdapterRequest(name=name)
+
+        def start(address: str, timeout: float | None) -> Any:
+            stub = admin_pb2_grpc.AdminStub(self._channels[address])
+            return stub.UnloadAdapter(request, timeout=timeout, metadata=self._metadata)
+
+        return [AdapterChange.from_proto(change) for change in (await self._unary(start, timeout)).workers]
 
     async def close(self) -> None:
         """Cancels running requests and closes all connections."""

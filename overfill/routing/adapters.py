@@ -20,7 +20,7 @@ MAX_WORKER_ADAPTERS = 1024
 MAX_ADAPTERS = 4096
 """Maximum number of adapters of a stack; the router ignores further ones."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SHOWN = 3
 
@@ -80,6 +80,26 @@ class Adapters:
             shown = ", ".join(repr(name[:80]) for name in names[:_SHOWN])
             logger.warning("worker %s: ignored the adapters %s%s: %s", worker.id, shown, more, reason)
 
+    def add(self, worker: Worker, adapter: common_pb2.Adapter) -> str | None:
+        """Notes that a worker has loaded ``adapter``. Returns why it is ignored; None if it is not."""
+        if worker not in self._said:
+            return "it has left"
+        ignored: dict[str, list[str]] = {}
+        said = self._checked(worker.info.tier, [adapter], ignored)
+        for name, one in said.items():
+            before = self._said[worker].get(name)
+            self._said[worker][name] = one
+            if before is not None and before != one:
+                self._take_away(worker, name, unloaded=True)
+            if (before != one or name not in worker.adapters) and (reason := self._add(worker, one)):
+                return reason
+        return next(iter(ignored), None)
+
+    def remove(self, worker: Worker, name: str) -> None:
+        """Notes that a worker has unloaded the adapter ``name``."""
+        if self._said.get(worker, {}).pop(name, None) is not None:
+            self._take_away(worker, name, unloaded=True)
+
     def left(self, worker: Worker) -> None:
         """Forgets a worker that has left its pool."""
         for name in self._said.pop(worker, {}):
@@ -118,7 +138,7 @@ class Adapters:
         return said
 
     def _fault(self, adapter: Adapter) -> str:
-        if not _NAME.fullmatch(adapter.name):
+        if not NAME.fullmatch(adapter.name):
             return "a name has at most 64 letters, digits and . _ -, and begins with a letter or digit"
         if not _DIGEST.fullmatch(adapter.digest):
             return "a digest has 64 lower-case hexadecimal digits"

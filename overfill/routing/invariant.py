@@ -12,7 +12,8 @@ from overfill.routing.fair_queue import FairQueue
 from overfill.routing.job import Job, JobState
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.pool_invariant import check_pool, require
-from overfill.routing.worker import Worker
+from overfill.routing.tier import Adapter
+from overfill.routing.worker import PREFILL, Worker
 
 
 def check(dispatcher: Dispatcher, now: float) -> None:
@@ -24,10 +25,14 @@ def check(dispatcher: Dispatcher, now: float) -> None:
     _check_books(dispatcher)
     for pool in roster.pools():
         check_pool(pool, now)
+    _check_adapters(roster)
     for job in dispatcher.waiting():
         for pool, tokens in ((roster.prefill, job.prompt_tokens), (roster.decode[job.tier], job.total_tokens)):
-            lasting = [w for w in pool if not w.draining]
+            lasting = [w for w in _having(pool, job) if not w.draining]
             require(not lasting or any(w.could_hold(tokens) for w in lasting), f"{job.id} waits although too large")
+        if job.adapter is not None and job.state is JobState.WAITING:
+            known = roster.adapters.get(job.adapter.name)
+            require(known == job.adapter, f"{job.id} waits for an adapter that was unloaded")
     for job in prefill_queue:
         require(not _prefill_choices(roster, job, now), f"{job.id} waits although a prefill slot is free")
     slots = sum(w.credits_left for w in roster.prefill if w.admissible(now)) - len(reserving) - len(prefill_queue)
@@ -36,7 +41,7 @@ def check(dispatcher: Dispatcher, now: float) -> None:
 
 
 def _check_decode_queue(dispatcher: Dispatcher, queue: FairQueue, pool: Pool, slots: int, now: float) -> None:
-    claimant: Job | None = None
+    claimants: dict[Adapter | None, Job] = {}
     for job in queue:
         other = dispatcher._roster.decode.get(job.fallback, ())
         if any(w.alive(now) for w in other) and any(w.could_hold(job.total_tokens) for w in other if not w.draining):
@@ -45,10 +50,10 @@ def _check_decode_queue(dispatcher: Dispatcher, queue: FairQueue, pool: Pool, sl
         if slots > 0 and _prefill_choices(dispatcher._roster, job, now):
             large = _usable(pool, job, job.total_tokens, now)
             choices = [w for w in large if w.admissible(now) and w.has_room(job.reserve_tokens)]
-        if claimant is not None:
-            choices = [w for w in choices if not w.could_hold(claimant.total_tokens)]
-        elif now - job.waiting_since >= dispatcher._claim_after:
-            claimant = job
+        for claimant in claimants.values():
+            choices = [w for w in choices if not (w.has(claimant.adapter) and w.could_hold(claimant.total_tokens))]
+        if now - job.waiting_since >= dispatcher._claim_after:
+            claimants.setdefault(job.adapter, job)
         require(not choices, f"{job.id} waits although a decode worker can take it")
 
 
@@ -91,8 +96,25 @@ def _prefill_choices(roster: Roster, job: Job, now: float) -> list[Worker]:
     return [w for w in _usable(roster.prefill, job, job.prompt_tokens, now) if w.admissible(now)]
 
 
+def _having(pool: Pool, job: Job) -> list[Worker]:
+    return [w for w in pool if w.info.stage == PREFILL or w.has(job.adapter)]
+
+
+def _check_adapters(roster: Roster) -> None:
+    found: dict[str, set[Worker]] = {adapter.name: set() for adapter in roster.adapters.known()}
+    for tier, pool in roster.decode.items():
+        for worker in pool:
+            for name, adapter in worker.adapters.items():
+                known = roster.adapters.get(name)
+                require(adapter == known and adapter.tier == tier, f"{worker.id} has {adapter}, but {known} is known")
+                found[name].add(worker)
+    for name, workers in found.items():
+        known = roster.adapters.get(name)
+        require(known is not None and {*roster.adapters.holders(known)} == workers, f"the workers with {name}")
+
+
 def _usable(pool: Pool, job: Job, tokens: int, now: float) -> list[Worker]:
     """Returns the workers that are large enough, with those that failed the job only if no other is alive."""
-    large = [w for w in pool if w.could_hold(tokens)]
+    large = [w for w in _having(pool, job) if w.could_hold(tokens)]
     others = [w for w in large if w.seat not in job.avoid and w.alive(now)]
     return others or large

@@ -66,6 +66,8 @@ class Job:
         deadline: seconds on the caller's clock, or None.
         block_keys: returns the keys of the prompt's blocks for a block size (``kv.keys.PromptKeys``). None means
             unknown.
+        shared_prompt: hash of the prompt up to ``answer_start``, in whole steps of 64 tokens, so that tasks of one
+            prompt have one. None if the full model computes the whole prompt.
         id, prompt_tokens, max_tokens: as in ``start``.
         compiles: True if a decode worker compiles the request's grammar before it reserves blocks.
         emitted: number of answer tokens so far.
@@ -102,6 +104,7 @@ class Job:
     api: str = "grpc"
     deadline: float | None = None
     block_keys: Callable[[int], Iterator[int]] | None = None
+    shared_prompt: int | None = None
     id: str = field(init=False)
     prompt_tokens: int = field(init=False)
     max_tokens: int = field(init=False)

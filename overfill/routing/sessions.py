@@ -1,16 +1,19 @@
-"""The workers on which clients' sessions were last, and the decode policy that returns to them. No I/O, no clock."""
+"""The workers on which clients' sessions and shared prompts were last, and the decode policy that returns to them.
+
+No I/O, no clock.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 from overfill.routing.job import Job
 from overfill.routing.policy import LeastLoad
 from overfill.routing.worker import Worker
 
 MAX_SESSIONS = 1 << 14
-"""Maximum number of sessions whose latest worker is kept, per pool."""
+"""Maximum number of sessions whose latest worker is kept, per pool. As many shared prompts are kept."""
 
 _MAX_LOAD = 1.25
 """Ratio of requests to those of the least loaded worker, up to which a session stays where it was.
@@ -19,23 +22,42 @@ It is the balance of consistent hashing with bounded loads (Mirrokni, Thorup and
 """
 
 
-class LatestWorkers:
-    """The worker of one pool that each session used last. When there are too many, it forgets the oldest use."""
+_SHARING = 8
+"""Number of requests that a prompt's worker may have beyond that ratio, and still gets the prompt's next task.
 
-    def __init__(self) -> None:
-        self._workers: OrderedDict[tuple[str, str], Worker] = OrderedDict()
+Each task there saves a transfer of the prompt's KV.
+"""
+
+
+def _session(job: Job) -> Hashable:
+    return (job.key, job.session) if job.session else None
+
+
+def _shared_prompt(job: Job) -> Hashable:
+    return None if job.shared_prompt is None else (job.key, job.shared_prompt)
+
+
+class LatestWorkers:
+    """The worker of one pool that each session used last. When there are too many, it forgets the oldest use.
+
+    Args:
+        key: returns a job's session; None if it has none.
+    """
+
+    def __init__(self, key: Callable[[Job], Hashable] = _session) -> None:
+        self._key = key
+        self._workers: OrderedDict[Hashable, Worker] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._workers)
 
     def of(self, job: Job) -> Worker | None:
         """Returns the latest worker of the job's session, admissible or not; None if it is unknown."""
-        return self._workers.get((job.key, job.session)) if job.session else None
+        return None if (session := self._key(job)) is None else self._workers.get(session)
 
     def placed(self, job: Job, worker: Worker) -> None:
         """Records a placement."""
-        if job.session:
-            session = job.key, job.session
+        if (session := self._key(job)) is not None:
             self._workers[session] = worker
             self._workers.move_to_end(session)
             if len(self._workers) > MAX_SESSIONS:
@@ -53,26 +75,33 @@ class SessionAffinity(LeastLoad):
     A decode worker keeps the KV of prompts that it has received, so the next turn transfers only what is new. Each
     sequence in a batch makes its steps slower. So the session moves when its worker has more than 1.25 times the
     requests of the least loaded worker, plus one, or has more prompt tokens queued.
+
+    Tasks of one prompt go to one worker too, because they share its KV there. They go elsewhere when it has more than
+    1.25 times the requests of the least loaded worker, plus eight.
     """
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
         self._latest = LatestWorkers()
+        self._latest_of_prompt = LatestWorkers(_shared_prompt)
 
     def best(self, job: Job) -> Iterator[Worker]:
-        latest = self._latest.of(job)
-        stays = latest is not None and latest in self._places and self._costs_little(latest)
-        if stays and latest is not None:
-            yield latest
-        yield from (worker for worker in super().best(job) if not (stays and worker is latest))
+        stays: list[Worker] = []
+        for latest, more in ((self._latest_of_prompt.of(job), _SHARING), (self._latest.of(job), 1)):
+            if latest is not None and latest in self._places and self._costs_little(latest, job, more):
+                stays.append(latest)
+        yield from dict.fromkeys(stays)
+        yield from (worker for worker in super().best(job) if worker not in stays)
 
     def placed(self, job: Job, worker: Worker) -> int:
         self._latest.placed(job, worker)
+        self._latest_of_prompt.placed(job, worker)
         return super().placed(job, worker)
 
     def left(self, worker: Worker) -> None:
         self._latest.left(worker)
+        self._latest_of_prompt.left(worker)
 
-    def _costs_little(self, worker: Worker) -> bool:
-        least = self._order[0][2]
-        return worker.queued_tokens <= least.queued_tokens and worker.requests <= 1 + _MAX_LOAD * least.requests
+    def _costs_little(self, worker: Worker, job: Job, more: int) -> bool:
+        least = next((other for _, _, other in self._order if other.has(job.adapter)), worker)
+        return worker.queued_tokens <= least.queued_tokens and worker.requests <= more + _MAX_LOAD * least.requests

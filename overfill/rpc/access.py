@@ -35,7 +35,7 @@ class Scope(StrEnum):
     INFER = "infer"  # answers, list of models, tokenizer
     STATUS = "status"  # workers and their load
     METRICS = "metrics"
-    ADMIN = "admin"  # drains, reflection
+    ADMIN = "admin"  # drains, adapters, reflection
 
 
 class Role(StrEnum):
@@ -136,6 +136,8 @@ ROUTES: Mapping[str, Rule] = {
     "/v1/responses": _INFER,
     "/v1/messages": _INFER,
     "/v1/messages/count_tokens": _INFER,
+    "/v1/load_lora_adapter": _ADMIN,
+    "/v1/unload_lora_adapter": _ADMIN,
     "/tokenize": _INFER,
     "/detokenize": _INFER,
     "/health": _OPEN,

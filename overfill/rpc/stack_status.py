@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -194,6 +195,25 @@ class ProcessStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterChange:
+    """What one decode worker has done when an adapter was to be loaded or unloaded.
+
+    Attributes:
+        worker_id: Name of the worker.
+        digest: Digest of the adapter; None if it is unknown.
+        error: Why the worker has not done it; None if it has, or had done so before.
+    """
+
+    worker_id: str
+    digest: str | None
+    error: str | None
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.AdapterChange) -> AdapterChange:
+        return cls(message.worker_id, message.adapter.digest or None, message.error or None)
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerStatus:
     """A worker, in one of its stages, as the router knows it.
 
@@ -204,6 +224,7 @@ class WorkerStatus:
         process: What the worker reports; None if it did not answer.
         tier: Tier of a worker that decodes; None in the entry of the prefill stage.
         colocated: Whether the worker has both stages: another entry with the same id is about the other stage.
+        adapters: Digests of the adapters of a worker that decodes, by name.
     """
 
     id: str
@@ -212,6 +233,7 @@ class WorkerStatus:
     process: ProcessStatus | None
     tier: str | None = None
     colocated: bool = False
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def state(self) -> ProcessState:
@@ -222,7 +244,8 @@ class WorkerStatus:
     def from_proto(cls, message: admin_pb2.WorkerStatus) -> WorkerStatus:
         process = ProcessStatus.from_proto(message.process) if message.HasField("process") else None
         stage, tier = _stage(message.stage), message.tier or None
-        return cls(message.id, stage, message.address, process, tier, message.colocated)
+        adapters = {adapter.name: adapter.digest for adapter in message.adapters}
+        return cls(message.id, stage, message.address, process, tier, message.colocated, adapters)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ def _worker_json(worker: WorkerStatus) -> dict[str, Any]:
     process = worker.process
     load = process.load if process is not None else None
     result: dict[str, Any] = {"id": worker.id, "stage": worker.stage, "colocated": worker.colocated}
-    result |= {"tier": worker.tier, "state": worker.state}
+    result |= {"tier": worker.tier, "state": worker.state, "adapters": list(worker.adapters)}
     result["engine"] = process.engine if process is not None else None
     if load is None:
         return result | dict.fromkeys(("running", "waiting", "queued_tokens", "kv_blocks", "prefix_hit_rate"))

@@ -180,20 +180,22 @@ class ProcessStatus(_message.Message):
     def __init__(self, id: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., ready: bool = ..., draining: bool = ..., load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., software_version: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., metrics_address: _Optional[str] = ..., engine: _Optional[str] = ..., tier: _Optional[str] = ..., prefill_load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("id", "stage", "address", "process", "tier", "colocated")
+    __slots__ = ("id", "stage", "address", "process", "tier", "colocated", "adapters")
     ID_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     PROCESS_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     COLOCATED_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     id: str
     stage: _common_pb2.Stage
     address: str
     process: ProcessStatus
     tier: str
     colocated: bool
-    def __init__(self, id: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., address: _Optional[str] = ..., process: _Optional[_Union[ProcessStatus, _Mapping]] = ..., tier: _Optional[str] = ..., colocated: bool = ...) -> None: ...
+    adapters: _containers.RepeatedCompositeFieldContainer[_common_pb2.Adapter]
+    def __init__(self, id: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., address: _Optional[str] = ..., process: _Optional[_Union[ProcessStatus, _Mapping]] = ..., tier: _Optional[str] = ..., colocated: bool = ..., adapters: _Optional[_Iterable[_Union[_common_pb2.Adapter, _Mapping]]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("worker_id",)

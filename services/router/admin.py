@@ -17,7 +17,8 @@ from overfill.rpc.calls import checked_response
 from overfill.rpc.channel import open_channel
 from overfill.rpc.interceptors import Context
 from overfill.rpc.tls import Credentials
-from overfill.v1 import admin_pb2, admin_pb2_grpc
+from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2
+from services.router.adapter_changes import AdapterChanges, WorkerChange
 from services.router.port_group import Member
 
 STATUS_TIMEOUT = 1.0
@@ -58,6 +59,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     Args:
         others: returns the other router processes for which this service answers too.
         credentials: credentials for calling them.
+        adapters: changes the decode workers' adapters.
     """
 
     def __init__(
@@ -67,12 +69,14 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         connector: GrpcConnector,
         others: Callable[[], Sequence[Member]],
         credentials: Credentials | None,
+        adapters: AdapterChanges,
     ) -> None:
         self._router = router
         self._roster = roster
         self._connector = connector
         self._others = others
         self._credentials = credentials
+        self._adapters = adapters
 
     async def Status(self, request: admin_pb2.StatusRequest, context: Context) -> admin_pb2.StatusResponse:
         if request.alone:
@@ -108,6 +112,16 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             if not await self._leaves(worker):
                 raise
         return admin_pb2.DrainResponse()
+
+    async def LoadAdapter(
+        self, request: admin_pb2.LoadAdapterRequest, context: Context
+    ) -> admin_pb2.ChangeAdapterResponse:
+        return _response_of(await self._adapters.change(request.name, load=True))
+
+    async def UnloadAdapter(
+        self, request: admin_pb2.UnloadAdapterRequest, context: Context
+    ) -> admin_pb2.ChangeAdapterResponse:
+        return _response_of(await self._adapters.change(request.name, load=False))
 
     async def _leaves(self, worker: Worker) -> bool:
         """Returns True once the worker has left or drains; False if it does neither within ``_LEAVING``.
@@ -181,10 +195,22 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         return answer.process
 
 
+def _response_of(changes: Sequence[WorkerChange]) -> admin_pb2.ChangeAdapterResponse:
+    return admin_pb2.ChangeAdapterResponse(workers=[change.to_proto() for change in changes])
+
+
 def _listed(worker: Worker) -> admin_pb2.WorkerStatus:
     info = worker.info
+    adapters = sorted(worker.adapters.items())
     return admin_pb2.WorkerStatus(
-        id=worker.id, stage=info.stage, address=info.address, tier=info.tier, colocated=info.colocated
+        id=worker.id,
+        stage=info.stage,
+        address=info.address,
+        tier=info.tier,
+        colocated=info.colocated,
+        adapters=[
+            common_pb2.Adapter(name=name, digest=one.digest, tail_tokens=one.tail_tokens) for name, one in adapters
+        ],
     )
 
 

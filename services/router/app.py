@@ -52,6 +52,7 @@ from overfill.v1 import (
     registry_pb2_grpc,
 )
 from overfill.version import __version__
+from services.router.adapter_changes import AdapterChanges
 from services.router.admin import AdminServicer
 from services.router.inference import InferenceServicer
 from services.router.limits import RequestLimits
@@ -172,6 +173,7 @@ class Router:
         keys = config.key_ring()
         access = config.router_access(keys)
         self._metrics_access = config.metrics_access(keys)
+        self._adapter_changes = AdapterChanges(self.roster, self._connector)
         self._http_api: HttpApi | None = None
         self._http = None if config.http == "off" else self._http_server(access)
         self._access = access
@@ -376,7 +378,8 @@ class Router:
         )
 
     def _admin_servicer(self, others: Callable[[], Sequence[Member]]) -> AdminServicer:
-        return AdminServicer(self, self.roster, self._connector, others, self._config.credentials())
+        credentials = self._config.credentials()
+        return AdminServicer(self, self.roster, self._connector, others, credentials, self._adapter_changes)
 
     def _http_server(self, access: AccessPolicy) -> HttpServer:
         # Import here, so that a router without the endpoint does not load its libraries.
@@ -388,6 +391,7 @@ class Router:
             access,
             self._unready,
             lambda: self._admin.known(),
+            self._adapter_changes,
             share_port=self._group is not None,
             local=is_loopback(self._config.host),
             allowed_origins=self._config.allowed_origins,

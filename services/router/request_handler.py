@@ -21,7 +21,7 @@ from overfill.api.requests import validate_generate
 from overfill.api.sessions import session_name
 from overfill.api.tokenizer import Tokenizer
 from overfill.errors import InvalidRequest, OverfillError, ShuttingDown
-from overfill.kv.keys import PromptKeys, root_key
+from overfill.kv.keys import PromptKeys, root_key, token_bytes
 from overfill.request.params import check_priority, check_token_ids
 from overfill.request.trials import Trials
 from overfill.routing.admission import KeyLimiter
@@ -50,6 +50,10 @@ What a chat template adds to a chat counts too.
 
 MAX_DETOKENIZED = 262_144
 """Maximum number of token ids that a request to detokenize may have; more would delay other streams."""
+
+
+_STEP = 64
+"""Tokens by which two prompts with a common beginning may differ at its end, and count as one; see ``Job``."""
 
 
 class RequestHandler:
@@ -361,6 +365,9 @@ class RequestHandler:
 def _prepare(root: int | None, block_sizes: Iterable[int], *arguments: Any) -> Job:
     """Calls ``validate_generate``, and makes the prompt's keys: those for ``block_sizes`` now, others on first use."""
     checked = validate_generate(*arguments)
+    if checked.start.HasField("answer_start"):
+        end = checked.start.answer_start
+        checked.shared_prompt = hash(token_bytes(checked.prompt_token_ids[: end - end % _STEP or end]))
     if root is None:
         return checked
     keys = PromptKeys(root, checked.prompt_token_ids[: checked.cacheable_tokens])

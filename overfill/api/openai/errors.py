@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from overfill.errors import (
     DeadlineExceeded,
+    Incompatible,
     InvalidRequest,
     ModelNotFound,
     OverfillError,
@@ -197,6 +198,21 @@ def from_error(error: OverfillError) -> ApiError:
             return ApiError(503, str(error), "service_unavailable_error", code="service_unavailable", retry_after=1)
         case _:
             return ApiError(500, str(error), "server_error", code="internal_error")
+
+
+def adapter_error(error: OverfillError, message: str = "") -> ApiError:
+    """The HTTP error response for ``error`` of a change of adapters, with another ``message`` unless that is empty."""
+    param = "lora_name"
+    match error:
+        case InvalidRequest(field="name"):
+            made = ApiError(400, f"'{param}' {error.reason}", param=param, code="invalid_value")
+        case ModelNotFound():
+            made = ApiError(404, str(error), param=param, code="model_not_found")
+        case Incompatible():
+            made = ApiError(409, str(error), param=param, code="conflict")
+        case _:
+            made = from_error(error)
+    return replace(made, message=message or made.message)
 
 
 def _message(error: InvalidRequest) -> str:

@@ -380,6 +380,22 @@ class TokenizeRequest(Templated):
     return_token_strs: Any = refused("'/detokenize' gives the text of tokens", False)
 
 
+class LoadAdapterRequest(Strict):
+    """Loads an adapter of the workers' folder of adapters. No path comes from a client."""
+
+    lora_name: str
+    lora_path: Any = refused("the workers load the folder of this name in their --adapters; give the name only")
+    load_inplace: Any = refused("unload the adapter first, and then load it", False)
+    is_3d_lora_weight: Ignored
+
+
+class UnloadAdapterRequest(Strict):
+    """Unloads an adapter; the answers that it writes are finished."""
+
+    lora_name: str
+    lora_int_id: Ignored
+
+
 class DetokenizeRequest(Strict):
     """``POST /detokenize``."""
 

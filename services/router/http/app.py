@@ -17,12 +17,13 @@ from overfill.api.messages.schema import CountTokensRequest, MessagesRequest
 from overfill.api.model_list import describe_model, list_models
 from overfill.api.openai import schema, translate
 from overfill.api.openai.answers import Envelope, Kind, TokenTexts, encode
-from overfill.api.openai.errors import ApiError, foreign, from_error, unknown_url, wrong_method
+from overfill.api.openai.errors import ApiError, adapter_error, foreign, from_error, unknown_url, wrong_method
 from overfill.api.openai.translate import ApiRequest
 from overfill.api.responses.schema import ResponsesRequest
 from overfill.api.responses.translate import responses
 from overfill.api.sessions import session_of
 from overfill.api.translation import Served, Translation, own_fields
+from overfill.errors import OverfillError
 from overfill.request.params import REQUEST_ID_CHARACTERS
 from overfill.routing.tier import TierChoice
 from overfill.rpc.access import ROUTES, AccessPolicy, Rule, bearer, unknown
@@ -36,6 +37,7 @@ from overfill.telemetry.metric_set import CONTENT_TYPE
 from overfill.telemetry.tracing import Span
 from overfill.v1 import admin_pb2
 from overfill.version import __version__
+from services.router.adapter_changes import AdapterChanges
 from services.router.bounded_executor import BoundedExecutor
 from services.router.http import page
 from services.router.http.body import read
@@ -85,6 +87,7 @@ class HttpApi:
         access: the router's access control.
         unready: returns why the router cannot answer requests now; empty if it can.
         status: returns the status of the router and its workers, as the router knows it.
+        adapters: changes the decode workers' adapters.
         share_port: True if other router processes serve the same port.
         local: True if the endpoint listens on loopback only.
         allowed_origins: origins of other sites whose pages may send requests, in lower case; ``*`` allows all.
@@ -96,6 +99,7 @@ class HttpApi:
         access: AccessPolicy,
         unready: Callable[[], str],
         status: Callable[[], Awaitable[admin_pb2.StatusResponse]],
+        adapters: AdapterChanges,
         *,
         share_port: bool,
         local: bool = True,
@@ -107,6 +111,7 @@ class HttpApi:
         self._metrics = handler.statistics.metrics
         self._unready = unready
         self._status = status
+        self._adapters = adapters
         self._share_port = share_port
         self._cors = Cors(allowed_origins)
         self._parser = BoundedExecutor(threads=1)
@@ -121,6 +126,8 @@ class HttpApi:
             ("/v1/messages/count_tokens", "POST", self._count_tokens),
             ("/v1/models", "GET", self._models),
             ("/v1/models/{model:path}", "GET", self._model),
+            ("/v1/load_lora_adapter", "POST", self._load_adapter),
+            ("/v1/unload_lora_adapter", "POST", self._unload_adapter),
             ("/tokenize", "POST", self._tokenize),
             ("/detokenize", "POST", self._detokenize),
             ("/health", "GET", self._health),
@@ -203,6 +210,27 @@ class HttpApi:
 
     async def _model(self, request: Request, caller: ApiKey | None) -> None:
         self._json(request, self._model_json(request.path.removeprefix("/v1/models/"), caller))
+
+    async def _load_adapter(self, request: Request, caller: ApiKey | None) -> None:
+        body = await read(request, schema.LoadAdapterRequest, lambda body: body, self._parser)
+        await self._change_adapter(request, body.lora_name, load=True)
+
+    async def _unload_adapter(self, request: Request, caller: ApiKey | None) -> None:
+        body = await read(request, schema.UnloadAdapterRequest, lambda body: body, self._parser)
+        await self._change_adapter(request, body.lora_name, load=False)
+
+    async def _change_adapter(self, request: Request, name: str, *, load: bool) -> None:
+        try:
+            changes = await self._adapters.change(name, load=load)
+        except OverfillError as error:
+            raise adapter_error(error) from error
+        done = [change.worker_id for change in changes if change.error is None]
+        if failed := [change for change in changes if change.error is not None]:
+            reasons = "; ".join(f"{change.worker_id}: {change.error}" for change in failed)
+            raise adapter_error(
+                cast("OverfillError", failed[0].error), f"done on {', '.join(done)}, and not on {reasons}"
+            )
+        self._json(request, {"adapter": name, "loaded": load, "workers": done})
 
     async def _chat(self, request: Request, caller: ApiKey | None) -> None:
         await self._generate(request, caller, "chat", schema.ChatRequest, translate.chat, "chatcmpl-")

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 from jobs import make_job
 
-from overfill.errors import Overloaded, PromptTooLong, Unavailable
+from overfill.errors import ModelNotFound, Overloaded, PromptTooLong, Unavailable
 from overfill.routing.dispatcher import Dispatcher, Placement, Rejection
 from overfill.routing.fair_queue import FairQueue
 from overfill.routing.invariant import check
@@ -16,6 +16,7 @@ from overfill.routing.pool import Roster
 from overfill.routing.reservations import RESERVE_TIMEOUT, SILENT_AFTER
 from overfill.routing.tier import DEFAULT_TIER, Tier
 from overfill.routing.worker import PREFILL, STALE_AFTER
+from overfill.v1 import common_pb2, registry_pb2
 
 
 @pytest.fixture
@@ -704,3 +705,99 @@ def test_no_decision_looks_at_every_worker(roster, add):
         dispatcher.prefill_done(each, 0.0)
         dispatcher.finish(each)
     assert 0 < len(looks) <= 20 * 3
+
+
+JUDGE, CODER = (common_pb2.Adapter(name=name, digest=digit * 64) for name, digit in (("judge", "1"), ("coder", "2")))
+
+
+@pytest.fixture
+def say(roster, make_report):
+    """Returns a function with which a worker reports its adapters."""
+
+    def report(worker, *adapters, now=0.0, **fields):
+        message = make_report(**fields)
+        message.adapters.adapters.extend(adapters)
+        roster.pool_of(worker).report(worker, message, now)
+
+    return report
+
+
+def test_a_job_with_an_adapter_goes_only_to_a_worker_that_has_it(roster, dispatcher, add, say):
+    add("p0", PREFILL, credits=9)
+    for index in range(20):  # more than a placement tries in the policy's order
+        worker = add(f"d{index:02}", running=index)
+    say(worker, JUDGE, running=50, credits=1)
+    first, second = (job(name, adapter=roster.adapters.get("judge")) for name in "ab")
+    assert place(dispatcher, 0.0, first, second) == [("a", "d19")]
+    assert place(dispatcher, 0.0, job("c")) == [("c", "d00")], "a job that waits for its adapter holds up no other"
+    say(worker, JUDGE, credits=2)
+    assert placed(dispatcher.poll(0.0)) == [("b", "d19")]
+    dispatcher.lost(first, 0.0, gone=False)
+    say(add("d20"), JUDGE)
+    assert placed(dispatcher.poll(0.0)) == [("a", "d20")], "it migrates to another worker with the adapter"
+    check(dispatcher, 0.0)
+
+
+def test_a_blocked_job_claims_only_workers_that_have_its_adapter_and_each_adapter_claims_its_own(roster, add, say):
+    dispatcher = Dispatcher(roster)
+    add("p0", PREFILL, credits=9)
+    both = add("d0")
+    say(both, JUDGE, CODER, used=90)
+    say(add("d2"), CODER, used=90)
+    judge, coder = roster.adapters.get("judge"), roster.adapters.get("coder")
+    large = [job("judge", 500, adapter=judge), job("coder", 600, adapter=coder)]
+    assert place(dispatcher, 0.0, *large) == []
+    report_all(roster, 6.0)
+    small = [job("plain", 20), job("small judge", 20, adapter=judge), job("small coder", 20, adapter=coder)]
+    assert place(dispatcher, 6.0, *small) == [], "both workers have room for them, but are claimed"
+    add("d1", now=6.0)
+    assert placed(dispatcher.poll(6.0)) == [("plain", "d1")], "a worker without the adapters is not"
+    check(dispatcher, 6.0)
+    say(both, JUDGE, CODER, used=64, now=6.0)
+    assert placed(dispatcher.poll(6.0)) == [("judge", "d0")]
+    check(dispatcher, 6.0)
+
+
+def test_a_job_whose_adapter_is_unloaded_ends_at_once_and_one_whose_workers_left_after_a_while(
+    roster, dispatcher, add, say
+):
+    add("p0", PREFILL)
+    add("d0")
+    worker = add("d1")
+    say(worker, JUDGE, CODER, credits=0)
+    jobs = [job(name, adapter=roster.adapters.get(name)) for name in ("judge", "coder")]
+    assert place(dispatcher, 0.0, *jobs) == []
+    say(worker, CODER, credits=0)
+    (unloaded,) = dispatcher.poll(1.0)
+    assert (unloaded.job, type(unloaded.error)) == (jobs[0], ModelNotFound)
+    assert "the adapter 'judge' was unloaded or replaced while the request waited" in str(unloaded.error)
+    roster.decode[DEFAULT_TIER].remove(worker)
+    for now in (2.0, 11.9):
+        report_all(roster, now)
+        assert dispatcher.poll(now) == []
+    report_all(roster, 12.0)
+    (left,) = dispatcher.poll(12.0)
+    assert (left.job, type(left.error)) == (jobs[1], Unavailable)
+    assert "the decode workers with the adapter 'coder' left, and none has returned" in str(left.error)
+    assert roster.adapters.known() == []
+    check(dispatcher, 12.0)
+
+
+def report_all(roster, now):
+    for worker in roster.workers():
+        roster.pool_of(worker).report(worker, registry_pb2.Report(load=worker.report.load, credits=4, ready=True), now)
+
+
+def test_a_job_too_large_for_the_workers_with_its_adapter_is_refused(roster, dispatcher, add, say):
+    add("p0", PREFILL)
+    add("d0", total=1000)
+    large, small = add("d1", total=500), add("d2", total=100)
+    say(large, JUDGE, total=500, credits=0)
+    say(small, JUDGE, total=100)
+    judge = roster.adapters.get("judge")
+    with pytest.raises(PromptTooLong, match="the largest decode worker with the adapter 'judge' holds 8000"):
+        dispatcher.submit(job("a", answer=9000, adapter=judge), 0.0)
+    assert place(dispatcher, 0.0, job("b", answer=7000, adapter=judge)) == []
+    say(large, JUDGE, total=500, draining=True)
+    (rejected,) = dispatcher.poll(0.0)
+    assert "holds 1600: ask for fewer tokens" in str(rejected.error)

@@ -20,6 +20,7 @@ from jobs import worker_info
 from overfill.errors import (
     DeadlineExceeded,
     InternalError,
+    ModelNotFound,
     OverfillError,
     Overloaded,
     PromptTooLong,
@@ -45,6 +46,7 @@ BLOCK = 16
 MAX_ATTEMPTS = 3
 NAMES = ("d0", "d1", "d2", "f0", "p0", "p1", "b0")
 TIERS = {"d": DEFAULT_TIER, "f": "fast", "b": DEFAULT_TIER}
+ADAPTERS = [common_pb2.Adapter(name=name, digest=digit * 64) for name, digit in (("a", "1"), ("b", "2"), ("a", "3"))]
 STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH
 
 
@@ -70,8 +72,9 @@ class ManualLoop(asyncio.SelectorEventLoop):
 class Stream:
     """One attempt on a simulated decode worker, which holds blocks from Reserved until the stream ends."""
 
-    def __init__(self, worker, receive):
+    def __init__(self, worker, receive, adapters):
         self.worker = worker
+        self._adapters = adapters
         self._receive = receive
         self.start = None
         self.reserved = self.assigned = self.carried = self.closed = self.ended = False
@@ -80,6 +83,7 @@ class Stream:
     def send(self, number, message):
         if message.HasField("start"):
             self.start = message.start
+            assert message.start.adapter_digest in ("", *self._adapters)
             self.carried = message.start.HasField("assign_prefill")
             self.said = len(message.start.emitted_token_ids)
         else:
@@ -138,7 +142,9 @@ class Routing(RuleBasedStateMachine):
 
     # What the relay sees of a worker.
     def open(self, worker, receive):
-        stream = Stream((worker.id, worker.incarnation), receive)
+        decode = self.roster.decode[worker.tier].get(worker.id)
+        digests = {adapter.digest for adapter in decode.adapters.values()}
+        stream = Stream((worker.id, worker.incarnation), receive, digests)
         self.streams.append(stream)
         return stream, 1
 
@@ -177,11 +183,13 @@ class Routing(RuleBasedStateMachine):
         self.workers += workers
         return workers
 
-    def report(self, workers, credits=3, *, total=40, used=0, ready=True, draining=False, prefix=None):
+    def report(self, workers, credits=3, *, total=40, used=0, ready=True, draining=False, prefix=None, adapters=None):
         for worker in workers:
             load = decode_pb2.WorkerLoad(kv_blocks_total=total, kv_blocks_used=used, block_size=BLOCK)
             load.running = worker.in_flight
             report = registry_pb2.Report(load=load, credits=credits, ready=ready, draining=draining, prefix=prefix)
+            if adapters is not None and worker.info.stage == DECODE:
+                report.adapters.adapters.extend(adapters)
             self.async_dispatcher.report(worker, report)
 
     def break_streams(self, name):
@@ -206,7 +214,7 @@ class Routing(RuleBasedStateMachine):
     def begin(self, prefill, decode):
         self.roster.use(POLICIES[prefill](), POLICIES[decode])
         for name in ("d0", "d1", "p0"):
-            self.act(lambda name=name: self.report(self.join(name, 0)))
+            self.act(lambda name=name: self.report(self.join(name, 0), adapters=ADAPTERS[:2] if name == "d0" else []))
         for _ in range(2):  # start with running requests, which the rules would need many steps to reach
             self.take(Request(next(self.numbers), 10, 12, 0, None), 20)
         self.advance_all(1)
@@ -229,6 +237,11 @@ class Routing(RuleBasedStateMachine):
             self.act(self.break_streams, name)
             workers = self.act(self.join, name, next(self.numbers) + 1)
         self.act(self.report, workers, credits, total=total, used=min(used, total), ready=ready, draining=draining)
+
+    @rule(name=st.sampled_from(NAMES), adapters=st.lists(st.sampled_from(ADAPTERS), max_size=2))
+    def adapters_change(self, name, adapters):
+        if workers := self.roster.find_all(name):
+            self.act(self.report, workers, adapters=adapters)
 
     @rule(name=st.sampled_from(NAMES), dies=st.booleans())
     def worker_leaves(self, name, dies):
@@ -263,10 +276,13 @@ class Routing(RuleBasedStateMachine):
         blocks=st.lists(st.integers(0, 9), max_size=4, unique=True),
         tier=st.sampled_from([DEFAULT_TIER, "fast"]),
         fallback=st.sampled_from(["", DEFAULT_TIER, "fast"]),
+        adapter=st.sampled_from(["", "", "a", "b"]),
     )
-    def submit(self, prompt, length, max_tokens, known, seconds, blocks, tier, fallback, **more):
+    def submit(self, prompt, length, max_tokens, known, seconds, blocks, tier, fallback, adapter, **more):
         deadline = None if seconds is None else self.loop.now + seconds
         more |= {"tier": tier, "fallback": "" if fallback == tier else fallback}
+        if (writer := self.roster.adapters.get(adapter)) is not None:
+            more |= {"tier": writer.tier, "fallback": "", "adapter": writer}
         request = Request(next(self.numbers), length, max_tokens, known, deadline)
         self.take(request, prompt, block_keys=lambda block_size: iter(blocks), **more)
 
@@ -278,6 +294,8 @@ class Routing(RuleBasedStateMachine):
             eos_token_ids=(0,),
             emitted_token_ids=request.read,
         )
+        if (adapter := more.get("adapter")) is not None:
+            start.adapter_digest, start.answer_start = adapter.digest, 1
         ids, now = start.prompt_token_ids, self.loop.now
         checked = Job(start=start, prompt_token_ids=ids, received=now, deadline=request.deadline, **more)
         relay = self.act(lambda: Relay(checked, self.async_dispatcher, self, max_attempts=MAX_ATTEMPTS))
@@ -337,7 +355,9 @@ class Routing(RuleBasedStateMachine):
         """Sends Reserved, then tokens, then the end of the answer."""
         if not stream.reserved:
             stream.reserved = True
-            self.act(stream.say, reserved=decode_pb2.Reserved(blocks=1))
+            shares = stream.start.HasField("answer_start") and len(stream.start.prompt_token_ids) % 2 == 0
+            stream.assigned = shares
+            self.act(stream.say, reserved=decode_pb2.Reserved(blocks=1, has_prompt=shares))
             return
         request = self.requests[stream.start.request_id]
         ids = request.truth[stream.said : stream.said + count]
@@ -348,7 +368,8 @@ class Routing(RuleBasedStateMachine):
                 request.most_known, request.failed_prefills = stream.said, 0
         else:
             stream.ended = True
-            self.act(stream.say, done=decode_pb2.DecodeDone(reason=request.reason))
+            digest = stream.start.adapter_digest
+            self.act(stream.say, done=decode_pb2.DecodeDone(reason=request.reason, adapter_digest=digest))
 
     @rule(data=st.data(), how=st.sampled_from(["message", "with load", "status"]))
     def refuses(self, data, how):
@@ -441,8 +462,10 @@ class Routing(RuleBasedStateMachine):
                 assert max(request.broken, request.failed_prefills) >= MAX_ATTEMPTS
             case PromptTooLong():
                 pass  # all workers large enough for it have left
+            case ModelNotFound():
+                assert "was unloaded or replaced while the request waited" in str(request.end)
             case error:
-                assert " has reported for " in str(error)
+                assert " has reported for " in str(error) or "left, and none has returned" in str(error)
         streams = [s for s in self.streams if s.start is not None and s.start.request_id == request.id]
         assert all(s.closed for s in streams)
 
@@ -450,7 +473,7 @@ class Routing(RuleBasedStateMachine):
         """With healthy workers and no more failures, every remaining request is answered."""
         for name in NAMES:
             self.act(self.break_streams, name)
-            self.act(lambda name=name: self.report(self.join(name, 10**6)))
+            self.act(lambda name=name: self.report(self.join(name, 10**6), adapters=ADAPTERS[:2]))
         for _ in range(400):
             if all(request.end is not None for request in self.requests.values()):
                 break

@@ -246,3 +246,36 @@ def test_a_session_that_returns_after_it_was_idle_begins_anew():
         stats.accepted(job)
         stats.answered(job, common_pb2.Usage(prompt_tokens=100))
     assert [one.turns for one in stats.busiest(ACTIVE_SECONDS + 1)] == [1]
+
+
+@pytest.mark.parametrize(("there", "elsewhere", "follows"), [(1, 0, True), (8, 0, True), (9, 0, False), (13, 4, True)])
+def test_tasks_of_one_prompt_meet_on_a_worker_unless_it_is_far_busier(decode, make_report, there, elsewhere, follows):
+    worker = place(decode, job_of("", shared_prompt=1))
+    assert place(decode, job_of("", shared_prompt=1)) is worker
+    assert place(decode, job_of("", shared_prompt=1, key="k")) is not worker, "KV is one key's"
+    for other in decode:
+        decode.report(other, make_report(running=there if other is worker else elsewhere, credits=100), 0.0)
+    assert (place(decode, job_of("s", shared_prompt=1)) is worker) == follows
+    decode.policy.left(worker)
+    assert len(decode.policy._latest_of_prompt) == 1 + (not follows)
+
+
+def test_a_task_goes_to_a_worker_with_its_adapter_though_its_prompt_is_elsewhere(roster_with_adapter):
+    pool, adapter = roster_with_adapter
+    d0, d1, d2 = pool
+    task = job_of("", shared_prompt=1, adapter=adapter)
+    pool.policy.placed(task, d2)
+    assert next(worker for worker in pool.policy.best(task) if worker.has(adapter)) is d0
+    pool.policy.placed(task, d1)
+    assert next(pool.policy.best(task)) is d1, "d2, which has no adapter, has fewer requests"
+
+
+@pytest.fixture
+def roster_with_adapter(decode, make_report):
+    """The pool, and an adapter of its first two workers, which are busy."""
+    for worker, running in zip(decode, (8, 9, 0), strict=True):
+        report = make_report(credits=100, running=running)
+        if running:
+            report.adapters.adapters.add(name="judge", digest="1" * 64)
+        decode.report(worker, report, 0.0)
+    return decode, decode.adapters.get("judge")

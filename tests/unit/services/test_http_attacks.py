@@ -332,7 +332,7 @@ async def test_who_asks_is_decided_by_one_head(data: bytes, keys: bool, status: 
     access = AccessPolicy(keys=lambda key: holder if key == "right" else None) if keys else AccessPolicy()  # type: ignore[arg-type, return-value]
     statistics, tiers = SimpleNamespace(metrics=RouterMetrics()), SimpleNamespace(listed=lambda caller: [])
     handler = SimpleNamespace(statistics=statistics, tiers=tiers, tokenizer=None)
-    api = HttpApi(handler, access, lambda: "", None, share_port=False)  # type: ignore[arg-type]
+    api = HttpApi(handler, access, lambda: "", None, None, share_port=False)  # type: ignore[arg-type]
     client = MemoryClient(new_state(api))
     client.send(data)
     await client.until(lambda: parse(client.received) != [])

@@ -108,7 +108,7 @@ def handler(serve_tiers: Callable[..., ServedTiers]) -> FakeHandler:
 
 @pytest.fixture
 async def client(handler: Any, serve: Any) -> Http:
-    api = HttpApi(handler, AccessPolicy(), lambda: "", None, share_port=False)  # type: ignore[arg-type]
+    api = HttpApi(handler, AccessPolicy(), lambda: "", None, None, share_port=False)  # type: ignore[arg-type]
     _, address = await serve(api)
     return Http(*address)
 

@@ -1,0 +1,97 @@
+"""Loads and unloads adapters on all decode workers that a router knows."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from overfill.errors import Incompatible, InvalidRequest, ModelNotFound, OverfillError, Unavailable
+from overfill.routing.adapters import NAME
+from overfill.routing.pool import Roster
+from overfill.routing.stream import GrpcConnector
+from overfill.routing.worker import Worker
+from overfill.rpc.calls import checked_response
+from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2
+
+CHANGE_TIMEOUT = 70.0
+"""Seconds for a worker's answer. A worker itself answers after 60 s that it still loads."""
+
+_OTHERS = frozenset({"decoder_digest", "adapters"})
+"""Fields of the error of a worker with another decoder, or without a folder of adapters."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerChange:
+    """What one decode worker has done. ``error`` says why the adapter is not as it was asked for; None if it is."""
+
+    worker_id: str
+    adapter: common_pb2.Adapter
+    error: OverfillError | None = None
+
+    def to_proto(self) -> admin_pb2.AdapterChange:
+        """The change as the wire's message."""
+        error = "" if self.error is None else str(self.error)
+        return admin_pb2.AdapterChange(worker_id=self.worker_id, adapter=self.adapter, error=error)
+
+
+class AdapterChanges:
+    """Asks all decode workers of ``roster`` for a change, and knows the result before they report it."""
+
+    def __init__(self, roster: Roster, connector: GrpcConnector) -> None:
+        self._roster = roster
+        self._connector = connector
+
+    async def change(self, name: str, *, load: bool) -> list[WorkerChange]:
+        """Loads the adapter ``name``, or unloads it, and returns what each decode worker that may have it has done.
+
+        These are the workers of the tiers on whose decoder it works. A worker that had done so before did it too.
+
+        Raises:
+            InvalidRequest: the name is no adapter's.
+            Unavailable: no decode worker has joined.
+            OverfillError: no worker has done it; the first one's reason.
+        """
+        if not NAME.fullmatch(name):
+            allowed = "has at most 64 letters, digits and . _ -, and begins with a letter or digit"
+            raise InvalidRequest("name", f"is {name[:80]!r}; a name {allowed}, and no path")
+        if name in self._roster.tiers:
+            raise InvalidRequest("name", f"is {name!r}, which is a tier's; give the adapter another name")
+        workers = [worker for pool in self._roster.decode.values() for worker in pool if not worker.draining]
+        if not workers:
+            raise Unavailable("no decode worker has joined")
+        # Look up all channels before the first await: a worker may leave meanwhile.
+        stubs = [admin_pb2_grpc.AdminStub(self._connector.channel(worker.info)) for worker in workers]
+        asked = zip(workers, stubs, strict=True)
+        changes = await asyncio.gather(*[self._change(worker, stub, name, load) for worker, stub in asked])
+        tiers = {
+            worker.info.tier for worker, one in zip(workers, changes, strict=True) if not _not_concerned(one.error)
+        }
+        concerned = [
+            one for worker, one in zip(workers, changes, strict=True) if worker.info.tier in tiers or not tiers
+        ]
+        done = [one for one in concerned if one.error is None]
+        if not done and (first := concerned[0].error) is not None:
+            raise first
+        # A worker that did not have it need not unload it.
+        return [one for one in concerned if load or not isinstance(one.error, ModelNotFound)]
+
+    async def _change(self, worker: Worker, stub: admin_pb2_grpc.AdminStub, name: str, load: bool) -> WorkerChange:
+        adapters = self._roster.adapters
+        if load:
+            call = stub.LoadAdapter(admin_pb2.LoadAdapterRequest(name=name), timeout=CHANGE_TIMEOUT)
+        else:
+            call = stub.UnloadAdapter(admin_pb2.UnloadAdapterRequest(name=name), timeout=CHANGE_TIMEOUT)
+        try:
+            answer: admin_pb2.ChangeAdapterResponse = await checked_response(call, f"worker {worker.id}")
+        except OverfillError as error:
+            return WorkerChange(worker.id, common_pb2.Adapter(name=name), error)
+        adapter = next((one.adapter for one in answer.workers), common_pb2.Adapter(name=name))
+        if not load:
+            adapters.remove(worker, name)
+        elif (known := adapters.add(worker, adapter)) is not None:
+            return WorkerChange(worker.id, adapter, Incompatible(f"worker {worker.id}: {known}", ["name"]))
+        return WorkerChange(worker.id, adapter)
+
+
+def _not_concerned(error: OverfillError | None) -> bool:
+    return isinstance(error, Incompatible) and not _OTHERS.isdisjoint(error.fields)
