@@ -73,8 +73,8 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
 @click.option(
     "--own-prefill/--on-full-kv",
     default=None,
-    help="How it was trained: reading the prompt itself, or on the full model's KV.  [default: what "
-    "the folder's record says, or else --own-prefill]",
+    help="How it was trained: reading the prompt itself, or on the full model's KV.  [default: what `overfill pair "
+    "finetune` recorded, or else --own-prefill]",
 )
 def add_command(
     pair: Pair, directory: Path, folder: Path, name: str, tail_tokens: int | None, own_prefill: bool | None

@@ -373,7 +373,7 @@ def ask(
     with ThreadPoolExecutor(concurrency) as pool:
         futures = [pool.submit(answer, prompt, writer) for prompt in prompts for writer in writers]
         for done, _ in enumerate(as_completed(futures), 1):
-            report(f"Asking {', '.join(writers)}".strip(), done, len(futures))
+            report(f"Asking {', '.join(filter(None, writers))}".strip(), done, len(futures))
     return [[future.result() for future in futures[number :: len(writers)]] for number in range(len(writers))]
 
 

@@ -6,7 +6,6 @@ pair's folder. ``overfill.model.adapter`` describes an adapter's files.
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import shutil
@@ -25,7 +24,6 @@ from overfill.model.adapter import (
     file_limits,
     parse_peft,
     parse_record,
-    read_record,
     record_json,
 )
 from overfill.model.adapter_files import InvalidAdapter, parse_object, read_files
@@ -33,8 +31,6 @@ from overfill.model.manifest import Pair
 from overfill.process.home import home
 
 _MAX_NAMED = 20  # names in a message
-
-logger = logging.getLogger(__name__)
 
 
 def default_folder(pair: Pair) -> Path:
@@ -53,21 +49,6 @@ def adapter_names(directory: Path) -> list[str]:
             return sorted(e.name for e in entries if NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
     except OSError as error:
         raise InvalidAdapter(f"{directory}: cannot read the folder of adapters: {error.strerror}") from None
-
-
-def list_adapters(directory: Path) -> list[AdapterRecord]:
-    """Reads the record of each adapter in ``directory``, by name; warns of those that cannot be read.
-
-    Raises:
-        InvalidAdapter: as ``adapter_names``.
-    """
-    records = []
-    for name in adapter_names(directory):
-        try:
-            records.append(read_record(directory / name))
-        except InvalidAdapter as error:
-            logger.warning("adapter %s is left out: %s", name, error)
-    return records
 
 
 def find_adapter(directory: Path, name: str) -> Path:

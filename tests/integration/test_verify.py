@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from peft_adapters import add_tiny_adapter
 from stacks import running_stack
 from two_stage_format import write_two_stage
 
 from overfill.cli.main import main
+from overfill.model.manifest import Pair
 
 QUESTIONS = [f"Question {i}: what comes after {i * 7} blocks of sixteen tokens, and why is that so?" for i in range(12)]
 
@@ -44,6 +46,20 @@ def test_every_tier_passes_and_two_find_the_prefill_of_the_first(tiny_tiers, que
     assert [full["identical"], default["identical"]] == [12, 12]
     assert fast["correct"] < 12
     assert full["cached_tokens"] < default["cached_tokens"] == fast["cached_tokens"]
+
+
+def test_adapters_pass_in_batches_with_each_other_and_the_decoder_alone(tiny_pair, tmp_path, questions, capsys):
+    pair, folder = Pair.load(tiny_pair), tmp_path / "adapters"
+    tails = {"planner": 0, "coder": 0, "judge": 7}
+    for seed, (name, tail) in enumerate(tails.items()):
+        add_tiny_adapter(pair, folder, name, seed=seed, tail_tokens=tail)
+    arguments = [f"--questions={questions}", "--max-tokens=16", f"--pair={tiny_pair}", "--concurrency=8", "--json"]
+    arguments += [f"--adapters={folder}", *(f"--adapter={name}" for name in tails)]
+    with running_stack(tiny_pair, decode=1, adapters=folder) as (_, address):
+        code = main(["verify", f"--address={address}", *arguments])
+    report = json.loads(capsys.readouterr().out)
+    assert (code, report["failures"]) == (0, [])
+    assert {row["tier"]: row["identical"] for row in report["tiers"]} == dict.fromkeys(["default", *tails], 12)
 
 
 def test_an_imported_pair_passes(tiny_pair, tmp_path, verify):

@@ -52,10 +52,10 @@ class AdaptedDriver(DecodeDriver):
             sample_index=request.sample_index,
             processor=self._processor(request),
             cache_namespace=self.namespace,
-            prompt_blocks=self.served.blocks_of(prompt[: request.answer_start], self.namespace),
             answer_start=request.answer_start,
             adapter=request.slot,
         )
+        sequence.prompt_blocks = self.served.blocks_of(prompt[: sequence.num_shared], self.namespace)
         # The KV travels up to answer_start.
         shared = replace(request, prompt=request.prompt[: request.answer_start])
         decoding = self.sequences[sequence.id] = Decoding(shared, sequence, None, hold)

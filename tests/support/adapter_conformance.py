@@ -97,6 +97,18 @@ class AdapterConformance(MixedAdapterConformance):
             held.append(decoding.held_tokens)
         assert held == [0] + 3 * [start // BLOCK_SIZE * BLOCK_SIZE]
 
+    def test_turns_of_a_chat_that_different_tasks_answer_find_only_what_the_full_model_wrote(self, driver):
+        """Each tail is longer than a block, and so is each answer."""
+        turn, written_by_the_full_model = prompt(45), 0
+        for number, slot in enumerate((0, 1, None, 1)):
+            params = sampling("greedy", 2 * BLOCK_SIZE + 9, ignore_eos=True)
+            request = AdaptedRequest(turn, params, answer_start=len(turn) - BLOCK_SIZE - 3, slot=slot)
+            (decoding,) = driver.answer(request)
+            assert decoding.held_tokens == written_by_the_full_model
+            assert_adapted(driver, request, decoding)
+            written_by_the_full_model = request.answer_start // BLOCK_SIZE * BLOCK_SIZE
+            turn += tuple(token.token_id for token in decoding.tokens) + prompt(11, number)
+
     @pytest.mark.parametrize("count", [1, 40])
     def test_emitted_tokens_pass_through_the_adapter_again(self, driver, count):
         whole = AdaptedRequest(prompt(50), sampling("frequency_penalty", 48, ignore_eos=True), answer_start=44, slot=0)

@@ -18,7 +18,7 @@ from overfill.cli import verify
 from overfill.client import AnswerPart
 from overfill.errors import Unavailable
 from overfill.making.tiny import make_tiny_pair
-from overfill.pair.adapters import list_adapters
+from overfill.model.adapter import read_record
 from overfill.pair.hf_model import chat_token_ids, load_tokenizer
 from overfill.pair.reference import TwoStageReference, load_references
 from overfill.settings.tiers import TierSpec
@@ -230,7 +230,7 @@ def adapted(stack: Stack, tiny_pair: Path, tmp_path: Path) -> list[str]:
         for name, tail in (("planner", 0), ("coder", 7))
     }
     stack.tiers |= stack.reference.with_adapters(folders)
-    stack.digests = {record.name: record.digest for record in list_adapters(folder)}
+    stack.digests = {name: read_record(path).digest for name, path in folders.items()}
     # "<|im_start|>assistant\n" begins with a special token.
     opening = stack.tokenizer.convert_tokens_to_ids("<|im_start|>")
     stack.starts = {"planner": lambda ids: len(ids) - 1 - ids[::-1].index(opening), "coder": lambda ids: len(ids) - 7}

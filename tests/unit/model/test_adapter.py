@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from overfill.model.adapter import PEFT_CONFIG, RECORD, WEIGHTS, read_adapter, read_record
 from overfill.model.adapter_files import MAX_JSON_BYTES, InvalidAdapter
 from overfill.model.manifest import Pair
-from overfill.pair.adapters import add_adapter, list_adapters, remove_adapter, write_record
+from overfill.pair.adapters import adapter_names, add_adapter, remove_adapter, write_record
 
 UP_0 = "base_model.model.model.layers.0.mlp.up_proj"
 
@@ -274,7 +274,7 @@ def test_a_link_to_an_adapter_is_no_adapter(pair: Pair, stored: Path, tmp_path: 
     (tmp_path / "planner").symlink_to(stored / "planner")
     with pytest.raises(InvalidAdapter, match="is a link, which is not followed"):
         read_adapter(tmp_path / "planner", pair.decoder_config)
-    assert list_adapters(tmp_path) == []
+    assert adapter_names(tmp_path) == []
     # The person who adds one may name it by a link: its files are copied.
     assert add_adapter(tmp_path, "copy", tmp_path / "planner", pair).digest == read_record(stored / "planner").digest
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
 from peft_adapters import save_peft
 
 from overfill.making.tiny import make_tiny_pair
-from overfill.model.adapter import RECORD, read_adapter, read_record
+from overfill.model.adapter import RECORD, AdapterRecord, read_adapter, read_record
 from overfill.model.adapter_files import InvalidAdapter
 from overfill.model.manifest import Pair
 from overfill.pair.adapters import (
+    adapter_names,
     add_adapter,
     default_folder,
-    list_adapters,
     remove_adapter,
     write_record,
 )
@@ -32,15 +31,19 @@ def peft(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_peft(pair, tmp_path_factory.mktemp("peft"), target_modules=["q_proj"])
 
 
+def records(folder: Path) -> list[AdapterRecord]:
+    return [read_record(folder / name) for name in adapter_names(folder)]
+
+
 def test_what_is_added_is_listed_until_it_is_removed(pair: Pair, peft: Path, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "adapters"
     coder = add_adapter(folder, "coder", peft, pair, tail_tokens=2, own_prefill=False)
     planner = add_adapter(folder, "a.planner-2", peft, pair)
-    assert list_adapters(folder) == [planner, coder]
+    assert records(folder) == [planner, coder]
     assert (planner.own_prefill, planner.tail_tokens, coder.own_prefill, coder.tail_tokens) == (True, 0, False, 2)
     assert read_adapter(folder / "coder", pair.decoder_config).record == coder
     remove_adapter(folder, "coder")
-    assert list_adapters(folder) == [planner]
+    assert records(folder) == [planner]
     assert [path.name for path in folder.iterdir()] == ["a.planner-2"], "nothing else is left"
     with pytest.raises(InvalidAdapter, match=r"has no adapter 'coder'; there are a\.planner-2"):
         remove_adapter(folder, "coder")
@@ -70,7 +73,7 @@ def test_a_name_that_is_taken_stays_as_it_is(
     with pytest.raises(InvalidAdapter, match="there is an adapter planner already; remove it first"):
         add_adapter(tmp_path, "planner", peft, pair)
     monkeypatch.undo()
-    assert list_adapters(tmp_path) == [first]
+    assert records(tmp_path) == [first]
     assert [path.name for path in tmp_path.iterdir()] == ["planner"], "no temporary folder is left"
 
 
@@ -90,20 +93,14 @@ def test_what_training_recorded_is_taken_over_and_compared(pair: Pair, tmp_path:
         add_adapter(folder, "third", trained, pair)
 
 
-def test_a_damaged_adapter_leaves_the_others(
-    pair: Pair, peft: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for name in ("one", "two"):
-        add_adapter(tmp_path, name, peft, pair)
-    (tmp_path / "one" / RECORD).write_text("{")
-    (tmp_path / "raw").mkdir()
-    (tmp_path / ".three.tmp-0").mkdir()  # as a killed process leaves it
+def test_only_folders_that_may_be_adapters_are_listed(tmp_path: Path) -> None:
+    for name in ("two", "one", ".three.tmp-0", "a b"):  # a killed process leaves the third
+        (tmp_path / name).mkdir()
     (tmp_path / "README").touch()
-    with caplog.at_level(logging.WARNING):
-        assert list_adapters(tmp_path) == [read_record(tmp_path / "two")]
-    assert [record.args[0] for record in caplog.records if record.args] == ["one", "raw"]
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    assert adapter_names(tmp_path) == ["one", "two"]
     with pytest.raises(InvalidAdapter, match="cannot read the folder of adapters: No such file"):
-        list_adapters(tmp_path / "absent")
+        adapter_names(tmp_path / "absent")
 
 
 def test_pairs_of_one_full_model_share_the_default_folder(
