@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 
 from overfill.model.adapter import AdapterRecord, file_limits, parse_peft, read_record
 from overfill.model.adapter_files import InvalidAdapter, read_files
 from overfill.model.manifest import Pair
-from overfill.pair.adapters import add_adapter, default_folder, list_adapters
+from overfill.pair.adapters import adapter_names, add_adapter, default_folder
 from overfill.pair.store import NAMED, is_ready, resolve_pair
 from overfill.process.held_folder import PREFIX, hold_folder
 from overfill.routing.tier import DEFAULT_TIER
@@ -31,7 +32,7 @@ def with_default_folder(spec: StackSpec) -> StackSpec:
     pairs = [_pair(pair) for pair in spec.pairs]
     folder = default_folder(pairs[0])
     decoders = {pair.decoder_digest for pair in pairs}
-    if folder.is_dir() and any(record.decoder_digest in decoders for record in list_adapters(folder)):
+    if folder.is_dir() and any(record.decoder_digest in decoders for record in _records(folder)):
         return _with_folder(spec, folder)
     return spec
 
@@ -50,9 +51,10 @@ def served_adapters(spec: StackSpec) -> list[AdapterRecord]:
     for config in () if spec.joins_cluster else _decoding(spec):
         if config.adapters is None:
             continue
-        decoder = _pair(config.pair).decoder_digest
-        fitting = [record for record in list_adapters(config.adapters) if record.decoder_digest == decoder]
-        for record in fitting[: config.max_adapters]:
+        decoder, largest = _pair(config.pair).decoder_digest, config.max_adapter_rank
+        records = _records(config.adapters)
+        fitting = (one for one in records if one.decoder_digest == decoder and one.rank <= largest)
+        for record in islice(fitting, config.max_adapters):
             if record.name in tiers:
                 raise BadSettings(
                     f"--adapters: {config.adapters / record.name} has the name of a tier, and requests name either in "
@@ -130,6 +132,13 @@ def _add(directory: Path, name: str, source: Path, pair: Pair) -> AdapterRecord:
             "give another name"
         )
     return there
+
+
+def _records(folder: Path) -> Iterator[AdapterRecord]:
+    """Yields the record of each adapter, by name, without those that are damaged: workers warn of them."""
+    for name in adapter_names(folder):
+        with suppress(InvalidAdapter):
+            yield read_record(folder / name)
 
 
 def _with_folder(spec: StackSpec, folder: Path) -> StackSpec:
