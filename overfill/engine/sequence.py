@@ -328,6 +328,9 @@ class Share:
 
     Sent before ``Start``. The engine publishes the prompt in the prefix cache. For each follower that still receives,
     it answers ``Reserved``, with cached blocks in place of the follower's own, which nothing has written.
+
+    Attributes:
+        id: the sequence; empty if its prompt is published already.
     """
 
     id: str

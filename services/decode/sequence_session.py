@@ -36,7 +36,7 @@ from overfill.errors import (
     TransferFailed,
     Unavailable,
 )
-from overfill.kv.cut_blocks import CutBlocks, shared_key
+from overfill.kv.cut_blocks import CutBlocks, SharedKey, shared_key
 from overfill.kv.ranks import RankLost
 from overfill.kv.receiver import PullStats
 from overfill.kv.shielded import shielded
@@ -179,6 +179,7 @@ class SequenceSession:
         self._pull: asyncio.Task[None] | None = None
         self._pulls = 0
         self._transfer: SharedTransfer | None = None  # while others may share the prompt, and its KV is awaited
+        self._renewed_after: SharedTransfer | None = None  # after which the engine was asked for its blocks
         self._prefill_worker = ""
         self._handoff: Handoff | None = None
         self._cached_tokens: int | None = None
@@ -210,6 +211,7 @@ class SequenceSession:
         Raises:
             OverfillError: the attempt failed.
         """
+        self._join_transfer()  # before the engine is asked: the transfer may be in place when it has answered
         self._worker.send(Reserve(self.sequence))
         try:
             while not await self._handle(await self._next_item()):
@@ -330,18 +332,18 @@ class SequenceSession:
                 assert error is not None
                 if self._transfer is not None:
                     self._transfer.fail(worker, error)
-                self._want_prefill(_reason_for(error), str(error), worker, isinstance(error, StepFailed))
+                self._ask_again(error, worker)
             case TransferLost(transfer=lost, worker_id=worker, error=error):
-                if lost is self._transfer and not lost.runs:
-                    if isinstance(error, InvalidRequest):  # of the request that led; this one may be valid
-                        error = TransferFailed(str(error))
-                    self._want_prefill(_reason_for(error), str(error), worker, isinstance(error, StepFailed))
+                if lost is self._transfer and not lost.runs and self._wants_kv:  # otherwise it has no blocks yet
+                    # A refusal is of the request that led; this one may be valid.
+                    self._ask_again(TransferFailed(str(error)) if isinstance(error, InvalidRequest) else error, worker)
             case Deserted():
                 pass  # the transfer goes on, because this sequence wants it
             case Preempted():
                 self._wants_kv = False
                 self._leave_transfer()
                 await self._join_pull(cancel=True)
+                self._join_transfer()
                 self._worker.send(Yielded(self.sequence.id))
             case TokenSampled():
                 if (finish := self._tell(item)) is not None:
@@ -397,6 +399,10 @@ class SequenceSession:
                 self._transfer.leader = self.sequence.id
             self._pull = asyncio.ensure_future(self._fetch(target, self._pulls))
 
+    def _ask_again(self, error: OverfillError, worker: str) -> None:
+        """Asks for a prefill worker after the handoff from ``worker`` has failed."""
+        self._want_prefill(_reason_for(error), str(error), worker, isinstance(error, StepFailed))
+
     def _want_prefill(
         self, reason: decode_pb2.NeedPrefill.Reason, detail: str, worker: str, step_failed: bool = False
     ) -> None:
@@ -449,27 +455,46 @@ class SequenceSession:
 
         Otherwise the sequence waits for it together with others of the same prompt, if nothing but KV is needed.
         """
-        sequence = self.sequence
-        if sequence.answer_start is None or self.wants_scores or sequence.prompt_blocks is None:
+        if (key := self._shared_key()) is None:
             return False
-        key = shared_key(sequence.prompt_blocks, sequence.prompt, sequence.num_shared)
-        if key is None:
-            return False
-        if self.held_tokens == sequence.num_shared - len(key.rest):
+        if self.held_tokens == self.sequence.num_shared - len(key.rest):
             cuts = self._worker.cut_blocks
             if not key.rest or (cuts is not None and await cuts.restore(key, self.blocks)):
                 self._note_shared(awaited)
                 return True
             if cuts is None:  # each receives the few tokens for itself
                 return False
-        self._transfer = self._worker.transfers.join(key, sequence.id, self.inbox.put_nowait)
+        elif awaited is not None and awaited is not self._renewed_after:
+            # The engine had given the blocks before it published the prompt.
+            self._transfer = self._renewed_after = awaited
+            self._worker.send(Share("", (self.sequence.id,)))
+            return False
+        self._join_transfer()
+        if self._transfer is not None:
+            self._transfer.holders.add(self.sequence.id)
         return False
+
+    def _shared_key(self) -> SharedKey | None:
+        """Returns what the prompt has in common with others; None if the sequence shares no transfer."""
+        sequence = self.sequence
+        if sequence.answer_start is None or self.wants_scores or sequence.prompt_blocks is None:
+            return None
+        return shared_key(sequence.prompt_blocks, sequence.prompt, sequence.num_shared)
+
+    def _join_transfer(self) -> None:
+        """Joins the sequences that wait for the same prompt, unless the sequence needs more than KV."""
+        if (key := self._shared_key()) is not None:
+            self._transfer = self._worker.transfers.join(key, self.sequence.id, self.inbox.put_nowait)
 
     def _note_shared(self, awaited: SharedTransfer | None) -> None:
         if self._cached_tokens is None:
             self._cached_tokens = self.sequence.num_shared
         if awaited is not None:
             self._prefill_worker, self._codec = awaited.worker_id, awaited.codec
+            if self._reserved:
+                waited_ns = max(0, awaited.known_ns - self._prompt_known_ns)
+                self._of_prompt = decode_pb2.Tokens(prefill_compute_ns=waited_ns)
+                self._prompt_known_ns += waited_ns
         self._metrics.shared("cache" if awaited is None else "transfer", self.sequence.num_shared)
 
     async def _share(self) -> None:
@@ -479,7 +504,7 @@ class SequenceSession:
         if self._worker.cut_blocks is not None:
             await self._worker.cut_blocks.keep(transfer.key, self.blocks)
         self._transfer = None
-        if followers := transfer.complete(self._prefill_worker, self._codec):
+        if followers := transfer.complete(self._prefill_worker, self._codec, self._prompt_known_ns):
             self._worker.send(Share(self.sequence.id, followers))
 
     def _begin(self) -> None:

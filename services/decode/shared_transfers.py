@@ -2,13 +2,14 @@
 
 A sequence whose ``answer_start`` leaves the first token to the decoder needs nothing of the full model but KV, which is
 the same for each adapter. So sequences of equal shared prompts in one cache namespace are members of a
-``SharedTransfer`` from the time they have blocks until the prompt's KV is in place:
+``SharedTransfer`` from the time they ask for blocks until the prompt's KV is in place:
 
 - **asking**: nobody receives the prompt. Each member waits for a prefill worker; the first one that gets one leads.
 - **received**: the leader's handoff writes into the leader's blocks. The others follow: they hold blocks of their own,
   which stay unwritten, and need no prefill worker. An assignment that reaches one is not used.
-- **in place**: the leader has told the engine, which gives each follower cached blocks in place of its own. The
-  transfer has ended; who comes now finds the blocks in the prefix cache.
+- **in place**: the leader has told the engine, which gives each follower with blocks cached ones in place of its own. A
+  follower whose blocks were on their way asks for that itself. The transfer has ended; a sequence that comes now finds
+  the blocks in the prefix cache.
 
 What may happen meanwhile:
 
@@ -59,18 +60,22 @@ class SharedTransfer:
 
     Attributes:
         leader: id of the sequence into whose blocks the prompt is received; empty while none is.
+        holders: members that have blocks.
         in_place: whether the KV is complete.
         worker_id: the prefill worker from which it has come.
         codec: codec in which it has come.
+        known_ns: when the leader knew that the prompt was computed.
     """
 
     key: SharedKey
     registry: SharedTransfers
     members: dict[str, Notify] = field(default_factory=dict)
+    holders: set[str] = field(default_factory=set)
     leader: str = ""
     in_place: bool = False
     worker_id: str = ""
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED
+    known_ns: int = 0
 
     @property
     def runs(self) -> bool:
@@ -82,10 +87,10 @@ class SharedTransfer:
         """Members besides the leader, in order of arrival."""
         return tuple(id for id in self.members if id != self.leader)
 
-    def complete(self, worker_id: str, codec: common_pb2.KvCodec) -> tuple[str, ...]:
-        """Ends the transfer, whose KV is in place, and returns the followers."""
-        followers = self.followers
-        self.in_place, self.worker_id, self.codec = True, worker_id, codec
+    def complete(self, worker_id: str, codec: common_pb2.KvCodec, known_ns: int) -> tuple[str, ...]:
+        """Ends the transfer, whose KV is in place, and returns the followers that have blocks."""
+        followers = tuple(id for id in self.followers if id in self.holders)
+        self.in_place, self.worker_id, self.codec, self.known_ns = True, worker_id, codec, known_ns
         self._end()
         return followers
 
@@ -98,9 +103,10 @@ class SharedTransfer:
     def leave(self, id: str) -> None:
         """Removes a member that does not lead."""
         self.members.pop(id, None)
+        self.holders.discard(id)
         if not self.members:
             self._end()
-        elif not self.followers and self.leader:
+        elif not self.followers and self.leader and not self.in_place:
             self.members[self.leader](Deserted())
 
     def _end(self) -> None:

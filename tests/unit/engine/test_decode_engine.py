@@ -3,6 +3,7 @@
 import gc
 import math
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -356,6 +357,26 @@ def test_prompts_that_share_a_long_prefix_are_all_shared_at_once(runner, events,
     for name in ("first", "second", "third", "fourth"):
         engine.handle(Release(name))
     assert prefix.num_cached == 8
+    prefix.check_integrity()
+
+
+@pytest.mark.parametrize(("answer_start", "held"), [(24, 24), (None, 16)])
+def test_a_prompt_whose_publication_takes_several_steps_is_held_at_once_from_answer_start(
+    runner, events, monkeypatch, answer_start, held
+):
+    """Otherwise a sequence that comes between two steps would receive the rest again."""
+    monkeypatch.setattr("overfill.engine.decode._MAX_PUBLISHED_BLOCKS", 4)
+    prefix = PrefixCache(BlockPool(64, 4))
+    engine = DecodeEngine(runner, prefix.pool, 8, 64, events.extend, prefix)
+    prompt = list(range(27))
+    for name in ("first", "second"):
+        arriving = DecodeSequence(name, prompt, [], GREEDY, StopRule(frozenset(), 4), answer_start=answer_start)
+        start(engine, arriving, None if answer_start else 30)
+    other = DecodeSequence("other", [9, *prompt], [], GREEDY, arriving.stop, answer_start=25)
+    engine.handle(Reserve(other))
+    assert [e.held_tokens for e in events if isinstance(e, Reserved)] == [0, held, 0]
+    finish(engine)
+    engine.check()
     prefix.check_integrity()
 
 

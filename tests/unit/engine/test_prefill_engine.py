@@ -193,6 +193,20 @@ def test_equal_prompts_that_arrive_together_are_computed_once(events):
     evict_all(prefix)
 
 
+def test_four_decode_workers_get_a_prompt_that_answer_start_cuts_for_little_more_than_one(events):
+    """Each asks for KV only, since the decoder samples the first token."""
+    runner = CountingRunner(block_size=16)
+    prefix = PrefixCache(BlockPool(300, 16))
+    engine = PrefillEngine(runner, prefix.pool, 2048, 8, events.extend, prefix)
+    for name in "abcd":
+        engine.handle(Submit(prompt(name, 1000, sample_first_token=False)))
+    while engine.step():
+        pass
+    assert len(of(PromptComputed, events)) == 4
+    assert sum(len(tokens) for step in runner.steps for tokens, _ in step) <= 1.1 * 1000
+    release(engine, "abcd")
+
+
 def test_prompts_wait_for_shared_blocks_and_no_longer(runner, events):
     prefix = PrefixCache(BlockPool(100, 4))
     engine = PrefillEngine(runner, prefix.pool, 8, 8, events.extend, prefix)

@@ -94,7 +94,8 @@ class Worker:
 
     def take(self, events):
         for event in by_sequence(events):
-            self.sessions[event.id].take(event)
+            if not self.tasks[event.id].done():
+                self.sessions[event.id].take(event)
 
     @asynccontextmanager
     async def new_handoff(self, target, session):
@@ -132,7 +133,7 @@ class Worker:
         sequence = self.sessions[id].sequence
         if sequence.state in (DecodeState.RECEIVING, DecodeState.RUNNING) and sequence.blocks:
             sequence.state = DecodeState.YIELDING
-            self.sessions[id].take(Preempted(id))
+            self.engine._emit([Preempted(id)])
 
     def kinds(self, id):
         return [update.WhichOneof("message") for update in self.told[id]]
@@ -206,6 +207,40 @@ async def test_sequences_that_come_at_once_share_one_transfer_and_its_blocks(wor
     shared = worker.metrics.registry.get_sample_value
     assert shared("overfill_decode_shared_prompts_total", {"from": "transfer"}) == 3
     assert shared("overfill_decode_shared_prompt_tokens_total") == 3 * START
+
+
+async def test_blocks_that_were_on_their_way_when_the_prompt_came_are_asked_for_again(worker, monkeypatch):
+    worker.add("a", assigned=True)
+    await settle()
+    late = []
+    monkeypatch.setattr(worker.engine, "_emit", late.extend)
+    worker.add("b", assigned=True)
+    worker.add("c")
+    await settle()
+    monkeypatch.undo()
+    worker.pulls[0].end.set_result(None)
+    await settle()
+    worker.take(late)
+    await worker.finish(*"abc")
+    assert [worker.has_prompt(id) for id in "bc"] == [True, True]
+    assert len(worker.pulls) == 1
+
+
+async def test_a_failure_before_the_blocks_are_there_is_no_request_for_a_prefill_worker(worker, monkeypatch):
+    worker.add("a", assigned=True)
+    await settle()
+    late = []
+    monkeypatch.setattr(worker.engine, "_emit", late.extend)
+    worker.add("b")
+    await settle()
+    monkeypatch.undo()
+    worker.pulls[0].end.set_exception(TransferFailed("stalled"))
+    await settle()
+    assert worker.told["b"] == []
+    worker.take(late)
+    await settle()
+    assert worker.kinds("b") == ["reserved"]
+    assert not worker.has_prompt("b")
 
 
 @pytest.mark.parametrize("answer_start", [8, 10])
@@ -370,8 +405,8 @@ async def test_a_leader_that_ends_while_the_cut_block_is_copied_still_shares_the
     assert len(worker.pulls) == 1
 
 
-@pytest.mark.parametrize("seed", range(40))
-async def test_no_order_of_events_leaves_a_sequence_waiting(worker, seed):
+@pytest.mark.parametrize("seed", [*range(40), 599, 1077, 1122])  # the last ones have found defects
+async def test_no_order_of_events_leaves_a_sequence_waiting(worker, monkeypatch, seed):
     draw = random.Random(seed)
     ids, cancelled = "abcdefg"[: draw.randint(3, 7)], set()
     for id in ids:
@@ -380,9 +415,15 @@ async def test_no_order_of_events_leaves_a_sequence_waiting(worker, seed):
     def live():
         return [id for id in ids if not worker.tasks[id].done() and id not in cancelled]
 
+    late, take = [], worker.engine._emit
+    monkeypatch.setattr(worker.engine, "_emit", late.extend)  # events of the engine arrive some time later
+
     for _ in range(40):
         for _ in range(draw.randint(0, 4)):
             await asyncio.sleep(0)
+        if draw.random() < 0.5:
+            take(late)
+            late.clear()
         running = [pull for pull in worker.pulls if pull.running]
         event, id = draw.randrange(8), draw.choice(live() or ids)
         if event == 0 and running:
@@ -399,6 +440,8 @@ async def test_no_order_of_events_leaves_a_sequence_waiting(worker, seed):
         elif event == 6:
             worker.engine.step()
         worker.prefix.check_integrity()
+    monkeypatch.undo()
+    take(late)
     for _ in range(20):
         await settle()
         for id in live():
