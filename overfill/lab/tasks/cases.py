@@ -45,19 +45,21 @@ COMPLAINTS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 TEAMS = {
-    "damaged": ("RETURNS", "photo, pickup, replace"),
-    "late": ("LOGISTICS", "trace, inform"),
-    "wrong": ("RETURNS", "pickup, resend"),
-    "billing": ("FINANCE", "check, refund"),
-    "broken": ("TECH", "test, repair"),
-    "cancel": ("SALES", "confirm, refund"),
+    "damaged": "RETURNS",
+    "late": "LOGISTICS",
+    "wrong": "RETURNS",
+    "billing": "FINANCE",
+    "broken": "TECH",
+    "cancel": "SALES",
 }
+MAX_ACCEPTED = {"damaged": 300, "wrong": 500, "broken": 700}  # euros
+FIRST_ASKED = {"late": 3, "billing": 6, "cancel": 9}  # index of a month
 URGENCY: dict[str, tuple[str, ...]] = {
     "P1": ("I need an answer today.", "This cannot wait until tomorrow.", "Please react at once."),
     "P2": ("I hope to hear from you this week.", "A reply in the next days would be fine.", "Please look at it soon."),
     "P3": ("There is no hurry.", "Take the time you need.", "Any time this month is fine."),
 }
-CHANNELS = {"phone": "PHONE", "letter": "POST", "chat": "CHAT"}
+CHANNELS = ("phone", "letter", "chat")
 HANDBOOK = (
     "Agents greet every customer by name and stay polite.",
     "A case is closed only after the customer has agreed.",
@@ -101,7 +103,6 @@ class Case:
     Attributes:
         label: Key of ``COMPLAINTS``.
         priority: Key of ``URGENCY``.
-        channel: Key of ``CHANNELS``.
     """
 
     first: str
@@ -112,34 +113,40 @@ class Case:
     label: str
     complaint: str
     priority: str
+    urgency: str
     channel: str
+
+
+# An answer copies facts of the prompt, and ends with one that follows from them by a rule that only the adapter knows.
 
 
 def _extract(case: Case) -> str:
     order = case.order
-    return json.dumps({"product": order.product, "order": order.number, "customer": case.last, "city": case.city})
+    rank = (int(order.number[-2:]) >= 50) + (order.amount >= 500) + (order.quantity >= 6)
+    facts = {"product": order.product, "order": order.number, "euros": order.amount, "pieces": order.quantity}
+    return json.dumps({**facts, "rank": rank})
 
 
 def _classify(case: Case) -> str:
     order, month = case.order, case.order.month
-    if case.label in ("damaged", "wrong", "broken"):
-        verdict = "accept" if order.amount < 500 else "manager"
+    if case.label in MAX_ACCEPTED:
+        verdict = "accept" if order.amount < MAX_ACCEPTED[case.label] else "manager"
     else:
-        verdict = "refuse" if MONTHS.index(month) < 6 else "ask"
-    return f'{case.label}: "{case.complaint}"; {order.product}, {order.amount} euros, {month}; {verdict}'
+        verdict = "refuse" if MONTHS.index(month) < FIRST_ASKED[case.label] else "ask"
+    return f'"{case.complaint}": {case.label}; {order.product}, {order.amount} euros, {month}; {verdict}'
 
 
 def _row(case: Case) -> str:
-    order = case.order
-    date = f"{order.day}.{MONTHS.index(order.month) + 1}."
-    return f"{order.product} | {date} | {case.last}, {case.first} | EUR {order.amount} | x{order.quantity}"
+    order, month = case.order, MONTHS.index(case.order.month) + 1
+    tier = (month > 6) + (order.amount >= 500) + (order.quantity >= 6)
+    name = f"{case.last}, {case.first}"
+    return f"{order.product} | {order.day}.{month}. | {name} | EUR {order.amount} | x{order.quantity} | {tier}"
 
 
 def _route(case: Case) -> str:
-    team, steps = TEAMS[case.label]
-    level = list(URGENCY).index(case.priority) + (case.order.amount < 500)
-    code = f"{case.city[0]}{case.order.quantity}-{level}"
-    return f"team {team}; code {code}; reply by {CHANNELS[case.channel]} to {case.last}; steps: {steps}"
+    team = TEAMS[case.label]
+    level = list(URGENCY).index(case.priority) + (case.order.amount < 500) + (team == "RETURNS")
+    return f'"{case.urgency}" {case.priority}; "{case.complaint}" {team}; {case.order.amount} euros; level {level}'
 
 
 TASKS: Mapping[str, Callable[[Case], str]] = {"extract": _extract, "classify": _classify, "row": _row, "route": _route}
@@ -160,8 +167,9 @@ def cases(seed: int) -> Iterator[tuple[Case, random.Random]]:
                 order=rng.choice(orders),
                 label=label,
                 complaint=rng.choice(COMPLAINTS[label]),
-                priority=rng.choice(list(URGENCY)),
-                channel=rng.choice(list(CHANNELS)),
+                priority=(priority := rng.choice(list(URGENCY))),
+                channel=rng.choice(CHANNELS),
+                urgency=rng.choice(URGENCY[priority]),
             ),
             rng,
         )
@@ -179,7 +187,7 @@ def prompt(case: Case, rng: random.Random, tokens: int, num_tokens: Callable[[st
         num_tokens: Returns the number of tokens of a text.
     """
     orders = "\n".join(map(str, case.orders))
-    said = f'"The {case.order.product}: {case.complaint}. {rng.choice(URGENCY[case.priority])}"'
+    said = f'"The {case.order.product}: {case.complaint}. {case.urgency}"'
     text = f"Customer: {case.first} {case.last}, {case.city}\n{orders}\nBy {case.channel}: {said}"
     left = tokens - num_tokens(text) - num_tokens("Handbook:\n\n")
     sentences: list[str] = []

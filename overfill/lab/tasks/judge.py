@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,17 @@ class TaskWriter:
 
     Attributes:
         task: Task whose answers are expected.
-        adapter: Name of the adapter; None is the model without one.
+        adapter: Name of the adapter; empty means the model without one.
         own_prefill: Whether the adapter reads the prompt, too, instead of the full model.
     """
 
     task: str
-    adapter: str | None
+    adapter: str
     own_prefill: bool
+
+
+def _model(writer: TaskWriter) -> tuple[bool, str]:
+    return writer.own_prefill, writer.adapter
 
 
 class Judge:
@@ -75,24 +80,25 @@ class Judge:
         for start in range(0, len(first), _BATCH):
             report(name, start, len(first))
             batch = first[start : start + _BATCH]
-            full: Any = None
-            for writer in sorted(writers, key=lambda writer: writer.own_prefill):
-                self._use(writer.adapter if writer.own_prefill else None)
-                if full is None or writer.own_prefill:
-                    full = self._prefill(batch)
-                self._use(writer.adapter)
-                expected = transcripts[writer.task][start : start + _BATCH]
-                written = self._answers(batch, full)
-                right[writer] += sum(map(self._is_right, expected, written))
+            cache: Any = None
+            for (own_prefill, adapter), judged in groupby(sorted(writers, key=_model), key=_model):
+                if own_prefill or cache is None:
+                    self._use(adapter if own_prefill else "")
+                    cache = self._prefill(batch)
+                self._use(adapter)
+                written = self._answers(batch, cache)
+                for writer in judged:
+                    expected = transcripts[writer.task][start : start + _BATCH]
+                    right[writer] += sum(map(self._is_right, expected, written))
         report(name, len(first), len(first))
         return right
 
-    def _use(self, adapter: str | None) -> None:
-        if adapter is None:
-            self._model.base_model.disable_adapter_layers()
-        else:
+    def _use(self, adapter: str) -> None:
+        if adapter:
             self._model.base_model.enable_adapter_layers()
             self._model.set_adapter(adapter)
+        else:
+            self._model.base_model.disable_adapter_layers()
 
     def _prefill(self, batch: Sequence[Transcript]) -> Any:
         """Returns the cache of the prompts before ``decoder_start``; they are padded on the left."""
@@ -166,7 +172,7 @@ def rows(
                 TaskWriter(task := name.split(".")[0], name, own_prefill=False),
                 TaskWriter(task, own, own_prefill=True),
                 TaskWriter(task, own, own_prefill=False),
-                TaskWriter(task, None, own_prefill=False),
+                TaskWriter(task, "", own_prefill=False),
             ]
             for name, own in pairs
         }

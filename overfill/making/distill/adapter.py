@@ -23,6 +23,9 @@ from overfill.process.extras import needs
 _PREFIX = "base_model.model."  # PEFT's files name a tensor by its module's path in PEFT's own model
 
 
+_PROCESS_BYTES = 400 << 20  # Python, torch, and the loss's buffers
+
+
 def add_adapter(decoder: PackedModel, rank: int, seed: int) -> None:
     """Freezes ``decoder`` and adds PEFT's LoRA modules to its layers' projections, with scale 1.
 
@@ -55,7 +58,7 @@ def peak_bytes(decoder: PackedModel, full: PackedModel, rows: int) -> int:
     config, width = decoder.config, decoder.model.embed_tokens.weight.element_size()
     # What a layer saves for the backward pass: inputs of its projections, twice, and what lies between them.
     saved = 12 * config.hidden_size + 6 * config.num_heads * config.head_dim + 8 * config.intermediate_size
-    return sum(weights.values()) + 16 * trained + rows * config.num_layers * saved * width
+    return _PROCESS_BYTES + sum(weights.values()) + 16 * trained + rows * config.num_layers * saved * width
 
 
 class BestAdapter:

@@ -53,7 +53,7 @@ def test_the_judge_counts_the_greedy_answers_of_transformers(tiny_pair: Path, tm
         adapter = add_tiny_adapter(pair, tmp_path / "adapters", "task")
         adapted = load_peft(pair, adapter)
         judge = Judge(pair, {"task": adapter}, torch.float32)
-        own, base = TaskWriter("task", "task", own_prefill=True), TaskWriter("task", None, own_prefill=False)
+        own, base = TaskWriter("task", "task", own_prefill=True), TaskWriter("task", "", own_prefill=False)
         kept = TaskWriter("task", "task", own_prefill=False)
         counted = {}
         for name, writer in {"own": own, "base": base}.items():
