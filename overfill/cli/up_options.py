@@ -173,7 +173,10 @@ class UpCommand(click.Command):
 
 _ROUTER = RouterConfig.model_fields
 
-_MADE = {"threads": "the cores, divided among the workers of a stage"}
+_MADE = {
+    "threads": "the cores, divided among the workers of a stage",
+    "adapters": "that of `overfill pair adapter`, if it has an adapter of the stack's decoders",
+}
 """Settings whose default ``up`` computes, and how."""
 
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
