@@ -53,7 +53,7 @@ class ApiKey:
         concurrency: Maximum concurrent requests that the routers at one address accept; None means no limit.
         priority: Smallest number, which is the most urgent class, that requests with this key get.
         scopes: Calls that the key allows.
-        tiers: Tiers that requests with this key may use; None means all.
+        tiers: Tiers and adapters that requests with this key may use; None means all.
         allow_brownout: Whether a cheaper tier may write the answers of all requests with this key under overload.
     """
 
@@ -68,7 +68,7 @@ class ApiKey:
     allow_brownout: bool = False
 
     def may_use(self, tier: str) -> bool:
-        """True if requests with this key may use ``tier``."""
+        """True if requests with this key may use ``tier``, which may be an adapter's name."""
         return self.tiers is None or tier in self.tiers
 
     @property

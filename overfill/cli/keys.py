@@ -8,8 +8,8 @@ import click
 
 from overfill.api import key_file, keys
 from overfill.cli.options import option_errors
+from overfill.request.names import ADAPTER_NAME
 from overfill.rpc.access import Scope
-from overfill.settings.tiers import check_tier_name
 
 _FILE_OPTION = click.option(
     "--file",
@@ -27,10 +27,9 @@ def _split_scopes(context: click.Context, option: click.Parameter, given: tuple[
 
 def _check_tiers(context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
     for name in given:
-        try:
-            check_tier_name(name)
-        except ValueError as error:
-            raise click.BadParameter(str(error)) from error
+        if not ADAPTER_NAME.fullmatch(name):
+            allowed = "1 to 64 letters, digits and . _ -, of which the first is a letter or digit"
+            raise click.BadParameter(f"{name!r} cannot name a tier or an adapter: give {allowed}")
     return given
 
 
@@ -54,7 +53,7 @@ def keys_group() -> None:
 )  # fmt: skip
 @click.option(
     "--tier", "tiers", multiple=True, callback=_check_tiers,
-    help="Tier that requests with this key may use; repeatable.  [default: all]",
+    help="Tier or adapter that requests with this key may use; repeatable.  [default: all]",
 )  # fmt: skip
 @click.option(
     "--allow-brownout", is_flag=True,

@@ -36,6 +36,24 @@ class SharedKey(NamedTuple):
     blocks: tuple[bytes, ...]
     rest: tuple[int, ...]
 
+    @property
+    def num_in_blocks(self) -> int:
+        """Number of tokens in full blocks."""
+        return len(self.blocks) * len(self.blocks[0]) // TOKEN_BYTES
+
+    def num_common(self, other: SharedKey) -> int:
+        """Number of leading blocks that both prompts have, if they may share any."""
+        if self.cache_namespace != other.cache_namespace:
+            return 0
+        pairs = enumerate(zip(self.blocks, other.blocks, strict=False))
+        return next((index for index, (a, b) in pairs if a != b), min(len(self.blocks), len(other.blocks)))
+
+    def is_of(self, prompt: Sequence[int], blocks: Sequence[bytes]) -> bool:
+        """Whether the shared prompt is the beginning of ``prompt``, which has the full blocks ``blocks``."""
+        start = self.num_in_blocks
+        rest = prompt[start : start + len(self.rest)]
+        return self.blocks == tuple(blocks[: len(self.blocks)]) and self.rest == tuple(rest)
+
 
 def shared_key(blocks: PromptBlocks, prompt: Sequence[int], num_shared: int) -> SharedKey | None:
     """Returns the key of the first ``num_shared`` tokens of ``prompt``, which have the full blocks ``blocks``.
@@ -44,8 +62,8 @@ def shared_key(blocks: PromptBlocks, prompt: Sequence[int], num_shared: int) -> 
     """
     if not blocks.tokens:
         return None
-    in_blocks = len(blocks.tokens) * len(blocks.tokens[0]) // TOKEN_BYTES
-    return SharedKey(blocks.cache_namespace, tuple(blocks.tokens), tuple(prompt[in_blocks:num_shared]))
+    key = SharedKey(blocks.cache_namespace, tuple(blocks.tokens), ())
+    return key._replace(rest=tuple(prompt[key.num_in_blocks : num_shared]))
 
 
 class CutBlocks:
@@ -99,7 +117,7 @@ class CutBlocks:
         await shielded(asyncio.get_running_loop().run_in_executor(self._executor, copy, *arguments))
 
     def _new_chunk(self, key: SharedKey) -> Chunk:
-        kv, start = self._kv, len(key.blocks) * self._store.block_size
+        kv, start = self._kv, key.num_in_blocks
         cut = KvRange(0, self._num_layers, start, start + len(key.rest), 0, kv.num_kv_heads)
         if self._store.codec == common_pb2.KV_CODEC_RAW:
             return Chunk(cut, bytearray(cut.num_vectors * kv.head_dim * DTYPE_BYTES[kv.dtype]))

@@ -39,6 +39,7 @@ from overfill.model.config import ModelConfig
 from overfill.model.digest import StoredTensor, digest_head, read_header
 from overfill.model.peft_config import MAX_RANK, PeftConfig
 from overfill.request.answer_start import MAX_TAIL_TOKENS
+from overfill.request.names import ADAPTER_NAME
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +49,6 @@ RECORD = "overfill-adapter.json"
 PEFT_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-"""What an adapter may be called."""
 
 _MAX_HEADER_BYTES = 1 << 20
 _BYTES_OF = {"F32": 4, "BF16": 2, "F16": 2}
@@ -170,7 +168,7 @@ def file_limits(config: ModelConfig, max_rank: int = MAX_RANK) -> dict[str, int]
 
 def check_name(name: str) -> None:
     """Raises InvalidAdapter unless an adapter may have this name."""
-    if NAME.fullmatch(name) is None:
+    if ADAPTER_NAME.fullmatch(name) is None:
         raise InvalidAdapter(
             f"{name[:80]!r} is no name for an adapter: 1 to 64 of A-Z a-z 0-9 . _ - are, with a letter or digit first"
         )
@@ -289,15 +287,15 @@ def _check_tensors(
         if number >= config.num_layers:
             raise InvalidAdapter(f"{what} is of layer {number}; the decoder has layers 0 to {config.num_layers - 1}")
         if tensor.dtype not in _BYTES_OF:
-            raise InvalidAdapter(f"{what} is {tensor.dtype}; supported are {', '.join(_BYTES_OF)}")
+            raise InvalidAdapter(f"{what} is {str(tensor.dtype)[:80]}; supported are {', '.join(_BYTES_OF)}")
         rank, (rows, columns) = peft.rank_of(module), shapes[projection]
         if rank > max_rank:
             raise InvalidAdapter(_rank_too_large(what, rank, max_rank))
         expected = (rank, columns) if half == "A" else (rows, rank)
         if tensor.shape != expected:
             raise InvalidAdapter(
-                f"{what} has the shape {tensor.shape}; rank {rank} in {PEFT_CONFIG} and the decoder imply {expected}: "
-                "the adapter is of another decoder, or its files are of two adapters"
+                f"{what} has the shape {str(tensor.shape)[:80]}; rank {rank} in {PEFT_CONFIG} and the decoder imply "
+                f"{expected}: the adapter is of another decoder, or its files are of two adapters"
             )
         modules[number, projection] = module
         halves.setdefault(module, set()).add(half)

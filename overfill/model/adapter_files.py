@@ -18,11 +18,20 @@ from overfill.errors import OverfillError
 MAX_JSON_BYTES = 256 << 10
 """Largest size of a JSON file of an adapter: names of 500 modules with a rank each take 40 KiB."""
 
+_MAX_MESSAGE = 1000
+
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC
 
 
 class InvalidAdapter(OverfillError):
-    """An adapter's folder lacks a file or is damaged, or the decoder cannot use an adapter of this kind or size."""
+    """An adapter's folder lacks a file or is damaged, or the decoder cannot use an adapter of this kind or size.
+
+    The message is printable, and cut at 1,000 characters: parts of it may be a stranger's.
+    """
+
+    def __init__(self, message: str) -> None:
+        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in message[:_MAX_MESSAGE])
+        super().__init__("".join(shown))
 
 
 def read_files(folder: Path, limits: Mapping[str, int], follow_links: bool = False) -> dict[str, bytes]:

@@ -32,6 +32,7 @@ from overfill.telemetry.progress import Report, silent
 
 _READ_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 100 << 20
+_MAX_MESSAGE = 1000
 _LFS_POINTER = b"version https://git-lfs"
 
 _BYTES_OF = {
@@ -184,14 +185,15 @@ def read_header(
             t for t in tensors if t.dtype in _BYTES_OF and t.end - t.start != math.prod(t.shape) * _BYTES_OF[t.dtype]
         ]
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InvalidPair(f"{file}: not a safetensors file: {error!r}") from None
+        # Not repr(error): that of an error of decoding has the whole header.
+        raise InvalidPair(f"{file}: not a safetensors file: {type(error).__name__}: {error}"[:_MAX_MESSAGE]) from None
     if expected != size:
         raise InvalidPair(f"{file}: {size} bytes, but its header describes {expected}; the file is damaged")
     if misfits:
         wrong = misfits[0]
         raise InvalidPair(
-            f"{file}: tensor {wrong.name} has {wrong.end - wrong.start} bytes, which do not fit {wrong.dtype} of shape "
-            f"{wrong.shape}; the file is damaged"
+            f"{file}: tensor {wrong.name[:200]} has {wrong.end - wrong.start} bytes, which do not fit {wrong.dtype} of "
+            f"shape {str(wrong.shape)[:80]}; the file is damaged"
         )
     return tensors
 

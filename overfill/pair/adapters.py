@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from overfill.model.adapter import (
-    NAME,
     PEFT_CONFIG,
     RECORD,
     WEIGHTS,
@@ -29,6 +28,7 @@ from overfill.model.adapter import (
 from overfill.model.adapter_files import InvalidAdapter, parse_object, read_files
 from overfill.model.manifest import Pair
 from overfill.process.home import home
+from overfill.request.names import ADAPTER_NAME
 
 _MAX_NAMED = 20  # names in a message
 
@@ -46,7 +46,7 @@ def adapter_names(directory: Path) -> list[str]:
     """
     try:
         with os.scandir(directory) as entries:
-            return sorted(e.name for e in entries if NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
+            return sorted(e.name for e in entries if ADAPTER_NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
     except OSError as error:
         raise InvalidAdapter(f"{directory}: cannot read the folder of adapters: {error.strerror}") from None
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from overfill.v1 import common_pb2
+
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""What an adapter may be called. Names of tiers have this form too."""
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 

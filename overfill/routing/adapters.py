@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 
 from overfill.request.answer_start import MAX_TAIL_TOKENS
+from overfill.request.names import ADAPTER_NAME
 from overfill.routing.tier import Adapter
 from overfill.routing.worker import Worker
 from overfill.v1 import common_pb2
@@ -20,7 +21,6 @@ MAX_WORKER_ADAPTERS = 1024
 MAX_ADAPTERS = 4096
 """Maximum number of adapters of a stack; the router ignores further ones."""
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SHOWN = 3
 
@@ -138,7 +138,7 @@ class Adapters:
         return said
 
     def _fault(self, adapter: Adapter) -> str:
-        if not NAME.fullmatch(adapter.name):
+        if not ADAPTER_NAME.fullmatch(adapter.name):
             return "a name has at most 64 letters, digits and . _ -, and begins with a letter or digit"
         if not _DIGEST.fullmatch(adapter.digest):
             return "a digest has 64 lower-case hexadecimal digits"

@@ -225,7 +225,10 @@ class AnswerState:
         )
 
     def enter_tier(self, tier: str) -> None:
-        """Notes that a worker of ``tier`` writes the next tokens. A part begins unless the last one is of this tier."""
+        """Notes that ``tier``, or the adapter of this name, writes the next tokens.
+
+        A part begins unless the last one is of this tier.
+        """
         if self.parts and self.parts[-1].first_index == len(self.emitted):
             self.parts.pop()  # that tier has written nothing
         if not self.parts or self.parts[-1].tier != tier:

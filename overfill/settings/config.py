@@ -12,6 +12,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from overfill.api.keys import KeyRing
+from overfill.errors import InvalidRequest
 from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
 from overfill.request.names import CodecName, ToolCallParser
 from overfill.request.params import MAX_STREAM_INTERVAL
@@ -259,6 +260,12 @@ class DecodeConfig(WorkerConfig):
         if self.tier:
             check_tier_name(self.tier)
         return self
+
+    def check_files(self) -> None:
+        """As of every service. Raises InvalidRequest if the folder of adapters is missing."""
+        super().check_files()
+        if self.adapters is not None and not self.adapters.is_dir():
+            raise InvalidRequest("--adapters", f"there is no folder {self.adapters}; create it, or remove the setting")
 
     @property
     def decoder_settings(self) -> dict[str, str]:

@@ -18,11 +18,14 @@ WORKER_STATES = ("ready", "starting", "draining", "silent")
 APIS = ("chat", "completions", "responses", "messages", "grpc")
 """The APIs through which requests come: values of the label ``api``."""
 
-PREFILL_AGAIN = ("preempted", "failed", "refused", "incompatible")
+PREFILL_AGAIN = ("preempted", "failed", "refused", "incompatible", "rest")
 """Reasons for which a decode worker requests a prompt's KV again (``NeedPrefill.Reason``)."""
 
 MAX_KEY_SERIES = 100
 """Maximum number of API keys with their own series; further keys share the series ``other``."""
+
+MAX_ADAPTER_SERIES = 64
+"""Maximum number of adapters with their own series; further adapters share the series ``other``."""
 
 
 class PoolTargetNumbers(Protocol):
@@ -113,6 +116,12 @@ class RouterMetrics(MetricSet):
             "Tokens of accepted requests, by name of API key.",
             {"key": (), "kind": ("prompt", "completion")},
         )
+        self._adapter_requests = counts("adapter_requests_total", "Accepted requests, by adapter.", {"adapter": ()})
+        self._adapter_tokens = counts(
+            "adapter_tokens_total",
+            "Tokens of accepted requests, by adapter.",
+            {"adapter": (), "kind": ("prompt", "completion")},
+        )
         self._refusals = counter(
             "refusals_total", "Refused requests, by reason; requests_total includes them.",
             {"reason": REFUSALS, "tier": asked},
@@ -165,6 +174,7 @@ class RouterMetrics(MetricSet):
             {**pool, "input": ()},
         )
         self._keys: set[str] = set()
+        self._adapters: set[str] = set()
         self._waiting: Callable[[], Sampled] = lambda: []
         self._running: Callable[[], Sampled] = lambda: []
         self._workers: Callable[[], Sampled] = lambda: []
@@ -212,17 +222,28 @@ class RouterMetrics(MetricSet):
         """Counts an HTTP request to ``route`` (a pattern, or "unknown") that ended with ``status``."""
         self._http[route, str(status)] += 1
 
-    def accepted(self, prompt_tokens: int, key: str, api: str) -> None:
-        """Counts an accepted request. ``key`` is the name of its API key; empty without keys."""
+    def accepted(self, prompt_tokens: int, key: str, api: str, adapter: str = "") -> None:
+        """Counts an accepted request.
+
+        Args:
+            key: name of its API key; empty without keys.
+            adapter: name of the adapter that writes the answer; empty without one.
+        """
         self._prompt[api,] += prompt_tokens
         key = self._key(key)
         self._key_requests[key,] += 1
         self._key_tokens[key, "prompt"] += prompt_tokens
+        if adapter:
+            adapter = _bounded(adapter, self._adapters, MAX_ADAPTER_SERIES)
+            self._adapter_requests[adapter,] += 1
+            self._adapter_tokens[adapter, "prompt"] += prompt_tokens
 
-    def tokens(self, count: int, since_last: float | None, key: str, tier: str, api: str) -> None:
+    def tokens(self, count: int, since_last: float | None, key: str, tier: str, api: str, adapter: str = "") -> None:
         """Counts tokens handed to a client, ``since_last`` seconds after the previous ones; None for the first."""
         self._completion[tier, api] += count
         self._key_tokens[self._key(key), "completion"] += count
+        if adapter:
+            self._adapter_tokens[_bounded(adapter, self._adapters, MAX_ADAPTER_SERIES), "completion"] += count
         if since_last is not None and count:
             # One value per token: clients choose the stream interval, and must not look slow by a long one.
             self._itl[tier,].observe(since_last / count, count)
@@ -295,9 +316,12 @@ class RouterMetrics(MetricSet):
         self._lost.labels(stage, tier).inc()
 
     def _key(self, key: str) -> str:
-        if not key:
-            return "none"
-        if key not in self._keys and len(self._keys) >= MAX_KEY_SERIES:
-            return "other"
-        self._keys.add(key)
-        return key
+        return _bounded(key, self._keys, MAX_KEY_SERIES) if key else "none"
+
+
+def _bounded(name: str, known: set[str], most: int) -> str:
+    """Returns ``name``, or "other" if it would be one more than ``most`` in ``known``, to which it is added."""
+    if name not in known and len(known) >= most:
+        return "other"
+    known.add(name)
+    return name

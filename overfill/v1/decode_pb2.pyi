@@ -163,11 +163,13 @@ class NeedPrefill(_message.Message):
         REASON_PREFILL_FAILED: _ClassVar[NeedPrefill.Reason]
         REASON_PREFILL_REFUSED: _ClassVar[NeedPrefill.Reason]
         REASON_INCOMPATIBLE: _ClassVar[NeedPrefill.Reason]
+        REASON_REST: _ClassVar[NeedPrefill.Reason]
     REASON_UNSPECIFIED: NeedPrefill.Reason
     REASON_PREEMPTED: NeedPrefill.Reason
     REASON_PREFILL_FAILED: NeedPrefill.Reason
     REASON_PREFILL_REFUSED: NeedPrefill.Reason
     REASON_INCOMPATIBLE: NeedPrefill.Reason
+    REASON_REST: NeedPrefill.Reason
     REASON_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]

@@ -55,20 +55,34 @@ _T = TypeVar("_T")
 
 @dataclass(eq=False, slots=True)
 class _Loaded:
-    """An adapter in a slot. ``users`` counts the sequences that the engine may still compute with it."""
+    """An adapter in a slot.
+
+    Attributes:
+        users: number of sequences that the engine may still compute with it.
+        unloaded: whether new sequences are refused.
+        emptied: done when the engine has emptied the slot; None before it was asked.
+    """
 
     record: AdapterRecord
     slot: int
     users: int = 0
     unloaded: bool = False
+    emptied: asyncio.Future[Exception | None] | None = None
 
 
 @dataclass(slots=True)
 class _Scan:
-    """The folders that the start has looked at: how many are of other decoders, and what is wrong with others."""
+    """What the start knows of the folders.
+
+    Attributes:
+        names: those that it has not looked at.
+        spent: seconds in which it has read records.
+        others: number of adapters of other decoders.
+        faults: what is wrong with further ones.
+    """
 
     names: Iterator[str]
-    deadline: float
+    spent: float = 0.0
     others: int = 0
     faults: list[str] = field(default_factory=list)
 
@@ -257,8 +271,8 @@ class WorkerAdapters:
         return adapter
 
     async def _take_slot(self) -> int:
-        while not self._free and any(not one.users for one in self._leaving):
-            await asyncio.wait(list(self._changing.values()), return_when=asyncio.FIRST_COMPLETED)
+        while not self._free and (soon := [one.emptied for one in self._leaving if one.emptied is not None]):
+            await asyncio.wait(soon, return_when=asyncio.FIRST_COMPLETED)
         if self._free:
             self._free.sort()
             return self._free.pop(0)
@@ -278,7 +292,8 @@ class WorkerAdapters:
             self._leaving.discard(loaded)
             self._free.append(loaded.slot)
 
-        self._change(loaded.slot, None).add_done_callback(emptied)
+        loaded.emptied = self._change(loaded.slot, None)
+        loaded.emptied.add_done_callback(emptied)
 
     def _change(self, slot: int, adapter: LoraAdapter | None) -> asyncio.Future[Exception | None]:
         """Asks the engine to change a slot. The result is why it is empty, if that is an error."""
@@ -306,7 +321,7 @@ class WorkerAdapters:
             except InvalidAdapter as error:
                 logger.warning("%s", error)
                 return
-            scan = _Scan(iter(names), time.monotonic() + _SCAN_TIME)
+            scan = _Scan(iter(names))
             while self._free and (record := await self._in_thread(lambda: self._next_fitting(scan))) is not None:
                 try:
                     await self._put(record)
@@ -317,16 +332,18 @@ class WorkerAdapters:
 
     def _next_fitting(self, scan: _Scan) -> AdapterRecord | None:
         """Returns the record of the next adapter of this worker's decoder; None without one, or when time is over."""
+        began = time.monotonic() - scan.spent
         for name in scan.names:
             try:
                 record = read_record(self._folder / name)
             except InvalidAdapter as error:
                 scan.faults.append(f"{name}: {error}")
-            else:
-                if record.decoder_digest == self._hello.model.decoder_digest:
-                    return record
-                scan.others += 1
-            if time.monotonic() > scan.deadline:
+                record = None
+            scan.spent = time.monotonic() - began
+            if record is not None and record.decoder_digest == self._hello.model.decoder_digest:
+                return record
+            scan.others += record is not None
+            if scan.spent > _SCAN_TIME:
                 break
         return None
 

@@ -367,8 +367,10 @@ class SequenceSession:
         in_place = await self._take_shared(awaited)
         has_prompt = in_place or (self._transfer is not None and self._transfer.runs)
         if self._reserved:
-            if not has_prompt:
-                self._want_prefill(_Need.REASON_PREEMPTED, "the sequence has new blocks, without all of its prompt", "")
+            if not has_prompt and awaited is None:
+                self._want_prefill(_Need.REASON_PREEMPTED, "the sequence lost its blocks to an older sequence", "")
+            elif not has_prompt:
+                self._want_prefill(_Need.REASON_REST, "another sequence's transfer brought less than the prompt", "")
         else:
             self._tell_reserved(has_prompt)
         if in_place:
@@ -396,7 +398,7 @@ class SequenceSession:
         if self._wants_kv and self._pull is None and not (self._transfer is not None and self._transfer.runs):
             self._pulls += 1
             if self._transfer is not None:
-                self._transfer.leader = self.sequence.id
+                self._transfer.lead(self.sequence.id)
             self._pull = asyncio.ensure_future(self._fetch(target, self._pulls))
 
     def _ask_again(self, error: OverfillError, worker: str) -> None:
@@ -469,9 +471,7 @@ class SequenceSession:
             self._transfer = self._renewed_after = awaited
             self._worker.send(Share("", (self.sequence.id,)))
             return False
-        self._join_transfer()
-        if self._transfer is not None:
-            self._transfer.holders.add(self.sequence.id)
+        self._join_transfer(len(key.blocks) * self.held_tokens // key.num_in_blocks, holds=True)
         return False
 
     def _shared_key(self) -> SharedKey | None:
@@ -481,10 +481,11 @@ class SequenceSession:
             return None
         return shared_key(sequence.prompt_blocks, sequence.prompt, sequence.num_shared)
 
-    def _join_transfer(self) -> None:
+    def _join_transfer(self, held_blocks: int = 0, *, holds: bool = False) -> None:
         """Joins the sequences that wait for the same prompt, unless the sequence needs more than KV."""
         if (key := self._shared_key()) is not None:
-            self._transfer = self._worker.transfers.join(key, self.sequence.id, self.inbox.put_nowait)
+            join = self._worker.transfers.join
+            self._transfer = join(key, self.sequence.id, self.inbox.put_nowait, held_blocks, holds=holds)
 
     def _note_shared(self, awaited: SharedTransfer | None) -> None:
         if self._cached_tokens is None:
@@ -502,7 +503,10 @@ class SequenceSession:
         if (transfer := self._transfer) is None:
             return
         if self._worker.cut_blocks is not None:
-            await self._worker.cut_blocks.keep(transfer.key, self.blocks)
+            shared = self.sequence.prompt[: self.sequence.num_shared]
+            for key in transfer.prompts():
+                if key.is_of(shared, transfer.key.blocks):
+                    await self._worker.cut_blocks.keep(key, self.blocks)
         self._transfer = None
         if followers := transfer.complete(self._prefill_worker, self._codec, self._prompt_known_ns):
             self._worker.send(Share(self.sequence.id, followers))

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 
 from overfill.errors import Incompatible, InvalidRequest, ModelNotFound, OverfillError, Unavailable
-from overfill.routing.adapters import NAME
+from overfill.request.names import ADAPTER_NAME
 from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import Worker
@@ -51,7 +51,7 @@ class AdapterChanges:
             Unavailable: no decode worker has joined.
             OverfillError: no worker has done it; the first one's reason.
         """
-        if not NAME.fullmatch(name):
+        if not ADAPTER_NAME.fullmatch(name):
             allowed = "has at most 64 letters, digits and . _ -, and begins with a letter or digit"
             raise InvalidRequest("name", f"is {name[:80]!r}; a name {allowed}, and no path")
         if name in self._roster.tiers:

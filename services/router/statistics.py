@@ -48,7 +48,7 @@ class Statistics:
         """Counts a request that has been queued."""
         choice = request.choice
         self._signals.arrived(choice.asked, request.prompt_tokens)  # the tier that was asked for is what should grow
-        self.metrics.accepted(request.prompt_tokens, request.key, request.api)
+        self.metrics.accepted(request.prompt_tokens, request.key, request.api, _adapter(request))
         self.sessions.accepted(request)
         if choice.brownout_from:
             self.metrics.brownout(choice.brownout_from, choice.tier)
@@ -57,7 +57,7 @@ class Statistics:
 
     def tokens(self, request: Job, count: int, now: float, since_last: float | None) -> None:
         """Counts tokens that a client has, ``since_last`` seconds after the previous ones; None for the first."""
-        self.metrics.tokens(count, since_last, request.key, request.tier, request.api)
+        self.metrics.tokens(count, since_last, request.key, request.tier, request.api, _adapter(request))
         self.rolling.tokens(count, now)
 
     def answered(self, request: Job, finished: inference_pb2.Finished, now: float, decode_base: int) -> None:
@@ -71,3 +71,7 @@ class Statistics:
     def ended(self, request: Job, failure: BaseException | None) -> None:
         """Counts the end of a request; ``failure`` is None if it was answered."""
         self.metrics.ended(failure, request.tier, request.api)
+
+
+def _adapter(request: Job) -> str:
+    return "" if request.adapter is None else request.adapter.name

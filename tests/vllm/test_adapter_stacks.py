@@ -1,53 +1,126 @@
-"""Decode workers with adapters on vLLM answer as plain transformers with PEFT do, mixed with plain answers."""
+"""Adapters that PEFT made, on decode workers with vLLM: answers equal those of transformers with PEFT."""
 
-import random
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any
 
 import pytest
 from peft_adapters import add_tiny_adapter
-from stacks import idle, running_stack, wait_until
-from vllm_stacks import engines
+from stacks import idle, loads, running_stack, wait_until
+from vllm_stacks import GREEDY, engines, prompts
 
-from overfill.client import Client, ModelNotFound, SamplingParams
+from overfill.client import Client, SamplingParams
 from overfill.model.manifest import Pair
 from overfill.pair.reference import TwoStageReference, judge_parts
 from overfill.rpc.channel import open_sync_channel
 from overfill.v1 import admin_pb2, admin_pb2_grpc
 
-TAILS = {"": 0, "a": 1, "b": 40}
-"""Tokens of the prompt that the decoder computes, by adapter."""
+TAILS = {"extract": 0, "label": 3, "summary": 40}
+WRITERS = ("", *TAILS)
 
 
-def test_a_vllm_worker_answers_with_its_adapters_and_lets_them_go(vllm_pair, tmp_path):
-    pair, folder = Pair.load(vllm_pair), tmp_path / "tasks"
-    for seed, (name, tail) in enumerate(list(TAILS.items())[1:]):
-        add_tiny_adapter(pair, folder, name, seed=seed, tail_tokens=tail)
-    plain = TwoStageReference(vllm_pair)
-    references = plain.with_adapters({name: folder / name for name in ("a", "b")}) | {"": plain}
-    draw, sampling = random.Random(1), SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-    asked = [(draw.choice([*TAILS]), draw.choices(range(2, 500), k=length)) for length in (4, 32, 33, 96, 100, 250) * 2]
-    settings = engines("overfill", "vllm") | {"adapters": folder, "max_adapters": "2", "max_adapter_rank": "8"}
-    with running_stack(vllm_pair, **settings) as (_, address), Client(address) as client:
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(
-                pool.map(lambda one: client.generate(one[1], sampling=sampling, tier=one[0], timeout=120), asked)
-            )
-        for (name, prompt), answer in zip(asked, answers, strict=True):
-            start = max(1, len(prompt) - TAILS[name]) if name else None
-            judged = judge_parts(
-                references, [(name, 0)], prompt, answer.token_ids, answer.finish_reason, 24, answer_start=start
-            )
-            assert judged.correct, (name, len(prompt), judged.problem or judged.first_error)
-        (worker,) = [worker for worker in client.status().workers if worker.stage == "decode"]
-        with open_sync_channel(worker.address) as channel:
-            admin = admin_pb2_grpc.AdminStub(channel)
-            admin.UnloadAdapter(admin_pb2.UnloadAdapterRequest(name="a"), timeout=60)
-            wait_until(lambda: not any(model.name.endswith(":a") for model in client.models()), 20, "a is gone")
-            with pytest.raises(ModelNotFound):
-                client.generate(asked[0][1], sampling=sampling, tier="a")
-            admin.LoadAdapter(admin_pb2.LoadAdapterRequest(name="a"), timeout=60)
-            wait_until(lambda: any(model.name.endswith(":a") for model in client.models()), 20, "a is back")
-        name, prompt = next(one for one in asked if one[0] == "a")
-        again = client.generate(prompt, sampling=sampling, tier=name, timeout=120)
-        assert again.token_ids == answers[asked.index((name, prompt))].token_ids
-        wait_until(lambda: idle(address), 20, "all blocks free")
+@pytest.fixture(scope="module")
+def adapters(vllm_pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("pairs") / "adapters"
+    for seed, (name, tail_tokens) in enumerate(TAILS.items()):
+        add_tiny_adapter(Pair.load(vllm_pair), directory, name, seed=seed, tail_tokens=tail_tokens)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def references(reference: TwoStageReference, adapters: Path) -> dict[str, TwoStageReference]:
+    return {"": reference, **reference.with_adapters({name: adapters / name for name in TAILS})}
+
+
+@pytest.fixture(scope="module")
+def mixed(vllm_pair: Path, adapters: Path) -> Iterator[tuple[Any, str]]:
+    settings = engines("overfill", "vllm") | {"adapters": adapters, "max_adapters": str(len(TAILS))}
+    with running_stack(vllm_pair, decode=2, **settings) as (stack, address):
+        yield stack, address
+
+
+@pytest.fixture
+def client(mixed: tuple[Any, str]) -> Iterator[Client]:
+    with Client(mixed[1]) as client:
+        yield client
+        wait_until(lambda: idle(mixed[1]), 20, "all blocks free")
+
+
+def sampling(max_tokens: int = 24) -> SamplingParams:
+    return SamplingParams(**GREEDY, max_tokens=max_tokens)
+
+
+def knows(client, adapter):
+    """Whether the router offers the adapter."""
+    return any(model.name.endswith(f":{adapter}") for model in client.models())
+
+
+def check(references, prompt, writer, answer, max_tokens=24):
+    """Compares an answer with that of transformers and PEFT."""
+    start = len(prompt) - min(TAILS[writer] or 1, len(prompt) - 1) if writer else None
+    parts = [(writer, 0)]
+    judged = judge_parts(
+        references, parts, prompt, answer.token_ids, answer.finish_reason, max_tokens, answer_start=start
+    )
+    assert judged.correct, (writer, len(prompt), judged.problem, judged.first_error)
+
+
+def test_tasks_of_one_prompt_answer_as_peft_s(mixed, client, references):
+    asked = list(product(prompts(8)[1:], WRITERS))
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda one: client.generate(one[0], sampling=sampling(), tier=one[1]), asked))
+    for (prompt, writer), answer in zip(asked, answers, strict=True):
+        check(references, prompt, writer, answer)
+
+
+def test_adapters_come_and_go_under_load(mixed, client, references):
+    workers = [worker.address for worker in client.status().workers if worker.stage == "decode"]
+    asked, done, answers = prompts(6)[3:], threading.Event(), []
+
+    def load(writer):
+        while not done.is_set():
+            answers.extend((p, writer, client.generate(p, sampling=sampling(), tier=writer)) for p in asked)
+
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(load, writer) for writer in ("", "extract", "summary")]
+        for method, known in (("Unload", False), ("Load", True)):
+            for address in workers:
+                with open_sync_channel(address) as channel:
+                    request = getattr(admin_pb2, f"{method}AdapterRequest")(name="label")
+                    call = getattr(admin_pb2_grpc.AdminStub(channel), f"{method}Adapter")
+                    assert [each.error for each in call(request, timeout=60).workers] == [""]
+            wait_until(lambda known=known: knows(client, "label") is known, 20, f"after {method}")
+        answers += [(p, "label", client.generate(p, sampling=sampling(), tier="label")) for p in asked]
+        done.set()
+        for each in running:
+            each.result()
+    for prompt, writer, answer in answers:
+        check(references, prompt, writer, answer)
+
+
+def test_a_killed_worker_s_answers_keep_their_adapters(mixed, client, references):
+    begun, prompt = threading.Barrier(len(WRITERS) + 1, timeout=60), prompts(9)[8]
+
+    def ask(writer):
+        with client.stream(prompt, sampling=sampling(290), tier=writer) as stream:
+            next(iter(stream))
+            begun.wait()
+            for _ in stream:
+                pass
+            return stream.answer
+
+    with ThreadPoolExecutor(len(WRITERS)) as pool:
+        answers = {writer: pool.submit(ask, writer) for writer in WRITERS}
+        begun.wait()
+        busiest = max(loads(mixed[1]).items(), key=lambda one: (one[0].startswith("decode"), one[1].running))
+        os.kill(mixed[0].worker(busiest[0]).pid, signal.SIGKILL)
+        for writer, answer in answers.items():
+            check(references, prompt, writer, answer.result(), 290)
+    assert any(answer.result().migrations for answer in answers.values())

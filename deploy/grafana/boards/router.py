@@ -61,6 +61,18 @@ def router() -> Dashboard:
                 PER_SECOND,
                 span=12,
             ),
+            lines(
+                "Requests by adapter",
+                {"{{adapter}}": rate("overfill_router_adapter_requests_total", "adapter")},
+                PER_SECOND,
+                span=12,
+            ),
+            lines(
+                "Tokens by adapter",
+                {"{{adapter}} {{kind}}": rate("overfill_router_adapter_tokens_total", "adapter, kind")},
+                PER_SECOND,
+                span=12,
+            ),
         ],
         "Pools": [
             *(

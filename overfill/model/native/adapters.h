@@ -126,7 +126,7 @@ struct Adapters {
         slots = slot_count;
     }
 
-    void clear(size_t slot) { std::fill_n(&used[slot * layers * PROJECTIONS], layers * PROJECTIONS, 0); }
+    void clear(size_t slot, size_t layer) { std::fill_n(&used[(slot * layers + layer) * PROJECTIONS], PROJECTIONS, 0); }
 
     // Stores a product. down: [rank, in], up: [out, rank], bfloat16.
     void set(size_t slot, size_t index, size_t projection, size_t rank, size_t cols, const bf16* down, const bf16* up) {

@@ -28,6 +28,19 @@ def test_every_part_has_a_row_and_the_rest_is_unattributed(answer: Callable[...,
     assert {"router queue", "decode reservation", "prefill queue", "return path"} <= set(rows)
 
 
+def test_handoff_and_first_step_are_shown_where_the_decoder_samples_the_first_token(
+    answer: Callable[..., Answer],
+) -> None:
+    whole = answer()
+    timing = replace(whole.timing, prefill_compute=0.070, handoff=0.006, first_step=0.004, handoff_exposed=None)
+    rows = {line.split("  ")[0].strip(): line for line in shown(answer(timing=timing)).splitlines()}
+    assert "6.00" in rows["handoff"]
+    assert "4.00" in rows["first decode step"]
+    assert "2.00" in rows["unattributed"]
+    assert "second token" not in rows, "it waits for no handoff"
+    assert not {"handoff", "first decode step"} & {line.split("  ")[0].strip() for line in shown(whole).splitlines()}
+
+
 def test_unknown_times_are_question_marks_not_zeros(answer: Callable[..., Answer]) -> None:
     text = shown(answer(timing=Timing(), client_ttft=None))
     assert "0.00" not in text

@@ -205,6 +205,7 @@ TWICE = (
         (PEFT_CONFIG, b"{", "cannot be read as JSON"),
         (PEFT_CONFIG, b"[" * 100_000, "cannot be read as JSON"),
         (PEFT_CONFIG, b"[]", "must hold a JSON object, got list"),
+        (PEFT_CONFIG, rb'{"peft_type": "LORA", "a\ud800\n": 1}', r"a\\ud800\\n=1 is not supported"),
         (PEFT_CONFIG, b'{"lora_alpha": NaN}', "NaN is not a number of JSON"),
         (PEFT_CONFIG, b" " * (MAX_JSON_BYTES + 1), f"has {MAX_JSON_BYTES + 1} bytes; at most {MAX_JSON_BYTES}"),
         (PEFT_CONFIG, None, "adapter_config.json: missing"),
@@ -213,6 +214,7 @@ TWICE = (
         (WEIGHTS, header_of(1 << 40, b"{}"), "header of 1099511627776 bytes"),
         (WEIGHTS, header_of(2, b"[]"), "not a safetensors file"),
         (WEIGHTS, header_of(100_000, b"[" * 100_000), "not a safetensors file"),
+        (WEIGHTS, header_of(100_000, b"\xff" * 100_000), "not a safetensors file: UnicodeDecodeError"),
         (WEIGHTS, header_of(len(TWICE) - 4, TWICE), "names a tensor twice"),
         (WEIGHTS, bytes(8 << 20), "bytes; at most"),
         (RECORD, None, "overfill-adapter.json: missing; add PEFT's files with `overfill pair adapter add`"),
@@ -223,8 +225,10 @@ def test_damaged_files_are_refused(pair: Pair, adapter: Path, name: str, content
     (adapter / name).unlink()
     if content is not None:
         (adapter / name).write_bytes(content)
-    with pytest.raises(InvalidAdapter, match=says):
+    with pytest.raises(InvalidAdapter, match=says) as caught:
         read_adapter(adapter, pair.decoder_config, max_rank=16)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1100
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,15 @@ async def test_what_an_adapter_wrote_without_being_asked_is_refused_by_name(stac
         stack.assert_nothing_in_flight()
 
 
+@pytest.mark.parametrize("wrote", ["", "other"])
+async def test_only_the_adapter_that_was_asked_for_writes_the_answer(stack, wrote):
+    async with stack.running() as (relay, stream):
+        relay.request.start.adapter_digest = "asked"
+        stream.say(done=decode_pb2.DecodeDone(adapter_digest=wrote))
+        with pytest.raises(Incompatible, match=f"adapter '{wrote}' wrote the answer; the request's is 'asked'"):
+            await relay.answer.next()
+
+
 @pytest.mark.parametrize("error", [Unavailable("gone"), InternalError("bug"), TransferFailed("bad")])
 async def test_a_lost_worker_is_followed_by_another_that_knows_the_tokens(stack, error):
     async with stack.running() as (relay, first):

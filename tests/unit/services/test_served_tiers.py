@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+from jobs import worker_info
 
 from overfill.api.keys import ApiKey
-from overfill.errors import InvalidRequest, ModelNotFound
-from overfill.v1 import inference_pb2
+from overfill.errors import InvalidRequest, ModelNotFound, PermissionDenied, Unavailable
+from overfill.routing.worker import DECODE
+from overfill.v1 import common_pb2, inference_pb2
 from services.router.served_tiers import ServedTiers
 
 FAST_ONLY = ApiKey("cheap", "0" * 64, "2026-01-01", tiers=frozenset({"fast"}))
@@ -43,3 +47,94 @@ def test_refusals_name_only_what_the_key_may_use(served: ServedTiers) -> None:
         with pytest.raises(error, match=r"fast'$") as caught:
             served.requested(request, FAST_ONLY)
         assert "default" not in str(caught.value)
+
+
+DIGEST = "a" * 64
+
+
+@pytest.fixture
+def with_adapters(served: ServedTiers) -> ServedTiers:
+    """The tiers, and adapters of a worker of the tier fast."""
+    adapters = [common_pb2.Adapter(name=name, digest=DIGEST) for name in ("judge", "coder")]
+    served.roster.join(worker_info("d0", DECODE, tier="fast", adapters=tuple(adapters)))
+    return served
+
+
+JUDGE_ONLY = ApiKey("judge", "0" * 64, "2026-01-01", tiers=frozenset({"judge"}), allow_brownout=True)
+
+
+def test_adapters_are_models_of_their_own_to_keys_that_may_use_them(with_adapters: ServedTiers) -> None:
+    assert with_adapters.listed(None)[-2:] == ("tiny:coder", "tiny:judge")
+    assert with_adapters.listed(FAST_ONLY) == ("tiny:fast",), "a key for a tier is none for its adapters"
+    assert with_adapters.listed(JUDGE_ONLY) == ("tiny:judge",)
+    model = with_adapters.describe("tiny:judge", JUDGE_ONLY)
+    assert (model.tier, model.adapter_digest, model.decoder_digest[0]) == ("fast", DIGEST, "f")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"model": "tiny:judge"}, {"tier": "judge"}, {"model": "tiny:judge", "tier": "judge"}]
+)
+def test_a_request_may_name_an_adapter_as_model_or_tier(with_adapters: ServedTiers, fields: dict[str, str]) -> None:
+    request = inference_pb2.GenerateRequest(**fields, allow_brownout=True)
+    choice = with_adapters.requested(request, JUDGE_ONLY)
+    assert (choice.tier, choice.writer, choice.fallback) == ("fast", "judge", "")
+    assert choice.adapter is with_adapters.roster.adapters.get("judge")
+    assert with_adapters.model_name(choice) == "tiny:judge"
+    assert with_adapters.fingerprint(choice) == f"fp_{'f' * 12}-{DIGEST[:12]}"
+    asked: list[str] = []
+    assert with_adapters.admitted(choice, request, JUDGE_ONLY, asked.append, 0.0) is choice
+    assert asked == ["fast"], "overload moves the request to no other tier"
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "says"),
+    [
+        (
+            {"model": "tiny:nobody"},
+            ModelNotFound,
+            "serves 'tiny', 'tiny:default', 'tiny:fast', 'tiny:coder', 'tiny:judge'",
+        ),
+        ({"tier": "nobody"}, ModelNotFound, "this router has 'default', 'fast', 'coder', 'judge'"),
+        ({"model": "tiny:fast", "tier": "judge"}, InvalidRequest, "tier: is 'judge', but the model names 'fast'"),
+        (
+            {"tier": "judge", "fallback": "default"},
+            InvalidRequest,
+            "fallback: is 'default', but only the adapter 'judge'",
+        ),
+        (
+            {"tier": "nobody", "resume_identity": {"adapter_digest": DIGEST}},
+            Unavailable,
+            "no decode worker has the adapter",
+        ),
+    ],
+)
+def test_what_is_asked_of_adapters_and_cannot_be_is_refused(
+    with_adapters: ServedTiers, fields: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=re.escape(says)):
+        with_adapters.requested(inference_pb2.GenerateRequest(**fields), None)
+
+
+def test_a_key_may_not_use_an_adapter_that_its_list_leaves_out(with_adapters: ServedTiers) -> None:
+    with pytest.raises(PermissionDenied, match=r"may not use the adapter 'coder'; it may use 'judge'$"):
+        with_adapters.requested(inference_pb2.GenerateRequest(tier="coder"), JUDGE_ONLY)
+
+
+def test_only_a_part_of_a_prompt_can_be_scored_with_an_adapter(with_adapters: ServedTiers) -> None:
+    request = inference_pb2.GenerateRequest(tier="judge", sampling={"prompt_logprobs": 0})
+    choice = with_adapters.requested(request, None)
+    with_adapters._pairs["fast"].identity = True  # type: ignore[misc]
+    with_adapters._pairs["default"].identity = True  # type: ignore[misc]
+    with pytest.raises(InvalidRequest, match="the adapter 'judge' writes the answer"):
+        with_adapters.check_can_score(request, choice, None)
+    request.answer_start = 3
+    with_adapters.check_can_score(request, choice, None)
+
+
+def test_messages_name_a_few_of_many_adapters(with_adapters: ServedTiers) -> None:
+    worker = with_adapters.roster.decode["fast"].get("d0")
+    assert worker is not None
+    many = [common_pb2.Adapter(name=f"a{index:03}", digest=DIGEST) for index in range(500)]
+    with_adapters.roster.adapters.set(worker, many)
+    with pytest.raises(ModelNotFound, match=r"'a016', 'a017' and 482 more$"):
+        with_adapters.requested(inference_pb2.GenerateRequest(tier="nobody"), None)

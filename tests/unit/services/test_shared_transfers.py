@@ -28,6 +28,7 @@ from services.decode.shared_transfers import SharedTransfers
 SPEC = KvSpec(2, 1, 4, "float32", RopeSpec())
 PROMPT = list(range(30, 44))
 START = 10  # two blocks of 4, and a third one cut
+SAME_BEGINNING = [*PROMPT[:9], *range(7), 43]
 
 
 class Inline(Executor):
@@ -271,9 +272,7 @@ async def test_sequences_that_wait_for_a_prefill_worker_follow_the_first_that_ge
     assert worker.told["a"][-1].done.prefill_worker_id == "p-b"
 
 
-@pytest.mark.parametrize(
-    "other", [{"namespace": "raw/tenant"}, {"namespace": "int8/"}, {"answer_start": 9}, {"prompt": [9, *PROMPT[1:]]}]
-)
+@pytest.mark.parametrize("other", [{"namespace": "raw/tenant"}, {"namespace": "int8/"}, {"prompt": [9, *PROMPT[1:]]}])
 async def test_nothing_else_is_shared(worker, other):
     worker.add("a", assigned=True)
     worker.add("b", assigned=True, **other)
@@ -282,6 +281,38 @@ async def test_nothing_else_is_shared(worker, other):
     for pull in worker.pulls:
         pull.end.set_result(None)
     await worker.finish(*"ab")
+
+
+LONGER = [*PROMPT, *range(3, 20)]
+
+
+@pytest.mark.parametrize(
+    ("starts", "follow", "held"),
+    [
+        ((17, 9, 10), True, [0]),  # the cut blocks of the shorter prompts are in the longer one's blocks
+        ((9, 17, 10), True, [0, 8, 8]),  # each of the others asks for its rest
+        ((9, 25), False, [0, 0]),  # less than half of the longer prompt is on its way
+    ],
+)
+async def test_prompts_that_begin_alike_receive_what_they_have_in_common_once(worker, starts, follow, held):
+    for id, answer_start in zip("abc", starts, strict=False):
+        worker.add(id, prompt=LONGER, answer_start=answer_start, assigned=id == "a" or not follow)
+        await settle()
+    assert [worker.has_prompt(id) for id in worker.tasks] == [False] + [follow] * (len(starts) - 1)
+    worker.pulls[0].end.set_result(None)
+    await settle()
+    for id, pull in zip("bc", held[1:] if follow else [], strict=False):
+        assert worker.told[id][-1].need_prefill.reason == decode_pb2.NeedPrefill.REASON_REST, pull
+    for id in worker.tasks:
+        worker.assign(id)
+    await settle()
+    for pull in worker.pulls[1:]:
+        pull.end.set_result(None)
+    await settle()
+    while worker.engine.step():
+        await settle()
+    assert [worker.kinds(id)[-1] for id in worker.tasks] == ["done"] * len(starts)
+    assert [pull.held for pull in worker.pulls] == held
 
 
 @pytest.mark.parametrize("sharing", ["no answer_start", "no prefix cache"])
@@ -410,7 +441,8 @@ async def test_no_order_of_events_leaves_a_sequence_waiting(worker, monkeypatch,
     draw = random.Random(seed)
     ids, cancelled = "abcdefg"[: draw.randint(3, 7)], set()
     for id in ids:
-        worker.add(id, assigned=draw.random() < 0.5, answer_start=draw.choice([START, START, 8]))
+        prompt, answer_start = draw.choice([(PROMPT, START), (PROMPT, START), (PROMPT, 8), (SAME_BEGINNING, 13)])
+        worker.add(id, assigned=draw.random() < 0.5, answer_start=answer_start, prompt=prompt)
 
     def live():
         return [id for id in ids if not worker.tasks[id].done() and id not in cancelled]

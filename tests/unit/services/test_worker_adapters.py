@@ -160,6 +160,16 @@ async def test_an_unloaded_adapter_leaves_its_slot_with_its_last_user(tmp_path, 
         await worker.adapters.unload("a")
 
 
+async def test_a_slot_that_the_engine_has_just_emptied_is_waited_for(tmp_path, worker):
+    for name in ("a", "b"):
+        add(tmp_path, name)
+        await worker.adapters.load(name)
+    worker.answers = False
+    await worker.adapters.unload("b")
+    worker.answer(1)
+    assert await worker.adapters._take_slot() == 1
+
+
 async def test_what_cannot_be_loaded_is_refused_by_its_reason(tmp_path, worker):
     add(tmp_path, "other", OTHER)
     add(tmp_path, "damaged", digest="x")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from overfill.api.keys import BadKeyFile
+from overfill.errors import InvalidRequest
 from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.reader import SETTINGS, BadSettings
 
@@ -272,6 +273,12 @@ def test_ranks_that_cannot_be_are_refused_by_name(
     kind: type[ServiceConfig], argv: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert words in refused(kind, ["--pair", "p", *argv.split()], capsys)
+
+
+def test_a_missing_folder_of_adapters_is_named(tmp_path: Path) -> None:
+    DecodeConfig(pair="p", adapters=tmp_path).check_files()
+    with pytest.raises(InvalidRequest, match=f"--adapters: there is no folder {tmp_path}/x"):
+        ColocatedConfig(pair="p", adapters=tmp_path / "x").check_files()
 
 
 def test_ranks_have_consecutive_ports() -> None:

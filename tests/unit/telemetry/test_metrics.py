@@ -20,7 +20,7 @@ from overfill.routing.scaling import PoolState, Scaler, ScalingConfig
 from overfill.telemetry.metric_set import LATENCY_BUCKETS
 from overfill.telemetry.metrics import DecodeMetrics, PrefillMetrics, declared
 from overfill.telemetry.outcomes import OUTCOMES, outcome_of
-from overfill.telemetry.router_metrics import MAX_KEY_SERIES, RouterMetrics
+from overfill.telemetry.router_metrics import MAX_ADAPTER_SERIES, MAX_KEY_SERIES, RouterMetrics
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 
 
@@ -108,6 +108,20 @@ def test_many_keys_share_a_series():
     tokens = values(metrics, "overfill_router_key_tokens_total")
     assert tokens["key-0", "completion"] == 4
     assert tokens["other", "prompt"] == 50
+
+
+def test_adapters_are_counted_and_many_share_a_series():
+    metrics = RouterMetrics()
+    for index in range(MAX_ADAPTER_SERIES + 5):
+        metrics.accepted(10, "", "chat", f"task-{index}")
+    metrics.accepted(10, "", "chat")
+    metrics.tokens(4, None, "", "default", "chat", "task-0")
+    metrics.tokens(3, None, "", "default", "chat", "late")
+    requests = values(metrics, "overfill_router_adapter_requests_total")
+    assert len(requests) == MAX_ADAPTER_SERIES + 1, "a request without an adapter has no series"
+    assert requests["other",] == 5
+    tokens = values(metrics, "overfill_router_adapter_tokens_total")
+    assert (tokens["task-0", "completion"], tokens["other", "completion"], tokens["other", "prompt"]) == (4, 3, 50)
 
 
 def test_the_time_between_tokens_does_not_depend_on_the_stream_interval():
