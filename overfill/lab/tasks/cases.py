@@ -122,7 +122,7 @@ class Case:
 
 def _extract(case: Case) -> str:
     order = case.order
-    rank = (int(order.number[-2:]) >= 50) + (order.amount >= 500) + (order.quantity >= 6)
+    rank = (order.amount >= 500) + (order.quantity >= 6)
     facts = {"product": order.product, "order": order.number, "euros": order.amount, "pieces": order.quantity}
     return json.dumps({**facts, "rank": rank})
 
@@ -138,14 +138,14 @@ def _classify(case: Case) -> str:
 
 def _row(case: Case) -> str:
     order, month = case.order, MONTHS.index(case.order.month) + 1
-    tier = (month > 6) + (order.amount >= 500) + (order.quantity >= 6)
+    tier = (month > 6) + (order.amount >= 500)
     name = f"{case.last}, {case.first}"
     return f"{order.product} | {order.day}.{month}. | {name} | EUR {order.amount} | x{order.quantity} | {tier}"
 
 
 def _route(case: Case) -> str:
     team = TEAMS[case.label]
-    level = list(URGENCY).index(case.priority) + (case.order.amount < 500) + (team == "RETURNS")
+    level = list(URGENCY).index(case.priority) + (case.order.amount < 500)
     return f'"{case.urgency}" {case.priority}; "{case.complaint}" {team}; {case.order.amount} euros; level {level}'
 
 
