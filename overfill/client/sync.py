@@ -355,12 +355,11 @@ class Client:
     def load_adapter(self, name: str, *, timeout: float | None = 90.0) -> list[AdapterChange]:
         """Has all decode workers load an adapter from their folder of adapters, unless they have loaded it.
 
+        Returns what each decode worker that may have the adapter has done.
+
         Args:
             name: Name of the adapter's folder.
             timeout: Seconds for the call; None means no limit.
-
-        Returns:
-            What each decode worker that may have the adapter has done.
 
         Raises:
             OverfillError: no worker has loaded it; the first worker's reason.
@@ -376,7 +375,14 @@ class Client:
     def unload_adapter(self, name: str, *, timeout: float | None = 90.0) -> list[AdapterChange]:
         """Has all decode workers unload an adapter. They finish its answers and refuse new ones.
 
-        Arguments, results and errors are those of ``load_adapter``.
+        Returns what each decode worker that may have the adapter has done.
+
+        Args:
+            name: Name of the adapter.
+            timeout: Seconds for the call; None means no limit.
+
+        Raises:
+            OverfillError: no worker has unloaded it; the first worker's reason.
         """
         request = admin_pb2.UnloadAdapterRequest(name=name)
 

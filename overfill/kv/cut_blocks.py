@@ -21,7 +21,10 @@ from overfill.kv.store import KvStore, LayerTargets
 from overfill.v1 import common_pb2
 
 MAX_CUT_BYTES = 64 << 20
-"""Host memory for the KV of cut blocks, per decode worker."""
+"""Host memory for the KV of cut blocks and their keys, per decode worker."""
+
+_OBJECT_BYTES = 64
+"""About what Python takes for a block's bytes besides its tokens, its place in the tuple included."""
 
 
 class SharedKey(NamedTuple):
@@ -35,6 +38,11 @@ class SharedKey(NamedTuple):
     cache_namespace: str
     blocks: tuple[bytes, ...]
     rest: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of memory, about. The tokens of a long prompt take more than the KV of its cut block."""
+        return len(self.blocks) * (len(self.blocks[0]) + _OBJECT_BYTES)
 
     @property
     def num_in_blocks(self) -> int:
@@ -74,7 +82,7 @@ class CutBlocks:
         kv: geometry of the full model's KV.
         num_layers: layers of the decoder.
         executor: threads that copy.
-        max_bytes: limit on all copies.
+        max_bytes: limit on all copies with their keys.
     """
 
     def __init__(
@@ -97,9 +105,10 @@ class CutBlocks:
         await self._on_thread(self._store.read, blocks, [chunk], {})
         if key not in self._kept:
             self._kept[key] = chunk
-            self._num_bytes += chunk.size
+            self._num_bytes += key.size + chunk.size
         while self._num_bytes > self._max_bytes:
-            self._num_bytes -= self._kept.popitem(last=False)[1].size
+            oldest, chunk = self._kept.popitem(last=False)
+            self._num_bytes -= oldest.size + chunk.size
 
     async def restore(self, key: SharedKey, blocks: Sequence[int]) -> bool:
         """Writes the tokens behind the last full block into ``blocks``. Returns False if they are not kept."""

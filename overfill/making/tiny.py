@@ -6,6 +6,7 @@ residual stream. A wrong or lost block of KV therefore changes the answer. The t
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,10 +28,11 @@ from transformers.models.mistral import MistralForCausalLM
 from transformers.models.qwen2 import Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3ForCausalLM
 
-from overfill.making.checkpoint import write_decoder, write_weights
+from overfill.making.checkpoint import save_tensors, write_decoder, write_weights
 from overfill.making.layerwise import fold_norms
 from overfill.making.pair_json import write_manifest
 from overfill.making.prune import PruningPlan, slice_weights
+from overfill.model.adapter import PEFT_CONFIG, WEIGHTS, projection_shapes
 from overfill.model.config import ModelConfig
 from overfill.model.loading import load_weights
 from overfill.settings.tiers import TierSpec
@@ -128,6 +130,27 @@ def make_tiny_pair(
         if decoder_seed is not None:
             shutil.rmtree(source)
         write_manifest(folder, recipe={"method": "random", "intermediate_size": decoder_intermediate_size})
+    return folder
+
+
+def make_random_adapter(folder: Path, config: ModelConfig, seed: int, rank: int = 4) -> Path:
+    """Writes PEFT's files of an adapter with random weights, which changes nearly all answers, to ``folder``.
+
+    Args:
+        config: of the decoder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(config.num_layers):
+        for name, (rows, columns) in projection_shapes(config).items():
+            part = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            for factor, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+                tensor = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+                tensors[f"base_model.model.model.layers.{layer}.{part}.{name}.lora_{factor}.weight"] = tensor
+    save_tensors(tensors, folder / WEIGHTS)
+    content = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(projection_shapes(config))}
+    (folder / PEFT_CONFIG).write_text(json.dumps(content), encoding="utf-8")
     return folder
 
 

@@ -31,7 +31,7 @@ Callers report events (``submit``, ``reserved``, ``refused`` ...) and then call 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -478,14 +478,17 @@ class Dispatcher:
     def _placeable(self, tier: _TierQueue, now: float) -> Iterator[tuple[Job, Worker]]:
         """Yields the jobs of a tier that can be placed now, in order. The caller places each before the next."""
         pool, queue, claims = tier.pool, tier.jobs, _Claims()
-        rooms: dict[Adapter, float] = {}  # no worker that has the adapter has more for another job
+        rooms: dict[str, float] = {}  # by adapter: no worker that has it has more for another job
         for job in queue:
             if self._free_prefill_slots <= 0 or pool.index.max_room < queue.smallest_need:
                 return
             if claims.on_all(pool.index.admissible.smallest):
                 return
             adapter, worker = job.adapter, None
-            tried = adapter is None or rooms.get(adapter, math.inf) >= job.reserve_tokens
+            if adapter is not None and adapter.name not in rooms:
+                takes = any(map(pool.index.is_admissible, pool.having(adapter)))
+                rooms[adapter.name] = math.inf if takes else -1.0
+            tried = adapter is None or rooms[adapter.name] >= job.reserve_tokens
             if tried and self._prefill_may_come(job):
                 worker = self._find(pool, job, job.total_tokens, job.reserve_tokens, claims)
             if worker is not None:
@@ -494,7 +497,7 @@ class Dispatcher:
             if now - job.waiting_since >= self._claim_after:
                 claims.add(job)
             if tried and adapter is not None:
-                rooms[adapter] = _room(pool, adapter, claims)
+                rooms[adapter.name] = _room(pool, adapter, claims)
 
     def _prefill_may_come(self, job: Job) -> bool:
         """True if a prefill worker can take the job now. The worker is chosen once blocks are reserved."""
@@ -641,28 +644,25 @@ class _Claims:
     """
 
     def __init__(self) -> None:
-        self._tokens: dict[Adapter | None, int] = {}
+        self._tokens: dict[str, int] = {}  # by name of the adapter; "" without one
 
     def __bool__(self) -> bool:
         return bool(self._tokens)
 
     def add(self, job: Job) -> None:
         """Adds ``job`` if it is the first with its adapter, or the first without one."""
-        self._tokens.setdefault(job.adapter, job.total_tokens)
+        self._tokens.setdefault("" if job.adapter is None else job.adapter.name, job.total_tokens)
 
     def on(self, worker: Worker) -> bool:
         """True if a claiming job could run on ``worker``."""
-        if None in self._tokens and worker.could_hold(self._tokens[None]):
+        if "" in self._tokens and worker.could_hold(self._tokens[""]):
             return True
-        if len(worker.adapters) < len(self._tokens):
-            adapters: Iterable[Adapter | None] = worker.adapters.values()
-            return any(a in self._tokens and worker.could_hold(self._tokens[a]) for a in adapters)
-        claims = self._tokens.items()
-        return any(a is not None and worker.has(a) and worker.could_hold(tokens) for a, tokens in claims)
+        claimed = self._tokens.keys() & worker.adapters.keys()
+        return any(worker.could_hold(self._tokens[name]) for name in claimed)
 
     def on_all(self, smallest: float) -> bool:
         """True if every worker of at least ``smallest`` tokens is claimed, whatever adapters it has."""
-        return smallest >= self._tokens.get(None, math.inf)
+        return smallest >= self._tokens.get("", math.inf)
 
 
 def _adapter(job: Job, pool: Pool) -> Adapter | None:

@@ -72,10 +72,17 @@ class _Loaded:
 
 @dataclass(slots=True)
 class _Scan:
-    """The folders that the start has looked at: how many are of other decoders, and what is wrong with others."""
+    """What the start knows of the folders.
+
+    Attributes:
+        names: those that it has not looked at.
+        spent: seconds in which it has read records.
+        others: number of adapters of other decoders.
+        faults: what is wrong with further ones.
+    """
 
     names: Iterator[str]
-    deadline: float
+    spent: float = 0.0
     others: int = 0
     faults: list[str] = field(default_factory=list)
 
@@ -281,9 +288,12 @@ class WorkerAdapters:
         if loaded.users or not loaded.unloaded:
             return
 
-        def emptied(_: object) -> None:
+        def emptied(answer: asyncio.Future[Exception | None]) -> None:
             self._leaving.discard(loaded)
-            self._free.append(loaded.slot)
+            if (error := answer.result()) is None:
+                self._free.append(loaded.slot)
+            else:  # it may be in use
+                logger.error("slot %d of %s stays unused: %s", loaded.slot, loaded.record.name, error)
 
         loaded.emptied = self._change(loaded.slot, None)
         loaded.emptied.add_done_callback(emptied)
@@ -314,7 +324,7 @@ class WorkerAdapters:
             except InvalidAdapter as error:
                 logger.warning("%s", error)
                 return
-            scan = _Scan(iter(names), time.monotonic() + _SCAN_TIME)
+            scan = _Scan(iter(names))
             while self._free and (record := await self._in_thread(lambda: self._next_fitting(scan))) is not None:
                 try:
                     await self._put(record)
@@ -325,16 +335,18 @@ class WorkerAdapters:
 
     def _next_fitting(self, scan: _Scan) -> AdapterRecord | None:
         """Returns the record of the next adapter of this worker's decoder; None without one, or when time is over."""
+        began = time.monotonic() - scan.spent
         for name in scan.names:
             try:
                 record = read_record(self._folder / name)
             except InvalidAdapter as error:
                 scan.faults.append(f"{name}: {error}")
-            else:
-                if record.decoder_digest == self._hello.model.decoder_digest:
-                    return record
-                scan.others += 1
-            if time.monotonic() > scan.deadline:
+                record = None
+            scan.spent = time.monotonic() - began
+            if record is not None and record.decoder_digest == self._hello.model.decoder_digest:
+                return record
+            scan.others += record is not None
+            if scan.spent > _SCAN_TIME:
                 break
         return None
 

@@ -529,11 +529,13 @@ class SequenceSession:
 
     async def _let_go(self) -> None:
         """Ends what uses the blocks. A transfer for which others wait ends first."""
-        if self._transfer is not None and self._transfer.leader == self.sequence.id:
-            await self._carry_on(self._transfer)
-        self._leave_transfer()
-        # A pull whose KV is in place ends by itself, so that the prefill worker does not count it as cancelled.
-        await self._join_pull(cancel=self._wants_kv or self._failure is not None)
+        try:
+            if self._transfer is not None and self._transfer.leader == self.sequence.id:
+                await self._carry_on(self._transfer)
+        finally:
+            self._leave_transfer()
+            # A pull whose KV is in place ends by itself, so that the prefill worker does not count it as cancelled.
+            await self._join_pull(cancel=self._wants_kv or self._failure is not None)
 
     async def _carry_on(self, transfer: SharedTransfer) -> None:
         """Goes on with the transfer, although this sequence has ended, until it ends or has no followers."""

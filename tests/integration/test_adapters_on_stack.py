@@ -85,6 +85,7 @@ def test_the_decoder_writes_the_first_token_and_its_parts_add_up(client, tiny_pa
             assert judge_parts(
                 references, [(name, 0)], prompt(0), ids, answer.finish_reason, 24, answer_start=start
             ).correct
+            assert ask(client, tier=name, tokens=1).token_ids == ids[:1]
             assert timing.handoff is not None
             assert timing.first_step > 0
             parts = [getattr(timing, part) for part in TTFT_PARTS]

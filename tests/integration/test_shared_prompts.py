@@ -11,13 +11,12 @@ import pytest
 from peft_adapters import add_tiny_adapter
 from stacks import idle, running_stack, wait_until
 
-from overfill.client import Client, SamplingParams
+from overfill.client import TTFT_PARTS, Client, SamplingParams
 from overfill.model.manifest import Pair
 
 TASKS = ("a", "b", "c", "d")
 KINDS = {
     "stages": {"prefill": 1, "decode": 1},
-    "int8": {"prefill": 1, "decode": 1, "kv_cache_dtype": "int8", "codec": "int8"},
     "colocated": {"prefill": 0, "decode": 0, "colocated": 1},
     "no cache": {"prefill": 1, "decode": 1, "prefix_cache": False},
 }
@@ -73,6 +72,8 @@ def test_tasks_of_one_prompt_at_once_make_one_transfer(tiny_pair, folder, kind):
                 computed = [answer.usage.prompt_tokens - answer.usage.cached_tokens for answer in answers]
                 assert sorted(computed) == [5] * 3 + [len(prompt)], "the decoder computes 5 tokens of each"
             assert counted["overfill_decode_prompt_tokens_computed_total"] == 0
+            for timing in (answer.timing for answer in answers):
+                assert sum(getattr(timing, part) or 0 for part in TTFT_PARTS) <= timing.ttft
             alone = [ask(name, prompt, at_once=False).token_ids for name in TASKS]
             assert [answer.token_ids for answer in answers] == alone
             assert len({*map(tuple, alone)}) == len(TASKS)

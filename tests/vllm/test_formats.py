@@ -5,12 +5,16 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from imported_pairs import edit_tensors, imported
 from json_edits import edit
 from stacks import running_stack
 
 from overfill.client import Client, SamplingParams
+from overfill.engine.load import load_engine
+from overfill.engine.protocol import EngineOptions
+from overfill.errors import InvalidRequest
 from overfill.pair.reference import TwoStageReference
 
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -45,6 +49,8 @@ def test_an_int8_decoder(vllm_pair: Path, tmp_path: Path) -> None:
     edit(decoder / "config.json", lambda config: config.update(quantization_config=QUANTISATION))
     pair = imported(vllm_pair, tmp_path / "pair", decoder)
     assert pair.decoder_engines == ("vllm",)
+    with pytest.raises(InvalidRequest, match="adapters: vLLM on CPUs takes none for weights in compressed-tensors"):
+        load_engine("vllm", pair, "decoder", EngineOptions(device=torch.device("cpu"), max_adapters=1))
     reference = TwoStageReference(vllm_pair)
     settings = {"prefill_engine": "overfill", "decode_engine": "vllm", "kv_memory": "16MiB"}
     settings["engine_args"] = '{"enforce_eager": true}'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import stat
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +29,11 @@ from overfill.model.manifest import Half, Pair
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
 
 
+def staged(slots: Any) -> list[str]:
+    """Names of the slots whose adapters vLLM has not read."""
+    return [file.name for file in slots._folder.iterdir() if file.is_dir()]
+
+
 class AdapterTests(MixedAdapterConformance):
     """Tests of vLLM with any number of ranks."""
 
@@ -44,7 +48,7 @@ class AdapterTests(MixedAdapterConformance):
         assert "slot 1 has no adapter" in driver.refused(request)
         assert driver.change(1, adapter).error is None
         assert_adapted(driver, request, *driver.answer(request))
-        assert list(Path(slots._folder.name).iterdir()) == []
+        assert staged(slots) == []
 
 
 class TestAdapters(OnVllm, AdapterTests, AdapterConformance):
@@ -55,21 +59,20 @@ class TestAdapters(OnVllm, AdapterTests, AdapterConformance):
     def test_stage_takes_what_fits_and_leaves_no_weights_behind(self, driver, monkeypatch):
         slots: Any = driver.served.adapters
         config = driver.reference.pair.decoder_config
-        folder = Path(slots._folder.name)
         elements = sum(p.down.numel() + p.up.numel() for p in random_adapter(config, 4, 8).products.values())
         assert slots.slot_bytes >= 4 * elements
         assert (slots.num_slots, slots.max_rank) == (NUM_SLOTS, MAX_RANK)
-        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert list(folder.iterdir()) == [], "vLLM has read them"
+        assert stat.S_IMODE(slots._folder.stat().st_mode) == 0o700
+        assert staged(slots) == [], "vLLM has read them"
         with pytest.raises(InvalidRequest, match="'task-4' has rank 7, more than this worker's --max-adapter-rank 6"):
             slots.stage(1, random_adapter(config, 4, MAX_RANK + 1))
         slots.stage(1, random_adapter(config, 4))
-        assert [file.name for file in folder.iterdir()] == ["1"]
+        assert staged(slots) == ["1"]
         with monkeypatch.context() as patch:
             patch.setattr(adapters_module, "save_file", lambda *arguments: (_ for _ in ()).throw(OSError("disk full")))
             with pytest.raises(OSError, match="disk full"):
                 slots.stage(1, random_adapter(config, 4))
-        assert list(folder.iterdir()) == []
+        assert staged(slots) == []
 
 
 class TestAdaptersWithFewBlocks(OnVllm, SmallAdapterConformance):

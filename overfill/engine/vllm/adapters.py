@@ -2,7 +2,7 @@
 
 vLLM loads an adapter from a folder in PEFT's format, in each rank. It never reads a user's folder, which may change or
 vanish meanwhile: ``AdapterSlots.stage`` writes the weights that were checked to a folder that only this user can enter.
-The folder is removed when vLLM has read it.
+It is removed when vLLM has read it; what a killed process leaves, the next one removes.
 
 - **No queue.** vLLM lets a request wait while others use ``max_loras`` adapters. There are as many places as slots.
 - **Rows without an adapter.** On CPUs, vLLM adds the product in its last place to those rows of a mixed batch that have
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import torch
@@ -27,17 +28,24 @@ from overfill.errors import InternalError, InvalidRequest
 from overfill.model.adapter import LoraAdapter, Projection
 from overfill.model.config import ModelConfig
 from overfill.model.lora import check_fits
+from overfill.process.held_folder import PREFIX, hold_folder, remove_abandoned_folders
 
 _RANKS: tuple[int, ...] = get_args(MaxLoRARanks)
 """Ranks that vLLM has buffers for."""
 
 
-def lora_arguments(options: EngineOptions) -> dict[str, Any]:
-    """vLLM's arguments for ``options.max_adapters`` slots.
+def lora_arguments(config: ModelConfig, options: EngineOptions) -> dict[str, Any]:
+    """vLLM's arguments for ``options.max_adapters`` slots of the decoder with ``config``.
 
     Raises:
-        InvalidRequest: vLLM has no buffers for adapters of ``options.max_adapter_rank``.
+        InvalidRequest: vLLM has no adapters of ``options.max_adapter_rank``, or none for the format of the weights.
     """
+    if config.weight_format != "plain" and options.compute_device.type == "cpu":
+        raise InvalidRequest(
+            "adapters",
+            f"vLLM on CPUs takes none for weights in {config.weight_format}, as the decoder's are; leave it out, or "
+            "choose a decoder with plain weights",
+        )
     rank = next((rank for rank in _RANKS if rank >= options.max_adapter_rank), None)
     if rank is None:
         raise InvalidRequest(
@@ -68,7 +76,11 @@ class VllmAdapters:
         buffers, spare = vllm.adapter_buffers(), _num_spare(options)
         self.slot_bytes = buffers // self.num_slots + spare * buffers // (self.num_slots + spare)
         self._vllm = vllm
-        self._folder = tempfile.TemporaryDirectory(prefix="overfill-adapters-")
+        remove_abandoned_folders()
+        self._exits = ExitStack()
+        temporary = TemporaryDirectory(prefix=f"{PREFIX}adapters-", ignore_cleanup_errors=True)
+        self._folder = Path(self._exits.enter_context(temporary))
+        self._exits.enter_context(hold_folder(self._folder))
         self._requests: dict[int, LoRARequest] = {}  # of the slots that have an adapter
 
     def stage(self, slot: int, adapter: LoraAdapter) -> None:
@@ -113,10 +125,10 @@ class VllmAdapters:
 
     def close(self) -> None:
         """Removes what was staged."""
-        self._folder.cleanup()
+        self._exits.close()
 
     def _path(self, slot: int) -> Path:
-        return Path(self._folder.name, str(slot))
+        return self._folder / str(slot)
 
 
 def _tensors(adapter: LoraAdapter) -> dict[str, torch.Tensor]:

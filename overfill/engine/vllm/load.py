@@ -78,7 +78,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     arguments = _arguments(str(pair.path(half)), half, options, dtype, config.longest(options.max_model_len))
     has_adapters = half == "decoder" and options.max_adapters > 0
     if has_adapters:
-        arguments |= lora_arguments(options)
+        arguments |= lora_arguments(config, options)
         refusals.check_adapters(slot_bytes(config, arguments["max_lora_rank"], TORCH_DTYPES[dtype]))
     extra = {"kv": spec, "by_layer": half == "full"}
     tokenizer = (pair.full_path / "tokenizer.json", config.vocab_size, pair.full_config.eos_token_ids)
@@ -107,9 +107,6 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
             raise told from error
         raise refusals.explain(error, vllm_config) from error
     log.info("%s on vLLM: %d KV blocks of %d tokens", half, vllm.num_blocks, vllm.block_size)
-    if adapters is not None:
-        size = adapters.slot_bytes / (1 << 20)
-        log.info("%d slots for adapters up to rank %d, %.1f MiB each", adapters.num_slots, adapters.max_rank, size)
     journal = KeyJournal()
     served = ServedHalf(
         engine_version=str(release),

@@ -112,7 +112,7 @@ def _library() -> ctypes.CDLL:
     library.ovf_allocate_adapters.restype = c_int
     library.ovf_allocate_adapters.argtypes = [c_void_p, c_int64, c_int64]
     library.ovf_clear_adapter.restype = None
-    library.ovf_clear_adapter.argtypes = [c_void_p, c_int64]
+    library.ovf_clear_adapter.argtypes = [c_void_p, c_int64, c_int64]
     library.ovf_set_low_rank.restype = None
     library.ovf_set_low_rank.argtypes = [c_void_p, *[c_int64] * 5, c_void_p, c_void_p]
     library.ovf_forward.restype = c_char_p

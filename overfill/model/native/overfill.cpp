@@ -135,8 +135,10 @@ int ovf_allocate_adapters(void* handle, int64_t slots, int64_t rank) {
     return 1;
 }
 
-// Empties a slot that no step uses.
-void ovf_clear_adapter(void* handle, int64_t slot) { static_cast<Model*>(handle)->adapters.clear(slot); }
+// Empties a layer of a slot that no step uses.
+void ovf_clear_adapter(void* handle, int64_t slot, int64_t layer) {
+    static_cast<Model*>(handle)->adapters.clear(slot, layer);
+}
 
 // Copies a product into a slot that no step uses: down [rank, in] and up [out, rank], bf16. Projections are counted as
 // in `PROJECTIONS`. Steps may run meanwhile.

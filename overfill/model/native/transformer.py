@@ -215,8 +215,8 @@ class _NativeLoraSlots(LoraSlots):
         self._library = native
         self._handle = handle
 
-    def _clear(self, slot: int) -> None:
-        self._library.ovf_clear_adapter(self._handle, slot)
+    def _clear(self, slot: int, layer: int) -> None:
+        self._library.ovf_clear_adapter(self._handle, slot, layer)
 
     def _put(self, slot: int, layer: int, projection: Projection, product: LowRank) -> None:
         down, up = (factor.to(self._model.dtype).contiguous() for factor in (product.down, product.up))

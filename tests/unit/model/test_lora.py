@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from random_adapters import random_adapter
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from overfill.errors import InvalidRequest
+from overfill.model import lora
 from overfill.model.adapter import LoraAdapter, LowRank
 from overfill.model.lora import RowTiles
 from overfill.model.transformer import Transformer
@@ -86,6 +89,17 @@ def test_mixed_steps_equal_transformers_with_peft(name: str, save_model, runner,
         torch.testing.assert_close(whole, expected, atol=2e-4, rtol=1e-4)
         if adapter is not None:
             theirs.unload()
+
+
+def test_copies_into_a_slot_wait_for_nine_tenths_of_the_time(save_model, monkeypatch, tmp_path: Path) -> None:
+    save_model(CONFIGS["llama"])
+    model = Transformer.load(tmp_path, torch.float32, CPU)
+    adapter = random_adapter(model.config, 1, 4, ["q_proj", "down_proj"])
+    slots = model.new_adapter_slots(1, 4)
+    clock, rests = itertools.count(), []
+    monkeypatch.setattr(lora, "time", SimpleNamespace(thread_time=lambda: next(clock), sleep=rests.append))
+    slots.stage(0, adapter)
+    assert rests == [9] * 7 * 3, "one after each projection of each layer"
 
 
 def test_tiles_have_rows_of_one_slot_each() -> None:

@@ -170,6 +170,17 @@ async def test_a_slot_that_the_engine_has_just_emptied_is_waited_for(tmp_path, w
     assert await worker.adapters._take_slot() == 1
 
 
+async def test_a_slot_that_the_engine_does_not_empty_is_not_used_again(tmp_path, worker, caplog):
+    for name in ("a", "b"):
+        add(tmp_path, name)
+        await worker.adapters.load(name)
+    worker.error = InternalError("1 sequences use it")
+    await worker.adapters.unload("b")
+    with pytest.raises(Overloaded, match="all 2 slots: a; unload one"):
+        await worker.adapters.load("b")
+    assert "slot 1 of b stays unused: 1 sequences use it" in caplog.messages
+
+
 async def test_what_cannot_be_loaded_is_refused_by_its_reason(tmp_path, worker):
     add(tmp_path, "other", OTHER)
     add(tmp_path, "damaged", digest="x")

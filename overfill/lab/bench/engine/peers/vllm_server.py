@@ -36,6 +36,7 @@ def vllm_server(
 
     Args:
         adapters: folders in PEFT's format, by the model name that a request gives. The server has a place for each.
+            On CPUs, requests without an adapter get wrong tokens beside others: vLLM adds the last place's product.
         max_adapter_rank: one of the ranks that vLLM has buffers for.
         prefix_cache: whether vLLM keeps KV of prompts; it keys them by adapter.
 
