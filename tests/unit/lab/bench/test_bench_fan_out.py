@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import ClassVar
 
 import pytest
 
@@ -15,7 +16,7 @@ LOAD = FanOutLoad(["a", "b", "c"], prompt_tokens=8, answer_tokens=2, fan_outs=2,
 class Target:
     """Answers with two tokens, after a message without any."""
 
-    log: list[tuple[str, str, tuple[int, ...]]] = []
+    log: ClassVar[list[tuple[str, str, tuple[int, ...]]]] = []
 
     def __init__(self, url, model):
         self.model = model
