@@ -56,7 +56,8 @@ class AdapterChanges:
             raise InvalidRequest("name", f"is {name[:80]!r}; a name {allowed}, and no path")
         if name in self._roster.tiers:
             raise InvalidRequest("name", f"is {name!r}, which is a tier's; give the adapter another name")
-        workers = [worker for pool in self._roster.decode.values() for worker in pool if not worker.draining]
+        # A worker that drains takes no new adapter, but requests would wait for it as long as it has this one.
+        workers = [w for pool in self._roster.decode.values() for w in pool if not (load and w.draining)]
         if not workers:
             raise Unavailable("no decode worker has joined")
         # Look up all channels before the first await: a worker may leave meanwhile.
