@@ -348,3 +348,17 @@ def record_json(record: AdapterRecord, base_model: str, training: Mapping[str, A
         "training": dict(training),
     }
     return json.dumps(values, indent=2).encode() + b"\n"
+
+
+def peft_content(products: Mapping[tuple[int, Projection], LowRank]) -> tuple[dict[str, torch.Tensor], str]:
+    """Returns what PEFT's two files hold: the tensors by name, and the text of ``adapter_config.json``."""
+    tensors = {}
+    for (layer, projection), product in products.items():
+        block = "self_attn" if projection in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+        module = f"base_model.model.model.layers.{layer}.{block}.{projection}"
+        tensors[f"{module}.lora_A.weight"] = product.down.contiguous()
+        tensors[f"{module}.lora_B.weight"] = product.up.contiguous()
+    rank = max(product.down.shape[0] for product in products.values())
+    # The products are scaled already.
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(get_args(Projection))}
+    return tensors, json.dumps(config)
