@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from overfill.cli.options import adapters_option
 from overfill.request.answer_start import MAX_TAIL_TOKENS
 
 if TYPE_CHECKING:
@@ -37,12 +38,7 @@ def _in_folder(command: _F) -> _F:
     """Adds the argument PAIR and ``--adapters``, and gives the command a Pair and the folder of adapters."""
 
     @click.argument("pair")
-    @click.option(
-        "--adapters",
-        metavar="DIR",
-        type=click.Path(file_okay=False, path_type=Path),
-        help="Folder of adapters.  [default: that of the pair's full model, in the cache]",
-    )
+    @adapters_option
     @functools.wraps(command)
     def wrapped(pair: str, adapters: Path | None, **rest: Any) -> Any:
         from overfill.cli.progress import show_progress

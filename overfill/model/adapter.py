@@ -39,7 +39,7 @@ from overfill.model.config import ModelConfig
 from overfill.model.digest import StoredTensor, digest_head, read_header
 from overfill.model.peft_config import MAX_RANK, PeftConfig
 from overfill.request.answer_start import MAX_TAIL_TOKENS
-from overfill.request.names import ADAPTER_NAME
+from overfill.request.names import ADAPTER_NAME, ADAPTER_NAME_RULE
 
 if TYPE_CHECKING:
     import torch
@@ -169,9 +169,7 @@ def file_limits(config: ModelConfig, max_rank: int = MAX_RANK) -> dict[str, int]
 def check_name(name: str) -> None:
     """Raises InvalidAdapter unless an adapter may have this name."""
     if ADAPTER_NAME.fullmatch(name) is None:
-        raise InvalidAdapter(
-            f"{name[:80]!r} is no name for an adapter: 1 to 64 of A-Z a-z 0-9 . _ - are, with a letter or digit first"
-        )
+        raise InvalidAdapter(f"{name[:80]!r} is no name for an adapter: give {ADAPTER_NAME_RULE}")
 
 
 def parse_record(folder: Path, files: Mapping[str, bytes], name: str) -> AdapterRecord:

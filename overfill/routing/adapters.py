@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 
 from overfill.request.answer_start import MAX_TAIL_TOKENS
-from overfill.request.names import ADAPTER_NAME
+from overfill.request.names import ADAPTER_NAME, ADAPTER_NAME_RULE
 from overfill.routing.tier import Adapter
 from overfill.routing.worker import Worker
 from overfill.v1 import common_pb2
@@ -139,7 +139,7 @@ class Adapters:
 
     def _fault(self, adapter: Adapter) -> str:
         if not ADAPTER_NAME.fullmatch(adapter.name):
-            return "a name has at most 64 letters, digits and . _ -, and begins with a letter or digit"
+            return f"a name has {ADAPTER_NAME_RULE}"
         if not _DIGEST.fullmatch(adapter.digest):
             return "a digest has 64 lower-case hexadecimal digits"
         if adapter.tail_tokens > MAX_TAIL_TOKENS:

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 
 from overfill.errors import Incompatible, InvalidRequest, ModelNotFound, OverfillError, Unavailable
-from overfill.request.names import ADAPTER_NAME
+from overfill.request.names import ADAPTER_NAME, ADAPTER_NAME_RULE
 from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import Worker
@@ -52,8 +52,7 @@ class AdapterChanges:
             OverfillError: no worker has done it; the first one's reason.
         """
         if not ADAPTER_NAME.fullmatch(name):
-            allowed = "has at most 64 letters, digits and . _ -, and begins with a letter or digit"
-            raise InvalidRequest("name", f"is {name[:80]!r}; a name {allowed}, and no path")
+            raise InvalidRequest("name", f"is {name[:80]!r}; a name has {ADAPTER_NAME_RULE}, and is no path")
         if name in self._roster.tiers:
             raise InvalidRequest("name", f"is {name!r}, which is a tier's; give the adapter another name")
         workers = [worker for pool in self._roster.decode.values() for worker in pool if not worker.draining]
