@@ -62,12 +62,9 @@ class AdapterChanges:
         stubs = [admin_pb2_grpc.AdminStub(self._connector.channel(worker.info)) for worker in workers]
         asked = zip(workers, stubs, strict=True)
         changes = await asyncio.gather(*[self._change(worker, stub, name, load) for worker, stub in asked])
-        tiers = {
-            worker.info.tier for worker, one in zip(workers, changes, strict=True) if not _not_concerned(one.error)
-        }
-        concerned = [
-            one for worker, one in zip(workers, changes, strict=True) if worker.info.tier in tiers or not tiers
-        ]
+        done_by = list(zip(workers, changes, strict=True))
+        tiers = {worker.info.tier for worker, one in done_by if _concerns(one.error)}
+        concerned = [one for worker, one in done_by if worker.info.tier in tiers or not tiers]
         done = [one for one in concerned if one.error is None]
         if not done and (first := concerned[0].error) is not None:
             raise first
@@ -92,5 +89,6 @@ class AdapterChanges:
         return WorkerChange(worker.id, adapter)
 
 
-def _not_concerned(error: OverfillError | None) -> bool:
-    return isinstance(error, Incompatible) and not _OTHERS.isdisjoint(error.fields)
+def _concerns(error: OverfillError | None) -> bool:
+    """Whether a worker that answers with ``error`` is one on whose decoder the adapter works."""
+    return not isinstance(error, Incompatible) or _OTHERS.isdisjoint(error.fields)
