@@ -6,6 +6,7 @@ residual stream. A wrong or lost block of KV therefore changes the answer. The t
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,7 +138,7 @@ def random_products(config: ModelConfig, seed: int, rank: int) -> dict[tuple[int
     generator = torch.Generator().manual_seed(seed)
 
     def factor(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=generator) / columns**0.5
+        return torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
 
     return {
         (layer, projection): LowRank(factor(rank, columns), factor(rows, rank))
