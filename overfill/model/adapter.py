@@ -104,7 +104,7 @@ class LoraAdapter:
 
 
 def projection_shapes(config: ModelConfig) -> dict[Projection, tuple[int, int]]:
-    """(out, in) of each projection of a layer."""
+    """Returns (out, in) of each projection of a layer."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {

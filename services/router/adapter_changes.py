@@ -29,7 +29,7 @@ class WorkerChange:
     error: OverfillError | None = None
 
     def to_proto(self) -> admin_pb2.AdapterChange:
-        """The change as the wire's message."""
+        """Returns the change as the wire's message."""
         error = "" if self.error is None else str(self.error)
         return admin_pb2.AdapterChange(worker_id=self.worker_id, adapter=self.adapter, error=error)
 
@@ -90,5 +90,5 @@ class AdapterChanges:
 
 
 def _concerns(error: OverfillError | None) -> bool:
-    """Whether a worker that answers with ``error`` is one on whose decoder the adapter works."""
+    """Returns whether a worker that answers with ``error`` is one on whose decoder the adapter works."""
     return not isinstance(error, Incompatible) or _OTHERS.isdisjoint(error.fields)

@@ -116,7 +116,7 @@ class VllmAdapters:
         self._requests[slot] = request
 
     def request(self, slot: int) -> LoRARequest | None:
-        """What a request that uses the slot's adapter carries; None for an empty slot."""
+        """Returns what a request for the slot's adapter carries; None for an empty slot."""
         return self._requests.get(slot)
 
     def close(self) -> None:
