@@ -14,7 +14,6 @@ from __future__ import annotations
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 from safetensors.torch import save_file  # noqa: TID251 - only vLLM, in this user's processes, reads the files
@@ -26,7 +25,7 @@ from overfill.errors import InternalError, InvalidRequest
 from overfill.model.adapter import PEFT_CONFIG, WEIGHTS, LoraAdapter, Projection, peft_content
 from overfill.model.config import ModelConfig
 from overfill.model.lora import check_fits
-from overfill.process.held_folder import PREFIX, hold_folder, remove_abandoned_folders
+from overfill.process.held_folder import temporary_folder
 
 _RANKS: tuple[int, ...] = get_args(MaxLoRARanks)
 """Ranks that vLLM has buffers for."""
@@ -74,11 +73,8 @@ class VllmAdapters:
         buffers, spare = vllm.adapter_buffers(), _num_spare(options)
         self.slot_bytes = buffers // self.num_slots + spare * buffers // (self.num_slots + spare)
         self._vllm = vllm
-        remove_abandoned_folders()
         self._exits = ExitStack()
-        temporary = TemporaryDirectory(prefix=f"{PREFIX}adapters-", ignore_cleanup_errors=True)
-        self._folder = Path(self._exits.enter_context(temporary))
-        self._exits.enter_context(hold_folder(self._folder))
+        self._folder = self._exits.enter_context(temporary_folder("adapters"))
         self._requests: dict[int, LoRARequest] = {}  # of the slots that have an adapter
 
     def stage(self, slot: int, adapter: LoraAdapter) -> None:
