@@ -177,7 +177,7 @@ def adapter_stack(
 
 
 def prompt_tokens_computed(address: str) -> int:
-    """Prompt tokens that the prefill workers of a router have computed since they started."""
+    """Returns the prompt tokens that the prefill workers of a router have computed since they started."""
     with Client(address) as client:
         loads = [w.process.load for w in client.status().workers if w.stage == "prefill" and w.process is not None]
     return sum(load.prefix_tokens_looked_up - load.prefix_tokens_found for load in loads if load is not None)
