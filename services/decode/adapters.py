@@ -223,11 +223,14 @@ class WorkerAdapters:
         async with self._turn:
             record = await self._in_thread(lambda: self._record(name))
             if (loaded := self._loaded.get(name)) is not None:
-                if loaded.record.digest == record.digest:
+                if _to_proto(loaded.record) == _to_proto(record):
                     return _to_proto(record)
+                ours, theirs = (
+                    f"{one.digest[:16]} with tail_tokens {one.tail_tokens}" for one in (loaded.record, record)
+                )
                 raise Incompatible(
-                    f"{self._who} has loaded another adapter {name!r}, {loaded.record.digest[:16]}, than the folder's, "
-                    f"{record.digest[:16]}: unload it first",
+                    f"{self._who} has loaded another adapter {name!r}, {ours}, than the folder's, {theirs}: "
+                    "unload it first",
                     ["name"],
                 )
             if record.decoder_digest != self._hello.model.decoder_digest:

@@ -223,9 +223,11 @@ async def test_what_cannot_be_loaded_is_refused_by_its_reason(tmp_path, worker):
         (tmp_path / name).exists() or add(tmp_path, name)
         await worker.adapters.load(name)
     record = tmp_path / "a" / "overfill-adapter.json"
-    record.write_text(record.read_text().replace(digest("a"), digest("A")))
-    with pytest.raises(Incompatible, match=r"another adapter 'a', 61.*unload it first"):
-        await worker.adapters.load("a")
+    before = record.read_text()
+    for old, new in ((digest("a"), digest("A")), ('"tail_tokens": 3', '"tail_tokens": 4')):
+        record.write_text(before.replace(old, new))
+        with pytest.raises(Incompatible, match=r"another adapter 'a', 61.* with tail_tokens 3, .*: unload it first"):
+            await worker.adapters.load("a")
 
 
 async def test_a_folder_that_changes_between_record_and_weights_is_refused(tmp_path, worker, monkeypatch):
