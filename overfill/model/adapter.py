@@ -129,7 +129,7 @@ def read_record(folder: Path) -> AdapterRecord:
 
 
 def read_adapter(folder: Path, config: ModelConfig, max_rank: int = MAX_RANK) -> LoraAdapter:
-    """Reads the adapter in ``folder``, whose name is the adapter's. Reads each file once, whole.
+    """Reads the adapter in ``folder``, whose name is the adapter's. Reads PEFT's files once, whole.
 
     Args:
         config: of the decoder. The caller compares ``record.decoder_digest`` with the decoder's digest.

@@ -151,17 +151,14 @@ class WorkerAdapters:
         """
         try:
             check_name(name)
-        except InvalidAdapter as error:
-            raise InvalidRequest("name", str(error)) from None
-        if (task := self._loading.get(name)) is None:
-            task = self._loading[name] = asyncio.ensure_future(self._load(name))
-            task.add_done_callback(lambda task: self._forget(name, task))
-        done, _ = await asyncio.wait([task], timeout=CHANGE_TIMEOUT)
-        if not done:
-            raise DeadlineExceeded(
-                f"{self._who} still loads the adapter {name!r} after {CHANGE_TIMEOUT:g} s; ask again later"
-            )
-        try:
+            if (task := self._loading.get(name)) is None:
+                task = self._loading[name] = asyncio.ensure_future(self._load(name))
+                task.add_done_callback(lambda task: self._forget(name, task))
+            done, _ = await asyncio.wait([task], timeout=CHANGE_TIMEOUT)
+            if not done:
+                raise DeadlineExceeded(
+                    f"{self._who} still loads the adapter {name!r} after {CHANGE_TIMEOUT:g} s; ask again later"
+                )
             return task.result()
         except InvalidAdapter as error:
             raise InvalidRequest("name", str(error)) from error
