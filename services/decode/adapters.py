@@ -254,10 +254,12 @@ class WorkerAdapters:
         try:
             adapter = await self._in_thread(lambda: self._stage(slot, record))
             if (error := await self._change(slot, adapter)) is not None:
-                raise error if isinstance(error, OverfillError) else InternalError(f"{name}: {error}")
-        except BaseException:
+                raise error
+        except BaseException as error:
             self._free.append(slot)
-            raise
+            if isinstance(error, OverfillError) or not isinstance(error, Exception):
+                raise
+            raise InternalError(f"{name}: {error}") from error
         self._loaded[name] = _Loaded(record, slot)
         self._tell()
         logger.info("loaded the adapter %s, %s, in slot %d", name, record.digest[:16], slot)
