@@ -50,14 +50,14 @@ class SharedKey(NamedTuple):
         return len(self.blocks) * len(self.blocks[0]) // TOKEN_BYTES
 
     def num_common(self, other: SharedKey) -> int:
-        """Number of leading blocks that both prompts have, if they may share any."""
+        """Returns the number of leading blocks that both prompts have, if they may share any."""
         if self.cache_namespace != other.cache_namespace:
             return 0
         pairs = enumerate(zip(self.blocks, other.blocks, strict=False))
         return next((index for index, (a, b) in pairs if a != b), min(len(self.blocks), len(other.blocks)))
 
     def is_of(self, prompt: Sequence[int], blocks: Sequence[bytes]) -> bool:
-        """Whether the shared prompt is the beginning of ``prompt``, which has the full blocks ``blocks``."""
+        """Returns whether the shared prompt is the beginning of ``prompt``, which has the full blocks ``blocks``."""
         start = self.num_in_blocks
         rest = prompt[start : start + len(self.rest)]
         return self.blocks == tuple(blocks[: len(self.blocks)]) and self.rest == tuple(rest)

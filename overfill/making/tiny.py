@@ -6,7 +6,7 @@ residual stream. A wrong or lost block of KV therefore changes the answer. The t
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +32,7 @@ from overfill.making.checkpoint import save_tensors, write_decoder, write_weight
 from overfill.making.layerwise import fold_norms
 from overfill.making.pair_json import write_manifest
 from overfill.making.prune import PruningPlan, slice_weights
-from overfill.model.adapter import PEFT_CONFIG, WEIGHTS, projection_shapes
+from overfill.model.adapter import PEFT_CONFIG, WEIGHTS, LowRank, Projection, peft_content, projection_shapes
 from overfill.model.config import ModelConfig
 from overfill.model.loading import load_weights
 from overfill.settings.tiers import TierSpec
@@ -133,24 +133,26 @@ def make_tiny_pair(
     return folder
 
 
-def make_random_adapter(folder: Path, config: ModelConfig, seed: int, rank: int = 4) -> Path:
-    """Writes PEFT's files of an adapter with random weights, which changes nearly all answers, to ``folder``.
-
-    Args:
-        config: of the decoder.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+def random_products(config: ModelConfig, seed: int, rank: int) -> dict[tuple[int, Projection], LowRank]:
+    """Returns random products of all projections of a decoder with ``config``, which change nearly all answers."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for layer in range(config.num_layers):
-        for name, (rows, columns) in projection_shapes(config).items():
-            part = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-            for factor, shape in (("A", (rank, columns)), ("B", (rows, rank))):
-                tensor = torch.randn(shape, generator=generator) / shape[1] ** 0.5
-                tensors[f"base_model.model.model.layers.{layer}.{part}.{name}.lora_{factor}.weight"] = tensor
+
+    def factor(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
+
+    return {
+        (layer, projection): LowRank(factor(rank, columns), factor(rows, rank))
+        for layer in range(config.num_layers)
+        for projection, (rows, columns) in projection_shapes(config).items()
+    }
+
+
+def make_random_adapter(folder: Path, config: ModelConfig, seed: int) -> Path:
+    """Writes PEFT's files of an adapter with ``random_products`` of rank 4 to ``folder``, which is returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, content = peft_content(random_products(config, seed, 4))
     save_tensors(tensors, folder / WEIGHTS)
-    content = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(projection_shapes(config))}
-    (folder / PEFT_CONFIG).write_text(json.dumps(content), encoding="utf-8")
+    (folder / PEFT_CONFIG).write_text(content, encoding="utf-8")
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
@@ -14,7 +13,7 @@ from overfill.model.adapter_files import InvalidAdapter, read_files
 from overfill.model.manifest import Pair
 from overfill.pair.adapters import adapter_names, add_adapter, default_folder
 from overfill.pair.store import NAMED, is_ready, resolve_pair
-from overfill.process.held_folder import PREFIX, hold_folder
+from overfill.process.held_folder import temporary_folder
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.settings.config import DecodeConfig
 from overfill.settings.reader import BadSettings
@@ -100,10 +99,7 @@ def _add_modules(spec: StackSpec, modules: Mapping[str, Path], opened: ExitStack
             "--lora-modules needs --adapters with --ray-address: a folder that every machine of the cluster can read"
         )
     else:
-        temporary = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
-        own = Path(opened.enter_context(temporary))
-        opened.enter_context(hold_folder(own))
-        directory = own / "adapters"
+        directory = opened.enter_context(temporary_folder("modules")) / "adapters"
         spec = _with_folder(spec, directory)
     slots = min(config.max_adapters for config in _decoding(spec))
     if len(modules) > slots:

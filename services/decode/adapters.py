@@ -151,17 +151,14 @@ class WorkerAdapters:
         """
         try:
             check_name(name)
-        except InvalidAdapter as error:
-            raise InvalidRequest("name", str(error)) from None
-        if (task := self._loading.get(name)) is None:
-            task = self._loading[name] = asyncio.ensure_future(self._load(name))
-            task.add_done_callback(lambda task: self._forget(name, task))
-        done, _ = await asyncio.wait([task], timeout=CHANGE_TIMEOUT)
-        if not done:
-            raise DeadlineExceeded(
-                f"{self._who} still loads the adapter {name!r} after {CHANGE_TIMEOUT:g} s; ask again later"
-            )
-        try:
+            if (task := self._loading.get(name)) is None:
+                task = self._loading[name] = asyncio.ensure_future(self._load(name))
+                task.add_done_callback(lambda task: self._forget(name, task))
+            done, _ = await asyncio.wait([task], timeout=CHANGE_TIMEOUT)
+            if not done:
+                raise DeadlineExceeded(
+                    f"{self._who} still loads the adapter {name!r} after {CHANGE_TIMEOUT:g} s; ask again later"
+                )
             return task.result()
         except InvalidAdapter as error:
             raise InvalidRequest("name", str(error)) from error
@@ -254,10 +251,12 @@ class WorkerAdapters:
         try:
             adapter = await self._in_thread(lambda: self._stage(slot, record))
             if (error := await self._change(slot, adapter)) is not None:
-                raise error if isinstance(error, OverfillError) else InternalError(f"{name}: {error}")
-        except BaseException:
+                raise error
+        except BaseException as error:
             self._free.append(slot)
-            raise
+            if isinstance(error, OverfillError) or not isinstance(error, Exception):
+                raise
+            raise InternalError(f"{name}: {error}") from error
         self._loaded[name] = _Loaded(record, slot)
         self._tell()
         logger.info("loaded the adapter %s, %s, in slot %d", name, record.digest[:16], slot)

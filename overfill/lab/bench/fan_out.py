@@ -22,6 +22,7 @@ import numpy as np
 from overfill.client import Client
 from overfill.lab.bench.measurement import Measurement
 from overfill.lab.bench.serve.targets import OpenAiTarget
+from overfill.settings.values import EngineChoice
 from overfill.stack.describe import describe
 from overfill.stack.placed import place
 from overfill.stack.process_runner import ProcessRunner
@@ -150,7 +151,13 @@ async def _drain(stream: AsyncIterator[int]) -> None:
 
 @contextmanager
 def adapter_stack(
-    pair: Path, adapters: Path, load: FanOutLoad, threads: int, shares: bool, log: Callable[[str, str], None]
+    pair: Path,
+    adapters: Path,
+    load: FanOutLoad,
+    threads: int,
+    shares: bool,
+    engine: EngineChoice,
+    log: Callable[[str, str], None],
 ) -> Iterator[tuple[str, str, str]]:
     """Starts a stack of one worker per stage. Yields its endpoint's URL, the model's name and the router's address.
 
@@ -161,6 +168,8 @@ def adapter_stack(
         "adapters": adapters,
         "max_adapters": len(load.tasks),
         "prefix_cache": shares,
+        "engine": engine,
+        "max_model_len": load.prompt_tokens + load.answer_tokens + 16,
         "max_num_batched_tokens": max(2048, load.prompt_tokens),
         "log_level": "error",
         "grace_period": 2,
@@ -177,7 +186,7 @@ def adapter_stack(
 
 
 def prompt_tokens_computed(address: str) -> int:
-    """Prompt tokens that the prefill workers of a router have computed since they started."""
+    """Returns the prompt tokens that the prefill workers of a router have computed since they started."""
     with Client(address) as client:
         loads = [w.process.load for w in client.status().workers if w.stage == "prefill" and w.process is not None]
     return sum(load.prefix_tokens_looked_up - load.prefix_tokens_found for load in loads if load is not None)

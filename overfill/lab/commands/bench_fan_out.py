@@ -14,6 +14,7 @@ from overfill.lab.bench.measurement import print_measurements
 from overfill.lab.commands.bench_options import install_option, json_option, load_pair, log_line
 
 if TYPE_CHECKING:
+    from overfill.model.manifest import EngineName
     from overfill.telemetry.progress import Report
 
 
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
 @click.option("--fan-outs", type=click.IntRange(1), default=16, show_default=True, help="Prompts per measurement.")
 @click.option("--concurrency", type=click.IntRange(1), default=2, show_default=True, help="Fan-outs at a time.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of each worker.")
+@click.option(
+    "--engine",
+    type=click.Choice(["overfill", "vllm"]),
+    default="overfill",
+    show_default=True,
+    help="Engine of our workers.",
+)
 @click.option("--vllm/--no-vllm", "with_vllm", default=True, show_default=True, help="Measure vLLM too.")
 @install_option
 @json_option
@@ -41,6 +49,7 @@ def fan_out_command(
     fan_outs: int,
     concurrency: int,
     threads: int,
+    engine: EngineName,
     with_vllm: bool,
     install_vllm: bool,
     as_json: bool,
@@ -76,7 +85,11 @@ def fan_out_command(
             raise InvalidRequest("vllm", f"vLLM is {NOT_INSTALLED}, or give --no-vllm")
 
         def stack(shares: bool, name: str) -> FanOutFigures:
-            with adapter_stack(found.folder, adapters, load, threads, shares, log_line) as (url, model, address):
+            with adapter_stack(found.folder, adapters, load, threads, shares, engine, log_line) as (
+                url,
+                model,
+                address,
+            ):
                 progress = partial(_report, report, f"Fan-outs, {name}", 2 * fan_outs)
                 figures = asyncio.run(run_fan_outs(url, f"{model}:", load, progress))
                 prompts = 2 * (fan_outs + 1)

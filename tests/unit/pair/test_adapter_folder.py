@@ -53,7 +53,7 @@ def test_what_is_added_is_listed_until_it_is_removed(pair: Pair, peft: Path, tmp
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", ".hidden", "-x", "a" * 65, "é", "a b", "a\n", "a\0"])
 def test_a_name_is_no_path(pair: Pair, peft: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "adapters"
-    with pytest.raises(InvalidAdapter, match="is no name for an adapter: 1 to 64 of"):
+    with pytest.raises(InvalidAdapter, match="is no name for an adapter: give 1 to 64"):
         add_adapter(folder, name, peft, pair)
     assert not folder.exists()
     folder.mkdir()

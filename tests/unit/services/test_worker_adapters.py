@@ -101,6 +101,22 @@ async def test_the_start_loads_what_fits_in_the_order_of_names(tmp_path, worker,
     ]  # fmt: skip
 
 
+async def test_an_adapter_that_cannot_be_staged_does_not_end_the_start(tmp_path, worker, caplog, monkeypatch):
+    stage = worker.slots.stage
+
+    def full(slot, adapter):
+        if adapter.record.name == "a":
+            raise OSError("no space left on device")
+        stage(slot, adapter)
+
+    monkeypatch.setattr(worker.slots, "stage", full)
+    for name in ("a", "b", "c"):
+        add(tmp_path, name)
+    await worker.adapters.start()
+    assert worker.told[-1] == ["b", "c"], "no slot was lost"
+    assert "left out the adapter a: a: no space left on device" in caplog.text
+
+
 async def test_the_start_stops_looking_when_its_time_is_over(tmp_path, worker, monkeypatch, caplog):
     monkeypatch.setattr(worker_adapters, "_SCAN_TIME", -1.0)
     for name in ("a", "b", "c"):

@@ -158,11 +158,11 @@ def test_a_server_gets_a_place_for_each_adapter(tmp_path):
     adapters = {"a": Path("/tasks/a"), "b": Path("/tasks/b")}
     with (
         pytest.raises(PeerFailed) as caught,
-        vllm_server(python, Path("model"), 64, adapters, max_adapter_rank=32, prefix_cache=True),
+        vllm_server(python, Path("model"), 64, adapters, prefix_cache=True),
     ):
         pass
     asked = " ".join(caught.value.__notes__)
-    assert "--enable-lora --max-loras 2 --max-lora-rank 32 --lora-modules a=/tasks/a b=/tasks/b" in asked
+    assert "--enable-lora --max-loras 2 --lora-modules a=/tasks/a b=/tasks/b" in asked
     assert "--enable-prefix-caching" in asked
 
 
