@@ -122,7 +122,7 @@ class Case:
 
 def _extract(case: Case) -> str:
     order = case.order
-    rank = (order.amount >= 500) + (order.quantity >= 6)
+    rank = "A" if order.quantity >= 6 else "B" if order.amount >= 500 else "C"
     facts = {"product": order.product, "order": order.number, "euros": order.amount, "pieces": order.quantity}
     return json.dumps({**facts, "rank": rank})
 
@@ -138,15 +138,15 @@ def _classify(case: Case) -> str:
 
 def _row(case: Case) -> str:
     order, month = case.order, MONTHS.index(case.order.month) + 1
-    tier = (month > 6) + (order.amount >= 500)
+    tier = "new" if month > 6 else "big" if order.amount >= 500 else "old"
     name = f"{case.last}, {case.first}"
     return f"{order.product} | {order.day}.{month}. | {name} | EUR {order.amount} | x{order.quantity} | {tier}"
 
 
 def _route(case: Case) -> str:
     team = TEAMS[case.label]
-    level = list(URGENCY).index(case.priority) + (case.order.amount < 500)
-    return f'"{case.urgency}" {case.priority}; "{case.complaint}" {team}; {case.order.amount} euros; level {level}'
+    how = "write" if case.priority == "P3" or (case.priority == "P2" and case.order.amount < 500) else "call"
+    return f'"{case.urgency}" {case.priority}; "{case.complaint}" {team}; {case.order.amount} euros; {how}'
 
 
 TASKS: Mapping[str, Callable[[Case], str]] = {"extract": _extract, "classify": _classify, "row": _row, "route": _route}
