@@ -122,9 +122,8 @@ class Case:
 
 def _extract(case: Case) -> str:
     order = case.order
-    rank = "A" if order.quantity >= 6 else "B" if order.amount >= 500 else "C"
     facts = {"product": order.product, "order": order.number, "euros": order.amount, "pieces": order.quantity}
-    return json.dumps({**facts, "rank": rank})
+    return json.dumps({**facts, "large": order.amount >= 500})
 
 
 def _classify(case: Case) -> str:
@@ -138,14 +137,14 @@ def _classify(case: Case) -> str:
 
 def _row(case: Case) -> str:
     order, month = case.order, MONTHS.index(case.order.month) + 1
-    tier = "new" if month > 6 else "big" if order.amount >= 500 else "old"
+    size = "large" if order.amount >= 500 else "small"
     name = f"{case.last}, {case.first}"
-    return f"{order.product} | {order.day}.{month}. | {name} | EUR {order.amount} | x{order.quantity} | {tier}"
+    return f"{order.product} | {order.day}.{month}. | {name} | EUR {order.amount} | x{order.quantity} | {size}"
 
 
 def _route(case: Case) -> str:
     team = TEAMS[case.label]
-    how = "write" if case.priority == "P3" or (case.priority == "P2" and case.order.amount < 500) else "call"
+    how = "call" if case.order.amount >= 500 else "write"
     return f'"{case.urgency}" {case.priority}; "{case.complaint}" {team}; {case.order.amount} euros; {how}'
 
 
