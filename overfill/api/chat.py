@@ -53,7 +53,7 @@ def encode_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer) -> list[int]:
 def encode_with_generation_prompt(
     chat: inference_pb2.Chat, tokenizer: Tokenizer, *, count: bool = True
 ) -> tuple[list[int], int]:
-    """What ``encode_chat`` returns, and how many of the tokens are the generation prompt.
+    """Returns what ``encode_chat`` returns, and how many of the tokens are the generation prompt.
 
     ``Tokenizer.encode_with_generation_prompt`` explains the count.
     """

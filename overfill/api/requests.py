@@ -135,7 +135,7 @@ def _answer_digest(prompt: Sequence[int], sampling: common_pb2.SamplingParams, g
 def _prompt_token_ids(
     request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, max_model_len: int, vocab_size: int, count: bool
 ) -> tuple[Sequence[int], int]:
-    """The prompt, and with ``count`` the number of tokens of its generation prompt."""
+    """Returns the prompt, and with ``count`` the number of tokens of its generation prompt."""
     generation_prompt = 0
     kind = request.WhichOneof("prompt")
     if kind is None:
@@ -194,7 +194,7 @@ def _check_room(prompt_tokens: int, max_model_len: int) -> int:
 def _answer_start(
     request: inference_pb2.GenerateRequest, prompt_tokens: int, adapter: Adapter | None, generation_prompt: int
 ) -> int | None:
-    """Index of the first prompt token that the decoder computes; None if the full model computes them all."""
+    """Returns the index of the first prompt token that the decoder computes; None if it computes none."""
     if not request.HasField("answer_start"):
         if adapter is None:
             return None

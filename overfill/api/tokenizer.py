@@ -199,7 +199,7 @@ class Tokenizer:
         *,
         count: bool = True,
     ) -> tuple[list[int], int]:
-        """Token ids of a chat as ``encode_chat`` returns them, and how many at their end are the generation prompt.
+        """Returns a chat's token ids, as ``encode_chat`` does, and how many at their end are the generation prompt.
 
         The generation prompt is what the template adds for ``add_generation_prompt``. It counts from the token boundary
         at or before its text. The count is 0 if the template adds nothing, or changes other text too. Training and
@@ -297,7 +297,7 @@ class Tokenizer:
 
 
 def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
+    """Returns the length of the longest common beginning."""
     different = (index for index, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
     return next(different, min(len(first), len(second)))
 

@@ -11,7 +11,7 @@ from overfill.cli.options import AnyNumber, OutPath, set_threads
 
 if TYPE_CHECKING:
     from overfill.making.distill.data import LoadedData
-    from overfill.making.distill.recipe import Data, Recipe
+    from overfill.making.distill.recipe import Data, Recipe, Training
     from overfill.model.manifest import Pair
     from overfill.telemetry.progress import Report
 
@@ -154,7 +154,7 @@ def _train(
     recipe: Recipe,
     data: Data,
     out: Path,
-    training: Any,
+    training: Training,
     *,
     strict: bool,
     standalone: bool,
@@ -163,34 +163,31 @@ def _train(
     from overfill.api.tokenizer import Tokenizer
     from overfill.cli.progress import show_progress
     from overfill.making.distill.data import load_data
-    from overfill.making.distill.train import Run
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
-    from overfill.process.memory import freed_memory_kept
 
     with show_progress() as report:
         pair = Pair.load(resolve_pair(name, report) if name else _starting_pair(recipe, out, report))
         loaded = load_data(data, Tokenizer.load(pair.full_path))
         _say_overlaps(pair, loaded, strict)
-        run = Run(
-            pair,
-            out,
-            loaded.training,
-            loaded.held_out,
-            training,
-            training_text=loaded.training_text,
-            standalone=standalone,
-            resume=resume,
-            report=report,
-            log_line=lambda line: click.echo(line, err=True),
-        )
-        with freed_memory_kept():
-            try:
-                run.train()
-            except KeyboardInterrupt:
-                click.echo("overfill: stopped; give the same options and --resume to continue", err=True)
-                raise
+        how = {"training_text": loaded.training_text, "standalone": standalone, "resume": resume}
+        run_to_end(pair, out, loaded, training, report, **how)
     click.echo(out)
+
+
+def run_to_end(pair: Pair, out: Path, loaded: LoadedData, training: Training, report: Report, **how: Any) -> None:
+    """Trains and writes ``out``. ``how`` has the other arguments of ``Run``."""
+    from overfill.making.distill.train import Run
+    from overfill.process.memory import freed_memory_kept
+
+    texts = loaded.training, loaded.held_out
+    run = Run(pair, out, *texts, training, report=report, log_line=lambda line: click.echo(line, err=True), **how)
+    with freed_memory_kept():
+        try:
+            run.train()
+        except KeyboardInterrupt:
+            click.echo("overfill: stopped; give the same options and --resume to continue", err=True)
+            raise
 
 
 def _say_overlaps(pair: Pair, loaded: LoadedData, strict: bool) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from overfill.cli.options import ClientConnection, OutPath, connection_options, dtype_option
+from overfill.cli.options import ClientConnection, OutPath, adapters_option, connection_options, dtype_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,12 +71,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
 @click.command("eval")
 @click.argument("pair")
 @click.option("--adapter", metavar="NAME", help="Judge this adapter of the decoder, on --data, instead of the pair.")
-@click.option(
-    "--adapters",
-    metavar="DIR",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of adapters.  [default: that of the pair's full model, in the cache]",
-)
+@adapters_option
 @_data_options
 @_device_options
 @_json_option

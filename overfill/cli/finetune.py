@@ -68,13 +68,12 @@ def finetune_command(
     with the lowest held-out loss, in PEFT's format, with the learning curve in training/curve.png.
     """
     from overfill.api.tokenizer import Tokenizer
+    from overfill.cli.distill import run_to_end
     from overfill.cli.progress import show_progress
     from overfill.making.distill.data import load_task
     from overfill.making.distill.recipe import FACTOR_RATE, changed, read_recipe
-    from overfill.making.distill.train import Run
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
-    from overfill.process.memory import freed_memory_kept
 
     recipe = read_recipe(RECIPE)
     rate = None if learning_rate is None else learning_rate / FACTOR_RATE
@@ -86,22 +85,6 @@ def finetune_command(
     with show_progress() as report:
         found = Pair.load(resolve_pair(pair, report))
         loaded = load_task(task, Tokenizer.load(found.full_path))
-        run = Run(
-            found,
-            out,
-            loaded.training,
-            loaded.held_out,
-            training,
-            standalone=own_prefill,
-            tail_tokens=tail_tokens,
-            resume=resume,
-            report=report,
-            log_line=lambda line: click.echo(line, err=True),
-        )
-        with freed_memory_kept():
-            try:
-                run.train()
-            except KeyboardInterrupt:
-                click.echo("overfill: stopped; give the same options and --resume to continue", err=True)
-                raise
+        how = {"standalone": own_prefill, "tail_tokens": tail_tokens, "resume": resume}
+        run_to_end(found, out, loaded, training, report, **how)
     click.echo(out)

@@ -8,7 +8,7 @@ import click
 
 from overfill.api import key_file, keys
 from overfill.cli.options import option_errors
-from overfill.request.names import ADAPTER_NAME
+from overfill.request.names import ADAPTER_NAME, ADAPTER_NAME_RULE
 from overfill.rpc.access import Scope
 
 _FILE_OPTION = click.option(
@@ -28,8 +28,7 @@ def _split_scopes(context: click.Context, option: click.Parameter, given: tuple[
 def _check_tiers(context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
     for name in given:
         if not ADAPTER_NAME.fullmatch(name):
-            allowed = "1 to 64 letters, digits and . _ -, of which the first is a letter or digit"
-            raise click.BadParameter(f"{name!r} cannot name a tier or an adapter: give {allowed}")
+            raise click.BadParameter(f"{name!r} cannot name a tier or an adapter: give {ADAPTER_NAME_RULE}")
     return given
 
 

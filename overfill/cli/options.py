@@ -267,6 +267,16 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def adapters_option(command: _F) -> _F:
+    """Adds ``adapters``, a folder; None means ``overfill.pair.adapters.default_folder``."""
+    return click.option(
+        "--adapters",
+        metavar="DIR",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder of adapters.  [default: that of the pair's full model, in the cache]",
+    )(command)
+
+
 def dtype_option(command: _F) -> _F:
     """Adds ``dtype``; None means the device's default."""
     return click.option(

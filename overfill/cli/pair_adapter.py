@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from overfill.cli.options import adapters_option
 from overfill.request.answer_start import MAX_TAIL_TOKENS
 
 if TYPE_CHECKING:
@@ -37,12 +38,7 @@ def _in_folder(command: _F) -> _F:
     """Adds the argument PAIR and ``--adapters``, and gives the command a Pair and the folder of adapters."""
 
     @click.argument("pair")
-    @click.option(
-        "--adapters",
-        metavar="DIR",
-        type=click.Path(file_okay=False, path_type=Path),
-        help="Folder of adapters.  [default: that of the pair's full model, in the cache]",
-    )
+    @adapters_option
     @functools.wraps(command)
     def wrapped(pair: str, adapters: Path | None, **rest: Any) -> Any:
         from overfill.cli.progress import show_progress
@@ -132,17 +128,16 @@ def list_command(pair: Pair, directory: Path, as_json: bool) -> None:
 @_in_folder
 @click.argument("name")
 @_json_option
-def show_command(pair: Pair, directory: Path, name: str, as_json: bool) -> int:
+def show_command(pair: Pair, directory: Path, name: str, as_json: bool) -> None:
     """Show what the adapter NAME consists of, and check its files.
 
     Reads all weights. Exits with 1 if they are damaged or do not fit PAIR's decoder, or the adapter is of another
     decoder.
     """
-    from overfill.cli.output import print_json
-    from overfill.cli.pair_show import flatten
+    from overfill.cli.pair_show import show_facts
     from overfill.model.adapter import RECORD, read_adapter
     from overfill.model.adapter_files import MAX_JSON_BYTES, parse_object, read_files
-    from overfill.pair.adapters import find_adapter
+    from overfill.pair.adapters import check_decoder, find_adapter
 
     folder = find_adapter(directory, name)
     adapter = read_adapter(folder, pair.decoder_config)
@@ -156,18 +151,10 @@ def show_command(pair: Pair, directory: Path, name: str, as_json: bool) -> int:
         "projections": sorted({projection for (_, projection), _ in products}),
         "weights": sum(product.down.numel() + product.up.numel() for _, product in products),
     }
-    if as_json:
-        print_json(facts)
-    else:
-        rows = flatten(facts)
-        width = max(len(key) for key, _ in rows)
-        for key, value in rows:
-            click.echo(f"{key:<{width}}  {value}")
+    show_facts(facts, as_json)
+    if not as_json:
         click.echo(f"It was trained {_OWN_PREFILL if adapter.record.own_prefill else _ON_FULL_KV}.")
-    if adapter.record.decoder_digest != pair.decoder_digest:
-        click.echo(f"overfill: {name} is of another decoder than that of {pair.folder}", err=True)
-        return 1
-    return 0
+    check_decoder(adapter.record, pair)
 
 
 @adapter_group.command("remove")

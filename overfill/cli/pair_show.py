@@ -24,7 +24,6 @@ def show_command(name: str, as_json: bool) -> int:
     Exits with 1 if digest or engines differ from pair.json, a tensor does not fit its config, a tied head differs from
     its embedding, or a weight is not finite.
     """
-    from overfill.cli.output import print_json
     from overfill.cli.progress import show_progress
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
@@ -32,13 +31,8 @@ def show_command(name: str, as_json: bool) -> int:
     with show_progress() as report:
         pair = Pair.load(resolve_pair(name, report))
         facts = describe(pair, report)
-    if as_json:
-        print_json(facts)
-    else:
-        rows = flatten(facts)
-        width = max(len(key) for key, _ in rows)
-        for key, value in rows:
-            click.echo(f"{key:<{width}}  {value}")
+    show_facts(facts, as_json)
+    if not as_json:
         read, of_full = facts["decoder"]["weights_read"], facts["full"]["weights_read"]
         click.echo(f"A token of an answer reads {100 * read / of_full:.0f} % of the full model's weights.")
     problems = [(half, problem) for half in ("full", "decoder") for problem in facts[half].get("problems", ())]
@@ -134,12 +128,25 @@ def _digests(found: str, pair: Pair, half: Half) -> dict[str, str]:
     return {"digest": found} if found == stated else {"digest": found, "manifest_digest": stated}
 
 
-def flatten(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def show_facts(facts: dict[str, Any], as_json: bool) -> None:
+    """Prints plain values as JSON, or in a row each."""
+    from overfill.cli.output import print_json
+
+    if as_json:
+        print_json(facts)
+        return
+    rows = _flatten(facts)
+    width = max(len(key) for key, _ in rows)
+    for key, value in rows:
+        click.echo(f"{key:<{width}}  {value}")
+
+
+def _flatten(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Flattens nested objects to rows of (dotted name, text); an empty object gives no row."""
     rows = []
     for key, value in facts.items():
         if isinstance(value, dict):
-            rows += flatten(value, f"{prefix}{key}.")
+            rows += _flatten(value, f"{prefix}{key}.")
         else:
             text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
             rows.append((f"{prefix}{key}", text))

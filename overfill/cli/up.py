@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -20,14 +20,16 @@ from click.core import ParameterSource
 
 from overfill.cli.options import check_replaced, option_errors
 from overfill.cli.progress import show_progress
-from overfill.cli.up_options import up_options
+from overfill.cli.up_options import UpCommand, up_options
 from overfill.cli.welcome import welcome
 from overfill.engine.choice import require_vllm
+from overfill.model.adapter import AdapterRecord
 from overfill.pair.store import MOCK, NAMED, is_hub_id, resolve_pair
 from overfill.process.extras import require
 from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import TierSpec
 from overfill.settings.worker_kinds import VARIABLE_PREFIXES
+from overfill.stack.adapters import served_adapters, with_default_folder, with_modules
 from overfill.stack.counts import count_workers
 from overfill.stack.describe import RayPlacement, check_used, describe
 from overfill.stack.pairs import check_engine_args, check_engines, resolve_pairs
@@ -43,13 +45,14 @@ _WATCH_SECONDS = 0.5
 _BESIDE_A_DOCUMENT = {"target", "dry_run", "on_ray"}
 
 
-@click.command("up")
+@click.command("up", cls=UpCommand)
 @up_options
 def up_command(
     target: str | None,
     dry_run: bool,
     pair: str | None,
     on_ray: bool,
+    modules: dict[str, Path],
     **options: Any,
 ) -> int:
     """Run a stack: routers and workers.
@@ -70,25 +73,43 @@ def up_command(
 
     A service's settings can also be set in the file of --config, or as variables such as OVERFILL_PREFILL_BLOCK_SIZE.
     """
-    try:
-        if target is not None and target.endswith(SUFFIXES):
-            spec = _read(Path(target), on_ray)
+    described = target is not None and target.endswith(SUFFIXES)
+    with _usage_errors():
+        if dry_run and modules:
+            raise BadSettings(
+                "--dry-run conflicts with --lora-modules: a document names a folder; add the adapters to one with "
+                "`overfill pair adapter add`, and give --adapters"
+            )
+        if described:
+            spec = _read(Path(target or ""), on_ray)
         else:
             spec = _describe(_pair(target, pair), on_ray, options, prepare=not dry_run)
-    except BadSettings as error:
-        raise click.UsageError(str(error)) from error
     with option_errors():
         check_engine_args(spec)
+        if not dry_run:
+            _prepare(spec)
+    if not described and not modules:
+        spec = with_default_folder(spec)
     if dry_run:
         click.echo(str(spec), nl=False)
         return 0
-    with option_errors():
-        _prepare(spec)
-    with _stop_signals() as stopping:
+    with _stop_signals() as stopping, contextlib.ExitStack() as opened:
+        with _usage_errors():
+            spec = opened.enter_context(with_modules(spec, modules))
+            adapters = served_adapters(spec)
         if spec.runner == "ray":
-            return run(RayRunner(spec, _note), stopping)
-        with _log_sink(None if spec.log_dir is None else Path(spec.log_dir)) as sink:
-            return run(ProcessRunner(place(spec), sink), stopping)
+            return run(RayRunner(spec, _note), stopping, adapters)
+        sink = opened.enter_context(_log_sink(None if spec.log_dir is None else Path(spec.log_dir)))
+        return run(ProcessRunner(place(spec), sink), stopping, adapters)
+
+
+@contextlib.contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Turns BadSettings into click.UsageError."""
+    try:
+        yield
+    except BadSettings as error:
+        raise click.UsageError(str(error)) from error
 
 
 def _pair(target: str | None, pair: str | None) -> str:
@@ -232,13 +253,17 @@ def _check_runner(placement: RayPlacement, tiers: tuple[TierSpec, ...], colocate
         )
 
 
-def run(stack: ProcessRunner | RayRunner, stopping: threading.Event) -> int:
-    """Starts the stack, prints a summary, watches the stack until ``stopping``, stops it. Returns the exit code."""
+def run(stack: ProcessRunner | RayRunner, stopping: threading.Event, adapters: Sequence[AdapterRecord] = ()) -> int:
+    """Starts the stack, prints a summary, watches the stack until ``stopping``, stops it. Returns the exit code.
+
+    Args:
+        adapters: the adapters that decode workers load, for the summary.
+    """
     try:
         stack.start()
         stack.wait_ready(stopping)
         if not stopping.is_set():
-            click.echo(welcome(stack.spec, stack.addresses, stack.describe_workers))
+            click.echo(welcome(stack.spec, stack.addresses, stack.describe_workers, adapters))
         while not stopping.wait(_WATCH_SECONDS):
             for line in stack.news():
                 _note(line)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -141,9 +141,42 @@ def _of_stages() -> Iterator[Callable[[Any], Any]]:
         )
 
 
+_MODULES = "--lora-modules"
+
+
+def _read_modules(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> dict[str, Path]:
+    modules: dict[str, Path] = {}
+    for value in values:
+        name, _, path = value.partition("=")
+        if not name or not path:
+            raise click.BadParameter(f"{value!r}: expected NAME=PATH", ctx, param)
+        if name in modules:
+            raise click.BadParameter(f"{name!r} is given twice", ctx, param)
+        modules[name] = Path(path)
+    return modules
+
+
+class UpCommand(click.Command):
+    """``overfill up``. After ``--lora-modules`` it takes several values, as vLLM does."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        repeated: list[str] = []
+        among = False  # the values of the flag
+        for argument in args:
+            is_value = among and "=" in argument and not argument.startswith("-")
+            if is_value and repeated[-1] != _MODULES:
+                repeated.append(_MODULES)
+            repeated.append(argument)
+            among = argument == _MODULES or is_value
+        return super().parse_args(ctx, repeated)
+
+
 _ROUTER = RouterConfig.model_fields
 
-_MADE = {"threads": "the cores, divided among the workers of a stage"}
+_MADE = {
+    "threads": "the cores, divided among the workers of a stage",
+    "adapters": "that of `overfill pair adapter`, if it has an adapter of the stack's decoders",
+}
 """Settings whose default ``up`` computes, and how."""
 
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
@@ -215,6 +248,15 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         envvar=RouterConfig.variable("http"),
     ),
     *(setting_option(name, field, shown=_MADE.get(name)) for name, field in settings_fields().items()),
+    click.option(
+        _MODULES,
+        "modules",
+        multiple=True,
+        metavar="NAME=PATH...",
+        callback=_read_modules,
+        help="Adapters in PEFT's format that are added to --adapters, as `overfill pair adapter add` does; without "
+        "--adapters, to a folder of this stack alone.",
+    ),
     *_of_stages(),
     click.option(
         "--tls",
@@ -265,6 +307,9 @@ _WORDS_OF_VLLM = {
     "-tp": "give --tensor-parallel-size N",
     "--gpu-memory-utilization": "workers of one GPU share its memory; give --kv-memory SIZE for the KV cache",
     "--quantization": "give --quantize int8 for the decoder; a checkpoint's own format needs no option",
+    "--enable-lora": "give --lora-modules NAME=PATH, or --adapters FOLDER",
+    "--max-loras": "give --max-adapters N",
+    "--max-lora-rank": "give --max-adapter-rank N",
     "--enforce-eager": "give --engine-args '{\"enforce_eager\": true}' to workers with the engine vllm",
 }
 """Options that users of vLLM know -> the words of ``up``."""
@@ -278,9 +323,9 @@ def _refuse(ctx: click.Context, param: click.Parameter, value: str | bool | None
 def up_options(command: _F) -> _F:
     """Adds all options to ``command``."""
     for flag in _WORDS_OF_VLLM:
-        eager = flag == "--enforce-eager"  # the only one without a value
+        alone = flag in ("--enable-lora", "--enforce-eager")  # without a value
         names = (flag, f"vllm_{field_name(flag[2:])}")
-        command = click.option(*names, is_flag=eager, hidden=True, expose_value=False, callback=_refuse)(command)
+        command = click.option(*names, is_flag=alone, hidden=True, expose_value=False, callback=_refuse)(command)
     for option in reversed(_OPTIONS):
         command = option(command)
     return command

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from overfill.cli.options import TIER, ClientConnection, check_replaced, connection_options
+from overfill.cli.options import TIER, ClientConnection, adapters_option, check_replaced, connection_options
 from overfill.errors import OverfillError
 from overfill.request.answer_start import answer_start
 from overfill.routing.tier import DEFAULT_TIER
@@ -114,12 +114,7 @@ class JudgedTier:
     multiple=True,
     help="Adapter that the stack has loaded; repeat for several.",
 )
-@click.option(
-    "--adapters",
-    metavar="DIR",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of adapters.  [default: that of the pair's full model, in the cache]",
-)
+@adapters_option
 @click.option("--limit", type=click.IntRange(min=1), help="Ask only the first N questions.  [default: all]")
 @click.option(
     "--concurrency", type=click.IntRange(min=1), default=4, show_default=True, help="Number of questions in flight."

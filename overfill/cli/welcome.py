@@ -9,13 +9,19 @@ import sys
 from collections.abc import Callable, Sequence
 
 from overfill.cli.answering import DEFAULT_MAX_TOKENS, DEFAULT_TEMPERATURE
+from overfill.model.adapter import AdapterRecord
 from overfill.stack.placed import operator_tls
 from overfill.stack.spec import StackSpec, kind_of
 
 _RULE = 80  # characters, at most
 
 
-def welcome(spec: StackSpec, addresses: Sequence[str], describe_workers: Callable[[str], str]) -> str:
+def welcome(
+    spec: StackSpec,
+    addresses: Sequence[str],
+    describe_workers: Callable[[str], str],
+    adapters: Sequence[AdapterRecord] = (),
+) -> str:
     """Returns addresses, workers and example commands. A command stays on one line, so that it can be copied."""
     router = spec.router_config()
     tls = operator_tls(spec) or router.client_tls()
@@ -38,11 +44,17 @@ def welcome(spec: StackSpec, addresses: Sequence[str], describe_workers: Callabl
     if not spec.tiers:
         rows.append(("pair", spec.pair))
     rows += _worker_rows(spec, describe_workers)
+    if adapters:
+        rows.append(("adapters", ", ".join(adapter.name for adapter in adapters)))
+    if own := [adapter.name for adapter in adapters if adapter.own_prefill]:
+        rows.append(("", f"trained with their own prefill, so measure their quality here: {', '.join(own)}"))
     rows.append(("try", f'{key}overfill generate{option} "Why is the sky blue?"'))
     if spec.tiers:
         rows.append(
             ("", f'{key}overfill generate{option} --tier {router.ordered_tiers[-1].name} "Why is the sky blue?"')
         )
+    if adapters:
+        rows.append(("", f'{key}overfill generate{option} --tier {adapters[0].name} "Why is the sky blue?"'))
     rows.append(("", f"{key}overfill chat{option}"))
     rows.append(("", f"{key}overfill status{option}"))
     if urls and tls is None:

@@ -343,47 +343,46 @@ class AsyncClient:
         """
         if not worker_id:
             raise InvalidRequest("worker_id", "is empty; give an id that `status` lists")
-        request = admin_pb2.DrainRequest(worker_id=worker_id)
-
-        def start(address: str, timeout: float | None) -> Any:
-            stub = admin_pb2_grpc.AdminStub(self._channels[address])
-            return stub.Drain(request, timeout=timeout, metadata=self._metadata)
-
-        await self._unary(start, timeout)
+        await self._administer("Drain", admin_pb2.DrainRequest(worker_id=worker_id), timeout)
 
     async def load_adapter(self, name: str, *, timeout: float | None = 90.0) -> list[AdapterChange]:
         """Has all decode workers load an adapter from their folder of adapters, unless they have loaded it.
+
+        Returns what each decode worker that may have the adapter has done.
 
         Args:
             name: Name of the adapter's folder.
             timeout: Seconds for the call; None means no limit.
 
-        Returns:
-            What each decode worker that may have the adapter has done.
-
         Raises:
             OverfillError: no worker has loaded it; the first worker's reason.
         """
-        request = admin_pb2.LoadAdapterRequest(name=name)
-
-        def start(address: str, timeout: float | None) -> Any:
-            stub = admin_pb2_grpc.AdminStub(self._channels[address])
-            return stub.LoadAdapter(request, timeout=timeout, metadata=self._metadata)
-
-        return [AdapterChange.from_proto(change) for change in (await self._unary(start, timeout)).workers]
+        changed = await self._administer("LoadAdapter", admin_pb2.LoadAdapterRequest(name=name), timeout)
+        return [AdapterChange.from_proto(change) for change in changed.workers]
 
     async def unload_adapter(self, name: str, *, timeout: float | None = 90.0) -> list[AdapterChange]:
         """Has all decode workers unload an adapter. They finish its answers and refuse new ones.
 
-        Arguments, results and errors are those of ``load_adapter``.
+        Returns what each decode worker that may have the adapter has done.
+
+        Args:
+            name: Name of the adapter.
+            timeout: Seconds for the call; None means no limit.
+
+        Raises:
+            OverfillError: no worker has unloaded it; the first worker's reason.
         """
-        request = admin_pb2.UnloadAdapterRequest(name=name)
+        changed = await self._administer("UnloadAdapter", admin_pb2.UnloadAdapterRequest(name=name), timeout)
+        return [AdapterChange.from_proto(change) for change in changed.workers]
+
+    async def _administer(self, rpc: str, request: Any, timeout: float | None) -> Any:
+        """Calls an RPC of the Admin service, and returns its answer."""
 
         def start(address: str, timeout: float | None) -> Any:
             stub = admin_pb2_grpc.AdminStub(self._channels[address])
-            return stub.UnloadAdapter(request, timeout=timeout, metadata=self._metadata)
+            return getattr(stub, rpc)(request, timeout=timeout, metadata=self._metadata)
 
-        return [AdapterChange.from_proto(change) for change in (await self._unary(start, timeout)).workers]
+        return await self._unary(start, timeout)
 
     async def close(self) -> None:
         """Cancels running requests and closes all connections."""

@@ -325,7 +325,7 @@ class DecodeEngine:
         events.append(Preempted(youngest.id))
 
     def _riding(self, replays: Sequence[DecodeSequence]) -> list[DecodeSequence]:
-        """The replays that are part of this decode step, oldest first."""
+        """Returns the replays that are part of this decode step, oldest first."""
         chosen: list[DecodeSequence] = []
         left = _MAX_PROMPT_BESIDE_ANSWERS
         for sequence in replays if self._runner.mixes_lengths else ():

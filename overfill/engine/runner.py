@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from overfill.engine.work import Sampled, Work, plain_greedy
 from overfill.kv.cache import KvCache, copy_sequence
-from overfill.model.batch import ForwardBatch
+from overfill.model.batch import ForwardBatch, token_adapters
 from overfill.model.processors import process
 from overfill.model.sampling import non_finite_errors, sample
 from overfill.model.scoring import max_scored_rows, score
@@ -131,30 +131,23 @@ class ModelRunner:
         slots = self._tables.array[rows[owner], positions // size] * size + positions % size
         # A device gets a copy of this step's rows only, cut to the longest.
         on_host = self.device.type == "cpu"
+        query_lens: list[int] = counts.tolist()
         tables = self._tables.array if on_host else self._tables.array[rows, : num_blocks.max()]
         return ForwardBatch(
             token_ids=self._tensor(np.fromiter(chain.from_iterable(w.tokens for w in works), np.int64, len(owner))),
             positions=self._tensor(positions),
             slots=self._tensor(slots),
-            query_lens=counts.tolist(),
+            query_lens=query_lens,
             context_lens=ends.tolist(),
             block_tables=self._tensor(tables),
             context_lens_device=self._tensor(ends),
             logits_indices=self._tensor(_logits_indices(works, last)),
             table_rows=self._tensor(rows) if on_host else None,
-            adapters=_adapters(works, counts),
+            adapters=token_adapters([work.adapter for work in works], query_lens),
         )
 
     def _tensor(self, values: NDArray[np.int64]) -> torch.Tensor:
         return upload(torch.from_numpy(values), self.device)
-
-
-def _adapters(works: Sequence[Work], counts: NDArray[np.int64]) -> torch.Tensor | None:
-    """Slot of each token's adapter, -1 without one; None if no work has an adapter. [T] on the host"""
-    if all(work.adapter is None for work in works):
-        return None
-    slots = np.array([-1 if work.adapter is None else work.adapter for work in works], np.int64)
-    return torch.from_numpy(np.repeat(slots, counts))
 
 
 def _logits_indices(works: Sequence[Work], last: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -257,7 +257,7 @@ class DecodeSequence:
             engine's thread hashes.
         answer_start: index of the first prompt token that the decoder computes; None means the prompt's length.
         adapter: slot of the adapter that writes the answer; None means the decoder alone.
-        scores: receives the log-probabilities of the prompt's tokens behind that one; None if they are not asked for.
+        scores: receives the log-probabilities of the prompt's tokens behind ``answer_start``; None without scores.
         failed: True after a step of the sequence failed; the engine does not schedule it again.
         computed: tokens of prompt and answer whose KV is in ``blocks``.
     """

@@ -21,7 +21,10 @@ from overfill.kv.store import KvStore, LayerTargets
 from overfill.v1 import common_pb2
 
 MAX_CUT_BYTES = 64 << 20
-"""Host memory for the KV of cut blocks, per decode worker."""
+"""Host memory for the KV of cut blocks and their keys, per decode worker."""
+
+_OBJECT_BYTES = 64
+"""About what Python takes for a block's bytes besides its tokens, its place in the tuple included."""
 
 
 class SharedKey(NamedTuple):
@@ -37,19 +40,24 @@ class SharedKey(NamedTuple):
     rest: tuple[int, ...]
 
     @property
+    def size(self) -> int:
+        """Bytes of memory, about. The tokens of a long prompt take more than the KV of its cut block."""
+        return len(self.blocks) * (len(self.blocks[0]) + _OBJECT_BYTES)
+
+    @property
     def num_in_blocks(self) -> int:
         """Number of tokens in full blocks."""
         return len(self.blocks) * len(self.blocks[0]) // TOKEN_BYTES
 
     def num_common(self, other: SharedKey) -> int:
-        """Number of leading blocks that both prompts have, if they may share any."""
+        """Returns the number of leading blocks that both prompts have, if they may share any."""
         if self.cache_namespace != other.cache_namespace:
             return 0
         pairs = enumerate(zip(self.blocks, other.blocks, strict=False))
         return next((index for index, (a, b) in pairs if a != b), min(len(self.blocks), len(other.blocks)))
 
     def is_of(self, prompt: Sequence[int], blocks: Sequence[bytes]) -> bool:
-        """Whether the shared prompt is the beginning of ``prompt``, which has the full blocks ``blocks``."""
+        """Returns whether the shared prompt is the beginning of ``prompt``, which has the full blocks ``blocks``."""
         start = self.num_in_blocks
         rest = prompt[start : start + len(self.rest)]
         return self.blocks == tuple(blocks[: len(self.blocks)]) and self.rest == tuple(rest)
@@ -74,7 +82,7 @@ class CutBlocks:
         kv: geometry of the full model's KV.
         num_layers: layers of the decoder.
         executor: threads that copy.
-        max_bytes: limit on all copies.
+        max_bytes: limit on all copies with their keys.
     """
 
     def __init__(
@@ -97,9 +105,10 @@ class CutBlocks:
         await self._on_thread(self._store.read, blocks, [chunk], {})
         if key not in self._kept:
             self._kept[key] = chunk
-            self._num_bytes += chunk.size
+            self._num_bytes += key.size + chunk.size
         while self._num_bytes > self._max_bytes:
-            self._num_bytes -= self._kept.popitem(last=False)[1].size
+            oldest, chunk = self._kept.popitem(last=False)
+            self._num_bytes -= oldest.size + chunk.size
 
     async def restore(self, key: SharedKey, blocks: Sequence[int]) -> bool:
         """Writes the tokens behind the last full block into ``blocks``. Returns False if they are not kept."""

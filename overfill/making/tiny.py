@@ -6,6 +6,7 @@ residual stream. A wrong or lost block of KV therefore changes the answer. The t
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,10 +28,11 @@ from transformers.models.mistral import MistralForCausalLM
 from transformers.models.qwen2 import Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3ForCausalLM
 
-from overfill.making.checkpoint import write_decoder, write_weights
+from overfill.making.checkpoint import save_tensors, write_decoder, write_weights
 from overfill.making.layerwise import fold_norms
 from overfill.making.pair_json import write_manifest
 from overfill.making.prune import PruningPlan, slice_weights
+from overfill.model.adapter import PEFT_CONFIG, WEIGHTS, LowRank, Projection, peft_content, projection_shapes
 from overfill.model.config import ModelConfig
 from overfill.model.loading import load_weights
 from overfill.settings.tiers import TierSpec
@@ -128,6 +130,29 @@ def make_tiny_pair(
         if decoder_seed is not None:
             shutil.rmtree(source)
         write_manifest(folder, recipe={"method": "random", "intermediate_size": decoder_intermediate_size})
+    return folder
+
+
+def random_products(config: ModelConfig, seed: int, rank: int) -> dict[tuple[int, Projection], LowRank]:
+    """Returns random products of all projections of a decoder with ``config``, which change nearly all answers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def factor(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
+
+    return {
+        (layer, projection): LowRank(factor(rank, columns), factor(rows, rank))
+        for layer in range(config.num_layers)
+        for projection, (rows, columns) in projection_shapes(config).items()
+    }
+
+
+def make_random_adapter(folder: Path, config: ModelConfig, seed: int) -> Path:
+    """Writes PEFT's files of an adapter with ``random_products`` of rank 4 to ``folder``, which is returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, content = peft_content(random_products(config, seed, 4))
+    save_tensors(tensors, folder / WEIGHTS)
+    (folder / PEFT_CONFIG).write_text(content, encoding="utf-8")
     return folder
 
 

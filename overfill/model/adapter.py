@@ -39,7 +39,7 @@ from overfill.model.config import ModelConfig
 from overfill.model.digest import StoredTensor, digest_head, read_header
 from overfill.model.peft_config import MAX_RANK, PeftConfig
 from overfill.request.answer_start import MAX_TAIL_TOKENS
-from overfill.request.names import ADAPTER_NAME
+from overfill.request.names import ADAPTER_NAME, ADAPTER_NAME_RULE
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +104,7 @@ class LoraAdapter:
 
 
 def projection_shapes(config: ModelConfig) -> dict[Projection, tuple[int, int]]:
-    """(out, in) of each projection of a layer."""
+    """Returns (out, in) of each projection of a layer."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {
@@ -129,7 +129,7 @@ def read_record(folder: Path) -> AdapterRecord:
 
 
 def read_adapter(folder: Path, config: ModelConfig, max_rank: int = MAX_RANK) -> LoraAdapter:
-    """Reads the adapter in ``folder``, whose name is the adapter's. Reads each file once, whole.
+    """Reads the adapter in ``folder``, whose name is the adapter's. Reads PEFT's files once, whole.
 
     Args:
         config: of the decoder. The caller compares ``record.decoder_digest`` with the decoder's digest.
@@ -169,9 +169,7 @@ def file_limits(config: ModelConfig, max_rank: int = MAX_RANK) -> dict[str, int]
 def check_name(name: str) -> None:
     """Raises InvalidAdapter unless an adapter may have this name."""
     if ADAPTER_NAME.fullmatch(name) is None:
-        raise InvalidAdapter(
-            f"{name[:80]!r} is no name for an adapter: 1 to 64 of A-Z a-z 0-9 . _ - are, with a letter or digit first"
-        )
+        raise InvalidAdapter(f"{name[:80]!r} is no name for an adapter: give {ADAPTER_NAME_RULE}")
 
 
 def parse_record(folder: Path, files: Mapping[str, bytes], name: str) -> AdapterRecord:
@@ -348,3 +346,17 @@ def record_json(record: AdapterRecord, base_model: str, training: Mapping[str, A
         "training": dict(training),
     }
     return json.dumps(values, indent=2).encode() + b"\n"
+
+
+def peft_content(products: Mapping[tuple[int, Projection], LowRank]) -> tuple[dict[str, torch.Tensor], str]:
+    """Returns what PEFT's two files hold: the tensors by name, and the text of ``adapter_config.json``."""
+    tensors = {}
+    for (layer, projection), product in products.items():
+        block = "self_attn" if projection in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+        module = f"base_model.model.model.layers.{layer}.{block}.{projection}"
+        tensors[f"{module}.lora_A.weight"] = product.down.contiguous()
+        tensors[f"{module}.lora_B.weight"] = product.up.contiguous()
+    rank = max(product.down.shape[0] for product in products.values())
+    # The products are scaled already.
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(get_args(Projection))}
+    return tensors, json.dumps(config)

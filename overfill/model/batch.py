@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+
+def token_adapters(slots: Sequence[int | None], query_lens: Sequence[int]) -> torch.Tensor | None:
+    """Returns ``ForwardBatch.adapters`` of sequences with these slots and numbers of new tokens."""
+    if all(slot is None for slot in slots):
+        return None
+    own = torch.tensor([-1 if slot is None else slot for slot in slots])
+    return own.repeat_interleave(torch.tensor(query_lens))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +32,7 @@ from overfill.telemetry.progress import Report, silent
 
 _READ_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 100 << 20
+_MAX_DIMENSIONS = 16
 _MAX_MESSAGE = 1000
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -175,11 +176,7 @@ def read_header(
         header: dict[str, Any] = json.loads(stream.read(length), object_pairs_hook=_without_duplicates)
         header.pop("__metadata__", None)
         base = 8 + length
-        tensors = [
-            StoredTensor(name, t["dtype"], tuple(t["shape"]), file, base + begin, base + end)
-            for name, t in header.items()
-            for begin, end in [t["data_offsets"]]
-        ]
+        tensors = [_stored(name, tensor, file, base) for name, tensor in header.items()]
         expected = max((t.end for t in tensors), default=base)
         misfits = [
             t for t in tensors if t.dtype in _BYTES_OF and t.end - t.start != math.prod(t.shape) * _BYTES_OF[t.dtype]
@@ -196,6 +193,17 @@ def read_header(
             f"shape {str(wrong.shape)[:80]}; the file is damaged"
         )
     return tensors
+
+
+def _stored(name: str, tensor: Mapping[str, Any], file: Path, base: int) -> StoredTensor:
+    """Returns the tensor that a header's entry describes; raises ValueError if it cannot describe one."""
+    dtype, shape, (begin, end) = tensor["dtype"], tensor["shape"], tensor["data_offsets"]
+    # The product of a shape of 500,000 dimensions would take 20 s, in which no other thread runs.
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"the shape of {name[:200]} is not a list of at most {_MAX_DIMENSIONS} dimensions")
+    if not isinstance(dtype, str) or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, begin, end)):
+        raise ValueError(f"dtype, shape or data_offsets of {name[:200]} are not text and whole numbers")
+    return StoredTensor(name, dtype, tuple(shape), file, base + begin, base + end)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

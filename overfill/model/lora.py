@@ -40,12 +40,12 @@ _TILE_ROWS = 16
 
 
 def round_up_rank(rank: int) -> int:
-    """The rank for which a slot has memory: kernels read whole vectors of ranks."""
+    """Returns the rank for which a slot has memory: kernels read whole vectors of ranks."""
     return -(-rank // _RANK_UNIT) * _RANK_UNIT
 
 
 def slot_bytes(config: ModelConfig, max_rank: int, dtype: torch.dtype) -> int:
-    """Bytes of a slot for a product of every projection of every layer."""
+    """Returns the bytes of a slot for a product of every projection of every layer."""
     rank = round_up_rank(max_rank)
     elements = sum(rank * (rows + columns) for rows, columns in projection_shapes(config).values())
     return config.num_layers * elements * dtype.itemsize

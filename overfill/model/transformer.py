@@ -176,7 +176,7 @@ class Transformer:
             return logits_of(normed, self.weights.head, self.weights.tail).float()
 
     def _multiply(self, layer: int, tiles: RowTiles | None) -> _Multiply:
-        """The products of a layer's fused matrices, with those of the step's adapters."""
+        """Returns what computes the products of a layer's fused matrices, with those of the step's adapters."""
         if tiles is None:
             return lambda x, fused, matrix, bias: linear(x, matrix, bias)
         slots = self._adapters

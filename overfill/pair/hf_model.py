@@ -129,7 +129,7 @@ def chat_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]
 
 
 def generation_prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
-    """Number of tokens at the end of ``chat_token_ids`` that are the generation prompt, or share one with it."""
+    """Returns how many tokens at the end of ``chat_token_ids`` have a part of the generation prompt."""
     if tokenizer.chat_template is None:
         return 0
     messages = [{"role": "user", "content": prompt}]

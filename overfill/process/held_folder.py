@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -32,6 +33,15 @@ def hold_folder(folder: Path) -> IO[bytes]:
     held = _lock(starting)
     starting.rename(folder / _HELD)  # locked before another process can find it
     return held
+
+
+@contextlib.contextmanager
+def temporary_folder(kind: str) -> Iterator[Path]:
+    """Makes and holds a folder that only this user can enter, and removes it at the end. ``kind`` is in its name."""
+    remove_abandoned_folders()
+    temporary = tempfile.TemporaryDirectory(prefix=f"{PREFIX}{kind}-", ignore_cleanup_errors=True)
+    with temporary as name, hold_folder(Path(name)):
+        yield Path(name)
 
 
 def _lock(path: Path) -> IO[bytes]:

@@ -10,6 +10,8 @@ from overfill.v1 import common_pb2
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """What an adapter may be called. Names of tiers have this form too."""
 
+ADAPTER_NAME_RULE = "1 to 64 letters, digits and . _ -, of which the first is a letter or digit"
+
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 FINISH_REASONS: dict[int, FinishReason] = {

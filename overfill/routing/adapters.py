@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 
 from overfill.request.answer_start import MAX_TAIL_TOKENS
-from overfill.request.names import ADAPTER_NAME
+from overfill.request.names import ADAPTER_NAME, ADAPTER_NAME_RULE
 from overfill.routing.tier import Adapter
 from overfill.routing.worker import Worker
 from overfill.v1 import common_pb2
@@ -46,7 +46,7 @@ class Adapters:
         self._tiers = frozenset(tiers)
         self._known: dict[str, Adapter] = {}
         self._holders: dict[str, dict[Worker, None]] = {}  # of the known adapters
-        self._said: dict[Worker, dict[str, Adapter]] = {}  # the ignored ones too
+        self._reported: dict[Worker, dict[str, Adapter]] = {}  # the ignored ones too
         self._lost_since: dict[str, float | None] = {}  # names without a worker; None until the next ``expire``
         self.changes = 0
 
@@ -66,13 +66,13 @@ class Adapters:
     def set(self, worker: Worker, adapters: Iterable[common_pb2.Adapter]) -> None:
         """Replaces what a joined worker has by what it says. Ignores, with a warning, what is wrong or not unique."""
         ignored: dict[str, list[str]] = {}
-        said = self._checked(worker.info.tier, adapters, ignored)
-        before = self._said.get(worker, {})
-        self._said[worker] = said
+        reported = self._checked(worker.info.tier, adapters, ignored)
+        before = self._reported.get(worker, {})
+        self._reported[worker] = reported
         for name, adapter in before.items():
-            if said.get(name) != adapter:
+            if reported.get(name) != adapter:
                 self._take_away(worker, name, unloaded=True)
-        for name, adapter in said.items():
+        for name, adapter in reported.items():
             if before.get(name) != adapter and (reason := self._add(worker, adapter)):
                 ignored.setdefault(reason, []).append(name)
         for reason, names in ignored.items():
@@ -82,13 +82,13 @@ class Adapters:
 
     def add(self, worker: Worker, adapter: common_pb2.Adapter) -> str | None:
         """Notes that a worker has loaded ``adapter``. Returns why it is ignored; None if it is not."""
-        if worker not in self._said:
+        if worker not in self._reported:
             return "it has left"
         ignored: dict[str, list[str]] = {}
-        said = self._checked(worker.info.tier, [adapter], ignored)
-        for name, one in said.items():
-            before = self._said[worker].get(name)
-            self._said[worker][name] = one
+        reported = self._checked(worker.info.tier, [adapter], ignored)
+        for name, one in reported.items():
+            before = self._reported[worker].get(name)
+            self._reported[worker][name] = one
             if before is not None and before != one:
                 self._take_away(worker, name, unloaded=True)
             if (before != one or name not in worker.adapters) and (reason := self._add(worker, one)):
@@ -97,12 +97,12 @@ class Adapters:
 
     def remove(self, worker: Worker, name: str) -> None:
         """Notes that a worker has unloaded the adapter ``name``."""
-        if self._said.get(worker, {}).pop(name, None) is not None:
+        if self._reported.get(worker, {}).pop(name, None) is not None:
             self._take_away(worker, name, unloaded=True)
 
     def left(self, worker: Worker) -> None:
         """Forgets a worker that has left its pool."""
-        for name in self._said.pop(worker, {}):
+        for name in self._reported.pop(worker, {}):
             self._take_away(worker, name, unloaded=False)
 
     def expire(self, now: float, max_absence: Callable[[str], float]) -> list[Adapter]:
@@ -125,21 +125,21 @@ class Adapters:
     def _checked(
         self, tier: str, adapters: Iterable[common_pb2.Adapter], ignored: dict[str, list[str]]
     ) -> dict[str, Adapter]:
-        said: dict[str, Adapter] = {}
+        reported: dict[str, Adapter] = {}
         found = iter(adapters)
         for one in islice(found, MAX_WORKER_ADAPTERS):
             adapter = Adapter(one.name, one.digest, tier, one.tail_tokens)
             if fault := self._fault(adapter):
                 ignored.setdefault(fault, []).append(one.name)
             else:
-                said[one.name] = adapter
+                reported[one.name] = adapter
         if more := [one.name for one in found]:
             ignored[f"a worker may have at most {MAX_WORKER_ADAPTERS}"] = more
-        return said
+        return reported
 
     def _fault(self, adapter: Adapter) -> str:
         if not ADAPTER_NAME.fullmatch(adapter.name):
-            return "a name has at most 64 letters, digits and . _ -, and begins with a letter or digit"
+            return f"a name has {ADAPTER_NAME_RULE}"
         if not _DIGEST.fullmatch(adapter.digest):
             return "a digest has 64 lower-case hexadecimal digits"
         if adapter.tail_tokens > MAX_TAIL_TOKENS:
@@ -188,6 +188,6 @@ class Adapters:
 
     def _replace(self, name: str) -> None:
         """Gives the name to an adapter that was ignored."""
-        for worker, said in self._said.items():
-            if name in said and name not in worker.adapters:
-                self._add(worker, said[name])
+        for worker, reported in self._reported.items():
+            if name in reported and name not in worker.adapters:
+                self._add(worker, reported[name])

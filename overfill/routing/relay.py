@@ -106,7 +106,10 @@ class Relay:
         self._max_attempts = max_attempts
         self._observer = observer or _NoObserver()
         emitted, scores = request.start.emitted_token_ids, request.num_scores
-        self.answer = AnswerState(emitted, request.max_tokens, request.received, request.writer, scores)
+        own_first = request.start.HasField("answer_start")
+        self.answer = AnswerState(
+            emitted, request.max_tokens, request.received, request.writer, scores, own_first=own_first
+        )
         self.decode_worker = ""
         self.decode_engine = ""
         self._loop = asyncio.get_running_loop()

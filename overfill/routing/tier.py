@@ -34,11 +34,11 @@ class TierChoice:
     """The tier of one request, and its adapter.
 
     Attributes:
-        adapter: adapter that writes the answer, on the decoder of ``tier``; None means the decoder alone.
         tier: tier that writes the answer.
         fallback: tier in which the answer goes on when that tier has no worker left; empty means none.
         brownout_from: requested tier, if ``tier`` writes the answer instead because of a brownout.
         fallback_from: requested tier, if it has no worker and ``tier`` is the one to which it falls back.
+        adapter: adapter that writes the answer, on the decoder of ``tier``; None means the decoder alone.
     """
 
     tier: str = DEFAULT_TIER

@@ -26,6 +26,7 @@ class Model:
         decoder_digest: SHA-256 of the decoder's tensors.
         dtype: Element type of the KV cache, such as "bfloat16".
         tier: Tier that answers under this name.
+        adapter_digest: Digest of the adapter that answers, on the tier's decoder; empty without one.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Model:
     decoder_digest: str
     dtype: str
     tier: str = ""
+    adapter_digest: str = ""
 
     @classmethod
     def from_proto(cls, message: inference_pb2.Model) -> Model:

@@ -234,17 +234,17 @@ class WorkerHost:
         self._refusal = error
         self.drain()
 
-    def adapters(self) -> ChangingAdapters:
-        """Returns what changes the worker's adapters.
+    def adapters(self, *, load: bool) -> ChangingAdapters:
+        """Returns what changes the worker's adapters, to load one or to unload one.
 
         Raises:
             Incompatible: it has no folder of adapters.
-            ShuttingDown: it drains.
+            ShuttingDown: it drains, so that it loads none.
         """
         if self._worker.adapters is None:
             reason = "has no folder of adapters: start the decode workers with --adapters FOLDER"
             raise Incompatible(f"{self._hello.worker_id} {reason}", ["adapters"])
-        if self.draining:
+        if load and self.draining:
             raise ShuttingDown(f"{self._hello.worker_id} is draining")
         return self._worker.adapters
 
@@ -343,12 +343,12 @@ class _Admin(admin_pb2_grpc.AdminServicer):
     async def LoadAdapter(
         self, request: admin_pb2.LoadAdapterRequest, context: Context
     ) -> admin_pb2.ChangeAdapterResponse:
-        return self._changed(await self._host.adapters().load(request.name))
+        return self._changed(await self._host.adapters(load=True).load(request.name))
 
     async def UnloadAdapter(
         self, request: admin_pb2.UnloadAdapterRequest, context: Context
     ) -> admin_pb2.ChangeAdapterResponse:
-        return self._changed(await self._host.adapters().unload(request.name))
+        return self._changed(await self._host.adapters(load=False).unload(request.name))
 
     def _changed(self, adapter: common_pb2.Adapter) -> admin_pb2.ChangeAdapterResponse:
         change = admin_pb2.AdapterChange(worker_id=self._host.status().id, adapter=adapter)

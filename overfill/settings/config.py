@@ -238,7 +238,7 @@ class DecodeConfig(WorkerConfig):
     adapters: Folder | None = Field(
         None,
         description="folder with a folder for each adapter, named after it; the worker loads those of its decoder when "
-        "it starts; by default it has no adapters, and no memory for them",
+        "it starts; without a folder, it has no adapters and no memory for them",
     )
     max_adapters: int = Field(8, ge=1, description="with --adapters, maximum number of loaded adapters")
     max_adapter_rank: int = Field(

@@ -151,17 +151,14 @@ class WorkerAdapters:
         """
         try:
             check_name(name)
-        except InvalidAdapter as error:
-            raise InvalidRequest("name", str(error)) from None
-        if (task := self._loading.get(name)) is None:
-            task = self._loading[name] = asyncio.ensure_future(self._load(name))
-            task.add_done_callback(lambda task: self._forget(name, task))
-        done, _ = await asyncio.wait([task], timeout=CHANGE_TIMEOUT)
-        if not done:
-            raise DeadlineExceeded(
-                f"{self._who} still loads the adapter {name!r} after {CHANGE_TIMEOUT:g} s; ask again later"
-            )
-        try:
+            if (task := self._loading.get(name)) is None:
+                task = self._loading[name] = asyncio.ensure_future(self._load(name))
+                task.add_done_callback(lambda task: self._forget(name, task))
+            done, _ = await asyncio.wait([task], timeout=CHANGE_TIMEOUT)
+            if not done:
+                raise DeadlineExceeded(
+                    f"{self._who} still loads the adapter {name!r} after {CHANGE_TIMEOUT:g} s; ask again later"
+                )
             return task.result()
         except InvalidAdapter as error:
             raise InvalidRequest("name", str(error)) from error
@@ -223,11 +220,14 @@ class WorkerAdapters:
         async with self._turn:
             record = await self._in_thread(lambda: self._record(name))
             if (loaded := self._loaded.get(name)) is not None:
-                if loaded.record.digest == record.digest:
+                if _to_proto(loaded.record) == _to_proto(record):
                     return _to_proto(record)
+                ours, theirs = (
+                    f"{one.digest[:16]} with tail_tokens {one.tail_tokens}" for one in (loaded.record, record)
+                )
                 raise Incompatible(
-                    f"{self._who} has loaded another adapter {name!r}, {loaded.record.digest[:16]}, than the folder's, "
-                    f"{record.digest[:16]}: unload it first",
+                    f"{self._who} has loaded another adapter {name!r}, {ours}, than the folder's, {theirs}: "
+                    "unload it first",
                     ["name"],
                 )
             if record.decoder_digest != self._hello.model.decoder_digest:
@@ -251,10 +251,12 @@ class WorkerAdapters:
         try:
             adapter = await self._in_thread(lambda: self._stage(slot, record))
             if (error := await self._change(slot, adapter)) is not None:
-                raise error if isinstance(error, OverfillError) else InternalError(f"{name}: {error}")
-        except BaseException:
+                raise error
+        except BaseException as error:
             self._free.append(slot)
-            raise
+            if isinstance(error, OverfillError) or not isinstance(error, Exception):
+                raise
+            raise InternalError(f"{name}: {error}") from error
         self._loaded[name] = _Loaded(record, slot)
         self._tell()
         logger.info("loaded the adapter %s, %s, in slot %d", name, record.digest[:16], slot)
@@ -288,9 +290,12 @@ class WorkerAdapters:
         if loaded.users or not loaded.unloaded:
             return
 
-        def emptied(_: object) -> None:
+        def emptied(answer: asyncio.Future[Exception | None]) -> None:
             self._leaving.discard(loaded)
-            self._free.append(loaded.slot)
+            if (error := answer.result()) is None:
+                self._free.append(loaded.slot)
+            else:  # it may be in use
+                logger.error("slot %d of %s stays unused: %s", loaded.slot, loaded.record.name, error)
 
         loaded.emptied = self._change(loaded.slot, None)
         loaded.emptied.add_done_callback(emptied)

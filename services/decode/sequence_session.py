@@ -265,6 +265,11 @@ class SequenceSession:
             self.inbox.put_nowait(tokens)
 
     @property
+    def _follows(self) -> bool:
+        """Whether another sequence receives the prompt for this one too, or has received it."""
+        return self._transfer is not None and self._transfer.runs
+
+    @property
     def _is_next(self) -> bool:
         """Whether nothing comes before an item that arrives now."""
         return self._waiting and self.inbox.empty()
@@ -365,14 +370,13 @@ class SequenceSession:
     async def _announce_reservation(self, awaited: SharedTransfer | None) -> None:
         """Tells the router of new blocks. ``awaited`` is the transfer that another sequence has completed, or None."""
         in_place = await self._take_shared(awaited)
-        has_prompt = in_place or (self._transfer is not None and self._transfer.runs)
-        if self._reserved:
-            if not has_prompt and awaited is None:
-                self._want_prefill(_Need.REASON_PREEMPTED, "the sequence lost its blocks to an older sequence", "")
-            elif not has_prompt:
-                self._want_prefill(_Need.REASON_REST, "another sequence's transfer brought less than the prompt", "")
-        else:
+        has_prompt = in_place or self._follows
+        if not self._reserved:
             self._tell_reserved(has_prompt)
+        elif not has_prompt and awaited is None:
+            self._want_prefill(_Need.REASON_PREEMPTED, "the sequence lost its blocks to an older sequence", "")
+        elif not has_prompt:
+            self._want_prefill(_Need.REASON_REST, "another sequence's transfer brought less than the prompt", "")
         if in_place:
             self._wants_kv = False
             self._begin()
@@ -384,18 +388,16 @@ class SequenceSession:
         self._metrics.reserved(reservation_ns / 1e9)
         tracing.current().past("decode.reservation", self._received_ns, self._received_ns + reservation_ns)
         # The pull begins first, because the first token waits for it and for nothing else.
-        if has_prompt:
-            pass
-        elif self.start.HasField("assign_prefill"):
-            self._begin_pull(self.start.assign_prefill)
-        elif (own := self._worker.own_assignment(len(self.sequence.prompt))) is not None:
-            self._begin_pull(own)
+        assigned = self.start.assign_prefill if self.start.HasField("assign_prefill") else None
+        target = assigned or self._worker.own_assignment(len(self.sequence.prompt))
+        if target is not None and not has_prompt:
+            self._begin_pull(target)
         reserved = decode_pb2.Reserved(blocks=len(self.blocks), reservation_ns=reservation_ns, has_prompt=has_prompt)
         self._served.put(decode_pb2.SequenceUpdate(reserved=reserved))
 
     def _begin_pull(self, target: decode_pb2.AssignPrefill) -> None:
         # Ignores an assignment that arrives after the sequence lost its blocks: it will ask again.
-        if self._wants_kv and self._pull is None and not (self._transfer is not None and self._transfer.runs):
+        if self._wants_kv and self._pull is None and not self._follows:
             self._pulls += 1
             if self._transfer is not None:
                 self._transfer.lead(self.sequence.id)
@@ -529,11 +531,13 @@ class SequenceSession:
 
     async def _let_go(self) -> None:
         """Ends what uses the blocks. A transfer for which others wait ends first."""
-        if self._transfer is not None and self._transfer.leader == self.sequence.id:
-            await self._carry_on(self._transfer)
-        self._leave_transfer()
-        # A pull whose KV is in place ends by itself, so that the prefill worker does not count it as cancelled.
-        await self._join_pull(cancel=self._wants_kv or self._failure is not None)
+        try:
+            if self._transfer is not None and self._transfer.leader == self.sequence.id:
+                await self._carry_on(self._transfer)
+        finally:
+            self._leave_transfer()
+            # A pull whose KV is in place ends by itself, so that the prefill worker does not count it as cancelled.
+            await self._join_pull(cancel=self._wants_kv or self._failure is not None)
 
     async def _carry_on(self, transfer: SharedTransfer) -> None:
         """Goes on with the transfer, although this sequence has ended, until it ends or has no followers."""

@@ -100,7 +100,7 @@ class SharedTransfer:
         return tuple(id for id in self.members if id != self.leader)
 
     def prompts(self) -> set[SharedKey]:
-        """The members' prompts."""
+        """Returns the members' prompts."""
         return {member.key for member in self.members.values()}
 
     def lead(self, id: str) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 
 from overfill.errors import Incompatible, InvalidRequest, ModelNotFound, OverfillError, Unavailable
-from overfill.request.names import ADAPTER_NAME
+from overfill.request.names import ADAPTER_NAME, ADAPTER_NAME_RULE
 from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import Worker
@@ -29,7 +29,7 @@ class WorkerChange:
     error: OverfillError | None = None
 
     def to_proto(self) -> admin_pb2.AdapterChange:
-        """The change as the wire's message."""
+        """Returns the change as the wire's message."""
         error = "" if self.error is None else str(self.error)
         return admin_pb2.AdapterChange(worker_id=self.worker_id, adapter=self.adapter, error=error)
 
@@ -52,23 +52,20 @@ class AdapterChanges:
             OverfillError: no worker has done it; the first one's reason.
         """
         if not ADAPTER_NAME.fullmatch(name):
-            allowed = "has at most 64 letters, digits and . _ -, and begins with a letter or digit"
-            raise InvalidRequest("name", f"is {name[:80]!r}; a name {allowed}, and no path")
+            raise InvalidRequest("name", f"is {name[:80]!r}; a name has {ADAPTER_NAME_RULE}, and is no path")
         if name in self._roster.tiers:
             raise InvalidRequest("name", f"is {name!r}, which is a tier's; give the adapter another name")
-        workers = [worker for pool in self._roster.decode.values() for worker in pool if not worker.draining]
+        # A worker that drains takes no new adapter, but requests would wait for it as long as it has this one.
+        workers = [w for pool in self._roster.decode.values() for w in pool if not (load and w.draining)]
         if not workers:
             raise Unavailable("no decode worker has joined")
         # Look up all channels before the first await: a worker may leave meanwhile.
         stubs = [admin_pb2_grpc.AdminStub(self._connector.channel(worker.info)) for worker in workers]
         asked = zip(workers, stubs, strict=True)
         changes = await asyncio.gather(*[self._change(worker, stub, name, load) for worker, stub in asked])
-        tiers = {
-            worker.info.tier for worker, one in zip(workers, changes, strict=True) if not _not_concerned(one.error)
-        }
-        concerned = [
-            one for worker, one in zip(workers, changes, strict=True) if worker.info.tier in tiers or not tiers
-        ]
+        done_by = list(zip(workers, changes, strict=True))
+        tiers = {worker.info.tier for worker, one in done_by if _concerns(one.error)}
+        concerned = [one for worker, one in done_by if worker.info.tier in tiers or not tiers]
         done = [one for one in concerned if one.error is None]
         if not done and (first := concerned[0].error) is not None:
             raise first
@@ -93,5 +90,6 @@ class AdapterChanges:
         return WorkerChange(worker.id, adapter)
 
 
-def _not_concerned(error: OverfillError | None) -> bool:
-    return isinstance(error, Incompatible) and not _OTHERS.isdisjoint(error.fields)
+def _concerns(error: OverfillError | None) -> bool:
+    """Returns whether a worker that answers with ``error`` is one on whose decoder the adapter works."""
+    return not isinstance(error, Incompatible) or _OTHERS.isdisjoint(error.fields)

@@ -242,7 +242,8 @@ class ServedTiers:
             ModelNotFound: there is no such model, tier or adapter.
             PermissionDenied: the API key may not use the tier or adapter.
             InvalidRequest: model and tier contradict each other, or there is no such tier to fall back to.
-            Unavailable: the client resumes an answer of an adapter that no worker has now.
+            Unavailable: the client resumes an answer of an adapter that no worker has now, or what it names may be an
+                adapter and no decode worker has joined yet.
         """
         try:
             named = self.parse_model(request.model, caller)
@@ -251,8 +252,14 @@ class ServedTiers:
                 usable = self._usable(caller)
                 raise ModelNotFound(f"tier {request.tier[:200]!r} does not exist; this router has {usable}")
         except ModelNotFound as error:
-            if request.resume_identity.adapter_digest:  # another router knew it; a new one learns it from the workers
+            # Another router may know the adapter. A router that has just started learns adapters from the workers.
+            if request.resume_identity.adapter_digest:
                 raise Unavailable(f"no decode worker has the adapter that began the answer; {error}") from None
+            names_writer = request.tier or request.model.rpartition(":")[0] in self._names
+            if names_writer and not any(map(any, self.roster.decode.values())):
+                raise Unavailable(
+                    f"no decode worker has joined this router, so it knows no adapters; {error}"
+                ) from None
             raise
         tier, writer = choice.tier, choice.writer
         kind = "tier" if choice.adapter is None else "adapter"

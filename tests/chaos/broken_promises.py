@@ -128,7 +128,7 @@ BROKEN = (
         "await self._carry_on(self._transfer)", "pass",
         "tests/unit/services/test_shared_transfers.py::test_the_transfer_goes_on_when_its_leader_has_ended"),
     Broken("a sequence waits only while its prompt is received", "followers do not learn of a failed transfer",
-        "self.members[id](TransferLost(self, worker_id, error))", "pass",
+        "self.members[id].notify(TransferLost(self, worker_id, error))", "pass",
         "tests/unit/services/test_shared_transfers.py::test_each_asks_again_after_a_failure_and_the_first_that_gets_a_prefill_worker_leads"),
     Broken("no block is freed while a rank reads it", "the rank's readers are not waited for",
         "await transfer.streams.join()", "pass",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import urllib.error
 import urllib.request
 
 import pytest
 from mocks import mock_stack
 from peft_adapters import add_tiny_adapter
+from stacks import children, idle, running_stack, wait_until
 
 from overfill.cli.main import main
 from overfill.client import Client, Incompatible, ModelNotFound, SamplingParams, Unavailable
@@ -166,3 +169,30 @@ def test_an_answer_is_resumed_at_another_router_only_by_its_adapter(stack, clien
         assert second.unload_adapter("a")[0].error is None
         with pytest.raises(Unavailable, match="no decode worker has the adapter that began the answer"):
             second.generate("Hi there", timeout=2, **begun)
+
+
+def test_a_stream_goes_on_at_another_router_which_learns_adapters_from_the_workers(tiny_pair, tmp_path):
+    folder, long = tmp_path / "tasks", SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    add_tiny_adapter(Pair.load(tiny_pair), folder, "a", tail_tokens=3)
+    with running_stack(tiny_pair, routers=2, adapters=folder, grace_period="0") as (stack, _):
+        addresses = list(stack.placed.addresses)
+        with Client(addresses[1]) as second, Client(",".join(addresses)) as client:
+            assert second.unload_adapter("a")[0].error is None
+            wait_until(lambda: not has_adapter(addresses[0]), 10, "the first router knows that it is gone")
+            assert second.load_adapter("a")[0].error is None
+            wait_until(lambda: has_adapter(addresses[0]), 10, "the first router knows that it is back")
+            with client.stream("Hi there", tier="a", sampling=long) as stream:
+                next(stream)
+                os.kill(children(stack, "router-0")[0].pid, signal.SIGKILL)
+                for _ in stream:
+                    pass
+            whole = second.generate("Hi there", tier="a", sampling=long)
+            assert (stream.answer.routers, stream.answer.tier) == (2, "a")
+            assert stream.answer.token_ids == whole.token_ids
+            assert whole.token_ids != second.generate("Hi there", sampling=long).token_ids
+            wait_until(lambda: idle(addresses[1]), 10, "all blocks free")
+
+
+def has_adapter(address):
+    with Client(address) as client:
+        return any(worker.adapters for worker in client.status().workers)

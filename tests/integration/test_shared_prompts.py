@@ -17,7 +17,6 @@ from overfill.model.manifest import Pair
 TASKS = ("a", "b", "c", "d")
 KINDS = {
     "stages": {"prefill": 1, "decode": 1},
-    "int8": {"prefill": 1, "decode": 1, "kv_cache_dtype": "int8", "codec": "int8"},
     "colocated": {"prefill": 0, "decode": 0, "colocated": 1},
     "no cache": {"prefill": 1, "decode": 1, "prefix_cache": False},
 }

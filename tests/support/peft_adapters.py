@@ -1,4 +1,4 @@
-"""Adapters that PEFT makes, with random weights that change a decoder's answers."""
+"""Adapters with random weights that change a decoder's answers, made by PEFT or in its format."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from overfill.making.tiny import make_random_adapter
 from overfill.model.manifest import Pair
 from overfill.pair.adapters import add_adapter
 
@@ -44,7 +45,7 @@ def load_peft(pair: Pair, folder: Path) -> Any:
 
 
 def add_tiny_adapter(pair: Pair, directory: Path, name: str, *, seed: int = 0, tail_tokens: int = 0) -> Path:
-    """Adds an adapter of the pair's decoder to ``directory``; returns its folder."""
-    source = save_peft(pair, directory.with_name(f"{directory.name}-peft-{name}"), seed=seed)
+    """Adds a random adapter of the pair's decoder to ``directory``; returns its folder. Does not import PEFT."""
+    source = make_random_adapter(directory.with_name(f"{directory.name}-{name}"), pair.decoder_config, seed)
     add_adapter(directory, name, source, pair, tail_tokens=tail_tokens, own_prefill=False)
     return directory / name

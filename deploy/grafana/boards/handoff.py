@@ -20,7 +20,7 @@ def handoff() -> Dashboard:
                 quantiles(exposed, WORKER),
                 SECONDS,
                 limit=0.5,
-                what="First token until first decode step: the delay that the handoff adds to the second token.",
+                what="First token, or computed prompt if the decoder samples that token, until the first decode step.",
             ),
             cells("Handoff exposed, spread", buckets(exposed, WORKER), span=16),
             lines(
@@ -52,6 +52,17 @@ def handoff() -> Dashboard:
                     "on another worker": rate(f"{whole}_count", where=WORKER),
                     "on the worker that answers": rate("overfill_decode_local_prefills_total", where=WORKER),
                 },
+                PER_SECOND,
+            ),
+            lines(
+                "Prompts without a transfer",
+                {"{{from}}": rate("overfill_decode_shared_prompts_total", "from", WORKER)},
+                PER_SECOND,
+                what="Their KV was in the prefix cache, or came with another sequence's transfer.",
+            ),
+            lines(
+                "Their tokens",
+                {"tokens": rate("overfill_decode_shared_prompt_tokens_total", where=WORKER)},
                 PER_SECOND,
             ),
             lines("KV received by worker", {"{{worker}}": rate(received, "worker", WORKER)}, BYTES_PER_SECOND),

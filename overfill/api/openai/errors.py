@@ -201,7 +201,7 @@ def from_error(error: OverfillError) -> ApiError:
 
 
 def adapter_error(error: OverfillError, message: str = "") -> ApiError:
-    """The HTTP error response for ``error`` of a change of adapters, with another ``message`` unless that is empty."""
+    """Returns the HTTP error response for ``error`` of a change of adapters; ``message`` replaces its own if given."""
     param = "lora_name"
     match error:
         case InvalidRequest(field="name"):

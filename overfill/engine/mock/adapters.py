@@ -8,7 +8,7 @@ from overfill.model.adapter import AdapterRecord, LoraAdapter
 
 
 def adapter_mark(record: AdapterRecord) -> str:
-    """The text with which each answer of the adapter begins."""
+    """Returns the text with which each answer of the adapter begins."""
     return f"[{record.name} {record.digest[:8]}] "
 
 

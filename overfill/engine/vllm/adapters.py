@@ -11,24 +11,21 @@ It is removed when vLLM has read it; what a killed process leaves, the next one 
 
 from __future__ import annotations
 
-import json
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
-import torch
 from safetensors.torch import save_file  # noqa: TID251 - only vLLM, in this user's processes, reads the files
 from vllm.config.lora import MaxLoRARanks
 
 from overfill.engine.protocol import EngineOptions
 from overfill.engine.vllm.internals import LoRARequest, VllmCore
 from overfill.errors import InternalError, InvalidRequest
-from overfill.model.adapter import LoraAdapter, Projection
+from overfill.model.adapter import PEFT_CONFIG, WEIGHTS, LoraAdapter, Projection, peft_content
 from overfill.model.config import ModelConfig
 from overfill.model.lora import check_fits
-from overfill.process.held_folder import PREFIX, hold_folder, remove_abandoned_folders
+from overfill.process.held_folder import temporary_folder
 
 _RANKS: tuple[int, ...] = get_args(MaxLoRARanks)
 """Ranks that vLLM has buffers for."""
@@ -76,25 +73,20 @@ class VllmAdapters:
         buffers, spare = vllm.adapter_buffers(), _num_spare(options)
         self.slot_bytes = buffers // self.num_slots + spare * buffers // (self.num_slots + spare)
         self._vllm = vllm
-        remove_abandoned_folders()
         self._exits = ExitStack()
-        temporary = TemporaryDirectory(prefix=f"{PREFIX}adapters-", ignore_cleanup_errors=True)
-        self._folder = Path(self._exits.enter_context(temporary))
-        self._exits.enter_context(hold_folder(self._folder))
+        self._folder = self._exits.enter_context(temporary_folder("adapters"))
         self._requests: dict[int, LoRARequest] = {}  # of the slots that have an adapter
 
     def stage(self, slot: int, adapter: LoraAdapter) -> None:
         """As ``AdapterSlots.stage``."""
         check_fits(adapter, self._config, self.max_rank)
-        rank = max((product.down.shape[0] for product in adapter.products.values()), default=1)
+        tensors, config = peft_content(adapter.products)
         folder = self._path(slot)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         try:
-            save_file(_tensors(adapter), folder / "adapter_model.safetensors")
-            # `up` is scaled already.
-            config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(get_args(Projection))}
-            (folder / "adapter_config.json").write_text(json.dumps(config))
+            save_file(tensors, folder / WEIGHTS)
+            (folder / PEFT_CONFIG).write_text(config)
         except Exception:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -120,7 +112,7 @@ class VllmAdapters:
         self._requests[slot] = request
 
     def request(self, slot: int) -> LoRARequest | None:
-        """What a request that uses the slot's adapter carries; None for an empty slot."""
+        """Returns what a request for the slot's adapter carries; None for an empty slot."""
         return self._requests.get(slot)
 
     def close(self) -> None:
@@ -129,14 +121,3 @@ class VllmAdapters:
 
     def _path(self, slot: int) -> Path:
         return self._folder / str(slot)
-
-
-def _tensors(adapter: LoraAdapter) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under PEFT's names."""
-    tensors = {}
-    for (layer, projection), product in adapter.products.items():
-        block = "self_attn" if projection in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-        module = f"base_model.model.model.layers.{layer}.{block}.{projection}"
-        tensors[f"{module}.lora_A.weight"] = product.down.contiguous()
-        tensors[f"{module}.lora_B.weight"] = product.up.contiguous()
-    return tensors

@@ -42,10 +42,11 @@ class RequestResult:
     Attributes:
         ending: "refused": the stack was overloaded. "given up": it lost too many workers and said that another try may
             succeed. "vanished": the client disconnected on purpose. "failed": any other error.
-        tier: Tier that was asked.
+        tier: Tier or adapter that was asked.
         fallback: Tier that may go on with the answer; "none" means no other.
         sampling: Parameters of the request. A sampled answer has the seed here that the router used.
         sample_index: Number of the answer, from which other tokens are drawn with the same seed.
+        answer_start: Index of the first prompt token that the decoder computes; None means the prompt's length.
         parts: Tier and index of the first token of each part of the answer.
         told_parts: The same for those parts that began while the answer streamed, as the stream told them.
         longest_pause: Longest time without a new token, in seconds, including the wait for the first one.
@@ -62,6 +63,7 @@ class RequestResult:
     error: str = ""
     token_ids: tuple[int, ...] = ()
     finish_reason: Literal["stop", "length", "tool_calls"] = "length"
+    answer_start: int | None = None
     parts: tuple[tuple[str, int], ...] = ()
     told_parts: tuple[tuple[str, int], ...] = ()
     migrations: int = 0
@@ -92,6 +94,7 @@ class LoadGenerator:
         addresses: Addresses of the routers.
         max_tokens: Maximum tokens of an answer.
         tiers: Tiers to ask, at random.
+        adapters: Adapters to ask, each as often as a tier. None goes on with an answer of another.
         fallback_share: Share of the requests that allow the next tier in ``tiers`` to go on with the answer.
         sampled_share: Share of the requests that are sampled; the others are greedy.
         api_key: Key that is sent with every request; None means no key.
@@ -108,6 +111,7 @@ class LoadGenerator:
         fallback_share: float = 0.0,
         sampled_share: float = 0.0,
         api_key: str | None = None,
+        adapters: Sequence[str] = (),
     ) -> None:
         self._addresses = addresses
         self._tls = tls
@@ -116,6 +120,7 @@ class LoadGenerator:
         self._seed = seed
         self._rng = random.Random(seed)
         self._tiers = tiers
+        self._writers = [*tiers, *adapters]
         self._fallback_share = fallback_share
         self._sampled_share = sampled_share
         self._api_key = api_key
@@ -190,8 +195,8 @@ class LoadGenerator:
         The router draws the seed of half of the sampled requests.
         """
         rng = random.Random(f"{self._seed}/{number}")
-        tier = rng.randrange(len(self._tiers))
-        falls_back = rng.random() < self._fallback_share and len(self._tiers) > 1
+        tier = rng.randrange(len(self._writers))
+        falls_back = rng.random() < self._fallback_share and tier < len(self._tiers) > 1
         sampling, sample_index = GREEDY, 0
         if rng.random() < self._sampled_share:
             seed = rng.choice([None, rng.getrandbits(64)])
@@ -199,7 +204,7 @@ class LoadGenerator:
         return RequestResult(
             f"chaos-{number}",
             self._prompts[number % len(self._prompts)],
-            self._tiers[tier],
+            self._writers[tier],
             self._tiers[(tier + 1) % len(self._tiers)] if falls_back else NO_FALLBACK,
             replace(sampling, max_tokens=self._max_tokens),
             sample_index,
@@ -224,6 +229,7 @@ class LoadGenerator:
             result.sampling = replace(result.sampling, seed=answer.seed)
         result.parts = tuple((part.tier, part.first_index) for part in answer.parts)
         result.migrations = answer.migrations
+        result.answer_start = (answer.identity.answer_start if answer.identity else 0) or None
 
     def _connect(self, number: int) -> AsyncClient:
         first = number % len(self._addresses)

@@ -55,6 +55,7 @@ class Trial:
         time_limit: Seconds after which no fault begins, and the trial waits for no more requests.
         fallback_share: Share of the requests that allow another tier to go on with the answer.
         sampled_share: Share of the requests that are sampled; the others are greedy.
+        adapters: Adapters that requests ask, besides the stack's tiers.
     """
 
     faults: Iterable[PlannedFault]
@@ -69,6 +70,7 @@ class Trial:
     seed: int = 0
     fallback_share: float = 0.0
     sampled_share: float = 0.0
+    adapters: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +162,7 @@ class TrialResult:
         max_tokens: int,
         report: Callable[[str, int, int], None],
     ) -> tuple[Summary, set[str]]:
-        """Compares each part of every answer with its tier's reference.
+        """Compares each part of every answer with the reference of its tier or adapter.
 
         Equal answers to equal requests are judged once.
 
@@ -172,8 +174,8 @@ class TrialResult:
         for one in answered:
             answer = one.parts, tuple(one.prompt), one.token_ids, one.finish_reason
             request = one.sampling, one.sample_index
-            if (key := (*answer, *request)) not in known:
-                known[key] = judge_parts(references, *answer, max_tokens, *request)
+            if (key := (*answer, *request, one.answer_start)) not in known:
+                known[key] = judge_parts(references, *answer, max_tokens, *request, one.answer_start)
             judged.append(known[key])
             if not known[key].correct:
                 wrong.add(one.request)
@@ -239,6 +241,7 @@ class _TrialRun:
             trial.fallback_share,
             trial.sampled_share,
             stack.placed.api_key,
+            trial.adapters,
         )
         self._result = TrialResult(results=self._load.results)
         self._down: set[str] = set()  # processes that a fault holds

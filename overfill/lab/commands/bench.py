@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from overfill.lab.commands.bench_engine import decode_command, prefill_command
+from overfill.lab.commands.bench_fan_out import fan_out_command
 from overfill.lab.commands.bench_handoff import handoff_command
 from overfill.lab.commands.bench_router import router_command
 from overfill.lab.commands.bench_serve import serve_command
@@ -20,6 +21,7 @@ def bench_group() -> None:
 for command in (
     decode_command,
     prefill_command,
+    fan_out_command,
     handoff_command,
     router_command,
     serve_command,

@@ -33,6 +33,7 @@ from overfill.settings.tiers import TierSpec, check_tiers
 from overfill.settings.values import EngineChoice
 
 if TYPE_CHECKING:
+    from overfill.model.manifest import Pair
     from overfill.stack.placed import PlacedStack
     from overfill.telemetry.progress import Report
 
@@ -113,6 +114,13 @@ _ENGINE = click.Choice(get_args(EngineChoice))
 @click.option(
     "--decode", type=click.IntRange(0), help="Number of decode workers.  [default: 3, or 0 with --colocated]"
 )  # fmt: skip
+@click.option(
+    "--num-adapters",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Number of adapters with random weights on the first tier's decoder; requests are spread over them too.",
+)
 @click.option("--router", "routers", type=click.IntRange(2), default=2, show_default=True, help="Number of routers.")
 @click.option("--requests", type=click.IntRange(1), default=200, show_default=True, help="Minimum number of requests.")
 @click.option(
@@ -183,6 +191,7 @@ def chaos_command(
     colocated: int,
     prefill: int | None,
     decode: int | None,
+    num_adapters: int,
     routers: int,
     requests: int,
     streams: int,
@@ -206,6 +215,7 @@ def chaos_command(
 
     With --tier, the requests are spread over the tiers. Each part of an answer is checked by the decoder of the tier
     that wrote it, and only requests that allow it, a quarter, may change their tier. A tier may lose its last worker.
+    With --num-adapters, they are spread over the adapters too; no answer may change its adapter.
 
     Half of the requests are greedy, the others are sampled. A sampled token is right if it has the greatest key in the
     reference's draw. It is a tie if its key is within 0.001 divided by the temperature of that. A token at the edge of
@@ -221,6 +231,7 @@ def chaos_command(
     from overfill.lab.chaos.trial import Trial, run_trial
     from overfill.lab.chaos.trial_report import TrialReport
     from overfill.pair.reference import load_references
+    from overfill.stack.pairs import tier_pair
 
     settings = {key: value for key, value in click.get_current_context().params.items() if value not in (None, ())}
     if tiers:
@@ -243,7 +254,12 @@ def chaos_command(
     } | {f"{stage}_tensor_parallel_size": str(count) for stage, count in ranks.items()}
     with ExitStack() as exits:
         report = exits.enter_context(show_progress())
+        if num_adapters:
+            folder = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-adapters-")))
+            trial_settings |= {"adapters": str(folder), "max_adapters": str(num_adapters)}
         plan, prompts = prepare(pair, tiers, counts, routers, exits, report, trial_settings)
+        first = plan.tiers[0]
+        adapters = make_adapters(tier_pair(first), folder, num_adapters) if num_adapters else {}
         trial = Trial(
             faults=chosen,
             prompts=prompts,
@@ -257,9 +273,12 @@ def chaos_command(
             seed=seed,
             fallback_share=_FALLBACK_SHARE,
             sampled_share=_SAMPLED_SHARE,
+            adapters=tuple(adapters),
         )
         result = asyncio.run(run_trial(plan, trial, report, hosts))
-        summary, wrong = result.judge(load_references(plan.tiers), max_tokens, report)
+        references = load_references(plan.tiers)
+        references |= references[first.name].with_adapters(adapters)
+        summary, wrong = result.judge(references, max_tokens, report)
     judged = TrialReport(result, summary, wrong, {key: _plain(value) for key, value in settings.items()})
     if report_file is not None:
         report_file.write_text(json.dumps(judged.as_dict(), indent=1) + "\n", encoding="utf-8")
@@ -390,3 +409,19 @@ def _plain(value: object) -> object:
     if isinstance(value, tuple):
         return [_plain(one) for one in value]
     return str(value) if isinstance(value, Path | TierSpec) else value
+
+
+def make_adapters(pair: Pair, folder: Path, count: int) -> dict[str, Path]:
+    """Adds random adapters of the pair's decoder to ``folder``; returns their folders by name."""
+    from overfill.making.tiny import make_random_adapter
+    from overfill.pair.adapters import add_adapter
+
+    found = {}
+    for number in range(count):
+        name = f"task-{number}"
+        with tempfile.TemporaryDirectory() as parent:
+            source = make_random_adapter(Path(parent) / name, pair.decoder_config, number)
+            # The decoder computes one token of the prompt, or several.
+            add_adapter(folder, name, source, pair, tail_tokens=1 + number % 2 * 4, own_prefill=False)
+        found[name] = folder / name
+    return found

@@ -21,8 +21,6 @@ from overfill.pair.adapters import write_record
 from overfill.process.extras import needs
 
 _PREFIX = "base_model.model."  # PEFT's files name a tensor by its module's path in PEFT's own model
-
-
 _PROCESS_BYTES = 400 << 20  # Python, torch, and the loss's buffers
 
 

@@ -17,7 +17,7 @@ from overfill.kv.codecs import quantise, restore
 from overfill.kv.spec import KvCacheDtype
 from overfill.kv.tensors import dtype_name
 from overfill.making.conversations import Transcript
-from overfill.model.batch import ForwardBatch
+from overfill.model.batch import ForwardBatch, token_adapters
 from overfill.model.transformer import ForwardModel
 
 BATCH_TOKENS = 1024
@@ -132,7 +132,7 @@ class BatchModel:
         device = self.model.device
         if not sequences:
             return torch.empty(0, self.model.config.vocab_size, device=device)
-        ends = [s.end for s in sequences]
+        ends, query_lens = [s.end for s in sequences], [len(s.tokens) for s in sequences]
         if sequences[-1].slot + ends[-1] > self.cache.num_blocks:
             needed = sequences[-1].slot + ends[-1]
             raise ValueError(f"the batch has {needed} tokens; the cache holds {self.cache.num_blocks}")
@@ -146,12 +146,12 @@ class BatchModel:
                 token_ids=torch.tensor([token for s in sequences for token in s.tokens]).to(device),
                 positions=positions.to(device),
                 slots=slots.to(device),
-                query_lens=[len(s.tokens) for s in sequences],
+                query_lens=query_lens,
                 context_lens=ends,
                 block_tables=tables.to(device),
                 context_lens_device=torch.tensor(ends).to(device),
                 logits_indices=_logits_rows(sequences).to(device),
-                adapters=_adapters(sequences),
+                adapters=token_adapters([s.adapter for s in sequences], query_lens),
             ),
             self.cache,
         )
@@ -168,13 +168,6 @@ def _slots(batch: Sequence[Transcript]) -> list[int]:
         slots.append(total)
         total += len(transcript.token_ids)
     return slots
-
-
-def _adapters(sequences: Sequence[_NewTokens]) -> Tensor | None:
-    """Slot of each token's adapter, -1 without one; None if no token has one. [T] int64"""
-    if all(s.adapter is None for s in sequences):
-        return None
-    return torch.cat([torch.full((len(s.tokens),), -1 if s.adapter is None else s.adapter) for s in sequences])
 
 
 def _logits_rows(sequences: Sequence[_NewTokens]) -> Tensor:

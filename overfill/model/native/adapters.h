@@ -2,8 +2,9 @@
 //
 // A product has two factors. `down` [rank, in] turns an operand into `rank` sums, which are rounded to bfloat16. `up`
 // [out, rank] turns these into what one row of a matrix' product gains; the product's sink adds it panel by panel. A
-// step reads `down` once for each group of rows of one slot. It reads the part of `up` for one panel while all rows of
-// that panel are computed, so that it stays in the first-level cache.
+// thread computes the sums of the rows whose operands it stores, so that it waits for no other. It reads `down` once for
+// each slot of its rows. It reads the part of `up` for one panel while all rows of that panel are computed, so that it
+// stays in the first-level cache.
 //
 // Ranks are divided into units of 16. Slots have memory for the largest rank; a step reads the units that an adapter has.
 #pragma once
@@ -18,7 +19,6 @@ namespace ovf {
 
 constexpr size_t RANK_UNIT = 16;     // ranks of a vector of sums
 constexpr size_t UP_BYTES = RANK_UNIT * 16 * sizeof(bf16);  // of `up`: a unit of ranks for half a panel, 16 rows
-constexpr size_t GROUP_ROWS = 64;    // rows of a group at most, so that threads share a slot's many rows
 constexpr int LOWER_TILE = 8;        // rows of a tile: 16 sums, 2 weights and a broadcast fit the 32 registers
 
 enum Fused { FUSED_QKV, FUSED_O, FUSED_GATE_UP, FUSED_DOWN, FUSED };  // as `Part` in overfill.cpp
@@ -51,7 +51,7 @@ struct LowRankLayout {
     }
 };
 
-// Rows of a step that use one slot: `count` entries of `Groups::order` from `first` on.
+// Rows of one thread that use one slot: `count` entries of `Groups::order` from `first` on.
 struct Group {
     size_t slot, first, count;
 };
@@ -59,19 +59,24 @@ struct Group {
 struct Groups {
     std::vector<uint32_t> order;
     std::vector<Group> groups;
+    std::vector<size_t> starts;  // [threads + 1], index of each thread's first group
 
-    // Groups rows 0 to `count` by their slots; rows without an adapter have -1.
+    // Groups the rows of each thread by their slots; rows without an adapter have -1.
     template <class SlotOf>
-    void plan(size_t count, SlotOf slot_of) {
-        order.clear(), groups.clear();
-        for (size_t i = 0; i < count; ++i)
-            if (slot_of(i) >= 0) order.push_back(i);
-        std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return slot_of(a) < slot_of(b); });
-        for (size_t i = 0; i < order.size(); ++i) {
-            const size_t slot = slot_of(order[i]);
-            if (groups.empty() || groups.back().slot != slot || groups.back().count == GROUP_ROWS)
-                groups.push_back({slot, i, 0});
-            ++groups.back().count;
+    void plan(size_t count, size_t threads, SlotOf slot_of) {
+        order.clear(), groups.clear(), starts.assign(1, 0);
+        for (size_t thread = 0; thread < threads; ++thread) {
+            const size_t begin = order.size();
+            for (size_t i = count * thread / threads; i < count * (thread + 1) / threads; ++i)
+                if (slot_of(i) >= 0) order.push_back(i);
+            std::stable_sort(order.begin() + begin, order.end(),
+                             [&](size_t a, size_t b) { return slot_of(a) < slot_of(b); });
+            for (size_t i = begin; i < order.size(); ++i) {
+                const size_t slot = slot_of(order[i]);
+                if (i == begin || groups.back().slot != slot) groups.push_back({slot, i, 0});
+                ++groups.back().count;
+            }
+            starts.push_back(groups.size());
         }
     }
 };
@@ -186,13 +191,13 @@ inline void lower_rows(int rows, const uint16_t* const* x, const char* w, size_t
     functions[rows - 1](x, w, steps, out);
 }
 
-// Computes this thread's share of the sums of all groups.
+// Computes the sums of a thread's rows.
 // x: operands in bfloat16, `stride` elements apart. out: [rows][parts][units * RANK_UNIT], rows `out_stride` apart.
 inline void lower(const Adapters& adapters, size_t layer, Fused fused, const Groups& groups, const uint16_t* x,
-                  size_t stride, bf16* out, size_t out_stride, int thread, int threads) {
+                  size_t stride, bf16* out, size_t out_stride, int thread) {
     const LowRankLayout& l = adapters.layouts[fused];
-    const size_t each = l.parts * adapters.units, items = groups.groups.size() * each;
-    for (size_t item = items * thread / threads; item < items * (thread + 1) / threads; ++item) {
+    const size_t each = l.parts * adapters.units;
+    for (size_t item = groups.starts[thread] * each; item < groups.starts[thread + 1] * each; ++item) {
         const Group& group = groups.groups[item / each];
         const size_t part = item % each / adapters.units, unit = item % adapters.units;
         if (unit >= adapters.units_of(group.slot, layer)[l.first_projection + part]) continue;

@@ -23,10 +23,9 @@ class Step {
 
     // Groups the rows that have an adapter. Called once, before the threads start.
     void plan_groups() {
-        w_.groups.groups.clear(), w_.last_groups.groups.clear();
         if (!adapters_) return;
-        w_.groups.plan(b_.tokens, [&](size_t i) { return adapters_[i]; });
-        w_.last_groups.plan(last_rows_.count, [&](size_t i) { return adapters_[last_rows_[i]]; });
+        w_.groups.plan(b_.tokens, b_.threads, [&](size_t i) { return adapters_[i]; });
+        w_.last_groups.plan(last_rows_.count, b_.threads, [&](size_t i) { return adapters_[last_rows_[i]]; });
     }
 
     void operator()(int thread, int threads) {
@@ -36,9 +35,9 @@ class Step {
             const Layer& layer = m_.layers[i];
             if (thread == 0) call_hook(i, 0);
             for (size_t row = first; row < last; ++row) normalise(row, row, layer.input_norm, w_.normed, w_.scales);
+            lower_operands(i, FUSED_QKV, w_.groups, w_.normed, w_.normed_stride, thread);
             m_.pool.barrier.wait();
             if (aborted_) return;
-            lower_operands(i, FUSED_QKV, w_.groups, w_.normed, w_.normed_stride, thread, threads);
             project(layer, i, thread, threads);
             m_.pool.barrier.wait();
             const KvLayer kv = cache(i);
@@ -78,22 +77,22 @@ class Step {
         const Groups& groups = rows.list ? w_.last_groups : w_.groups;
         const size_t first = rows.count * thread / threads, last = rows.count * (thread + 1) / threads;
         for (size_t i = first; i < last; ++i) collect(rows[i], i);
+        lower_operands(index, FUSED_O, groups, w_.attended, w_.attended_stride, thread);
         m_.pool.barrier.wait();
-        lower_operands(index, FUSED_O, groups, w_.attended, w_.attended_stride, thread, threads);
         add_to_hidden(layer.o, layer.o_bias, index, FUSED_O, w_.attended, w_.attended_stride, rows, thread, threads);
         m_.pool.barrier.wait();
         for (size_t i = first; i < last; ++i) normalise(rows[i], i, layer.post_norm, w_.normed, w_.scales);
+        lower_operands(index, FUSED_GATE_UP, groups, w_.normed, w_.normed_stride, thread);
         m_.pool.barrier.wait();
-        lower_operands(index, FUSED_GATE_UP, groups, w_.normed, w_.normed_stride, thread, threads);
         gate(layer, index, rows, thread, threads);
         m_.pool.barrier.wait();
         if (m_.quantised()) {
             for (size_t i = first; i < last; ++i)
                 store(w_.gated_wide + i * m_.shape.intermediate, m_.shape.intermediate, i, w_.gated + i * w_.gated_stride,
                       w_.scales);
-            m_.pool.barrier.wait();
         }
-        lower_operands(index, FUSED_DOWN, groups, w_.gated, w_.gated_stride, thread, threads);
+        lower_operands(index, FUSED_DOWN, groups, w_.gated, w_.gated_stride, thread);
+        if (adapters_ || m_.quantised()) m_.pool.barrier.wait();
         add_to_hidden(layer.down, layer.down_bias, index, FUSED_DOWN, w_.gated, w_.gated_stride, rows, thread, threads);
         m_.pool.barrier.wait();
     }
@@ -104,13 +103,11 @@ class Step {
         if (adapters_ && m_.quantised()) store_operand(x, n, Operand::BF16, w_.plain + to * w_.plain_stride, nullptr);
     }
 
-    // Computes the sums of the adapters' products for the operands of a matrix, and waits for all threads.
-    void lower_operands(size_t layer, Fused fused, const Groups& groups, const uint16_t* x, size_t stride, int thread,
-                        int threads) {
-        if (groups.groups.empty()) return;
+    // Computes the sums of the adapters' products for the operands of a matrix that this thread has stored.
+    void lower_operands(size_t layer, Fused fused, const Groups& groups, const uint16_t* x, size_t stride, int thread) {
+        if (!adapters_) return;
         if (m_.quantised()) x = w_.plain, stride = w_.plain_stride;
-        lower(m_.adapters, layer, fused, groups, x, stride, w_.lowered, w_.lowered_stride, thread, threads);
-        m_.pool.barrier.wait();
+        lower(m_.adapters, layer, fused, groups, x, stride, w_.lowered, w_.lowered_stride, thread);
     }
 
     // Adds what row `row`, which is operand `i`, gains from its adapter in a panel of a matrix.

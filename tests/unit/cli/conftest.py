@@ -116,7 +116,7 @@ def fake_client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> list[PlacedStack]:
     """Collects the plans that ``up`` would run, without checking that their ports are free and their pairs exist."""
     plans: list[PlacedStack] = []
-    monkeypatch.setattr(up, "run", lambda stack, stopping: plans.append(place(stack.spec)) or 0)
+    monkeypatch.setattr(up, "run", lambda stack, stopping, adapters: plans.append(place(stack.spec)) or 0)
     monkeypatch.setattr(up, "check_ports", lambda spec: None)
     monkeypatch.setattr(up, "check_engines", lambda spec: None)
     monkeypatch.setattr(up, "resolve_pairs", lambda spec, report: spec)

@@ -159,7 +159,7 @@ def test_without_ray_the_error_says_what_to_do(
 @pytest.mark.usefixtures("unchecked")
 def test_ray_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     stacks: list[Any] = []
-    monkeypatch.setattr(up, "run", lambda stack, stopping: stacks.append(stack) or 0)
+    monkeypatch.setattr(up, "run", lambda stack, stopping, adapters: stacks.append(stack) or 0)
     assert main(["up", "--pair", "p", "--no-ray"]) == 0
     assert main(["up", "--pair", "p"]) == 0
     assert [type(stack).__name__ for stack in stacks] == ["ProcessRunner", "RayRunner"]

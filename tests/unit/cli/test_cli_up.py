@@ -825,7 +825,7 @@ def test_what_is_started_is_what_was_printed(
     got: list[StackSpec] = []
     monkeypatch.setattr(up, "ProcessRunner", lambda placed, sink: got.append(placed.spec))
     monkeypatch.setattr(up, "RayRunner", lambda spec, note: got.append(spec))
-    monkeypatch.setattr(up, "run", lambda stack, stopping: 0)
+    monkeypatch.setattr(up, "run", lambda *arguments: 0)
     assert main(["up", runner, *arguments, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     (tmp_path / "stack.yaml").write_text(printed, encoding="utf-8")

@@ -202,6 +202,15 @@ def is_locked(path):
     return False
 
 
+def test_slots_for_adapters_are_of_decoders_only_and_must_fit_the_memory(pair, monkeypatch):
+    slots = load(pair, "decoder", max_adapters=3, max_adapter_rank=5).served.adapters
+    assert (slots.num_slots, slots.max_rank) == (3, 5)
+    assert load(pair, "full", max_adapters=3).served.adapters is None
+    monkeypatch.setattr(build, "_free_memory", lambda device: 3 * slots.slot_bytes - 1)
+    with pytest.raises(NotEnoughMemory, match=r"3 adapters of rank 5 need .* smaller --max-adapters or --max-adapter-"):
+        load(pair, "decoder", max_adapters=3, max_adapter_rank=5)
+
+
 def test_an_error_about_a_cache_too_small_names_the_size_needed(pair):
     with pytest.raises(NotEnoughMemory, match=r"holds 64 tokens, fewer than --max-model-len 256; .*--kv-memory 1MiB"):
         load(pair, kv_memory=64 * 1024)

@@ -69,9 +69,10 @@ async def test_a_prompt_of_whole_blocks_needs_no_copy_and_one_without_them_is_no
 
 
 async def test_the_least_recently_used_copies_make_room(cache, executor):
-    copy = 3 * cache.token_bytes
-    cuts = CutBlocks(cache, SPEC, SPEC.num_layers, executor, max_bytes=3 * copy)
     keys = [key_of([number, *PROMPT[1:]], 11) for number in range(4)]
+    copy = 3 * cache.token_bytes + keys[0].size
+    assert keys[0].size >= 4 * 8, "the tokens count too"
+    cuts = CutBlocks(cache, SPEC, SPEC.num_layers, executor, max_bytes=3 * copy)
     for key in keys[:3]:
         await cuts.keep(key, TABLE)
     assert await cuts.restore(keys[0], OTHER)

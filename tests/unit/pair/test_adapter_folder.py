@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def test_what_is_added_is_listed_until_it_is_removed(pair: Pair, peft: Path, tmp
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", ".hidden", "-x", "a" * 65, "é", "a b", "a\n", "a\0"])
 def test_a_name_is_no_path(pair: Pair, peft: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "adapters"
-    with pytest.raises(InvalidAdapter, match="is no name for an adapter: 1 to 64 of"):
+    with pytest.raises(InvalidAdapter, match="is no name for an adapter: give 1 to 64"):
         add_adapter(folder, name, peft, pair)
     assert not folder.exists()
     folder.mkdir()
@@ -75,6 +76,22 @@ def test_a_name_that_is_taken_stays_as_it_is(
     monkeypatch.undo()
     assert records(tmp_path) == [first]
     assert [path.name for path in tmp_path.iterdir()] == ["planner"], "no temporary folder is left"
+
+
+def test_an_adapter_that_cannot_be_written_whole_leaves_nothing(
+    pair: Pair, peft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.write_bytes
+
+    def full(file: Path, data: bytes) -> int:
+        if file.name == RECORD:  # the last file
+            raise OSError(errno.ENOSPC, "no space left")
+        return real(file, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="no space left"):
+        add_adapter(tmp_path, "planner", peft, pair)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_what_training_recorded_is_taken_over_and_compared(pair: Pair, tmp_path: Path) -> None:

@@ -28,11 +28,11 @@ def adapters():
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        (said("a/b"), "a name has at most 64"),
-        (said("../x"), "a name has at most 64"),
-        (said(""), "a name has at most 64"),
-        (said("a\n"), "a name has at most 64"),
-        (said("x" * 65), "a name has at most 64"),
+        (said("a/b"), "a name has 1 to 64"),
+        (said("../x"), "a name has 1 to 64"),
+        (said(""), "a name has 1 to 64"),
+        (said("a\n"), "a name has 1 to 64"),
+        (said("x" * 65), "a name has 1 to 64"),
         (said("fast"), "a tier has this name"),
         (said("a", "z" * 64), "a digest has 64"),
         (said("a", ""), "a digest has 64"),

@@ -111,3 +111,14 @@ def test_parts_of_an_answer_join_with_one_part_of_each_call():
 
 def call(index, arguments, id="", name=""):
     return inference_pb2.ToolCallDelta(index=index, id=id, name=name, arguments=arguments)
+
+
+@pytest.mark.parametrize(("own_first", "bases"), [(False, [1, 1, 2]), (True, [0, 0, 2])])
+def test_a_decode_worker_is_timed_from_the_first_token_that_it_samples(own_first, bases):
+    answer = AnswerState([], 8, 0.0, own_first=own_first)
+    seen = [answer.decode_base]
+    answer.begin_attempt()
+    seen.append(answer.decode_base)
+    answer.accept(decode_pb2.Tokens(first_index=0, ids=[5, 6]), 0.0)
+    answer.begin_attempt()
+    assert [*seen, answer.decode_base] == bases

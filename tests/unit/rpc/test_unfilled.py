@@ -24,21 +24,10 @@ def with_fields(message, **fields):
     return changed
 
 
-@pytest.mark.parametrize(
-    ("check", "message", "names"),
-    [
-        (
-            unfilled.check_hello,
-            with_fields(HELLO, model=common_pb2.ModelIdentity(revision="2")),
-            ("hello.model.revision",),
-        ),
-    ],
-)
-def test_a_field_that_this_version_does_not_fill_is_refused_by_name(check, message, names):
-    with pytest.raises(Incompatible) as error:
-        check(message)
-    assert error.value.fields == names
-    assert all(name in str(error.value) for name in names)
+def test_a_field_that_this_version_does_not_fill_is_refused_by_name():
+    with pytest.raises(Incompatible, match=r"worker w sets hello\.model\.revision") as error:
+        unfilled.check_hello(with_fields(HELLO, model=common_pb2.ModelIdentity(revision="2")))
+    assert error.value.fields == ("hello.model.revision",)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from overfill.errors import ModelNotFound
+from overfill.errors import ModelNotFound, ShuttingDown
 from overfill.process import startup
 from overfill.process.open_files import SPARE_FILES
 from overfill.rpc.addresses import announced
@@ -155,6 +155,9 @@ async def test_admin_changes_the_adapters_of_a_worker_that_has_a_folder():
         assert await running == 0
     assert adapters.calls[0] == "start"
     assert set(adapters.calls[1:]) == {("load", "a"), ("unload", "b")}
+    assert host.adapters(load=False) is adapters, "requests would wait for a worker that drains and cannot unload"
+    with pytest.raises(ShuttingDown, match="w is draining"):
+        host.adapters(load=True)
 
 
 class Registry(registry_pb2_grpc.RegistryServicer):

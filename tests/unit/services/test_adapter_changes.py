@@ -107,6 +107,14 @@ async def test_an_adapter_is_gone_at_once_where_it_was_unloaded(roster, change):
         await change(load=False, d0=ModelNotFound("not loaded"), d1=ModelNotFound("not loaded"))
 
 
+async def test_a_worker_that_drains_loads_no_adapter_but_unloads_its_own(roster, change):
+    await change(d0=ONE, d1=ONE)
+    roster.find("d0").draining = True
+    assert await change(d0=ONE, d1=ONE) == {"d1": None}
+    assert await change(load=False, d0=ONE, d1=ONE) == {"d0": None, "d1": None}
+    assert roster.adapters.known() == []
+
+
 @pytest.mark.parametrize("name", ["", "a/b", "..", "/etc/passwd", "x" * 65, "a\n", "fast"])
 async def test_a_name_that_no_adapter_can_have_reaches_no_worker(change, name):
     with pytest.raises(InvalidRequest, match=r"^name: is "):

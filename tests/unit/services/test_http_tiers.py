@@ -9,17 +9,27 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import pytest
 
-from overfill.errors import ModelNotFound, PermissionDenied
+from overfill.api.keys import ApiKey
+from overfill.errors import (
+    DeadlineExceeded,
+    Incompatible,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    PermissionDenied,
+    Unavailable,
+)
 from overfill.routing.answer import AnswerDelta
 from overfill.routing.job import Job
 from overfill.routing.tier import TierChoice
-from overfill.rpc.access import AccessPolicy
+from overfill.rpc.access import AccessPolicy, Scope
 from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2
+from services.router.adapter_changes import WorkerChange
 from services.router.http.app import HttpApi
 from services.router.served_tiers import ServedTiers
 from services.router.statistics import Statistics
@@ -202,3 +212,58 @@ async def test_other_streams_get_a_turn_between_the_answers_to_one_prompt(
     monkeypatch.setattr(handler, "start", start)
     assert len((await ask(client, n=3))["choices"]) == 3
     assert turns == ["start", "other"] * 3
+
+
+@pytest.mark.parametrize(
+    ("errors", "status", "says"),
+    [
+        ((None, None), 200, None),
+        ((None, Overloaded("all slots are taken")), 429, "done on d0, and not on d1: all slots are taken"),
+        ((None, Incompatible("another digest", ["name"])), 409, "done on d0, and not on d1: another digest"),
+        ((None, DeadlineExceeded("still loads")), 504, "done on d0, and not on d1: still loads"),
+        (InvalidRequest("name", "is 'a/b'"), 400, "'lora_name' is 'a/b'"),
+        (ModelNotFound("no such folder"), 404, "no such folder"),
+        (Unavailable("no decode worker has joined"), 503, "no decode worker has joined"),
+    ],
+)
+async def test_a_change_of_adapters_is_done_only_when_every_worker_has_done_it(
+    handler: Any, serve: Any, errors: Any, status: int, says: str | None
+) -> None:
+    async def change(name: str, *, load: bool) -> list[WorkerChange]:
+        assert (name, load) == ("judge", False)
+        if isinstance(errors, Exception):
+            raise errors
+        return [WorkerChange(f"d{index}", common_pb2.Adapter(), error) for index, error in enumerate(errors)]
+
+    adapters: Any = SimpleNamespace(change=change)
+    api = HttpApi(handler, AccessPolicy(), lambda: "", None, adapters, share_port=False)  # type: ignore[arg-type]
+    _, address = await serve(api)
+    answered, text = await Http(*address).post("/v1/unload_lora_adapter", lora_name="judge")
+    assert answered == status
+    body = json.loads(text)
+    if says is None:
+        assert body == {"adapter": "judge", "loaded": False, "workers": ["d0", "d1"]}
+    else:
+        assert body["error"]["message"] == says
+
+
+@pytest.mark.parametrize(("scopes", "status"), [({Scope.INFER, Scope.STATUS}, 403), ({Scope.ADMIN}, 200)])
+async def test_only_a_key_with_the_scope_admin_changes_adapters(
+    handler: Any, serve: Any, scopes: set[Scope], status: int
+) -> None:
+    async def change(name: str, *, load: bool) -> list[WorkerChange]:
+        return [WorkerChange("d0", common_pb2.Adapter())]
+
+    key = ApiKey("ci", "0" * 64, "2026-01-01", scopes=frozenset(scopes))
+    access, adapters = AccessPolicy(keys=lambda shown: key), cast("Any", SimpleNamespace(change=change))
+    api = HttpApi(handler, access, lambda: "", None, adapters, share_port=False)  # type: ignore[arg-type]
+    _, (host, port) = await serve(api)
+    headers = {"content-type": "application/json", "authorization": "Bearer k"}
+    request = urllib.request.Request(f"http://{host}:{port}/v1/load_lora_adapter", b'{"lora_name": "judge"}', headers)
+    try:
+        with await asyncio.to_thread(urllib.request.urlopen, request) as response:
+            answered = response.status
+    except urllib.error.HTTPError as error:
+        with error:
+            answered = error.code
+    assert answered == status

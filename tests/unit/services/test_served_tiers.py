@@ -37,7 +37,20 @@ def test_for_a_key_a_model_of_another_tier_does_not_exist(served: ServedTiers, n
     assert str(caught.value) == f"model {name!r} does not exist; this router serves 'tiny:fast'"
 
 
+def test_a_router_that_has_just_started_does_not_say_that_there_is_no_such_adapter(served: ServedTiers) -> None:
+    asked = inference_pb2.GenerateRequest
+    for request in (asked(tier="judge"), asked(model="tiny:judge")):
+        with pytest.raises(Unavailable, match="no decode worker has joined this router, so it knows no adapters"):
+            served.requested(request, None)
+    with pytest.raises(ModelNotFound, match="other"):
+        served.requested(asked(model="other:judge"), None)
+    served.roster.join(worker_info("d0", DECODE, tier="fast"))
+    with pytest.raises(ModelNotFound, match="'judge' does not exist"):
+        served.requested(asked(tier="judge"), None)
+
+
 def test_refusals_name_only_what_the_key_may_use(served: ServedTiers) -> None:
+    served.roster.join(worker_info("d0", DECODE, tier="fast"))
     asked = inference_pb2.GenerateRequest
     for request, error in (
         (asked(model="other"), ModelNotFound),

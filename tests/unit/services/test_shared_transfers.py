@@ -5,6 +5,7 @@ import random
 from concurrent.futures import Executor, Future
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import pytest
 from counting import CountingRunner
@@ -434,6 +435,19 @@ async def test_a_leader_that_ends_while_the_cut_block_is_copied_still_shares_the
     monkeypatch.undo()
     await worker.finish(*"bcd")
     assert len(worker.pulls) == 1
+
+
+async def test_a_defect_of_the_leader_leaves_no_follower_waiting(worker, monkeypatch):
+    pull = await four(worker)
+    monkeypatch.setattr(worker.cut_blocks, "keep", AsyncMock(side_effect=IndexError("outside the cache")))
+    pull.end.set_result(None)
+    await settle()
+    monkeypatch.undo()
+    assert isinstance(worker.tasks["a"].exception(), IndexError)
+    worker.assign("b")
+    await settle()
+    worker.pulls[1].end.set_result(None)
+    await worker.finish(*"bcd")
 
 
 @pytest.mark.parametrize("seed", [*range(40), 599, 1077, 1122])  # the last ones have found defects

@@ -101,6 +101,22 @@ async def test_the_start_loads_what_fits_in_the_order_of_names(tmp_path, worker,
     ]  # fmt: skip
 
 
+async def test_an_adapter_that_cannot_be_staged_does_not_end_the_start(tmp_path, worker, caplog, monkeypatch):
+    stage = worker.slots.stage
+
+    def full(slot, adapter):
+        if adapter.record.name == "a":
+            raise OSError("no space left on device")
+        stage(slot, adapter)
+
+    monkeypatch.setattr(worker.slots, "stage", full)
+    for name in ("a", "b", "c"):
+        add(tmp_path, name)
+    await worker.adapters.start()
+    assert worker.told[-1] == ["b", "c"], "no slot was lost"
+    assert "left out the adapter a: a: no space left on device" in caplog.text
+
+
 async def test_the_start_stops_looking_when_its_time_is_over(tmp_path, worker, monkeypatch, caplog):
     monkeypatch.setattr(worker_adapters, "_SCAN_TIME", -1.0)
     for name in ("a", "b", "c"):
@@ -170,6 +186,17 @@ async def test_a_slot_that_the_engine_has_just_emptied_is_waited_for(tmp_path, w
     assert await worker.adapters._take_slot() == 1
 
 
+async def test_a_slot_that_the_engine_does_not_empty_is_not_used_again(tmp_path, worker, caplog):
+    for name in ("a", "b"):
+        add(tmp_path, name)
+        await worker.adapters.load(name)
+    worker.error = InternalError("1 sequences use it")
+    await worker.adapters.unload("b")
+    with pytest.raises(Overloaded, match="all 2 slots: a; unload one"):
+        await worker.adapters.load("b")
+    assert "slot 1 of b stays unused: 1 sequences use it" in caplog.messages
+
+
 async def test_what_cannot_be_loaded_is_refused_by_its_reason(tmp_path, worker):
     add(tmp_path, "other", OTHER)
     add(tmp_path, "damaged", digest="x")
@@ -196,9 +223,11 @@ async def test_what_cannot_be_loaded_is_refused_by_its_reason(tmp_path, worker):
         (tmp_path / name).exists() or add(tmp_path, name)
         await worker.adapters.load(name)
     record = tmp_path / "a" / "overfill-adapter.json"
-    record.write_text(record.read_text().replace(digest("a"), digest("A")))
-    with pytest.raises(Incompatible, match=r"another adapter 'a', 61.*unload it first"):
-        await worker.adapters.load("a")
+    before = record.read_text()
+    for old, new in ((digest("a"), digest("A")), ('"tail_tokens": 3', '"tail_tokens": 4')):
+        record.write_text(before.replace(old, new))
+        with pytest.raises(Incompatible, match=r"another adapter 'a', 61.* with tail_tokens 3, .*: unload it first"):
+            await worker.adapters.load("a")
 
 
 async def test_a_folder_that_changes_between_record_and_weights_is_refused(tmp_path, worker, monkeypatch):

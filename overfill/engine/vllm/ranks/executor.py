@@ -16,7 +16,6 @@ from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from vllm.distributed import get_tp_group
@@ -25,7 +24,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
 from overfill.engine.vllm.ranks.steps import RankExtras
 from overfill.errors import InternalError
-from overfill.process.held_folder import PREFIX, hold_folder, remove_abandoned_folders
+from overfill.process.held_folder import temporary_folder
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +53,9 @@ class RankExecutor(MultiprocExecutor):  # type: ignore[misc]
         self._lost_at_start = ""
         # The kernel ends a rank with the thread that started it. So that thread lives as long as the executor.
         self._starter = ThreadPoolExecutor(1, "ranks")
-        remove_abandoned_folders()
         # vLLM's Unix sockets lie in a folder that only this user can enter.
-        temporary = TemporaryDirectory(prefix=f"{PREFIX}ranks-", ignore_cleanup_errors=True)
-        with temporary as folder, hold_folder(Path(folder)):
-            os.environ["VLLM_RPC_BASE_PATH"] = folder  # ranks inherit it
+        with temporary_folder("ranks") as folder:
+            os.environ["VLLM_RPC_BASE_PATH"] = str(folder)  # ranks inherit it
             try:
                 self._starter.submit(super()._init_executor).result()
             except Exception as error:

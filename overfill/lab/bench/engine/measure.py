@@ -178,7 +178,7 @@ def _prefill_turn(lengths: Sequence[int]) -> Callable[[BenchEngine], list[float]
 
 
 def _ratio(name: str, row: Row, other: Row) -> Row:
-    """The speed of ``row`` divided by that of ``other``."""
+    """Returns the speed of ``row`` divided by that of ``other``."""
     return replace(
         row,
         name=name,

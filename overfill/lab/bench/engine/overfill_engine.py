@@ -34,8 +34,8 @@ from overfill.errors import InternalError
 from overfill.kv.cache import copy_sequence
 from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
 from overfill.lab.bench.engine.bounds import ModelCost
-from overfill.model.adapter import AdapterRecord, LoraAdapter, LowRank, projection_shapes
-from overfill.model.config import ModelConfig
+from overfill.making.tiny import random_products
+from overfill.model.adapter import AdapterRecord, LoraAdapter
 from overfill.model.manifest import Half, Pair
 from overfill.request.params import SamplingParams
 
@@ -142,7 +142,9 @@ class OverfillEngine:
         self._adapters = adapters
         for slot in range(adapters):
             assert parts.adapters is not None
-            adapter = _random_adapter(self._runner.model.config, parts.adapters.max_rank, slot)
+            rank = parts.adapters.max_rank
+            products = random_products(self._runner.model.config, slot, rank)
+            adapter = LoraAdapter(AdapterRecord(f"random-{slot}", "", "", rank), products)
             parts.adapters.stage(slot, adapter)
             self._decode.handle(ChangeAdapter(slot, adapter))
         self._pop_events()
@@ -250,20 +252,6 @@ class OverfillEngine:
         events = self._events[:]
         self._events.clear()
         return events
-
-
-def _random_adapter(config: ModelConfig, rank: int, seed: int) -> LoraAdapter:
-    generator = torch.Generator().manual_seed(seed)
-
-    def factor(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=generator) * 0.01
-
-    products = {
-        (layer, projection): LowRank(factor(rank, columns), factor(rows, rank))
-        for layer in range(config.num_layers)
-        for projection, (rows, columns) in projection_shapes(config).items()
-    }
-    return LoraAdapter(AdapterRecord(f"random-{seed}", "", "", rank), products)
 
 
 def random_prompt(vocab_size: int, length: int, seed: int) -> list[int]:

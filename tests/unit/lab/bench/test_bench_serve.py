@@ -151,6 +151,21 @@ def test_a_server_that_does_not_start_says_why():
     assert any("vllm" in note for note in caught.value.__notes__)
 
 
+def test_a_server_gets_a_place_for_each_adapter(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\nexit 1\n')
+    python.chmod(0o700)
+    adapters = {"a": Path("/tasks/a"), "b": Path("/tasks/b")}
+    with (
+        pytest.raises(PeerFailed) as caught,
+        vllm_server(python, Path("model"), 64, adapters, prefix_cache=True),
+    ):
+        pass
+    asked = " ".join(caught.value.__notes__)
+    assert "--enable-lora --max-loras 2 --lora-modules a=/tasks/a b=/tasks/b" in asked
+    assert "--enable-prefix-caching" in asked
+
+
 class BarrierTarget:
     """A target that ends its requests as soon as ``size`` of them run at once."""
 

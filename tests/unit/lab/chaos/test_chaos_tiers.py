@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from overfill.lab.chaos.load import RequestResult
+from overfill.lab.chaos.load import LoadGenerator, RequestResult
 from overfill.lab.chaos.trial import TrialResult
 from overfill.lab.chaos.trial_report import TrialReport
-from overfill.pair.reference import Summary, load_references
+from overfill.lab.commands.chaos import make_adapters
+from overfill.pair.reference import Summary, TwoStageReference, load_references
 from overfill.settings.tiers import TierSpec
 from overfill.telemetry.progress import silent
 
@@ -55,3 +57,26 @@ def test_each_part_is_judged_at_the_token_that_the_answer_names(tiny_tiers: tupl
     counts = TrialReport(TrialResult([good, late, other]), summary, wrong, {}).tiers()
     assert (counts["full"]["answers"], counts["full"]["right"], counts["full"]["changed_within"]) == (2, 1, 2)
     assert (counts["default"]["changed_tier"], counts["default"]["with_fallback"]) == (0, 0)
+
+
+def test_requests_are_spread_over_adapters_which_nothing_replaces() -> None:
+    generator = LoadGenerator(["router"], None, [[5]], 6, 0, ["full", "fast"], 1.0, adapters=["a", "b"])
+    asked = [generator.request(number) for number in range(200)]
+    assert {one.tier for one in asked} == {"full", "fast", "a", "b"}
+    assert {(one.tier, one.fallback) for one in asked if one.tier in "ab"} == {("a", "none"), ("b", "none")}
+    assert {one.fallback for one in asked if one.tier == "full"} == {"fast"}
+
+
+def test_an_adapters_answer_is_judged_from_where_its_decoder_began(tiny_pair: Path, tmp_path: Path) -> None:
+    reference = TwoStageReference(tiny_pair)
+    folders = make_adapters(reference.pair, tmp_path / "adapters", 2)
+    references = {"default": reference} | reference.with_adapters(folders)
+    prompt = [20 + 7 * i for i in range(30)]
+    answer = references["task-1"].generate(prompt, 6, 25)
+    good = RequestResult("good", prompt, "task-1", token_ids=tuple(answer), parts=(("task-1", 0),), answer_start=25)
+    good = replace(good, finish_reason="length" if len(answer) == 6 else "stop")
+    wrong_start = replace(good, request="start", answer_start=29)
+    wrong_writer = replace(good, request="writer", parts=(("task-0", 0),))
+    summary, wrong = TrialResult([good, wrong_start, wrong_writer]).judge(references, 6, silent)
+    assert (summary.correct, wrong) == (1, {"start", "writer"})
+    assert wrong_writer.tier_problem == "writer: tier task-1 was asked, but task-0 wrote a part"

@@ -47,5 +47,6 @@ def test_the_router_is_measured_beside_bare_servers_over_http_and_grpc(tiny_pair
         assert ratio.value == found[f"{protocol}_token_cpu_4"].peer_ratio
 
 
-def test_there_are_six_subcommands():
-    assert list(bench_group.commands) == ["decode", "prefill", "handoff", "router", "serve", "vllm"]
+def test_these_are_the_subcommands():
+    names = ["decode", "prefill", "fan-out", "handoff", "router", "serve", "tasks", "vllm"]
+    assert list(bench_group.commands) == names

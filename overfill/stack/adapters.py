@@ -1,0 +1,159 @@
+"""The adapters of a stack: fills and reads, on the machine that starts it, the folder that decode workers load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+
+from overfill.model.adapter import AdapterRecord, file_limits, parse_peft, read_record
+from overfill.model.adapter_files import InvalidAdapter, read_files
+from overfill.model.manifest import Pair
+from overfill.pair.adapters import adapter_names, add_adapter, default_folder
+from overfill.pair.store import NAMED, is_ready, resolve_pair
+from overfill.process.held_folder import temporary_folder
+from overfill.routing.tier import DEFAULT_TIER
+from overfill.settings.config import DecodeConfig
+from overfill.settings.reader import BadSettings
+from overfill.stack.spec import StackSpec
+
+
+def with_default_folder(spec: StackSpec) -> StackSpec:
+    """Returns the stack with the default folder of adapters, if that has one of the stack's decoders.
+
+    A stack that names a folder keeps it, and so does one with a pair that is not prepared yet. On a joined cluster, the
+    default folder may be missing on other machines.
+    """
+    if spec.joins_cluster or spec.mock or _folders(spec) or not all(map(_is_here, spec.pairs)):
+        return spec
+    pairs = [_pair(pair) for pair in spec.pairs]
+    folder = default_folder(pairs[0])
+    decoders = {pair.decoder_digest for pair in pairs}
+    if folder.is_dir() and any(record.decoder_digest in decoders for record in _records(folder)):
+        return _with_folder(spec, folder)
+    return spec
+
+
+def served_adapters(spec: StackSpec) -> list[AdapterRecord]:
+    """Returns the adapters that the decode workers will load, in the order of their names. Reads no weights.
+
+    Returns none on a joined cluster, whose machines may have other folders.
+
+    Raises:
+        BadSettings: an adapter has the name of a tier.
+        InvalidAdapter: a folder cannot be read.
+    """
+    served: dict[str, AdapterRecord] = {}
+    tiers = [*spec.tiers] or [DEFAULT_TIER]
+    for config in () if spec.joins_cluster else _decoding(spec):
+        if config.adapters is None:
+            continue
+        decoder, largest = _pair(config.pair).decoder_digest, config.max_adapter_rank
+        records = _records(config.adapters)
+        fitting = (one for one in records if one.decoder_digest == decoder and one.rank <= largest)
+        for record in islice(fitting, config.max_adapters):
+            if record.name in tiers:
+                raise BadSettings(
+                    f"--adapters: {config.adapters / record.name} has the name of a tier, and requests name either in "
+                    "the same way: give the adapter another name"
+                )
+            served[record.name] = record
+    return [served[name] for name in sorted(served)]
+
+
+@contextmanager
+def with_modules(spec: StackSpec, modules: Mapping[str, Path]) -> Iterator[StackSpec]:
+    """Adds adapters to the stack's folder, as ``overfill pair adapter add`` does, and yields the stack.
+
+    A stack without a folder gets one of its own, which is removed at the end of the context.
+
+    Args:
+        modules: folder with PEFT's files of each adapter, by its name.
+
+    Raises:
+        BadSettings: the stack cannot have all of them.
+        InvalidAdapter: as ``add_adapter``, or the folder has another adapter of this name.
+    """
+    with ExitStack() as opened:
+        if modules:
+            spec = _add_modules(spec, modules, opened)
+        yield spec
+
+
+def _add_modules(spec: StackSpec, modules: Mapping[str, Path], opened: ExitStack) -> StackSpec:
+    if len(spec.pairs) > 1:
+        raise BadSettings(
+            "--lora-modules says no decoder, and the tiers have several: add each adapter with `overfill pair adapter "
+            "add PAIR FOLDER --name NAME`, and give --adapters"
+        )
+    folders = _folders(spec)
+    if len(folders) > 1:
+        named = ", ".join(sorted(map(str, folders)))
+        raise BadSettings(f"--lora-modules: the decode workers have several folders, {named}; add the adapters to one")
+    if folders:
+        directory = folders.pop()
+    elif spec.joins_cluster:
+        raise BadSettings(
+            "--lora-modules needs --adapters with --ray-address: a folder that every machine of the cluster can read"
+        )
+    else:
+        directory = opened.enter_context(temporary_folder("modules")) / "adapters"
+        spec = _with_folder(spec, directory)
+    slots = min(config.max_adapters for config in _decoding(spec))
+    if len(modules) > slots:
+        raise BadSettings(f"--lora-modules names {len(modules)} adapters, and --max-adapters is {slots}: raise it")
+    pair = _pair(next(iter(spec.pairs)))
+    largest = min(config.max_adapter_rank for config in _decoding(spec))
+    for name, source in modules.items():
+        record = _add(directory, name, source, pair)
+        if record.rank > largest:
+            raise BadSettings(
+                f"--lora-modules {name}: has rank {record.rank}, and --max-adapter-rank is {largest}: raise it"
+            )
+    return spec
+
+
+def _add(directory: Path, name: str, source: Path, pair: Pair) -> AdapterRecord:
+    """Adds an adapter, unless the folder has the same one already: the stack may have been started before."""
+    if not os.path.lexists(directory / name):
+        return add_adapter(directory, name, source, pair)
+    there = read_record(directory / name)
+    files = read_files(source, file_limits(pair.decoder_config), follow_links=True)
+    given = parse_peft(source, files, pair.decoder_config).digest, pair.decoder_digest
+    if (there.digest, there.decoder_digest) != given:
+        raise InvalidAdapter(
+            f"{directory / name}: is another adapter than {source}; remove it with `overfill pair adapter remove`, or "
+            "give another name"
+        )
+    return there
+
+
+def _records(folder: Path) -> Iterator[AdapterRecord]:
+    """Yields the record of each adapter, by name, without those that are damaged: workers warn of them."""
+    for name in adapter_names(folder):
+        with suppress(InvalidAdapter):
+            yield read_record(folder / name)
+
+
+def _with_folder(spec: StackSpec, folder: Path) -> StackSpec:
+    return spec.model_copy(update={"settings": {**spec.settings, "adapters": str(folder)}})
+
+
+def _folders(spec: StackSpec) -> set[Path]:
+    return {config.adapters for config in _decoding(spec) if config.adapters is not None}
+
+
+def _decoding(spec: StackSpec) -> list[DecodeConfig]:
+    """Returns the settings of each pool whose workers decode."""
+    configs = [spec.worker_config(name) for name in spec.pools]
+    return [config for config in configs if isinstance(config, DecodeConfig)]
+
+
+def _is_here(pair: str) -> bool:
+    return is_ready(pair, None) if pair in NAMED else Path(pair).is_dir()
+
+
+def _pair(pair: str) -> Pair:
+    return Pair.load(resolve_pair(pair))
