@@ -26,7 +26,7 @@ _HELD_OUT_SEED = 1_000_000  # a seed of training data is smaller
 @click.option(
     "--adapters",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Score these: TASK, TASK-own (own prefill), TASK.1, TASK.1-own, …",
+    help="Score these: TASK, TASK-own (own prefill), TASK-1, TASK-1-own, …",
 )
 @click.option("--tokens", type=Counts(), default="200,1000", show_default=True, help="Lengths of prompts to score.")
 @click.option("--examples", type=int, default=500, show_default=True, help="Held-out examples of each task.")

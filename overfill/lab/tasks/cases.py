@@ -122,9 +122,8 @@ class Case:
 
 def _extract(case: Case) -> str:
     order = case.order
-    rank = (order.amount >= 500) + (order.quantity >= 6)
     facts = {"product": order.product, "order": order.number, "euros": order.amount, "pieces": order.quantity}
-    return json.dumps({**facts, "rank": rank})
+    return json.dumps({**facts, "large": order.amount >= 500})
 
 
 def _classify(case: Case) -> str:
@@ -138,15 +137,15 @@ def _classify(case: Case) -> str:
 
 def _row(case: Case) -> str:
     order, month = case.order, MONTHS.index(case.order.month) + 1
-    tier = (month > 6) + (order.amount >= 500)
+    size = "large" if order.amount >= 500 else "small"
     name = f"{case.last}, {case.first}"
-    return f"{order.product} | {order.day}.{month}. | {name} | EUR {order.amount} | x{order.quantity} | {tier}"
+    return f"{order.product} | {order.day}.{month}. | {name} | EUR {order.amount} | x{order.quantity} | {size}"
 
 
 def _route(case: Case) -> str:
     team = TEAMS[case.label]
-    level = list(URGENCY).index(case.priority) + (case.order.amount < 500)
-    return f'"{case.urgency}" {case.priority}; "{case.complaint}" {team}; {case.order.amount} euros; level {level}'
+    how = "call" if case.order.amount >= 500 else "write"
+    return f'"{case.urgency}" {case.priority}; "{case.complaint}" {team}; {case.order.amount} euros; {how}'
 
 
 TASKS: Mapping[str, Callable[[Case], str]] = {"extract": _extract, "classify": _classify, "row": _row, "route": _route}

@@ -160,16 +160,16 @@ def rows(
 
     Args:
         folder: Adapters: ``TASK`` was trained on the full model's KV, ``TASK-own`` with its own prefill; more seeds are
-            ``TASK.1`` and ``TASK.1-own``.
+            ``TASK-1`` and ``TASK-1-own``.
         transcripts: By length of the prompt in tokens, and by task.
     """
     found = {path.name: path for path in sorted(folder.iterdir()) if (path / "adapter_config.json").exists()}
     judge = Judge(pair, found)
     for tokens, by_task in transcripts.items():
-        pairs = [(name, f"{name}-own") for name in found if f"{name}-own" in found and name.split(".")[0] in by_task]
+        pairs = [(name, f"{name}-own") for name in found if f"{name}-own" in found and name.split("-")[0] in by_task]
         writers = {
             name: [
-                TaskWriter(task := name.split(".")[0], name, own_prefill=False),
+                TaskWriter(task := name.split("-")[0], name, own_prefill=False),
                 TaskWriter(task, own, own_prefill=True),
                 TaskWriter(task, own, own_prefill=False),
                 TaskWriter(task, "", own_prefill=False),
