@@ -88,7 +88,7 @@ def distilled(pair: Path, out: Path, *, resume: bool = False, **changes: Any) ->
     training = TRAINING.model_copy(update=changes)
     text = TextDigests.of(TRAINED)
     run = Run(loaded, out, list(transcripts), transcripts[:2], training, training_text=text, resume=resume)
-    return run.train()
+    return Pair.load(run.train())
 
 
 def decoder(pair: Path) -> dict[str, torch.Tensor]:
