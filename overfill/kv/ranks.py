@@ -49,7 +49,7 @@ class Pull:
 
     Attributes:
         peer: name of the prefill worker, for errors.
-        spec: the transfer. It has all KV heads of the full model, whatever the share of a puller.
+        spec: the transfer. It has all KV heads of the full model, also where a puller has a share of them.
         layer_map: ``layer_map[i]`` is the full-model layer whose KV is stored in cache layer i.
         sources: the prefill worker's data addresses; their ranges contain each KV head exactly once.
         timeout: seconds left of the request's deadline.

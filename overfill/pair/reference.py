@@ -183,7 +183,7 @@ class TwoStageReference:
     def _prefill(self, prompt_ids: Sequence[int], answer_start: int | None = None) -> tuple[DynamicCache, torch.Tensor]:
         """Returns the decoder's cache of the prompt, and the logits after it, [1, vocab].
 
-        The cache's part before ``answer_start`` is the full model's, whatever wrote earlier turns of a chat.
+        The full model writes the cache's part before ``answer_start``, earlier turns of a chat included.
         """
         start = len(prompt_ids) if answer_start is None else answer_start
         shared, tail = list(prompt_ids[:start]), list(prompt_ids[start:])

@@ -661,7 +661,7 @@ class _Claims:
         return any(worker.could_hold(self._tokens[name]) for name in claimed)
 
     def on_all(self, smallest: float) -> bool:
-        """True if every worker of at least ``smallest`` tokens is claimed, whatever adapters it has."""
+        """True if every worker of at least ``smallest`` tokens is claimed, with or without adapters."""
         return smallest >= self._tokens.get("", math.inf)
 
 

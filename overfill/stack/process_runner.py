@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from overfill.process.held_folder import hold_folder
 from overfill.rpc.addresses import announced, reachable, target_host
@@ -205,3 +205,19 @@ def _start_failed(child: Child) -> StartFailed:
     for line in lines:
         error.add_note(f"  {child.name} | {line}")
     return error
+
+
+@contextlib.contextmanager
+def running(placed: PlacedStack, sink: Callable[[str, str], None]) -> Iterator[ProcessRunner]:
+    """Starts a stack, yields it once it is ready, and stops it at the end; ``sink`` is as of ``ProcessRunner``.
+
+    Raises:
+        StartFailed: a process exited.
+    """
+    stack = ProcessRunner(placed, sink)
+    try:
+        stack.start()
+        stack.wait_ready(threading.Event())
+        yield stack
+    finally:
+        stack.stop()

@@ -4,7 +4,7 @@ A sequence whose ``answer_start`` leaves the first token to the decoder needs no
 the same for each adapter. So sequences of one cache namespace whose shared prompts are equal, or have more than half of
 their blocks in common, are members of a ``SharedTransfer`` from the time they ask for blocks until KV is in place:
 
-- **asking**: nobody receives the prompt. Each member waits for a prefill worker; the first one that gets one leads.
+- **asking**: no member receives the prompt. Each member waits for a prefill worker; the first one that gets one leads.
 - **received**: the leader's handoff writes into the leader's blocks. The others follow: they hold blocks of their own,
   which stay unwritten, and need no prefill worker. An assignment that reaches one is not used.
 - **in place**: the leader has told the engine, which gives each follower with blocks cached ones in place of its own. A

@@ -12,7 +12,7 @@ from engine_drivers import DecodeDriver, Decoding
 from sampled_reference import ReferenceAnswer, Request, SampledReference, assert_same_tokens
 from transformers.cache_utils import DynamicCache
 
-from overfill.engine.sequence import AdapterChanged, ChangeAdapter, DecodeSequence, Reserve, StopRule
+from overfill.engine.sequence import AdapterChanged, ChangeAdapter, Reserve, StopRule
 from overfill.model.adapter import LoraAdapter
 from overfill.model.processors import new_processor, process
 from overfill.model.sampling import sample
@@ -42,20 +42,7 @@ class AdaptedDriver(DecodeDriver):
     def submit(self, request: Request, *, hold: bool = False) -> Decoding:
         if not isinstance(request, AdaptedRequest) or request.answer_start is None:
             return super().submit(request, hold=hold)
-        prompt, sampling = list(request.prompt), request.sampling
-        sequence = DecodeSequence(
-            id=next(self._ids),
-            prompt=prompt,
-            emitted=list(request.emitted),
-            sampling=sampling,
-            stop=StopRule.of(sampling, self.reference.eos_ids, self.served.max_model_len - len(prompt)),
-            sample_index=request.sample_index,
-            processor=self._processor(request),
-            cache_namespace=self.namespace,
-            answer_start=request.answer_start,
-            adapter=request.slot,
-        )
-        sequence.prompt_blocks = self.served.blocks_of(prompt[: sequence.num_shared], self.namespace)
+        sequence = self.new_sequence(request, answer_start=request.answer_start, adapter=request.slot)
         # The KV travels up to answer_start.
         shared = replace(request, prompt=request.prompt[: request.answer_start])
         decoding = self.sequences[sequence.id] = Decoding(shared, sequence, None, hold)

@@ -171,8 +171,8 @@ class DecodeDriver(_Driver):
         super().__init__(loaded, reference, DecodeMetrics())
         self.sequences: dict[str, Decoding] = {}
 
-    def submit(self, request: Request, *, hold: bool = False) -> Decoding:
-        """Sends ``Reserve``."""
+    def new_sequence(self, request: Request, **own: Any) -> DecodeSequence:
+        """Makes the sequence of a request; ``own`` are further fields of it."""
         prompt, sampling = list(request.prompt), request.sampling
         sequence = DecodeSequence(
             id=next(self._ids),
@@ -183,8 +183,14 @@ class DecodeDriver(_Driver):
             sample_index=request.sample_index,
             processor=self._processor(request),
             cache_namespace=self.namespace,
-            prompt_blocks=self.served.blocks_of(prompt, self.namespace),
+            **own,
         )
+        sequence.prompt_blocks = self.served.blocks_of(prompt[: sequence.num_shared], self.namespace)
+        return sequence
+
+    def submit(self, request: Request, *, hold: bool = False) -> Decoding:
+        """Sends ``Reserve``."""
+        sequence = self.new_sequence(request)
         first = None if request.emitted else self.reference.first(request)
         decoding = self.sequences[sequence.id] = Decoding(request, sequence, first, hold)
         self.core.handle(Reserve(sequence))

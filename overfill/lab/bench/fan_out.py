@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
@@ -25,9 +24,9 @@ from overfill.lab.bench.serve.targets import OpenAiTarget
 from overfill.settings.values import EngineChoice
 from overfill.stack.describe import describe
 from overfill.stack.placed import place
-from overfill.stack.process_runner import ProcessRunner
+from overfill.stack.process_runner import running
 
-Progress = Callable[[int], None]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +83,9 @@ async def run_fan_outs(url: str, prefix: str, load: FanOutLoad, report: Progress
 
     Args:
         prefix: what comes before a task's name in the model's name.
-        report: takes the number of fan-outs done.
+        report: takes the numbers of fan-outs done, and of all.
     """
+    total = 2 * load.fan_outs
     figures = FanOutFigures(fan_outs=load.fan_outs)
     async with AsyncExitStack() as exits:
         targets = [await exits.enter_async_context(OpenAiTarget(url, prefix + task)) for task in load.tasks]
@@ -94,7 +94,7 @@ async def run_fan_outs(url: str, prefix: str, load: FanOutLoad, report: Progress
             if number:
                 figures.first.append(first)
                 figures.later += later
-            report(number)
+            report(number, total)
         warm_up, *prompts = load.prompts(1)
         await _at_once(targets, warm_up, load.answer_tokens)
         waiting, done = iter(prompts), 0
@@ -104,7 +104,7 @@ async def run_fan_outs(url: str, prefix: str, load: FanOutLoad, report: Progress
             for prompt in waiting:
                 await _at_once(targets, prompt, load.answer_tokens)
                 done += 1
-                report(load.fan_outs + done)
+                report(load.fan_outs + done, total)
 
         started = time.monotonic()
         async with asyncio.TaskGroup() as group:
@@ -174,15 +174,10 @@ def adapter_stack(
         "log_level": "error",
         "grace_period": 2,
     }
-    stack = ProcessRunner(place(describe(pair, http=0, threads=threads, settings=settings)), log)
-    try:
-        stack.start()
-        stack.wait_ready(threading.Event())
+    with running(place(describe(pair, http=0, threads=threads, settings=settings)), log) as stack:
         with Client(stack.addresses[0]) as client:
             http, model = client.status().http_address, client.models()[0].name
         yield f"http://{http}/v1", model, stack.addresses[0]
-    finally:
-        stack.stop()
 
 
 def prompt_tokens_computed(address: str) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import random
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from overfill.model.manifest import Pair
 from overfill.request.params import SamplingParams as EngineSampling
 from overfill.stack.describe import describe
 from overfill.stack.placed import place
-from overfill.stack.process_runner import ProcessRunner
+from overfill.stack.process_runner import running
 from overfill.telemetry.metrics import PrefillMetrics
 
 MAX_EXPOSED_SHARE = 0.05
@@ -75,31 +74,26 @@ def measure_handoff(
     """
     settings = {"dtype": dtype, "log_level": "error", "max_num_batched_tokens": tokens, "grace_period": 2}
     settings |= {"shm": shm, "kv_codec": kv_codec}
-    stack = ProcessRunner(place(describe(pair.folder, threads=threads, settings=settings)), log)
+    placed = place(describe(pair.folder, threads=threads, settings=settings))
     plain = _PlainPrefill(pair, dtype, tokens)
     rng = random.Random(0)
     vocab = pair.full_config.vocab_size
     measured: list[HandoffRound] = []
     gc.freeze()  # as in a worker
-    try:
-        stack.start()
-        stack.wait_ready(threading.Event())
-        with Client(stack.addresses[0]) as client:
-            greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-            for number in range(rounds + 1):
-                prompt = [rng.randrange(vocab) for _ in range(tokens)]
-                seconds = plain.run(prompt) if number % 2 else 0.0  # alternate which of the two runs first
-                answer = client.generate(prompt, sampling=greedy)
-                seconds = seconds or plain.run(prompt)
-                timing = answer.timing
-                if timing.ttft is None or timing.prefill_compute is None or timing.handoff_exposed is None:
-                    raise InternalError(
-                        "the answer has no timing for time to first token, prefill compute or exposed handoff"
-                    )
-                if number:
-                    measured.append(HandoffRound(timing.ttft, timing.prefill_compute, timing.handoff_exposed, seconds))
-    finally:
-        stack.stop()
+    with running(placed, log) as stack, Client(stack.addresses[0]) as client:
+        greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        for number in range(rounds + 1):
+            prompt = [rng.randrange(vocab) for _ in range(tokens)]
+            seconds = plain.run(prompt) if number % 2 else 0.0  # alternate which of the two runs first
+            answer = client.generate(prompt, sampling=greedy)
+            seconds = seconds or plain.run(prompt)
+            timing = answer.timing
+            if timing.ttft is None or timing.prefill_compute is None or timing.handoff_exposed is None:
+                raise InternalError(
+                    "the answer has no timing for time to first token, prefill compute or exposed handoff"
+                )
+            if number:
+                measured.append(HandoffRound(timing.ttft, timing.prefill_compute, timing.handoff_exposed, seconds))
     plain_ms = Measurement.median("plain_prefill", [1e3 * r.plain for r in measured], "ms")
     return [
         plain_ms,

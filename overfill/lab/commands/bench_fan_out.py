@@ -15,7 +15,6 @@ from overfill.lab.commands.bench_options import install_option, json_option, loa
 
 if TYPE_CHECKING:
     from overfill.model.manifest import EngineName
-    from overfill.telemetry.progress import Report
 
 
 @click.command("fan-out", short_help="Several tasks over one prompt, beside vLLM with the same adapters.")
@@ -90,7 +89,7 @@ def fan_out_command(
                 model,
                 address,
             ):
-                progress = partial(_report, report, f"Fan-outs, {name}", 2 * fan_outs)
+                progress = partial(report, f"Fan-outs, {name}")
                 figures = asyncio.run(run_fan_outs(url, f"{model}:", load, progress))
                 prompts = 2 * (fan_outs + 1)
                 figures.computed = prompt_tokens_computed(address) / (prompts * prompt_tokens)
@@ -100,10 +99,6 @@ def fan_out_command(
         if python is not None:
             folders = {task: adapters / task for task in tasks}
             with vllm_server(python, found.full_path, prompt_tokens + answer_tokens, folders, prefix_cache=True) as url:
-                progress = partial(_report, report, "Fan-outs, vLLM", 2 * fan_outs)
+                progress = partial(report, "Fan-outs, vLLM")
                 peer = asyncio.run(run_fan_outs(url, "", load, progress))
     return print_measurements(measurements_of(ours, alone, peer), as_json)
-
-
-def _report(report: Report, step: str, total: int, done: int) -> None:
-    report(step, done, total)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from random_adapters import random_adapter
+from small_models import CPU, SHAPE
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from overfill.errors import InvalidRequest
@@ -22,16 +23,6 @@ from overfill.model.transformer import Transformer
 # PEFT 0.21 asks transformers for a property that version 6 removes.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-CPU = torch.device("cpu")
-SHAPE = {
-    "vocab_size": 96,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
     "qwen2-tied": Qwen2Config(**SHAPE, tie_word_embeddings=True),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from overfill.lab.bench.router.load import TOKEN_TEXT, Api, Load, LoadProcesses,
 from overfill.lab.bench.router.recording import make_request
 from overfill.stack.describe import describe
 from overfill.stack.placed import place
-from overfill.stack.process_runner import ProcessRunner
+from overfill.stack.process_runner import running
 
 CLIENTS = 2
 """Client processes."""
@@ -172,18 +171,13 @@ def paced_stack(pair: Path, pace: SendingPace, sequences: int) -> Iterator[tuple
         "grace_period": 2,
     }
     placed = place(describe(pair, prefill=WORKERS, decode=WORKERS, http=0, threads=1, settings=settings))
-    stack = ProcessRunner(placed, lambda name, line: print(line, file=sys.stderr))
-    try:
-        stack.start()
-        stack.wait_ready(threading.Event())
+    with running(placed, lambda name, line: print(line, file=sys.stderr)) as stack:
         grpc = stack.addresses[0]
         http = f"127.0.0.1:{stack.spec.router.http_ports[0]}"
         with Client(grpc) as client:
             model, pid = client.models()[0].name, client.status().process.pid
         workers = tuple(stack.worker(worker.id).pid for worker in stack.placed.workers)
         yield Server("http", http, pid, model, workers), Server("grpc", grpc, pid, model, workers)
-    finally:
-        stack.stop()
 
 
 def _cpu_of(pids: Sequence[int]) -> list[float]:

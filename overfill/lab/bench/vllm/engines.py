@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from overfill.stack.child import Child
 from overfill.stack.describe import describe
 from overfill.stack.placed import PlacedStack, place
 from overfill.stack.ports import free_ports
-from overfill.stack.process_runner import ProcessRunner, child_environment
+from overfill.stack.process_runner import child_environment, running
 
 Log = Callable[[str, str], None]
 
@@ -158,7 +157,7 @@ def two_stage_stack(pair: Pair, settings: VllmSettings, log: Log) -> Iterator[st
         StartFailed: a process exited.
     """
     plan = stack_plan(pair.folder, settings, free_ports("127.0.0.1", 1)[0])
-    with _running(plan, log):
+    with running(plan, log):
         yield plan.addresses[0]
 
 
@@ -182,7 +181,7 @@ def both_stacks(
         replace(w, config=w.config.model_copy(update={"worker_id": "decode-full"})) for w in full.of_stage("decode")
     ]
     plan = replace(ours, routers=ours.routers + full.routers, workers=(*prefill, *ours.of_stage("decode"), *of_full))
-    with _running(plan, log) as stack:
+    with running(plan, log) as stack:
         first = stack.worker(prefill[0].id)
         workers = [stack.worker(decode.id) for decode in plan.of_stage("decode")]
         decoder, full_model = (
@@ -208,17 +207,6 @@ def prompt_tokens_computed(address: str) -> float:
             raise InternalError(f"{worker.id} does not export {_PROMPT_TOKENS_COMPUTED}")
         total += sum(map(float, values))
     return total
-
-
-@contextmanager
-def _running(placed: PlacedStack, log: Log) -> Iterator[ProcessRunner]:
-    stack = ProcessRunner(placed, log)
-    try:
-        stack.start()
-        stack.wait_ready(threading.Event())
-        yield stack
-    finally:
-        stack.stop()
 
 
 def stack_plan(folder: Path, settings: VllmSettings, port: int) -> PlacedStack:

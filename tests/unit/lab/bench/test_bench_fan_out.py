@@ -40,10 +40,10 @@ class Target:
 async def test_later_tasks_start_with_the_first_ones_token_and_every_prompt_is_new(monkeypatch):
     monkeypatch.setattr(fan_out, "OpenAiTarget", Target)
     monkeypatch.setattr(Target, "log", [])
-    done: list[int] = []
-    figures = await run_fan_outs("http://x", "model:", LOAD, done.append)
+    done: list[tuple[int, int]] = []
+    figures = await run_fan_outs("http://x", "model:", LOAD, lambda *progress: done.append(progress))
     assert (len(figures.first), len(figures.later), figures.fan_outs) == (2, 4, 2)
-    assert done == [0, 1, 2, 3, 4]
+    assert done == [(number, 4) for number in range(5)]
     apart = Target.log[:18]
     for event in range(0, 18, 6):
         assert [entry[:2] for entry in apart[event : event + 4]] == [
