@@ -299,7 +299,8 @@ async def test_an_answer_that_its_first_token_ends_releases_its_kv_and_is_no_fai
     assert outcomes(workers.prefill._metrics, "overfill_prefill_prompts_total") == {"ok": 1}
     assert outcomes(workers.decode.metrics, "overfill_decode_handoff_failures_total") == {}
     assert outcomes(workers.decode.metrics, "overfill_decode_handoff_seconds_count") == {}, "most KV has not arrived"
-    assert bool(pulls) == (last == "stop token"), "one token is known beforehand to need no KV"
+    if last == "length":  # whether a pull begins before the stop token arrives is a race
+        assert not pulls, "one token is known beforehand to need no KV"
 
 
 async def test_an_answer_of_one_token_is_computed_again_elsewhere_when_its_prefill_worker_fails(workers, reference):
