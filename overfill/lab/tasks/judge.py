@@ -1,29 +1,28 @@
-"""Scores adapters on the tasks with plain transformers and PEFT: greedy answers in batches, graded exactly.
+"""Scores adapters on the tasks: greedy answers of the engine's model, graded exactly.
 
 An answer counts if its text is the expected one. The pair is an identity pair, so that one model is both halves.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
-from transformers import DynamicCache
-
 from overfill.api.tokenizer import Tokenizer
+from overfill.engine.device import native_dtype, resolve_device
+from overfill.kv.spec import DTypeName
 from overfill.making.conversations import Transcript
+from overfill.making.evaluate.adapter_evaluation import is_right
+from overfill.making.evaluate.evaluation import load_model, longest_sequence
+from overfill.making.evaluate.greedy_answers import write_answers
+from overfill.making.evaluate.teacher_forced import Candidate
+from overfill.model.adapter import read_adapter
 from overfill.model.manifest import Pair
-from overfill.pair.hf_model import cache_argument, load_hf_model
 from overfill.telemetry.progress import Report
 
 MAX_ANSWER = 48
-_BATCH = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,116 +40,51 @@ class TaskWriter:
     own_prefill: bool
 
 
-def _model(writer: TaskWriter) -> tuple[bool, str]:
-    return writer.own_prefill, writer.adapter
-
-
 class Judge:
     """Writes answers with the full model of ``pair``, and adapters on it.
 
     Args:
         adapters: Folders of adapters, by name.
+        longest: Longest sequence in tokens.
+        dtype: Type of weights and activations. None means the device's native type.
     """
 
-    def __init__(self, pair: Pair, adapters: Mapping[str, Path], dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, pair: Pair, adapters: Mapping[str, Path], longest: int, dtype: DTypeName | None = None) -> None:
+        where = resolve_device("auto")
         self._tokenizer = Tokenizer.load(pair.full_path)
-        self._stop = torch.tensor(sorted(pair.full_config.eos_token_ids))
-        base: Any = load_hf_model(pair.full_path)
-        base.to(dtype)
-        self._cache_argument = cache_argument(base)
-        (first, folder), *others = adapters.items()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers 5 renames
-            self._model: Any = PeftModel.from_pretrained(base, folder, adapter_name=first).eval()
-            for name, folder in others:
-                self._model.load_adapter(folder, adapter_name=name)
+        self._layer_map = pair.layer_map
+        self._model = load_model(pair, "decoder", dtype or native_dtype(where), where, longest)
+        loaded = {name: read_adapter(folder, pair.decoder_config) for name, folder in adapters.items()}
+        slots = self._model.new_adapter_slots(len(loaded), max(adapter.record.rank for adapter in loaded.values()))
+        for slot, adapter in enumerate(loaded.values()):
+            slots.stage(slot, adapter)
+        self._slots = {"": None, **{name: slot for slot, name in enumerate(loaded)}}
 
-    @torch.inference_mode()
     def scores(
-        self, writers: Sequence[TaskWriter], transcripts: Mapping[str, Sequence[Transcript]], report: Report, name: str
+        self, writers: Sequence[TaskWriter], transcripts: Mapping[str, Sequence[Transcript]], step: str, report: Report
     ) -> dict[TaskWriter, int]:
         """Returns the number of right answers of each writer.
 
         Args:
-            transcripts: Of each task; those at one index have the same prompt.
-            name: Name of the step in reports.
+            transcripts: Of each task; those at one index have the same prompt, which the full model reads once.
+            step: Name of the step in reports.
         """
-        right = dict.fromkeys(writers, 0)
-        first = next(iter(transcripts.values()))
-        for start in range(0, len(first), _BATCH):
-            report(name, start, len(first))
-            batch = first[start : start + _BATCH]
-            cache: Any = None
-            for (own_prefill, adapter), judged in groupby(sorted(writers, key=_model), key=_model):
-                if own_prefill or cache is None:
-                    self._use(adapter if own_prefill else "")
-                    cache = self._prefill(batch)
-                self._use(adapter)
-                written = self._answers(batch, cache)
-                for writer in judged:
-                    expected = transcripts[writer.task][start : start + _BATCH]
-                    right[writer] += sum(map(self._is_right, expected, written))
-        report(name, len(first), len(first))
-        return right
-
-    def _use(self, adapter: str) -> None:
-        if adapter:
-            self._model.base_model.enable_adapter_layers()
-            self._model.set_adapter(adapter)
-        else:
-            self._model.base_model.disable_adapter_layers()
-
-    def _prefill(self, batch: Sequence[Transcript]) -> Any:
-        """Returns the cache of the prompts before ``decoder_start``; they are padded on the left."""
-        cache = DynamicCache(config=self._model.config)
-        self._forward([t.token_ids[: t.decoder_start] for t in batch], _padding(batch), 0, cache)
-        return cache
-
-    def _answers(self, batch: Sequence[Transcript], cache: Any) -> list[list[int]]:
-        """Returns the greedy answers on ``cache``, which it leaves as it was."""
-        padding, length = _padding(batch), cache.get_seq_length()
-        inputs: Sequence[Sequence[int]] = [t.token_ids[t.decoder_start : t.answer_start] for t in batch]
-        written: list[torch.Tensor] = []
-        ended = torch.zeros(len(batch), dtype=torch.bool)
-        position = length
-        while len(written) < MAX_ANSWER and not ended.all():
-            chosen = self._forward(inputs, padding, position, cache).argmax(-1)
-            position += len(inputs[0])
-            written.append(chosen)
-            ended |= torch.isin(chosen, self._stop)
-            inputs = chosen[:, None].tolist()
-        cache.crop(length - cache.get_seq_length())
-        answers: list[list[int]] = torch.stack(written, 1).tolist()
-        return answers
-
-    def _forward(
-        self, inputs: Sequence[Sequence[int]], padding: torch.Tensor, position: int, cache: Any
-    ) -> torch.Tensor:
-        """Returns the logits after the last tokens, [rows, vocab]; rows are padded on the left to the longest."""
-        width = max(map(len, inputs))
-        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in inputs])
-        columns = torch.arange(position + width)
-        output = self._model(
-            input_ids=ids,
-            attention_mask=(columns >= padding[:, None]).long(),
-            position_ids=(columns[position:] - padding[:, None]).clamp(min=0),
-            use_cache=True,
-            logits_to_keep=1,
-            **{self._cache_argument: cache},
+        num_prompts = len(next(iter(transcripts.values())))
+        asked = [(writer, transcripts[writer.task][index]) for index in range(num_prompts) for writer in writers]
+        written = write_answers(
+            self._model,
+            Candidate(self._model, self._layer_map),
+            [transcript.prompt for _, transcript in asked],
+            MAX_ANSWER,
+            starts=[0 if writer.own_prefill else transcript.decoder_start for writer, transcript in asked],
+            adapters=[self._slots[writer.adapter] for writer, _ in asked],
+            step=step,
+            report=report,
         )
-        logits: torch.Tensor = output.logits[:, -1]
-        return logits
-
-    def _is_right(self, expected: Transcript, written: Sequence[int]) -> bool:
-        stop = set(self._stop.tolist())
-        ends = next((i for i, token in enumerate(written) if token in stop), len(written))
-        answer = [token for token in expected.answer if token not in stop]
-        return self._tokenizer.decode(written[:ends]) == self._tokenizer.decode(answer)
-
-
-def _padding(batch: Sequence[Transcript]) -> torch.Tensor:
-    longest = max(t.decoder_start for t in batch)
-    return torch.tensor([longest - t.decoder_start for t in batch])
+        right = dict.fromkeys(writers, 0)
+        for (writer, transcript), answer in zip(asked, written, strict=True):
+            right[writer] += is_right(self._tokenizer, transcript, answer)
+        return right
 
 
 def rows(
@@ -164,7 +98,8 @@ def rows(
         transcripts: By length of the prompt in tokens, and by task.
     """
     found = {path.name: path for path in sorted(folder.iterdir()) if (path / "adapter_config.json").exists()}
-    judge = Judge(pair, found)
+    longest = max(longest_sequence(each, MAX_ANSWER) for tasks in transcripts.values() for each in tasks.values())
+    judge = Judge(pair, found, longest)
     for tokens, by_task in transcripts.items():
         pairs = [(name, f"{name}-own") for name in found if f"{name}-own" in found and name.split("-")[0] in by_task]
         writers = {
@@ -177,7 +112,7 @@ def rows(
             for name, own in pairs
         }
         wanted = list(dict.fromkeys(writer for each in writers.values() for writer in each))
-        right = judge.scores(wanted, by_task, report, f"Answering at {tokens} tokens")
+        right = judge.scores(wanted, by_task, f"Answering at {tokens} tokens", report)
         for name, each in writers.items():
             examples = len(by_task[each[0].task])
             scores = [right[writer] / examples for writer in each]

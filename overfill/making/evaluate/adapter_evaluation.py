@@ -137,17 +137,18 @@ def evaluate_adapter(
     right: dict[AdapterVariant, Estimate] = {}
     if free_running:
         tokenizer = Tokenizer.load(pair.full_path)
-        for variant, title in ADAPTER_TITLES.items():
-            written = write_answers(
-                full,
-                Candidate(model, pair.layer_map, None if variant == "without" else _SLOT),
-                [t.prompt for t in kept],
-                max_tokens,
-                starts=[0 if variant == "own_prefill" else t.decoder_start for t in kept],
-                step=f"Writing: {title}",
-                report=report,
-            )
-            right[variant] = _right(tokenizer, kept, written)
+        # Of each prompt in turn, so that the full model reads it once.
+        written = write_answers(
+            full,
+            Candidate(model, pair.layer_map),
+            [t.prompt for t in kept for _ in ADAPTER_TITLES],
+            max_tokens,
+            starts=[0 if variant == "own_prefill" else t.decoder_start for t in kept for variant in ADAPTER_TITLES],
+            adapters=[None if variant == "without" else _SLOT for _ in kept for variant in ADAPTER_TITLES],
+            report=report,
+        )
+        for index, variant in enumerate(ADAPTER_TITLES):
+            right[variant] = _right(tokenizer, kept, written[index :: len(ADAPTER_TITLES)])
     return AdapterEvaluation(
         pair=pair.name,
         adapter=adapter.record.name,
@@ -161,11 +162,15 @@ def evaluate_adapter(
 
 
 def _right(tokenizer: Tokenizer, transcripts: Sequence[Transcript], written: Sequence[Written]) -> Estimate:
-    """Returns the share of answers whose text is the given one."""
     found = MetricAccumulator()
     for transcript, answer in zip(transcripts, written, strict=True):
-        found.add([float(tokenizer.decode(answer.token_ids) == tokenizer.decode(transcript.answer))], 0)
+        found.add([float(is_right(tokenizer, transcript, answer))], 0)
     return found.metric().overall
+
+
+def is_right(tokenizer: Tokenizer, transcript: Transcript, written: Written) -> bool:
+    """Returns whether the text of an answer is the given one."""
+    return tokenizer.decode(written.token_ids) == tokenizer.decode(transcript.answer)
 
 
 def adapter_rows(evaluation: AdapterEvaluation) -> list[list[str]]:

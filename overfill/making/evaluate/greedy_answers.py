@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from overfill.engine.runner import ModelRunner
 from overfill.engine.work import Work
 from overfill.kv.cache import KvCache
@@ -62,6 +64,7 @@ def write_answers(
     max_tokens: int,
     *,
     starts: Sequence[int] | None = None,
+    adapters: Sequence[int | None] | None = None,
     step: str = "Writing answers",
     report: Report = silent,
 ) -> list[Written]:
@@ -71,9 +74,12 @@ def write_answers(
 
     Args:
         starts: index of the first token of each prompt that the decoder computes; it then chooses the first token. None
-            means that the full model computes all of them and chooses the first token, as in a stack.
+            means that the full model computes all of them and chooses the first token, as in a stack. Successive
+            prompts with the same part before it are read once.
+        adapters: slot of the adapter that writes each answer; None for the decoder alone.
     """
     starts = starts or [len(prompt) for prompt in prompts]
+    adapters = adapters or [None] * len(prompts)
     context = min(full.max_positions, decoder.model.max_positions)
     ends = [min(len(prompt) + max_tokens, context) for prompt in prompts]
     needed = [-(-end // _BLOCK_SIZE) for end in ends]
@@ -84,18 +90,21 @@ def write_answers(
     stop_ids = full.config.eos_token_ids
     written = [Written() for _ in prompts]
     waiting, running = deque(range(len(prompts))), list[_Running]()
+    read, next_logits = list[int](), torch.empty(0)  # what the reader's cache holds
     while waiting or running:
         while waiting and len(running) < _MAX_RUNNING and needed[waiting[0]] <= len(free):
             index = waiting.popleft()
-            prompt, start = prompts[index], starts[index]
+            prompt, start, adapter = prompts[index], starts[index], adapters[index]
             blocks = [free.pop() for _ in range(needed[index])]
             if start:
-                read = list(range(-(-start // _BLOCK_SIZE)))
-                first = reader.run([Work(prompt[:start], 0, read, wants_logits=True)])
-                runner.copy_kv(reader, read, blocks[: len(read)], decoder.layer_map, start, 0)
+                read_blocks = list(range(-(-start // _BLOCK_SIZE)))
+                if (shared := list(prompt[:start])) != read:
+                    read, next_logits = shared, reader.run([Work(shared, 0, read_blocks, wants_logits=True)])
+                runner.copy_kv(reader, read_blocks, blocks[: len(read_blocks)], decoder.layer_map, start, 0)
+            first = next_logits
             if start < len(prompt):
-                first = runner.run([Work(prompt[start:], start, blocks, wants_logits=True, adapter=decoder.adapter)])
-            sequence = _Running(written[index], len(prompt), ends[index], blocks, decoder.adapter)
+                first = runner.run([Work(prompt[start:], start, blocks, wants_logits=True, adapter=adapter)])
+            sequence = _Running(written[index], len(prompt), ends[index], blocks, adapter)
             if sequence.add(int(first.argmax()), stop_ids):
                 running.append(sequence)
             else:

@@ -51,12 +51,10 @@ class Candidate:
 
     Attributes:
         layer_map: ``layer_map[i]`` is the full-model layer whose KV its layer i reads.
-        adapter: slot of the adapter that writes; None means the decoder alone.
     """
 
     model: ForwardModel
     layer_map: Sequence[int]
-    adapter: int | None = None
 
 
 def scorable(transcripts: Sequence[Transcript]) -> list[Transcript]:

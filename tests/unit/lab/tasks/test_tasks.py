@@ -52,7 +52,7 @@ def test_the_judge_counts_the_greedy_answers_of_transformers(tiny_pair: Path, tm
         pair = Pair.load(folder)
         adapter = add_tiny_adapter(pair, tmp_path / "adapters", "task")
         adapted = load_peft(pair, adapter)
-        judge = Judge(pair, {"task": adapter}, torch.float32)
+        judge = Judge(pair, {"task": adapter}, 12 + MAX_ANSWER, "float32")
         own, base = TaskWriter("task", "task", own_prefill=True), TaskWriter("task", "", own_prefill=False)
         kept = TaskWriter("task", "task", own_prefill=False)
         counted = {}
@@ -62,7 +62,7 @@ def test_the_judge_counts_the_greedy_answers_of_transformers(tiny_pair: Path, tm
                 with adapted.disable_adapter() if writer is base else torch.no_grad():
                     expected.append(_greedy(adapted, prompt, pair.full_config.eos_token_ids))
             transcripts = [Transcript((*p, *a), len(p), tail=2) for p, a in zip(prompts, expected, strict=True)]
-            counted[name] = judge.scores([own, kept, base], {"task": transcripts}, lambda *_: None, "judging")
+            counted[name] = judge.scores([own, kept, base], {"task": transcripts}, "judging", lambda *_: None)
     assert counted["own"] == {own: 3, kept: 0, base: 0}
     assert counted["base"] == {own: 0, kept: 0, base: 3}
 
