@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 
+from overfill.errors import ModelNotFound, OverfillError, Unavailable
 from overfill.request.answer_start import MAX_TAIL_TOKENS
 from overfill.request.names import ADAPTER_NAME, ADAPTER_NAME_RULE
 from overfill.routing.tier import Adapter
@@ -121,6 +122,14 @@ class Adapters:
                 forgotten.append(adapter)
                 self._forget(name)
         return forgotten
+
+    def loss(self, adapter: Adapter, expired: Collection[Adapter]) -> OverfillError | None:
+        """Returns why ``adapter`` is no longer known; None if it is. ``expired``: what ``expire`` has just returned."""
+        if self._known.get(adapter.name) == adapter:
+            return None
+        if adapter in expired:
+            return Unavailable(f"the decode workers with the adapter {adapter.name!r} left, and none has returned")
+        return ModelNotFound(f"the adapter {adapter.name!r} was unloaded or replaced while the request waited")
 
     def _checked(
         self, tier: str, adapters: Iterable[common_pb2.Adapter], ignored: dict[str, list[str]]
