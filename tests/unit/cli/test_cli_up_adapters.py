@@ -98,6 +98,35 @@ def test_what_cannot_be_is_refused_before_the_start(
     assert not started
 
 
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (["a={a}", "b={b}", "--max-adapter-rank", "4"], "b: has rank 8, and --max-adapter-rank is 4"),
+        (["a={a}", "b={a}/none"], "none"),
+        (["a={a}", "there={a}"], "is another adapter than"),
+        (["a={a}", "default={b}"], "has the name of a tier"),
+        (["a={a}", "../adapters/there={a}"], "is no name for an adapter"),
+        (["a={a}", "--log-dir", "{a}/adapter_config.json/logs"], "cannot be made"),
+    ],
+)
+def test_modules_are_added_only_once_all_are_checked(
+    modules: list[str], message: str, started: list[dict[str, Any]], tiny_pair: Path, peft: Callable[..., Path],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folders = {"{a}": peft("a"), "{b}": peft("b", r=8)}
+    folder = tmp_path / "adapters"
+    add_tiny_adapter(Pair.load(tiny_pair), folder, "there", seed=7)
+    line = ["up", str(tiny_pair), *FLAGS, "--adapters", str(folder), "--lora-modules"]
+    for text in modules:
+        for name, path in folders.items():
+            text = text.replace(name, str(path))
+        line.append(text)
+    assert main(line) != 0
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert adapter_names(folder) == ["there"]
+    assert not started
+
+
 def test_modules_of_several_tiers_are_refused(
     started: list[dict[str, Any]], tiny_family: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
