@@ -89,7 +89,7 @@ def up_command(
         if not dry_run:
             _prepare(spec)
     if not described and not modules:
-        spec = with_default_folder(spec)
+        spec = with_default_folder(spec, _note)
     if dry_run:
         click.echo(str(spec), nl=False)
         return 0

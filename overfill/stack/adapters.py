@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
+from overfill.engine.choice import why_no_adapters
+from overfill.engine.device import resolve_device
 from overfill.model.adapter import AdapterRecord, check_name, file_limits, parse_peft, read_record
 from overfill.model.adapter_files import InvalidAdapter, read_files
 from overfill.model.manifest import Pair
@@ -20,20 +22,36 @@ from overfill.settings.reader import BadSettings
 from overfill.stack.spec import StackSpec
 
 
-def with_default_folder(spec: StackSpec) -> StackSpec:
+def with_default_folder(spec: StackSpec, note: Callable[[str], None]) -> StackSpec:
     """Returns the stack with the default folder of adapters, if that has one of the stack's decoders.
 
     A stack that names a folder keeps it, and so does one with a pair that is not prepared yet. On a joined cluster, the
-    default folder may be missing on other machines.
+    default folder may be missing on other machines. Workers whose engine takes no adapters start without them.
+
+    Args:
+        note: called with a line about workers that start without the adapters of their decoder.
     """
     if spec.joins_cluster or spec.mock or _folders(spec) or not all(map(_is_here, spec.pairs)):
         return spec
-    pairs = [_pair(pair) for pair in spec.pairs]
-    folder = default_folder(pairs[0])
-    decoders = {pair.decoder_digest for pair in pairs}
-    if folder.is_dir() and any(record.decoder_digest in decoders for record in _records(folder)):
-        return _with_folder(spec, folder)
-    return spec
+    folder = default_folder(_pair(next(iter(spec.pairs))))
+    found = {record.decoder_digest for record in _records(folder)} if folder.is_dir() else set()
+    usable, unable = False, []
+    for name in spec.pools:
+        config = spec.worker_config(name)
+        if not isinstance(config, DecodeConfig) or not config.max_adapters or not found:
+            continue
+        has_some = _pair(config.pair).decoder_digest in found
+        if reason := _why_no_adapters(config):
+            unable.append(name)
+            if has_some:
+                note(f"{name} workers start without the adapters of their decoder in {folder}: {reason}")
+        else:
+            usable = usable or has_some
+    if not usable:
+        return spec
+    for name in unable:
+        spec = spec.with_pool_settings(name, {"max_adapters": 0})
+    return _with_folder(spec, folder)
 
 
 @contextmanager
@@ -50,7 +68,7 @@ def with_modules(spec: StackSpec, modules: Mapping[str, Path]) -> Iterator[tuple
         joined cluster, whose machines may have other folders.
 
     Raises:
-        BadSettings: the stack cannot have all of them, or an adapter has the name of a tier.
+        BadSettings: the stack cannot have all of them, its engine takes none, or an adapter has the name of a tier.
         InvalidAdapter: as ``add_adapter``, a folder cannot be read, or it has another adapter of this name.
     """
     with ExitStack() as opened:
@@ -70,8 +88,10 @@ def _served(spec: StackSpec, new: Sequence[AdapterRecord]) -> list[AdapterRecord
     served: dict[str, AdapterRecord] = {}
     tiers = [*spec.tiers] or [DEFAULT_TIER]
     for config in () if spec.joins_cluster else _decoding(spec):
-        if config.adapters is None:
+        if config.adapters is None or not config.max_adapters:
             continue
+        if reason := _why_no_adapters(config):
+            raise BadSettings(f"--adapters: {reason}: leave it out, or choose a decoder with plain weights")
         decoder, largest = _pair(config.pair).decoder_digest, config.max_adapter_rank
         there = () if new and not config.adapters.exists() else _records(config.adapters)
         records = sorted([*there, *new], key=lambda record: record.name)
@@ -137,6 +157,13 @@ def _check_same(there: AdapterRecord, directory: Path, source: Path, pair: Pair)
             f"{directory / there.name}: is another adapter than {source}; remove it with `overfill pair adapter "
             "remove`, or give another name"
         )
+
+
+def _why_no_adapters(config: DecodeConfig) -> str:
+    """Returns why the engine of these workers takes no adapters; empty if it does."""
+    if config.engine == "mock":
+        return ""
+    return why_no_adapters(_pair(config.pair).decoder_config, lambda: resolve_device(config.device).type == "cpu")
 
 
 def _records(folder: Path) -> Iterator[AdapterRecord]:
