@@ -29,6 +29,7 @@ class Pool:
         tier: name of the tier of a decode pool; empty for prefill.
         adapters: the adapters of the decode pools of all tiers.
         index: totals over the workers and the order of the policy; valid right after ``expire``.
+        most_joined: largest number of workers that the pool has had at once.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Pool:
         self._workers: dict[str, Worker] = {}
         self._detached: dict[tuple[str, int], Worker] = {}
         self._placements = 0
+        self.most_joined = 0
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._workers.values())
@@ -83,6 +85,7 @@ class Pool:
         worker.info = info
         worker.set_report(None)
         self._workers[info.id] = worker
+        self.most_joined = max(self.most_joined, len(self._workers))
         self._startups.pop(worker.process, None)  # count a worker that joins again only once
         self._startups[worker.process] = info.startup_seconds
         if len(self._startups) > MAX_STARTUP_TIMES:
