@@ -517,7 +517,7 @@ class Dispatcher:
         """
         adapters = self._roster.adapters
         expired = adapters.expire(now, lambda tier: self._max_absence(self._roster.decode[tier]))
-        changes = adapters.changes + sum(pool.index.changes for pool in self._roster.pools())
+        changes = self._roster.changes
         queued, self._newly_queued = self._newly_queued, []
         if changes != self._changes:
             self._changes, queued = changes, list(self.waiting())

@@ -228,6 +228,11 @@ class Roster:
         """Returns all pools: prefill, then one per tier."""
         return (self.prefill, *self.decode.values())
 
+    @property
+    def changes(self) -> int:
+        """Grows with each change of the adapters, of which workers have joined and do not drain, or of their size."""
+        return self.adapters.changes + sum(pool.index.changes for pool in self.pools())
+
     def pool_of(self, worker: Worker) -> Pool:
         """Returns the pool to which a worker that has joined belongs."""
         return self.prefill if worker.info.stage == PREFILL else self.decode[worker.info.tier]
