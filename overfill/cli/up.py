@@ -29,7 +29,7 @@ from overfill.process.extras import require
 from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import TierSpec
 from overfill.settings.worker_kinds import VARIABLE_PREFIXES
-from overfill.stack.adapters import served_adapters, with_default_folder, with_modules
+from overfill.stack.adapters import with_default_folder, with_modules
 from overfill.stack.counts import count_workers
 from overfill.stack.describe import RayPlacement, check_used, describe
 from overfill.stack.pairs import check_engine_args, check_engines, resolve_pairs
@@ -89,18 +89,18 @@ def up_command(
         if not dry_run:
             _prepare(spec)
     if not described and not modules:
-        spec = with_default_folder(spec)
+        spec = with_default_folder(spec, _note)
     if dry_run:
         click.echo(str(spec), nl=False)
         return 0
     with _stop_signals() as stopping, contextlib.ExitStack() as opened:
+        sink = None
+        if spec.runner == "processes":
+            sink = opened.enter_context(_log_sink(None if spec.log_dir is None else Path(spec.log_dir)))
         with _usage_errors():
-            spec = opened.enter_context(with_modules(spec, modules))
-            adapters = served_adapters(spec)
-        if spec.runner == "ray":
-            return run(RayRunner(spec, _note), stopping, adapters)
-        sink = opened.enter_context(_log_sink(None if spec.log_dir is None else Path(spec.log_dir)))
-        return run(ProcessRunner(place(spec), sink), stopping, adapters)
+            spec, adapters = opened.enter_context(with_modules(spec, modules))
+        stack = RayRunner(spec, _note) if sink is None else ProcessRunner(place(spec), sink)
+        return run(stack, stopping, adapters)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable
 
 from overfill.errors import InvalidRequest
+from overfill.model.config import ModelConfig
 from overfill.model.manifest import MANIFEST, EngineName, Half, Pair
 from overfill.process.extras import MissingExtra, install_line
 from overfill.settings.values import EngineChoice
@@ -116,6 +117,17 @@ def why_not_vllm(pair: Pair, *halves: Half, device: str = "cuda:0") -> str:
     return (
         f"--engine auto runs the {what} on OverFill's own engine, not on vLLM, the engine for GPUs, because {why}{also}"
     )
+
+
+def why_no_adapters(config: ModelConfig, on_cpu: Callable[[], bool]) -> str:
+    """Returns why no engine takes adapters for a decoder with ``config``; empty if one does.
+
+    Args:
+        on_cpu: returns True if the decoder runs on the CPU; called only if the answer depends on it.
+    """
+    if config.weight_format == "plain" or not on_cpu():
+        return ""
+    return f"vLLM on CPUs takes none for weights in {config.weight_format}, as the decoder's are"
 
 
 def require_vllm() -> None:

@@ -105,10 +105,42 @@ def add_adapter(
     Raises:
         InvalidAdapter: the name is taken or not allowed, or as ``read_adapter``.
     """
-    check_name(name)
+    record, files = _read_new(directory, name, source, pair, tail_tokens, own_prefill)
     target = directory / name
-    if os.path.lexists(target):
-        raise _taken(target)
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".{name}.tmp-{secrets.token_hex(4)}"
+    temporary.mkdir()
+    try:
+        for file, content in files.items():
+            (temporary / file).write_bytes(content)
+        try:
+            temporary.rename(target)
+        except OSError as error:
+            if os.path.lexists(target):  # added meanwhile
+                raise _taken(target) from None
+            raise InvalidAdapter(f"{target}: cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return record
+
+
+def check_new_adapter(directory: Path, name: str, source: Path, pair: Pair) -> AdapterRecord:
+    """Returns what ``add_adapter`` would, and writes nothing. Raises InvalidAdapter as it does."""
+    return _read_new(directory, name, source, pair)[0]
+
+
+def _read_new(
+    directory: Path,
+    name: str,
+    source: Path,
+    pair: Pair,
+    tail_tokens: int | None = None,
+    own_prefill: bool | None = None,
+) -> tuple[AdapterRecord, dict[str, bytes]]:
+    """Returns the record of an adapter for ``directory / name``, and the files of its folder, by name."""
+    check_name(name)
+    if os.path.lexists(directory / name):
+        raise _taken(directory / name)
     files = read_files(source, file_limits(pair.decoder_config), follow_links=True)
     parsed = parse_peft(source, files, pair.decoder_config)
     record = AdapterRecord(name, parsed.digest, pair.decoder_digest, parsed.rank, own_prefill=True)
@@ -126,22 +158,8 @@ def add_adapter(
         record = replace(record, tail_tokens=tail_tokens)
     if own_prefill is not None:
         record = replace(record, own_prefill=own_prefill)
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{name}.tmp-{secrets.token_hex(4)}"
-    temporary.mkdir()
-    try:
-        for file in (PEFT_CONFIG, WEIGHTS):
-            (temporary / file).write_bytes(files[file])
-        (temporary / RECORD).write_bytes(record_json(record, parsed.base_model, training))
-        try:
-            temporary.rename(target)
-        except OSError as error:
-            if os.path.lexists(target):  # added meanwhile
-                raise _taken(target) from None
-            raise InvalidAdapter(f"{target}: cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return record
+    written = {file: files[file] for file in (PEFT_CONFIG, WEIGHTS)}
+    return record, written | {RECORD: record_json(record, parsed.base_model, training)}
 
 
 def remove_adapter(directory: Path, name: str) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 
+from overfill.errors import ModelNotFound, OverfillError, Unavailable
 from overfill.request.answer_start import MAX_TAIL_TOKENS
 from overfill.request.names import ADAPTER_NAME, ADAPTER_NAME_RULE
 from overfill.routing.tier import Adapter
@@ -66,15 +67,7 @@ class Adapters:
     def set(self, worker: Worker, adapters: Iterable[common_pb2.Adapter]) -> None:
         """Replaces what a joined worker has by what it says. Ignores, with a warning, what is wrong or not unique."""
         ignored: dict[str, list[str]] = {}
-        reported = self._checked(worker.info.tier, adapters, ignored)
-        before = self._reported.get(worker, {})
-        self._reported[worker] = reported
-        for name, adapter in before.items():
-            if reported.get(name) != adapter:
-                self._take_away(worker, name, unloaded=True)
-        for name, adapter in reported.items():
-            if before.get(name) != adapter and (reason := self._add(worker, adapter)):
-                ignored.setdefault(reason, []).append(name)
+        self._report(worker, self._checked(worker.info.tier, adapters, ignored), ignored)
         for reason, names in ignored.items():
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             shown = ", ".join(repr(name[:80]) for name in names[:_SHOWN])
@@ -85,15 +78,9 @@ class Adapters:
         if worker not in self._reported:
             return "it has left"
         ignored: dict[str, list[str]] = {}
-        reported = self._checked(worker.info.tier, [adapter], ignored)
-        for name, one in reported.items():
-            before = self._reported[worker].get(name)
-            self._reported[worker][name] = one
-            if before is not None and before != one:
-                self._take_away(worker, name, unloaded=True)
-            if (before != one or name not in worker.adapters) and (reason := self._add(worker, one)):
-                return reason
-        return next(iter(ignored), None)
+        added = self._checked(worker.info.tier, [adapter], ignored)
+        self._report(worker, self._reported[worker] | added, ignored)
+        return next((reason for reason, names in ignored.items() if adapter.name in names), None)
 
     def remove(self, worker: Worker, name: str) -> None:
         """Notes that a worker has unloaded the adapter ``name``."""
@@ -122,6 +109,14 @@ class Adapters:
                 self._forget(name)
         return forgotten
 
+    def loss(self, adapter: Adapter, expired: Collection[Adapter]) -> OverfillError | None:
+        """Returns why ``adapter`` is no longer known; None if it is. ``expired``: what ``expire`` has just returned."""
+        if self._known.get(adapter.name) == adapter:
+            return None
+        if adapter in expired:
+            return Unavailable(f"the decode workers with the adapter {adapter.name!r} left, and none has returned")
+        return ModelNotFound(f"the adapter {adapter.name!r} was unloaded or replaced while the request waited")
+
     def _checked(
         self, tier: str, adapters: Iterable[common_pb2.Adapter], ignored: dict[str, list[str]]
     ) -> dict[str, Adapter]:
@@ -147,6 +142,16 @@ class Adapters:
         if adapter.name in self._tiers:
             return "a tier has this name; give the adapter another"
         return ""
+
+    def _report(self, worker: Worker, reported: dict[str, Adapter], ignored: dict[str, list[str]]) -> None:
+        """Replaces what a worker has by ``reported``, and notes in ``ignored`` the names that are not unique."""
+        before, self._reported[worker] = self._reported.get(worker, {}), reported
+        for name, adapter in before.items():
+            if reported.get(name) != adapter:
+                self._take_away(worker, name, unloaded=True)
+        for name, adapter in reported.items():
+            if name not in worker.adapters and (reason := self._add(worker, adapter)):
+                ignored.setdefault(reason, []).append(name)
 
     def _add(self, worker: Worker, adapter: Adapter) -> str:
         """Notes that a worker has ``adapter``. Returns why it is ignored; empty if it is not."""

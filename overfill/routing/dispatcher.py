@@ -30,20 +30,17 @@ Callers report events (``submit``, ``reserved``, ``refused`` ...) and then call 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
-from overfill.errors import ModelNotFound, OverfillError, PromptTooLong, Unavailable
+from overfill.errors import OverfillError, PromptTooLong, Unavailable
 from overfill.routing.admission import Admission
+from overfill.routing.candidates import Claims, find, too_large
 from overfill.routing.fair_queue import FairQueue
-from overfill.routing.index import capacity_of
 from overfill.routing.job import Job, JobState
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.reservations import Reservations
-from overfill.routing.tier import Adapter
-from overfill.routing.worker import PREFILL, Worker
+from overfill.routing.worker import Worker
 from overfill.v1 import decode_pb2, registry_pb2
 
 STARTUP_MARGIN = 2.0
@@ -54,9 +51,6 @@ The margin covers the time to notice the loss, and a slower start on a busy mach
 
 MIN_ABSENT_AFTER = 10.0
 """Lower bound of that default, in seconds."""
-
-_TRIES = 16
-"""Number of workers tried in the policy's order; then the emptiest worker with enough room is used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +242,7 @@ class Dispatcher:
             return None
         if pool.index.free_credits < needed or (waiting and waiting.migrated):
             return None
-        worker = self._find(pool, job, job.prompt_tokens)
+        worker = find(pool, job, job.prompt_tokens)
         if worker is not None:
             self._reserving.discard(job)
             self._assign_prefill(job, worker)
@@ -441,7 +435,7 @@ class Dispatcher:
         for job in self._prefill_queue:
             if not pool.index.free_credits:
                 return
-            worker = self._find(pool, job, job.prompt_tokens)
+            worker = find(pool, job, job.prompt_tokens)
             if worker is None:
                 continue
             self._assign_prefill(job, worker)
@@ -460,51 +454,43 @@ class Dispatcher:
 
     def _place_decode(self, now: float) -> Iterator[Placement]:
         """Places waiting jobs on decode workers: the best rank first, then the tier with the oldest placement."""
-        waiting = [tier for tier in self._tiers.values() if tier.jobs]
-        if len(waiting) == 1:  # as in every stack with one tier
-            for job, worker in self._placeable(waiting[0], now):
-                yield self._place(job, worker, now)
-            return
         # Placing a job of one tier changes nothing for the next job of another but the number of free prefill slots.
-        found = [(tier, search) for tier in waiting if (search := _Search(self._placeable(tier, now))).next is not None]
+        searches = {tier: self._placeable(tier, now) for tier in self._tiers.values() if tier.jobs}
+        found = {tier: first for tier, search in searches.items() if (first := next(search, None)) is not None}
+
+        def rank(tier: _TierQueue) -> tuple[bool, int, int]:
+            job, _ = found[tier]
+            return not job.migrated, job.priority, tier.last_placed  # resumed work goes first, then priority counts
+
         while found and self._free_prefill_slots > 0:
-            tier, search = min(found, key=lambda entry: (*entry[1].rank, entry[0].last_placed))
-            assert search.next is not None
-            yield self._place(*search.next, now)
-            search.advance()
-            if search.next is None:
-                found.remove((tier, search))
+            tier = min(found, key=rank)
+            yield self._place(*found.pop(tier), now)
+            if (following := next(searches[tier], None)) is not None:
+                found[tier] = following
 
     def _placeable(self, tier: _TierQueue, now: float) -> Iterator[tuple[Job, Worker]]:
         """Yields the jobs of a tier that can be placed now, in order. The caller places each before the next."""
-        pool, queue, claims = tier.pool, tier.jobs, _Claims()
-        rooms: dict[str, float] = {}  # by adapter: no worker that has it has more for another job
+        pool, queue, claims = tier.pool, tier.jobs, Claims(tier.pool)
         for job in queue:
-            if self._free_prefill_slots <= 0 or pool.index.max_room < queue.smallest_need:
+            if self._free_prefill_slots <= 0 or pool.index.max_room < queue.smallest_need or claims.on_all():
                 return
-            if claims.on_all(pool.index.admissible.smallest):
-                return
-            adapter, worker = job.adapter, None
-            if adapter is not None and adapter.name not in rooms:
-                takes = any(map(pool.index.is_admissible, pool.having(adapter)))
-                rooms[adapter.name] = math.inf if takes else -1.0
-            tried = adapter is None or rooms[adapter.name] >= job.reserve_tokens
+            worker, tried = None, claims.may_leave_room(job)
             if tried and self._prefill_may_come(job):
-                worker = self._find(pool, job, job.total_tokens, job.reserve_tokens, claims)
+                worker = find(pool, job, job.total_tokens, job.reserve_tokens, claims)
             if worker is not None:
                 yield job, worker
                 continue
             if now - job.waiting_since >= self._claim_after:
                 claims.add(job)
-            if tried and adapter is not None:
-                rooms[adapter.name] = _room(pool, adapter, claims)
+            if tried:
+                claims.blocked(job)
 
     def _prefill_may_come(self, job: Job) -> bool:
         """True if a prefill worker can take the job now. The worker is chosen once blocks are reserved."""
         pool = self._roster.prefill
         if not job.avoid:
             return pool.index.admissible.largest >= job.prompt_tokens
-        return self._find(pool, job, job.prompt_tokens) is not None
+        return find(pool, job, job.prompt_tokens) is not None
 
     def _place(self, job: Job, worker: Worker, now: float) -> Placement:
         tier = self._tiers[job.tier]
@@ -519,66 +505,9 @@ class Dispatcher:
         job.state = JobState.PLACED
         return Placement(job, worker)
 
-    def _find(
-        self, pool: Pool, job: Job, tokens: int, room: int | None = None, claims: _Claims | None = None
-    ) -> Worker | None:
-        """Returns the best admissible worker for ``job``, or None.
-
-        Args:
-            tokens: length of the longest sequence that the worker must be able to hold.
-            room: number of tokens that must fit now. None means no condition.
-            claims: jobs that claim the workers that can hold them.
-        """
-        index, adapter = pool.index, _adapter(job, pool)
-        if index.admissible.largest < tokens or (room is not None and index.max_room < room):
-            return None
-        # Try workers that failed the job again only when no other is alive.
-        avoid = job.avoid if job.avoid and self._others_alive(pool, job, tokens) else ()
-
-        def fits(worker: Worker) -> bool:
-            return (
-                worker.could_hold(tokens)
-                and (room is None or worker.has_room(room))
-                and (not avoid or worker.seat not in avoid)
-                and (adapter is None or worker.has(adapter))
-                and (not claims or not claims.on(worker))
-            )
-
-        best = pool.policy.best(job)
-        if room is None:
-            return next((worker for worker in best if fits(worker)), None)
-        worker = next((worker for worker in islice(best, _TRIES) if fits(worker)), None)
-        if worker is not None or adapter is None:
-            return worker or next((worker for worker in index.by_room(room) if fits(worker)), None)
-        having = (worker for worker in pool.having(adapter) if index.is_admissible(worker) and fits(worker))
-        return max(having, key=lambda worker: worker.room_tokens, default=None)
-
-    def _others_alive(self, pool: Pool, job: Job, tokens: int) -> bool:
-        """True if a worker is alive that is large enough and has not failed the job."""
-        if (adapter := _adapter(job, pool)) is not None:
-            having = (worker for worker in pool.having(adapter) if pool.index.is_alive(worker))
-            return any(worker.could_hold(tokens) and worker.seat not in job.avoid for worker in having)
-        failed = 0
-        for seat in job.avoid:
-            worker = pool.get(seat[0])
-            if worker is not None and worker.seat == seat and worker.could_hold(tokens):
-                failed += pool.index.is_alive(worker)
-        return pool.index.alive.holding(tokens) > failed
-
     def _too_large(self, job: Job) -> PromptTooLong | None:
-        needs = ((self._roster.prefill, job.prompt_tokens), (self._decode_pool(job), job.total_tokens))
-        for pool, tokens in needs:
-            adapter = _adapter(job, pool)
-            largest = _largest(pool, adapter)
-            if largest is not None and largest < tokens:
-                field = "prompt" if job.prompt_tokens >= largest else "sampling.max_tokens"
-                what = "the prompt" if pool.stage == PREFILL else "the prompt with its answer"
-                advice = "shorten the prompt" if field == "prompt" else "ask for fewer tokens"
-                title = pool.title + (f" with the adapter {adapter.name!r}" if adapter is not None else "")
-                return PromptTooLong(
-                    field, f"{what} needs {tokens} tokens; the largest {title} holds {largest:.0f}: {advice}"
-                )
-        return None
+        in_prefill = too_large(self._roster.prefill, job, job.prompt_tokens)
+        return in_prefill or too_large(self._decode_pool(job), job, job.total_tokens)
 
     def _check_waiting(self, now: float) -> Iterator[Rejection]:
         """Rejects waiting jobs that have become too large for every worker, or whose adapter no worker has any more.
@@ -588,7 +517,7 @@ class Dispatcher:
         """
         adapters = self._roster.adapters
         expired = adapters.expire(now, lambda tier: self._max_absence(self._roster.decode[tier]))
-        changes = adapters.changes + sum(pool.index.changes for pool in self._roster.pools())
+        changes = self._roster.changes
         queued, self._newly_queued = self._newly_queued, []
         if changes != self._changes:
             self._changes, queued = changes, list(self.waiting())
@@ -597,15 +526,8 @@ class Dispatcher:
                 continue
             error: OverfillError | None = self._too_large(job)
             # A decode worker that unloads an adapter finishes the answers that it has begun.
-            if job.state is JobState.WAITING and job.adapter not in (None, adapters.get(job.writer)):
-                if job.adapter in expired:
-                    error = Unavailable(
-                        f"the decode workers with the adapter {job.writer!r} left, and none has returned"
-                    )
-                else:
-                    error = ModelNotFound(
-                        f"the adapter {job.writer!r} was unloaded or replaced while the request waited"
-                    )
+            if job.state is JobState.WAITING and job.adapter is not None:
+                error = adapters.loss(job.adapter, expired) or error
             if error is not None:
                 yield self._reject(job, error)
 
@@ -635,74 +557,3 @@ class Dispatcher:
     def _reject(self, job: Job, error: OverfillError) -> Rejection:
         self.finish(job)
         return Rejection(job, error)
-
-
-class _Claims:
-    """The blocked jobs of a tier that claim capacity: the first without an adapter, and the first with each adapter.
-
-    No job behind them in the queue is placed on a worker that can hold one of them.
-    """
-
-    def __init__(self) -> None:
-        self._tokens: dict[str, int] = {}  # by name of the adapter; "" without one
-
-    def __bool__(self) -> bool:
-        return bool(self._tokens)
-
-    def add(self, job: Job) -> None:
-        """Adds ``job`` if it is the first with its adapter, or the first without one."""
-        self._tokens.setdefault("" if job.adapter is None else job.adapter.name, job.total_tokens)
-
-    def on(self, worker: Worker) -> bool:
-        """True if a claiming job could run on ``worker``."""
-        if "" in self._tokens and worker.could_hold(self._tokens[""]):
-            return True
-        claimed = self._tokens.keys() & worker.adapters.keys()
-        return any(worker.could_hold(self._tokens[name]) for name in claimed)
-
-    def on_all(self, smallest: float) -> bool:
-        """True if every worker of at least ``smallest`` tokens is claimed, with or without adapters."""
-        return smallest >= self._tokens.get("", math.inf)
-
-
-def _adapter(job: Job, pool: Pool) -> Adapter | None:
-    """Returns the adapter that a worker of ``pool`` needs for the job."""
-    return None if pool.stage == PREFILL else job.adapter
-
-
-def _room(pool: Pool, adapter: Adapter, claims: _Claims) -> float:
-    """Returns the largest room of the admissible unclaimed workers that have ``adapter``, in tokens; -1 without one."""
-    free = (w for w in pool.having(adapter) if pool.index.is_admissible(w) and not claims.on(w))
-    return max((worker.room_tokens for worker in free), default=-1.0)
-
-
-def _largest(pool: Pool, adapter: Adapter | None) -> float | None:
-    """Returns the capacity of the largest worker that has ``adapter`` and does not drain; None without one."""
-    if adapter is None:
-        return pool.index.not_draining.largest if pool.index.not_draining else None
-    having = (capacity_of(worker) for worker in pool.having(adapter) if not worker.draining)
-    return max(having, default=None)
-
-
-class _Search:
-    """A tier's next job that can be placed, with its worker.
-
-    Attributes:
-        next: the job and the worker; None when there is no other.
-    """
-
-    def __init__(self, placeable: Iterator[tuple[Job, Worker]]) -> None:
-        self._placeable = placeable
-        self.next: tuple[Job, Worker] | None = None
-        self.advance()
-
-    def advance(self) -> None:
-        """Looks for the next job. Call it after the current one has been placed."""
-        self.next = next(self._placeable, None)
-
-    @property
-    def rank(self) -> tuple[bool, int]:
-        """Rank of the job among those of all tiers: resumed work goes first, then priority counts."""
-        assert self.next is not None
-        job, _ = self.next
-        return not job.migrated, job.priority

@@ -29,6 +29,7 @@ class Pool:
         tier: name of the tier of a decode pool; empty for prefill.
         adapters: the adapters of the decode pools of all tiers.
         index: totals over the workers and the order of the policy; valid right after ``expire``.
+        most_joined: largest number of workers that the pool has had at once.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Pool:
         self._workers: dict[str, Worker] = {}
         self._detached: dict[tuple[str, int], Worker] = {}
         self._placements = 0
+        self.most_joined = 0
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self._workers.values())
@@ -83,6 +85,7 @@ class Pool:
         worker.info = info
         worker.set_report(None)
         self._workers[info.id] = worker
+        self.most_joined = max(self.most_joined, len(self._workers))
         self._startups.pop(worker.process, None)  # count a worker that joins again only once
         self._startups[worker.process] = info.startup_seconds
         if len(self._startups) > MAX_STARTUP_TIMES:
@@ -224,6 +227,11 @@ class Roster:
     def pools(self) -> tuple[Pool, ...]:
         """Returns all pools: prefill, then one per tier."""
         return (self.prefill, *self.decode.values())
+
+    @property
+    def changes(self) -> int:
+        """Grows with each change of the adapters, of which workers have joined and do not drain, or of their size."""
+        return self.adapters.changes + sum(pool.index.changes for pool in self.pools())
 
     def pool_of(self, worker: Worker) -> Pool:
         """Returns the pool to which a worker that has joined belongs."""

@@ -238,11 +238,11 @@ class WorkerHost:
         """Returns what changes the worker's adapters, to load one or to unload one.
 
         Raises:
-            Incompatible: it has no folder of adapters.
+            Incompatible: it takes no adapters.
             ShuttingDown: it drains, so that it loads none.
         """
         if self._worker.adapters is None:
-            reason = "has no folder of adapters: start the decode workers with --adapters FOLDER"
+            reason = "takes no adapters: start the decode workers with --adapters FOLDER and without --max-adapters 0"
             raise Incompatible(f"{self._hello.worker_id} {reason}", ["adapters"])
         if load and self.draining:
             raise ShuttingDown(f"{self._hello.worker_id} is draining")

@@ -240,7 +240,9 @@ class DecodeConfig(WorkerConfig):
         description="folder with a folder for each adapter, named after it; the worker loads those of its decoder when "
         "it starts; without a folder, it has no adapters and no memory for them",
     )
-    max_adapters: int = Field(8, ge=1, description="with --adapters, maximum number of loaded adapters")
+    max_adapters: int = Field(
+        8, ge=0, description="with --adapters, maximum number of loaded adapters; 0 means none, as without --adapters"
+    )
     max_adapter_rank: int = Field(
         16, ge=1, description="with --adapters, largest rank of an adapter; each of --max-adapters takes its memory"
     )

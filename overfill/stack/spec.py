@@ -407,6 +407,14 @@ class StackSpec(BaseModel):
         tiers = {name: tier.model_copy(update={"pair": resolve(tier.pair)}) for name, tier in self.tiers.items()}
         return self.model_copy(update={"tiers": tiers})
 
+    def with_pool_settings(self, name: str, settings: Mapping[str, Any]) -> Self:
+        """Returns the stack with further settings of the pool ``name``."""
+        pool = self.pools[name]
+        changed = pool.model_copy(update={"settings": {**pool.settings, **settings}})
+        if tier := decode_tier(name):
+            return self.model_copy(update={"tiers": {**self.tiers, tier: changed}})
+        return self.model_copy(update={name: changed})
+
     def with_secret(self, folder: Path) -> Self:
         """Returns the stack with the path of its secret in the shared ``folder``, if the runner makes the secret."""
         if not self.new_secret:

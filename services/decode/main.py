@@ -44,7 +44,7 @@ def decode_stage(
     limits = TransferLimits(whole=config.max_transfer_time)
     writers = device_executor(_WRITERS, "kv-in", served.device)
     servicer = DecodeServicer(served, hello, peers, writers, CODECS[config.codec], metrics, limits)
-    if config.adapters is not None:
+    if config.adapters is not None and config.max_adapters:
         servicer.adapters = WorkerAdapters(
             config.adapters, served, hello, servicer.send, lambda: servicer.host.notify()
         )

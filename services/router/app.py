@@ -157,6 +157,7 @@ class Router:
                 self.roster,
                 self._brownout,
                 answer_format=",".join([tokenizer.tool_format.name, *([reasoning.name] if reasoning else [])]),
+                complete={tier.name: tier.replicas for tier in config.ordered_tiers},
             ),
             tokenizer,
             self._trials,

@@ -37,6 +37,7 @@ class ServedTiers:
         roster: the workers.
         brownout: chooses the tiers of requests under overload; None if no tier may write another's answers.
         answer_format: as in AnswerIdentity.
+        complete: number of decode workers of each tier in a complete stack; 1 for a tier that it leaves out.
 
     Attributes:
         roster: as the argument.
@@ -50,12 +51,14 @@ class ServedTiers:
         roster: Roster,
         brownout: Brownout | None = None,
         answer_format: str = "",
+        complete: Mapping[str, int] | None = None,
     ) -> None:
         self._names = tuple(names)
         self._pairs = pairs
         self.roster = roster
         self._brownout = brownout
         self._answer_format = answer_format
+        self._complete = complete or {}
         self._identities: dict[str, inference_pb2.AnswerIdentity] = {}  # without formats and request, by tier
         self._latest_formats: dict[str, dict[str, object]] = {}  # formats of each tier's latest worker
         full = pairs[roster.default_tier].full_config
@@ -243,7 +246,7 @@ class ServedTiers:
             PermissionDenied: the API key may not use the tier or adapter.
             InvalidRequest: model and tier contradict each other, or there is no such tier to fall back to.
             Unavailable: the client resumes an answer of an adapter that no worker has now, or what it names may be an
-                adapter and no decode worker has joined yet.
+                adapter of a decode worker that has not joined yet.
         """
         try:
             named = self.parse_model(request.model, caller)
@@ -252,13 +255,13 @@ class ServedTiers:
                 usable = self._usable(caller)
                 raise ModelNotFound(f"tier {request.tier[:200]!r} does not exist; this router has {usable}")
         except ModelNotFound as error:
-            # Another router may know the adapter. A router that has just started learns adapters from the workers.
+            # Another router may know the adapter. This one learns adapters from the workers that join it.
             if request.resume_identity.adapter_digest:
                 raise Unavailable(f"no decode worker has the adapter that began the answer; {error}") from None
             names_writer = request.tier or request.model.rpartition(":")[0] in self._names
-            if names_writer and not any(map(any, self.roster.decode.values())):
+            if names_writer and not all(map(self._knows_adapters, self.roster.decode)):
                 raise Unavailable(
-                    f"no decode worker has joined this router, so it knows no adapters; {error}"
+                    f"not all decode workers have joined this router, so it may not know all adapters; {error}"
                 ) from None
             raise
         tier, writer = choice.tier, choice.writer
@@ -342,6 +345,11 @@ class ServedTiers:
         """Names the tiers and adapters that an API key may use."""
         names = [*self.roster.tiers, *(adapter.name for adapter in self.roster.adapters.known())]
         return _list([name for name in names if _may_use(caller, name)])
+
+    def _knows_adapters(self, tier: str) -> bool:
+        """True unless the tier has no worker, or workers have not joined since the router's start."""
+        pool, complete = self.roster.decode[tier], self._complete.get(tier, 1)
+        return pool.most_joined >= complete and len(pool) >= min(1, complete)
 
     def _lost(self, tier: str) -> bool:
         """True if no decode worker of the tier is alive or starting."""

@@ -196,3 +196,10 @@ def test_a_stream_goes_on_at_another_router_which_learns_adapters_from_the_worke
 def has_adapter(address):
     with Client(address) as client:
         return any(worker.adapters for worker in client.status().workers)
+
+
+def test_workers_without_slots_ignore_the_folder(tiny_pair, folder):
+    with mock_stack(tiny_pair, decode_settings={"adapters": folder, "max_adapters": 0}) as stack:
+        assert len(models(stack)) == 1
+        with Client(stack.grpc) as client, pytest.raises(Incompatible, match="decode-0 takes no adapters: start the"):
+            client.load_adapter("a")

@@ -19,6 +19,7 @@ from typing import Any, get_args
 from safetensors.torch import save_file  # noqa: TID251 - only vLLM, in this user's processes, reads the files
 from vllm.config.lora import MaxLoRARanks
 
+from overfill.engine.choice import why_no_adapters
 from overfill.engine.protocol import EngineOptions
 from overfill.engine.vllm.internals import LoRARequest, VllmCore
 from overfill.errors import InternalError, InvalidRequest
@@ -37,12 +38,8 @@ def lora_arguments(config: ModelConfig, options: EngineOptions) -> dict[str, Any
     Raises:
         InvalidRequest: vLLM has no adapters of ``options.max_adapter_rank``, or none for the format of the weights.
     """
-    if config.weight_format != "plain" and options.compute_device.type == "cpu":
-        raise InvalidRequest(
-            "adapters",
-            f"vLLM on CPUs takes none for weights in {config.weight_format}, as the decoder's are; leave it out, or "
-            "choose a decoder with plain weights",
-        )
+    if reason := why_no_adapters(config, lambda: options.compute_device.type == "cpu"):
+        raise InvalidRequest("adapters", f"{reason}: leave it out, or choose a decoder with plain weights")
     rank = next((rank for rank in _RANKS if rank >= options.max_adapter_rank), None)
     if rank is None:
         raise InvalidRequest(

@@ -56,6 +56,7 @@ _REQUEST_ID = re.compile(f"{REQUEST_ID_CHARACTERS}{{1,100}}")
 _PORT = re.compile(r":\d+$")
 _CLIENT_GONE = 499  # the client has disconnected; the status is only for the metrics
 _JSON = (b"content-type", b"application/json")
+_MAX_MODEL_LISTS = 8  # that are kept encoded; 1,024 adapters make one of 0.9 MB
 _APIS = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
@@ -118,6 +119,8 @@ class HttpApi:
         self._tokens = TokenTexts(handler.tokenizer)
         self._encoding = asyncio.Lock()
         self._started = int(time.time())
+        self._model_changes = 0  # of the roster when the lists were made
+        self._model_lists: dict[frozenset[str] | None, bytes] = {}  # encoded, by the tiers that an API key may use
         answers = (
             ("/v1/chat/completions", "POST", self._chat),
             ("/v1/completions", "POST", self._completions),
@@ -205,8 +208,15 @@ class HttpApi:
         request.respond(status, encode(content), [_JSON, *headers, *self._cors.headers(request)])
 
     async def _models(self, request: Request, caller: ApiKey | None) -> None:
-        names = self._handler.tiers.listed(caller)
-        self._json(request, list_models([self._model_json(name, caller) for name in names]))
+        tiers, lists, usable = self._handler.tiers, self._model_lists, None if caller is None else caller.tiers
+        if self._model_changes != tiers.roster.changes:
+            self._model_changes = tiers.roster.changes
+            lists.clear()
+        if usable not in lists:
+            if len(lists) >= _MAX_MODEL_LISTS:
+                del lists[next(iter(lists))]
+            lists[usable] = encode(list_models([self._model_json(name, caller) for name in tiers.listed(caller)]))
+        request.respond(200, lists[usable], [_JSON, *self._cors.headers(request)])
 
     async def _model(self, request: Request, caller: ApiKey | None) -> None:
         self._json(request, self._model_json(request.path.removeprefix("/v1/models/"), caller))

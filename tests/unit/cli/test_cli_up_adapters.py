@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from imported_pairs import FORMATS, imported, quantise
 from peft_adapters import add_tiny_adapter, save_peft
 
 from overfill.cli import up
@@ -43,6 +45,16 @@ def peft(tiny_pair: Path, tmp_path: Path) -> Callable[..., Path]:
         return save_peft(Pair.load(tiny_pair), tmp_path / name, target_modules=["q_proj"], **lora)
 
     return make
+
+
+@pytest.fixture
+def quantised(tiny_pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
+    """A pair whose decoder only vLLM runs, and takes no adapters for on CPUs. For ``up``, vLLM is installed."""
+    monkeypatch.setattr("overfill.engine.choice.vllm_installed", lambda: True)
+    decoder = tmp_path / "fp8"
+    shutil.copytree(tiny_pair / "decoder", decoder)
+    quantise(decoder, "fp8", FORMATS["fp8"])
+    return imported(tiny_pair, tmp_path / "quantised", decoder)
 
 
 def test_modules_get_a_folder_of_the_stacks_own_while_it_runs(
@@ -98,6 +110,35 @@ def test_what_cannot_be_is_refused_before_the_start(
     assert not started
 
 
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (["a={a}", "b={b}", "--max-adapter-rank", "4"], "b: has rank 8, and --max-adapter-rank is 4"),
+        (["a={a}", "b={a}/none"], "none"),
+        (["a={a}", "there={a}"], "is another adapter than"),
+        (["a={a}", "default={b}"], "has the name of a tier"),
+        (["a={a}", "../adapters/there={a}"], "is no name for an adapter"),
+        (["a={a}", "--log-dir", "{a}/adapter_config.json/logs"], "cannot be made"),
+    ],
+)
+def test_modules_are_added_only_once_all_are_checked(
+    modules: list[str], message: str, started: list[dict[str, Any]], tiny_pair: Path, peft: Callable[..., Path],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folders = {"{a}": peft("a"), "{b}": peft("b", r=8)}
+    folder = tmp_path / "adapters"
+    add_tiny_adapter(Pair.load(tiny_pair), folder, "there", seed=7)
+    line = ["up", str(tiny_pair), *FLAGS, "--adapters", str(folder), "--lora-modules"]
+    for text in modules:
+        for name, path in folders.items():
+            text = text.replace(name, str(path))
+        line.append(text)
+    assert main(line) != 0
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert adapter_names(folder) == ["there"]
+    assert not started
+
+
 def test_modules_of_several_tiers_are_refused(
     started: list[dict[str, Any]], tiny_family: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +160,42 @@ def test_the_default_folder_is_served_if_it_has_an_adapter_of_the_decoder(
     capsys.readouterr()
     assert main([*line, "--dry-run"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["settings"]["adapters"] == str(folder)
+    assert main([*line, "--max-adapters", "0"]) == 0
     remove_adapter(folder, "mine")
     assert main(line) == 0
-    assert [(one["folder"], one["served"]) for one in started] == [(None, []), (folder, ["mine"]), (None, [])]
+    served = [(one["folder"], one["served"]) for one in started]
+    assert served == [(None, []), (folder, ["mine"]), (None, []), (None, [])]
+
+
+def test_workers_that_take_no_adapters_start_without_those_of_the_default_folder(
+    started: list[dict[str, Any]], quantised: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = default_folder(quantised)
+    add_tiny_adapter(quantised, folder, "lost")
+    line = ["up", str(quantised.folder), *FLAGS, "--prefill-engine", "overfill", "--decode-engine", "vllm"]
+    line += ["--prefill", "1", "--decode", "1"]
+    assert main(line) == 0
+    assert started[0] == {"folder": None, "names": None, "served": []}
+    lines = [line for line in capsys.readouterr().err.splitlines() if "adapters" in line]
+    assert lines == [
+        f"overfill: decode workers start without the adapters of their decoder in {folder}: vLLM on CPUs takes none "
+        "for weights in fp8, as the decoder's are"
+    ]
+    assert main([*line, "--adapters", str(folder)]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "--adapters: vLLM on CPUs takes none for weights in fp8, as the decoder's are: leave it out" in message
+    assert main([*line, "--adapters", str(folder), "--max-adapters", "0"]) == 0
+    assert started[1] == {"folder": folder, "names": ["lost"], "served": []}
+
+
+def test_one_tier_without_adapters_leaves_them_to_another(
+    started: list[dict[str, Any]], tiny_pair: Path, quantised: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = Pair.load(tiny_pair)
+    add_tiny_adapter(pair, default_folder(pair), "mine")
+    tiers = [f"--tier=plain={tiny_pair}", f"--tier=small={quantised.folder},engine=vllm"]
+    assert main(["up", *tiers, *FLAGS, "--prefill-engine", "overfill", "--dry-run"]) == 0
+    document = yaml.safe_load(capsys.readouterr().out)
+    assert document["settings"]["adapters"] == str(default_folder(pair))
+    assert document["tiers"]["small"]["settings"]["max_adapters"] == 0
+    assert "max_adapters" not in document["tiers"]["plain"].get("settings", {})

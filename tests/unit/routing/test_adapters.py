@@ -104,3 +104,18 @@ def test_a_worker_that_returns_keeps_its_adapters_and_a_new_version_replaces_los
     adapters.set(again, [said(), said("coder", TWO)])
     assert adapters.expire(99.0, lambda tier: 10.0) == []
     assert {name: adapter.digest for name, adapter in again.adapters.items()} == {"judge": ONE, "coder": TWO}
+
+
+def test_an_adapter_that_a_worker_loads_is_ignored_for_its_own_reason(adapters):
+    first, second = worker("d0"), worker("d1")
+    adapters.set(first, [said()])
+    adapters.set(second, [said(digest=TWO)])
+    assert adapters.add(second, said("coder")) is None
+    assert sorted(second.adapters) == ["coder"]
+    for _ in range(2):
+        assert "the same name has the digest 1111" in adapters.add(second, said(digest=TWO))
+    assert adapters.add(second, said()) is None
+    assert [*adapters.holders(adapters.get("judge"))] == [first, second]
+    assert "a tier has this name" in adapters.add(second, said("fast"))
+    assert adapters.add(worker("d2"), said()) == "it has left"
+    assert sorted(second.adapters) == ["coder", "judge"]

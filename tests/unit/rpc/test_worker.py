@@ -147,7 +147,7 @@ async def test_admin_changes_the_adapters_of_a_worker_that_has_a_folder():
             unload = admin.UnloadAdapter(admin_pb2.UnloadAdapterRequest(name="b"))
             assert [await load.code(), await unload.code()] == statuses
             if handle is HANDLE:
-                assert "w has no folder of adapters: start the decode workers with --adapters" in await load.details()
+                assert "w takes no adapters: start the decode workers with --adapters" in await load.details()
             else:
                 change = admin_pb2.AdapterChange(worker_id="w", adapter=common_pb2.Adapter(name="a"))
                 assert list((await load).workers) == [change]

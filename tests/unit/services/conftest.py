@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +18,7 @@ from services.router.served_tiers import ServedTiers
 def serve_tiers() -> Callable[..., ServedTiers]:
     """Returns a function that makes the tiers of a model tiny; the digest of a decoder repeats the first letter."""
 
-    def serve(*names: str) -> ServedTiers:
+    def serve(*names: str, complete: Mapping[str, int] | None = None) -> ServedTiers:
         config = SimpleNamespace(vocab_size=100, max_positions=64)
         pairs: Any = {
             name: SimpleNamespace(
@@ -26,7 +26,7 @@ def serve_tiers() -> Callable[..., ServedTiers]:
             )
             for name in names
         }
-        return ServedTiers(["tiny"], pairs, Roster(tiers=[Tier(name) for name in names]))
+        return ServedTiers(["tiny"], pairs, Roster(tiers=[Tier(name) for name in names]), complete=complete)
 
     return serve
 

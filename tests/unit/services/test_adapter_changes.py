@@ -23,7 +23,7 @@ from services.router.adapter_changes import AdapterChanges
 
 ONE, TWO = (common_pb2.Adapter(name="judge", digest=digit * 64) for digit in "12")
 OTHER_DECODER = Incompatible("is of the decoder 1f", ["decoder_digest"])
-NO_FOLDER = Incompatible("has no folder of adapters", ["adapters"])
+NO_FOLDER = Incompatible("takes no adapters", ["adapters"])
 
 
 @pytest.fixture

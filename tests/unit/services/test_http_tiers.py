@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, Self, cast
 
 import pytest
+from jobs import worker_info
 
 from overfill.api.keys import ApiKey
 from overfill.errors import (
@@ -26,9 +27,10 @@ from overfill.errors import (
 from overfill.routing.answer import AnswerDelta
 from overfill.routing.job import Job
 from overfill.routing.tier import TierChoice
+from overfill.routing.worker import DECODE
 from overfill.rpc.access import AccessPolicy, Scope
 from overfill.telemetry.router_metrics import RouterMetrics
-from overfill.v1 import common_pb2, decode_pb2, inference_pb2
+from overfill.v1 import common_pb2, decode_pb2, inference_pb2, registry_pb2
 from services.router.adapter_changes import WorkerChange
 from services.router.http.app import HttpApi
 from services.router.served_tiers import ServedTiers
@@ -136,6 +138,56 @@ async def test_the_models_are_listed_with_their_tiers(client: Http) -> None:
     assert [model["overfill"]["pair"]["decoder_digest"][0] for model in listed] == ["d", "d", "f"]
     _, one = await client.get("/v1/models/tiny:full")
     assert one["overfill"]["pair"] == {"name": "full-pair", "full_digest": "0" * 64, "decoder_digest": "f" * 64}
+
+
+async def test_the_list_of_models_is_made_once_until_workers_or_adapters_change(
+    client: Http, handler: FakeHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described: list[str] = []
+    describe = handler.tiers.describe
+
+    def counted(name: str, caller: ApiKey | None) -> inference_pb2.Model:
+        described.append(name)
+        return describe(name, caller)
+
+    async def listed() -> dict[str, int]:
+        described.clear()
+        return {model["id"]: model["max_model_len"] for model in (await client.get("/v1/models"))[1]["data"]}
+
+    monkeypatch.setattr(handler.tiers, "describe", counted)
+    roster = handler.tiers.roster
+    assert await listed() == {"tiny": 64, "tiny:default": 64, "tiny:full": 64}
+    judge = common_pb2.Adapter(name="judge", digest="a" * 64)
+    worker = roster.join(worker_info("d0", DECODE, tier="full", adapters=(judge,)))
+    assert "tiny:judge" in await listed()
+    assert described
+    assert "tiny:judge" in await listed()
+    assert not described
+    load = decode_pb2.WorkerLoad(kv_blocks_total=2, block_size=16)
+    roster.pool_of(worker).report(worker, registry_pb2.Report(load=load, ready=True), 0.0)
+    assert (await listed())["tiny:judge"] == 32
+    roster.adapters.remove(worker, "judge")
+    assert "tiny:judge" not in await listed()
+
+
+async def test_the_lists_of_models_of_api_keys_are_their_own(handler: Any, serve: Any) -> None:
+    tiers = {"all": None} | {f"k{number}": frozenset({"full", f"x{number}"}) for number in range(9)}
+    keys = {shown: ApiKey(shown, "0" * 64, "2026-01-01", tiers=usable) for shown, usable in tiers.items()}
+    access = AccessPolicy(keys=lambda shown: keys[shown])
+    api = HttpApi(handler, access, lambda: "", None, None, share_port=False)  # type: ignore[arg-type]
+    _, (host, port) = await serve(api)
+
+    async def listed(shown: str) -> list[str]:
+        headers = {"authorization": f"Bearer {shown}"}
+        request = urllib.request.Request(f"http://{host}:{port}/v1/models", None, headers)
+        with await asyncio.to_thread(urllib.request.urlopen, request) as response:
+            return [model["id"] for model in json.loads(response.read())["data"]]
+
+    for _ in range(2):
+        for shown in keys:
+            names = ["tiny", "tiny:default", "tiny:full"] if shown == "all" else ["tiny:full"]
+            assert await listed(shown) == names
+    assert len(api._model_lists) == 8
 
 
 async def test_the_fields_reach_the_handler_unchanged(client: Http, handler: FakeHandler) -> None:

@@ -37,20 +37,30 @@ def test_for_a_key_a_model_of_another_tier_does_not_exist(served: ServedTiers, n
     assert str(caught.value) == f"model {name!r} does not exist; this router serves 'tiny:fast'"
 
 
-def test_a_router_that_has_just_started_does_not_say_that_there_is_no_such_adapter(served: ServedTiers) -> None:
-    asked = inference_pb2.GenerateRequest
-    for request in (asked(tier="judge"), asked(model="tiny:judge")):
-        with pytest.raises(Unavailable, match="no decode worker has joined this router, so it knows no adapters"):
-            served.requested(request, None)
-    with pytest.raises(ModelNotFound, match="other"):
-        served.requested(asked(model="other:judge"), None)
-    served.roster.join(worker_info("d0", DECODE, tier="fast"))
+def test_a_router_says_that_there_is_no_such_adapter_once_it_knows_all_workers(
+    serve_tiers: Callable[..., ServedTiers],
+) -> None:
+    served = serve_tiers("default", "fast", "empty", complete={"fast": 2, "empty": 0})
+    asked, workers = inference_pb2.GenerateRequest, {"d0": "fast", "d1": "default", "d2": "fast"}
+    for name, tier in workers.items():
+        for request in (asked(tier="judge"), asked(model="tiny:judge")):
+            with pytest.raises(Unavailable, match=r"not all decode workers have joined this router.*does not exist"):
+                served.requested(request, None)
+        with pytest.raises(ModelNotFound, match="other"):
+            served.requested(asked(model="other:judge"), None)
+        served.roster.join(worker_info(name, DECODE, tier=tier))
+    fast, default = served.roster.decode["fast"], served.roster.decode["default"]
+    fast.remove(next(iter(fast)))
     with pytest.raises(ModelNotFound, match="'judge' does not exist"):
+        served.requested(asked(tier="judge"), None)
+    default.remove(next(iter(default)))
+    with pytest.raises(Unavailable, match="not all decode workers have joined"):
         served.requested(asked(tier="judge"), None)
 
 
 def test_refusals_name_only_what_the_key_may_use(served: ServedTiers) -> None:
-    served.roster.join(worker_info("d0", DECODE, tier="fast"))
+    for tier in served.roster.decode:
+        served.roster.join(worker_info(tier, DECODE, tier=tier))
     asked = inference_pb2.GenerateRequest
     for request, error in (
         (asked(model="other"), ModelNotFound),
@@ -70,6 +80,7 @@ def with_adapters(served: ServedTiers) -> ServedTiers:
     """The tiers, and adapters of a worker of the tier fast."""
     adapters = [common_pb2.Adapter(name=name, digest=DIGEST) for name in ("judge", "coder")]
     served.roster.join(worker_info("d0", DECODE, tier="fast", adapters=tuple(adapters)))
+    served.roster.join(worker_info("d1", DECODE, tier="default"))
     return served
 
 
