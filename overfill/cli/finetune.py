@@ -34,7 +34,7 @@ RECIPE = "adapter"
 )
 @click.option("--steps", type=int, help="Length of the run in steps.")
 @click.option("--minutes", type=AnyNumber(), help="Length of the run in minutes of training.")
-@click.option("--epochs", type=AnyNumber(), help="Length of the run in passes over the data.  [default: 2]")
+@click.option("--epochs", type=AnyNumber(), help="Length of the run in passes over the data.  [default: 4]")
 @click.option("--learning-rate", type=AnyNumber(), help="Peak learning rate of the factors.  [default: 0.004]")
 @click.option("--batch-transcripts", type=int, help="Conversations per step, over all processes.  [default: 8]")
 @click.option("--max-tokens", type=int, help="Maximum length of a conversation; longer ones lose the answer's end.")

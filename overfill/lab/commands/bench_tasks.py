@@ -37,8 +37,8 @@ def tasks_command(
     """Write the data of four tasks over the same prompts, or score adapters on held-out data.
 
     Prints a JSON line per adapter and length. `ratio` is the score on the full model's KV over that of the adapter with
-    its own prefill. Train with `overfill pair finetune identity --data TASK.jsonl --out FOLDER/TASK`, and the same with
-    `--own-prefill --out FOLDER/TASK-own`.
+    its own prefill. Train with `overfill pair finetune identity --data TASK.jsonl --out FOLDER/TASK`, and with
+    `--own-prefill --epochs 1 --out FOLDER/TASK-own`, which takes as long.
     """
     from overfill.api.tokenizer import Tokenizer
     from overfill.cli.progress import show_progress
