@@ -38,7 +38,7 @@ from overfill.errors import (
 )
 from overfill.kv.cut_blocks import CutBlocks, SharedKey, shared_key
 from overfill.kv.ranks import RankLost
-from overfill.kv.receiver import PullStats
+from overfill.kv.receiver import Handoff
 from overfill.kv.shielded import shielded
 from overfill.request.names import CODEC_NAMES
 from overfill.rpc.sequences import ServedSequence
@@ -77,38 +77,6 @@ Item = (
     | Exception
 )
 """What may happen to a sequence. Tokens is the full model's token; FinishReason ends an answer with queued tokens."""
-
-
-class Handoff(Protocol):
-    """The prefill of one prompt into a session's blocks: on another worker, or on this one.
-
-    Attributes:
-        codec: codec in which the KV travels; unspecified if it stays in this process.
-        stats: measurements.
-    """
-
-    @property
-    def codec(self) -> common_pb2.KvCodec: ...
-
-    @property
-    def stats(self) -> PullStats: ...
-
-    async def run(
-        self,
-        timeout: float | None,
-        on_first_token: Callable[[decode_pb2.Tokens], None],
-        on_in_place: Callable[[], None],
-    ) -> None:
-        """Returns when the prompt's KV is in place; see ``PromptPull.run``. Raises OverfillError."""
-        ...
-
-    def release(self) -> bool:
-        """Ends ``run`` early, after the first token: the rest of the KV is not needed.
-
-        Returns:
-            False if ``run`` has ended, or must be cancelled instead.
-        """
-        ...
 
 
 class SequenceWorker(Protocol):

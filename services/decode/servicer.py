@@ -14,7 +14,7 @@ from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, Unavai
 from overfill.kv.cut_blocks import CutBlocks
 from overfill.kv.peers import PeerPool, PrefillPeer
 from overfill.kv.puller import LocalPuller
-from overfill.kv.receiver import PromptPull
+from overfill.kv.receiver import Handoff, PromptPull
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
 from overfill.request.names import CODEC_NAMES
 from overfill.request.params import SamplingParams, check_token_ids
@@ -25,7 +25,7 @@ from overfill.telemetry import tracing
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, registry_pb2
 from services.decode.adapters import WorkerAdapters
-from services.decode.sequence_session import Handoff, SequenceSession
+from services.decode.sequence_session import SequenceSession
 from services.decode.shared_transfers import SharedTransfers
 from services.hosting import EnginePort
 from services.messages import worker_load
