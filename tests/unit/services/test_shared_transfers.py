@@ -24,7 +24,6 @@ from overfill.request.params import SamplingParams
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2
 from services.decode.sequence_session import SequenceSession
-from services.decode.shared_transfers import SharedTransfers
 
 SPEC = KvSpec(2, 1, 4, "float32", RopeSpec())
 PROMPT = list(range(30, 44))
@@ -78,7 +77,7 @@ class Worker:
         self.prefix = PrefixCache(BlockPool(num_blocks, 4), enabled=enabled)
         self.store = MockKvStore(SPEC, num_blocks, 4)
         self.engine = DecodeEngine(CountingRunner(), self.prefix.pool, 32, 512, self.take, self.prefix)
-        self.transfers, self.metrics = SharedTransfers(), DecodeMetrics()
+        self.transfers, self.metrics = {}, DecodeMetrics()
         self.cut_blocks = CutBlocks(self.store, SPEC, 2, Inline())
         self.sessions, self.tasks, self.told, self.pulls = {}, {}, {}, []
         self.load = decode_pb2.WorkerLoad
@@ -176,7 +175,7 @@ async def worker():
         task.cancel()
     await asyncio.wait(worker.tasks.values(), timeout=5)
     assert all(task.done() for task in worker.tasks.values())
-    assert worker.transfers.transfers == {}
+    assert worker.transfers == {}
     assert worker.prefix.num_used == 0
     worker.prefix.check_integrity()
 
