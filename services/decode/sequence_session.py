@@ -290,6 +290,8 @@ class SequenceSession:
                 await self._finish(item)
                 return True
             case SequenceFailed():
+                if not isinstance(item.error, InvalidRequest):  # as the engine forgets the prompt's full blocks
+                    self._sharing.forget()
                 item.raise_for("decode")
             case decode_pb2.Evict():
                 raise Unavailable(f"evicted by the router: {item.reason}")

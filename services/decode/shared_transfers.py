@@ -241,6 +241,11 @@ class PromptSharing:
             if followers:
                 self._worker.send(Share(self._sequence.id, followers))
 
+    def forget(self) -> None:
+        """Drops the cut blocks that later sequences of the prompt would take: their KV may be why this one failed."""
+        if (cuts := self._worker.cut_blocks) is not None and (key := self._key()) is not None:
+            cuts.forget(key)
+
     async def _keep_cut_blocks(self, transfer: SharedTransfer, blocks: Sequence[int]) -> None:
         """Keeps the cut blocks of the members' prompts that are in ``blocks``."""
         if (cuts := self._worker.cut_blocks) is not None:

@@ -258,6 +258,40 @@ async def test_a_later_sequence_begins_at_once(worker, answer_start):
     assert worker.metrics.registry.get_sample_value("overfill_decode_shared_prompts_total", {"from": "cache"}) == 1
 
 
+async def one_fails_after_another(worker, error):
+    worker.add("a", assigned=True)
+    await settle()
+    worker.pulls[0].end.set_result(None)
+    await worker.finish("a")
+    worker.add("b")
+    await settle()
+    worker.engine._runner.fail_next = error
+    worker.engine.step()
+    await asyncio.wait([worker.tasks["b"]], timeout=5)
+    assert worker.tasks["b"].exception() is not None
+
+
+async def test_after_a_failure_no_sequence_takes_kv_that_may_be_the_cause(worker):
+    await one_fails_after_another(worker, RuntimeError("not finite"))
+    for chunk in worker.cut_blocks._kept.values():
+        chunk.payload[:] = bytes(len(chunk.payload))
+    for id in "cd":
+        worker.add(id, assigned=True)
+        await settle()
+        if id == "c":
+            assert worker.pulls[1].held == 0
+            worker.pulls[1].end.set_result(None)
+        await worker.finish(id)
+    assert len(worker.pulls) == 2
+
+
+async def test_an_invalid_request_takes_no_prompt_from_the_others(worker):
+    await one_fails_after_another(worker, InvalidRequest("x", "bad"))
+    worker.add("c", assigned=True)
+    await worker.finish("c")
+    assert len(worker.pulls) == 1
+
+
 async def test_sequences_that_wait_for_a_prefill_worker_follow_the_first_that_gets_one(worker):
     for id in "abc":
         worker.add(id)
