@@ -13,7 +13,7 @@ from sequence_events import by_sequence
 
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.mock.store import MockKvStore
-from overfill.engine.sequence import DecodeSequence, DecodeState, Preempted, Start, StopRule, Yielded
+from overfill.engine.sequence import DecodeSequence, DecodeState, Preempted, Share, Start, StopRule, Yielded
 from overfill.errors import InvalidRequest, TransferFailed, Unavailable
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cut_blocks import CutBlocks
@@ -79,7 +79,7 @@ class Worker:
         self.engine = DecodeEngine(CountingRunner(), self.prefix.pool, 32, 512, self.take, self.prefix)
         self.transfers, self.metrics = {}, DecodeMetrics()
         self.cut_blocks = CutBlocks(self.store, SPEC, 2, Inline())
-        self.sessions, self.tasks, self.told, self.pulls = {}, {}, {}, []
+        self.sessions, self.tasks, self.told, self.pulls, self.sent = {}, {}, {}, [], []
         self.load = decode_pb2.WorkerLoad
 
     def own_assignment(self, prompt_tokens):
@@ -91,6 +91,7 @@ class Worker:
             if sequence.blocks:
                 shared = sequence.prompt[: sequence.num_shared]
                 assert self.store.holds(sequence.blocks, shared), f"{message.id} runs without its prompt"
+        self.sent.append(message)
         self.engine.handle(message)
 
     def take(self, events):
@@ -335,6 +336,7 @@ async def test_prompts_that_begin_alike_receive_what_they_have_in_common_once(wo
     assert [worker.has_prompt(id) for id in worker.tasks] == [False] + [follow] * (len(starts) - 1)
     worker.pulls[0].end.set_result(None)
     await settle()
+    assert [message.followers for message in worker.sent if isinstance(message, Share)] == [("b", "c")] * follow
     for id, pull in zip("bc", held[1:] if follow else [], strict=False):
         assert worker.told[id][-1].need_prefill.reason == decode_pb2.NeedPrefill.REASON_REST, pull
     for id in worker.tasks:
@@ -479,6 +481,7 @@ async def test_a_defect_of_the_leader_leaves_no_follower_waiting(worker, monkeyp
     assert isinstance(worker.tasks["a"].exception(), IndexError)
     worker.assign("b")
     await settle()
+    assert worker.pulls[1].held == 8, "its full blocks are in place"
     worker.pulls[1].end.set_result(None)
     await worker.finish(*"bcd")
 
