@@ -235,8 +235,7 @@ class DecodeEngine:
         if sequence.prompt_blocks is None:
             shared = sequence.prompt[: sequence.num_shared]
             sequence.prompt_blocks = self._prefix.blocks_of(shared, sequence.cache_namespace)
-        # Nothing before answer_start is left to compute, except by the full model that scores the prompt.
-        whole = sequence.answer_start is not None and sequence.scores is None
+        whole = sequence.needs_only_kv
         if whole:
             self._publish_what_begins_as(sequence.prompt_blocks)
         allocation = self._prefix.acquire(

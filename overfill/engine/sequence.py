@@ -294,6 +294,11 @@ class DecodeSequence:
         return len(self.prompt) if self.answer_start is None else self.answer_start
 
     @property
+    def needs_only_kv(self) -> bool:
+        """Whether nothing but KV is needed of the full model: neither the first token nor scores of the prompt."""
+        return self.answer_start is not None and self.scores is None
+
+    @property
     def num_pending(self) -> int:
         """Number of tokens in ``pending``, without a copy of a long prompt's."""
         return self.num_tokens - self.computed

@@ -121,6 +121,11 @@ class CutBlocks:
         await self._on_thread(self._store.write, blocks, self._targets, [chunk])
         return True
 
+    def forget(self, key: SharedKey) -> None:
+        """Drops the copies for prompts that begin as this one does, as ``PrefixCache.forget`` drops their blocks."""
+        for kept in [kept for kept in self._kept if kept.num_common(key)]:
+            self._num_bytes -= kept.size + self._kept.pop(kept).size
+
     async def _on_thread(self, copy: Callable[..., object], *arguments: object) -> None:
         """Copies to the end, also if the task is cancelled: the blocks may have another owner afterwards."""
         await shielded(asyncio.get_running_loop().run_in_executor(self._executor, copy, *arguments))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from overfill.errors import InvalidRequest, OverfillError, RequestCancelled, TransferFailed, Unavailable
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec
@@ -67,6 +67,38 @@ class PullStats:
             held_tokens=self.held_tokens,
             shared_bytes=self.shared_bytes,
         )
+
+
+class Handoff(Protocol):
+    """The prefill of one prompt into a sequence's blocks: on another worker, or on this one.
+
+    Attributes:
+        codec: codec in which the KV travels; unspecified if it stays in this process.
+        stats: measurements.
+    """
+
+    @property
+    def codec(self) -> common_pb2.KvCodec: ...
+
+    @property
+    def stats(self) -> PullStats: ...
+
+    async def run(
+        self,
+        timeout: float | None,
+        on_first_token: Callable[[decode_pb2.Tokens], None],
+        on_in_place: Callable[[], None],
+    ) -> None:
+        """Returns when the prompt's KV is in place; see ``PromptPull.run``. Raises OverfillError."""
+        ...
+
+    def release(self) -> bool:
+        """Ends ``run`` early, after the first token: the rest of the KV is not needed.
+
+        Returns:
+            False if ``run`` has ended, or must be cancelled instead.
+        """
+        ...
 
 
 class PromptPull:

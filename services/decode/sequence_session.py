@@ -22,31 +22,20 @@ from overfill.engine.sequence import (
     Reserved,
     SequenceEvent,
     SequenceFailed,
-    Share,
     Start,
     TokenSampled,
     Yielded,
 )
-from overfill.errors import (
-    Incompatible,
-    InvalidRequest,
-    OverfillError,
-    Overloaded,
-    StepFailed,
-    TransferFailed,
-    Unavailable,
-)
-from overfill.kv.cut_blocks import CutBlocks, SharedKey, shared_key
+from overfill.errors import Incompatible, InvalidRequest, OverfillError, Overloaded, StepFailed, Unavailable
 from overfill.kv.ranks import RankLost
-from overfill.kv.receiver import PullStats
+from overfill.kv.receiver import Handoff
 from overfill.kv.shielded import shielded
 from overfill.request.names import CODEC_NAMES
 from overfill.rpc.sequences import ServedSequence
 from overfill.telemetry import logs, tracing
-from overfill.telemetry.metrics import DecodeMetrics
 from overfill.telemetry.outcomes import outcome_of
 from overfill.v1 import common_pb2, decode_pb2
-from services.decode.shared_transfers import Deserted, SharedTransfer, SharedTransfers, TransferLost
+from services.decode.shared_transfers import Deserted, PromptSharing, SharingWorker, TransferLost
 from services.messages import tokens_to_proto
 
 _Need = decode_pb2.NeedPrefill
@@ -79,54 +68,8 @@ Item = (
 """What may happen to a sequence. Tokens is the full model's token; FinishReason ends an answer with queued tokens."""
 
 
-class Handoff(Protocol):
-    """The prefill of one prompt into a session's blocks: on another worker, or on this one.
-
-    Attributes:
-        codec: codec in which the KV travels; unspecified if it stays in this process.
-        stats: measurements.
-    """
-
-    @property
-    def codec(self) -> common_pb2.KvCodec: ...
-
-    @property
-    def stats(self) -> PullStats: ...
-
-    async def run(
-        self,
-        timeout: float | None,
-        on_first_token: Callable[[decode_pb2.Tokens], None],
-        on_in_place: Callable[[], None],
-    ) -> None:
-        """Returns when the prompt's KV is in place; see ``PromptPull.run``. Raises OverfillError."""
-        ...
-
-    def release(self) -> bool:
-        """Ends ``run`` early, after the first token: the rest of the KV is not needed.
-
-        Returns:
-            False if ``run`` has ended, or must be cancelled instead.
-        """
-        ...
-
-
-class SequenceWorker(Protocol):
-    """The decode worker, as a session uses it.
-
-    Attributes:
-        metrics: counts the reservation, the handoffs and the end.
-        transfers: the prompts that several sequences wait for.
-        cut_blocks: the KV of cut blocks; None if this process has no KV.
-    """
-
-    metrics: DecodeMetrics
-    transfers: SharedTransfers
-    cut_blocks: CutBlocks | None
-
-    def send(self, message: object) -> None:
-        """Sends a message to the engine."""
-        ...
+class SequenceWorker(SharingWorker, Protocol):
+    """The decode worker, as a session uses it."""
 
     def load(self) -> decode_pb2.WorkerLoad:
         """Returns the worker's load, which a refusal reports."""
@@ -178,8 +121,7 @@ class SequenceSession:
         self._of_prompt = decode_pb2.Tokens()
         self._pull: asyncio.Task[None] | None = None
         self._pulls = 0
-        self._transfer: SharedTransfer | None = None  # while others may share the prompt, and its KV is awaited
-        self._renewed_after: SharedTransfer | None = None  # after which the engine was asked for its blocks
+        self._sharing = PromptSharing(sequence, worker, self.inbox.put_nowait)
         self._prefill_worker = ""
         self._handoff: Handoff | None = None
         self._cached_tokens: int | None = None
@@ -211,7 +153,7 @@ class SequenceSession:
         Raises:
             OverfillError: the attempt failed.
         """
-        self._join_transfer()  # before the engine is asked: the transfer may be in place when it has answered
+        self._sharing.join()  # before the engine is asked: the transfer may be in place when it has answered
         self._worker.send(Reserve(self.sequence))
         try:
             while not await self._handle(await self._next_item()):
@@ -265,11 +207,6 @@ class SequenceSession:
             self.inbox.put_nowait(tokens)
 
     @property
-    def _follows(self) -> bool:
-        """Whether another sequence receives the prompt for this one too, or has received it."""
-        return self._transfer is not None and self._transfer.runs
-
-    @property
     def _is_next(self) -> bool:
         """Whether nothing comes before an item that arrives now."""
         return self._waiting and self.inbox.empty()
@@ -306,11 +243,11 @@ class SequenceSession:
         match item:
             case Reserved(blocks=blocks, held_tokens=held):
                 # vLLM preempts without Preempted. The old blocks' pull may still await the prefill worker's last word.
-                awaited = self._leave_transfer()
+                self._sharing.leave()
                 await self._join_pull(cancel=self._wants_kv)
                 self.blocks, self.held_tokens = blocks, held
                 self._wants_kv = True
-                await self._announce_reservation(awaited)
+                await self._announce_reservation()
             case Refused(reason=reason) if self._reserved:
                 raise Overloaded(reason)  # vLLM had no room when it was to give cached blocks for the sequence's own
             case Refused(reason=reason):
@@ -327,28 +264,23 @@ class SequenceSession:
             case PullEnded() if item.pull != self._pulls or self._pull is None:
                 pass
             case PullEnded(worker_id=worker, error=None):
-                self._note_handoff()
-                self._prefill_worker = worker
-                self._wants_kv = False
-                await self._share()
+                await self._receive(worker)
                 self._begin()
             case PullEnded(worker_id=worker, error=error):
                 self._pull = None
                 assert error is not None
-                if self._transfer is not None:
-                    self._transfer.fail(worker, error)
+                self._sharing.fail(worker, error)
                 self._ask_again(error, worker)
-            case TransferLost(transfer=lost, worker_id=worker, error=error):
-                if lost is self._transfer and not lost.runs and self._wants_kv:  # otherwise it has no blocks yet
-                    # A refusal is of the request that led; this one may be valid.
-                    self._ask_again(TransferFailed(str(error)) if isinstance(error, InvalidRequest) else error, worker)
+            case TransferLost():
+                if self._sharing.lacks(item.transfer):
+                    self._ask_again(item.error, item.worker_id)
             case Deserted():
                 pass  # the transfer goes on, because this sequence wants it
             case Preempted():
                 self._wants_kv = False
-                self._leave_transfer()
+                self._sharing.leave()
                 await self._join_pull(cancel=True)
-                self._join_transfer()
+                self._sharing.join()
                 self._worker.send(Yielded(self.sequence.id))
             case TokenSampled():
                 if (finish := self._tell(item)) is not None:
@@ -358,6 +290,8 @@ class SequenceSession:
                 await self._finish(item)
                 return True
             case SequenceFailed():
+                if not isinstance(item.error, InvalidRequest):  # as the engine forgets the prompt's full blocks
+                    self._sharing.forget()
                 item.raise_for("decode")
             case decode_pb2.Evict():
                 raise Unavailable(f"evicted by the router: {item.reason}")
@@ -367,18 +301,18 @@ class SequenceSession:
                 assert_never(item)
         return False
 
-    async def _announce_reservation(self, awaited: SharedTransfer | None) -> None:
-        """Tells the router of new blocks. ``awaited`` is the transfer that another sequence has completed, or None."""
-        in_place = await self._take_shared(awaited)
-        has_prompt = in_place or self._follows
+    async def _announce_reservation(self) -> None:
+        """Takes the prompt's KV if it is here, and tells the router of the new blocks."""
+        in_place = await self._sharing.take(self.blocks, self.held_tokens)
+        has_prompt = in_place or self._sharing.follows
         if not self._reserved:
             self._tell_reserved(has_prompt)
-        elif not has_prompt and awaited is None:
+        elif not has_prompt and self._sharing.received is None:
             self._want_prefill(_Need.REASON_PREEMPTED, "the sequence lost its blocks to an older sequence", "")
         elif not has_prompt:
             self._want_prefill(_Need.REASON_REST, "another sequence's transfer brought less than the prompt", "")
         if in_place:
-            self._wants_kv = False
+            self._note_taken()
             self._begin()
 
     def _tell_reserved(self, has_prompt: bool) -> None:
@@ -397,10 +331,9 @@ class SequenceSession:
 
     def _begin_pull(self, target: decode_pb2.AssignPrefill) -> None:
         # Ignores an assignment that arrives after the sequence lost its blocks: it will ask again.
-        if self._wants_kv and self._pull is None and not self._follows:
+        if self._wants_kv and self._pull is None and not self._sharing.follows:
             self._pulls += 1
-            if self._transfer is not None:
-                self._transfer.lead(self.sequence.id)
+            self._sharing.lead()
             self._pull = asyncio.ensure_future(self._fetch(target, self._pulls))
 
     def _ask_again(self, error: OverfillError, worker: str) -> None:
@@ -433,7 +366,7 @@ class SequenceSession:
                     self._handoff = handoff
                     try:
                         # A transfer that others may come to share does not end with this request.
-                        timeout = None if self._transfer is not None else self._served.time_left()
+                        timeout = None if self._sharing.is_member else self._served.time_left()
                         await handoff.run(timeout, self.take_first, on_in_place)
                         if not handoff.codec:
                             self._metrics.prefilled_here()
@@ -454,64 +387,23 @@ class SequenceSession:
             self._metrics.handoff_failed(failure)
             self.inbox.put_nowait(failure)
 
-    async def _take_shared(self, awaited: SharedTransfer | None) -> bool:
-        """Takes KV that is here already. Returns True if all of the prompt's is in place.
-
-        Otherwise the sequence waits for it together with others of the same prompt, if nothing but KV is needed.
-        """
-        if (key := self._shared_key()) is None:
-            return False
-        if self.held_tokens == self.sequence.num_shared - len(key.rest):
-            cuts = self._worker.cut_blocks
-            if not key.rest or (cuts is not None and await cuts.restore(key, self.blocks)):
-                self._note_shared(awaited)
-                return True
-            if cuts is None:  # each receives the few tokens for itself
-                return False
-        elif awaited is not None and awaited is not self._renewed_after:
-            # The engine had given the blocks before it published the prompt.
-            self._transfer = self._renewed_after = awaited
-            self._worker.send(Share("", (self.sequence.id,)))
-            return False
-        self._join_transfer(len(key.blocks) * self.held_tokens // key.num_in_blocks, holds=True)
-        return False
-
-    def _shared_key(self) -> SharedKey | None:
-        """Returns what the prompt has in common with others; None if the sequence shares no transfer."""
-        sequence = self.sequence
-        if sequence.answer_start is None or self.wants_scores or sequence.prompt_blocks is None:
-            return None
-        return shared_key(sequence.prompt_blocks, sequence.prompt, sequence.num_shared)
-
-    def _join_transfer(self, held_blocks: int = 0, *, holds: bool = False) -> None:
-        """Joins the sequences that wait for the same prompt, unless the sequence needs more than KV."""
-        if (key := self._shared_key()) is not None:
-            join = self._worker.transfers.join
-            self._transfer = join(key, self.sequence.id, self.inbox.put_nowait, held_blocks, holds=holds)
-
-    def _note_shared(self, awaited: SharedTransfer | None) -> None:
+    def _note_taken(self) -> None:
+        """Keeps where the prompt's KV, which was here, has come from, and how long the sequence waited for it."""
+        self._wants_kv = False
         if self._cached_tokens is None:
             self._cached_tokens = self.sequence.num_shared
-        if awaited is not None:
-            self._prefill_worker, self._codec = awaited.worker_id, awaited.codec
-            if self._reserved:
-                waited_ns = max(0, awaited.known_ns - self._prompt_known_ns)
-                self._of_prompt = decode_pb2.Tokens(prefill_compute_ns=waited_ns)
-                self._prompt_known_ns += waited_ns
-        self._metrics.shared("cache" if awaited is None else "transfer", self.sequence.num_shared)
+        if (received := self._sharing.received) is not None:
+            self._prefill_worker, self._codec = received.worker_id, received.codec
+            waited_ns = max(0, received.known_ns - self._prompt_known_ns)
+            self._of_prompt = decode_pb2.Tokens(prefill_compute_ns=waited_ns)
+            self._prompt_known_ns += waited_ns
 
-    async def _share(self) -> None:
-        """Gives the prompt's KV, which is in place, to the sequences that wait for it and to later ones."""
-        if (transfer := self._transfer) is None:
-            return
-        if self._worker.cut_blocks is not None:
-            shared = self.sequence.prompt[: self.sequence.num_shared]
-            for key in transfer.prompts():
-                if key.is_of(shared, transfer.key.blocks):
-                    await self._worker.cut_blocks.keep(key, self.blocks)
-        self._transfer = None
-        if followers := transfer.complete(self._prefill_worker, self._codec, self._prompt_known_ns):
-            self._worker.send(Share(self.sequence.id, followers))
+    async def _receive(self, worker: str) -> None:
+        """Notes that the pull from ``worker`` has put the prompt's KV in place, and shares the KV."""
+        self._note_handoff()
+        self._prefill_worker = worker
+        self._wants_kv = False
+        await self._sharing.give(self.blocks, worker, self._codec, self._prompt_known_ns)
 
     def _begin(self) -> None:
         """Has the engine run the sequence, whose prompt's KV is in place."""
@@ -519,46 +411,28 @@ class SequenceSession:
         self._handoff_unreported = True
         self._worker.send(Start(self.sequence.id, self._first_token))
 
-    def _leave_transfer(self) -> SharedTransfer | None:
-        """Leaves the transfer. The one that led fails it. Returns it if another sequence has completed it."""
-        transfer, self._transfer = self._transfer, None
-        if transfer is None:
-            return None
-        if transfer.leader == self.sequence.id:
-            transfer.fail("", Unavailable("the sequence that received the prompt has lost its blocks"))
-        transfer.leave(self.sequence.id)
-        return transfer if transfer.in_place else None
-
     async def _let_go(self) -> None:
         """Ends what uses the blocks. A transfer for which others wait ends first."""
         try:
-            if self._transfer is not None and self._transfer.leader == self.sequence.id:
-                await self._carry_on(self._transfer)
+            await self._carry_on()
         finally:
-            self._leave_transfer()
+            self._sharing.leave()
             # A pull whose KV is in place ends by itself, so that the prefill worker does not count it as cancelled.
             await self._join_pull(cancel=self._wants_kv or self._failure is not None)
 
-    async def _carry_on(self, transfer: SharedTransfer) -> None:
-        """Goes on with the transfer, although this sequence has ended, until it ends or has no followers."""
-        while transfer.followers:
-            if not self._wants_kv:
-                await self._share()
-                return
-            if (self._pull is None or self._pull.done()) and self.inbox.empty():
-                return
+    async def _carry_on(self) -> None:
+        """Receives the prompt for the sequences that wait for it, although this one has ended, until none waits."""
+        while self._sharing.is_awaited and self._pull is not None and not (self._pull.done() and self.inbox.empty()):
             match await self.inbox.get():
-                case PullEnded(worker_id=worker, error=error) as item if item.pull == self._pulls:
-                    if error is not None:
-                        transfer.fail(worker, error)
-                        return
-                    self._note_handoff()
-                    self._prefill_worker = worker
-                    self._wants_kv = False
+                case PullEnded() as item if item.pull != self._pulls:
+                    pass
+                case PullEnded(worker_id=worker, error=None):
+                    await self._receive(worker)
+                case PullEnded(worker_id=worker, error=OverfillError() as error):
+                    self._sharing.fail(worker, error)
+                    return
                 case Preempted() | SequenceFailed() | Exception():
                     return
-                case _:
-                    pass
 
     async def _join_pull(self, *, cancel: bool) -> None:
         if self._pull is not None:

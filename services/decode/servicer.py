@@ -14,7 +14,7 @@ from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, Unavai
 from overfill.kv.cut_blocks import CutBlocks
 from overfill.kv.peers import PeerPool, PrefillPeer
 from overfill.kv.puller import LocalPuller
-from overfill.kv.receiver import PromptPull
+from overfill.kv.receiver import Handoff, PromptPull
 from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
 from overfill.request.names import CODEC_NAMES
 from overfill.request.params import SamplingParams, check_token_ids
@@ -25,8 +25,8 @@ from overfill.telemetry import tracing
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, registry_pb2
 from services.decode.adapters import WorkerAdapters
-from services.decode.sequence_session import Handoff, SequenceSession
-from services.decode.shared_transfers import SharedTransfers
+from services.decode.sequence_session import SequenceSession
+from services.decode.shared_transfers import SharedTransfer
 from services.hosting import EnginePort
 from services.messages import worker_load
 from services.prompt_hasher import PromptHasher
@@ -53,7 +53,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
 
     Attributes:
         metrics: counts reservations, handoffs and ends.
-        transfers, cut_blocks: see ``SequenceWorker``.
+        transfers, cut_blocks: see ``SharingWorker``.
         own_prefills: the prefill stage of this worker; None without one.
         adapters: the worker's adapters; None without any.
     """
@@ -79,7 +79,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         self._hello = hello
         self._peers = peers
         self._executor = executor
-        self.transfers = SharedTransfers()
+        self.transfers: dict[SharedTransfer, None] = {}
         self.cut_blocks: CutBlocks | None = None
         if served.ranks is None:
             self.cut_blocks = CutBlocks(served.store, served.kv, served.config.num_layers, executor)

@@ -60,6 +60,18 @@ async def test_only_the_same_tokens_of_the_same_tenant_are_found(cache, executor
     assert await cuts.restore(key_of([*PROMPT[:11], 0], 11), OTHER)
 
 
+async def test_what_begins_as_a_forgotten_prompt_is_copied_anew(cache, executor):
+    cuts, other = CutBlocks(cache, SPEC, SPEC.num_layers, executor), key_of([0, *PROMPT[1:]], 11)
+    for key in (other, key_of(PROMPT, 6), key_of(PROMPT, 11)):
+        await cuts.keep(key, TABLE)
+    cuts.forget(key_of(PROMPT, 10))
+    assert not await cuts.restore(key_of(PROMPT, 6), OTHER)
+    assert not await cuts.restore(key_of(PROMPT, 11), OTHER)
+    assert await cuts.restore(other, OTHER)
+    cuts.forget(other)
+    assert cuts._num_bytes == 0
+
+
 async def test_a_prompt_of_whole_blocks_needs_no_copy_and_one_without_them_is_not_shared(cache, executor):
     cuts, key = CutBlocks(cache, SPEC, SPEC.num_layers, executor, max_bytes=0), key_of(PROMPT, 8)
     await cuts.keep(key, TABLE)

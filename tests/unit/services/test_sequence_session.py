@@ -34,7 +34,6 @@ from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2
 from services.decode.sequence_session import PullEnded, SequenceSession
 from services.decode.servicer import DecodeServicer
-from services.decode.shared_transfers import SharedTransfers
 
 
 class Pull:
@@ -74,7 +73,7 @@ class SessionHarness:
 
     def __init__(self):
         self.servicer = DecodeServicer(SimpleNamespace(blocks_of=None, ranks=()), None, None, None)
-        self.transfers, self.cut_blocks = SharedTransfers(), None
+        self.transfers, self.cut_blocks = {}, None
         self.pool = BlockPool(8, 4)
         self.engine = DecodeEngine(CountingRunner(), self.pool, 8, 512, self.take)
         sequence = DecodeSequence("s", [1, 2, 3], [7], SamplingParams(temperature=0), StopRule(frozenset(), 4))

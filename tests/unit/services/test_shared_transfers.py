@@ -13,7 +13,7 @@ from sequence_events import by_sequence
 
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.mock.store import MockKvStore
-from overfill.engine.sequence import DecodeSequence, DecodeState, Preempted, Start, StopRule, Yielded
+from overfill.engine.sequence import DecodeSequence, DecodeState, Preempted, Share, Start, StopRule, Yielded
 from overfill.errors import InvalidRequest, TransferFailed, Unavailable
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cut_blocks import CutBlocks
@@ -24,7 +24,6 @@ from overfill.request.params import SamplingParams
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import common_pb2, decode_pb2
 from services.decode.sequence_session import SequenceSession
-from services.decode.shared_transfers import SharedTransfers
 
 SPEC = KvSpec(2, 1, 4, "float32", RopeSpec())
 PROMPT = list(range(30, 44))
@@ -78,9 +77,9 @@ class Worker:
         self.prefix = PrefixCache(BlockPool(num_blocks, 4), enabled=enabled)
         self.store = MockKvStore(SPEC, num_blocks, 4)
         self.engine = DecodeEngine(CountingRunner(), self.prefix.pool, 32, 512, self.take, self.prefix)
-        self.transfers, self.metrics = SharedTransfers(), DecodeMetrics()
+        self.transfers, self.metrics = {}, DecodeMetrics()
         self.cut_blocks = CutBlocks(self.store, SPEC, 2, Inline())
-        self.sessions, self.tasks, self.told, self.pulls = {}, {}, {}, []
+        self.sessions, self.tasks, self.told, self.pulls, self.sent = {}, {}, {}, [], []
         self.load = decode_pb2.WorkerLoad
 
     def own_assignment(self, prompt_tokens):
@@ -92,6 +91,7 @@ class Worker:
             if sequence.blocks:
                 shared = sequence.prompt[: sequence.num_shared]
                 assert self.store.holds(sequence.blocks, shared), f"{message.id} runs without its prompt"
+        self.sent.append(message)
         self.engine.handle(message)
 
     def take(self, events):
@@ -176,7 +176,7 @@ async def worker():
         task.cancel()
     await asyncio.wait(worker.tasks.values(), timeout=5)
     assert all(task.done() for task in worker.tasks.values())
-    assert worker.transfers.transfers == {}
+    assert worker.transfers == {}
     assert worker.prefix.num_used == 0
     worker.prefix.check_integrity()
 
@@ -259,6 +259,40 @@ async def test_a_later_sequence_begins_at_once(worker, answer_start):
     assert worker.metrics.registry.get_sample_value("overfill_decode_shared_prompts_total", {"from": "cache"}) == 1
 
 
+async def one_fails_after_another(worker, error):
+    worker.add("a", assigned=True)
+    await settle()
+    worker.pulls[0].end.set_result(None)
+    await worker.finish("a")
+    worker.add("b")
+    await settle()
+    worker.engine._runner.fail_next = error
+    worker.engine.step()
+    await asyncio.wait([worker.tasks["b"]], timeout=5)
+    assert worker.tasks["b"].exception() is not None
+
+
+async def test_after_a_failure_no_sequence_takes_kv_that_may_be_the_cause(worker):
+    await one_fails_after_another(worker, RuntimeError("not finite"))
+    for chunk in worker.cut_blocks._kept.values():
+        chunk.payload[:] = bytes(len(chunk.payload))
+    for id in "cd":
+        worker.add(id, assigned=True)
+        await settle()
+        if id == "c":
+            assert worker.pulls[1].held == 0
+            worker.pulls[1].end.set_result(None)
+        await worker.finish(id)
+    assert len(worker.pulls) == 2
+
+
+async def test_an_invalid_request_takes_no_prompt_from_the_others(worker):
+    await one_fails_after_another(worker, InvalidRequest("x", "bad"))
+    worker.add("c", assigned=True)
+    await worker.finish("c")
+    assert len(worker.pulls) == 1
+
+
 async def test_sequences_that_wait_for_a_prefill_worker_follow_the_first_that_gets_one(worker):
     for id in "abc":
         worker.add(id)
@@ -302,6 +336,7 @@ async def test_prompts_that_begin_alike_receive_what_they_have_in_common_once(wo
     assert [worker.has_prompt(id) for id in worker.tasks] == [False] + [follow] * (len(starts) - 1)
     worker.pulls[0].end.set_result(None)
     await settle()
+    assert [message.followers for message in worker.sent if isinstance(message, Share)] == [("b", "c")] * follow
     for id, pull in zip("bc", held[1:] if follow else [], strict=False):
         assert worker.told[id][-1].need_prefill.reason == decode_pb2.NeedPrefill.REASON_REST, pull
     for id in worker.tasks:
@@ -446,6 +481,7 @@ async def test_a_defect_of_the_leader_leaves_no_follower_waiting(worker, monkeyp
     assert isinstance(worker.tasks["a"].exception(), IndexError)
     worker.assign("b")
     await settle()
+    assert worker.pulls[1].held == 8, "its full blocks are in place"
     worker.pulls[1].end.set_result(None)
     await worker.finish(*"bcd")
 
