@@ -328,9 +328,10 @@ MODELS = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
     ids=["key", "none", "key in trailers", "two keys", "open", "trailers", "two hosts", "absolute", "two origins"],
 )
 async def test_who_asks_is_decided_by_one_head(data: bytes, keys: bool, status: int) -> None:
-    holder = SimpleNamespace(id="1", scopes=frozenset(Scope))
+    holder = SimpleNamespace(id="1", scopes=frozenset(Scope), tiers=None)
     access = AccessPolicy(keys=lambda key: holder if key == "right" else None) if keys else AccessPolicy()  # type: ignore[arg-type, return-value]
-    statistics, tiers = SimpleNamespace(metrics=RouterMetrics()), SimpleNamespace(listed=lambda caller: [])
+    tiers = SimpleNamespace(listed=lambda caller: [], roster=SimpleNamespace(changes=0))
+    statistics = SimpleNamespace(metrics=RouterMetrics())
     handler = SimpleNamespace(statistics=statistics, tiers=tiers, tokenizer=None)
     api = HttpApi(handler, access, lambda: "", None, None, share_port=False)  # type: ignore[arg-type]
     client = MemoryClient(new_state(api))
