@@ -150,6 +150,40 @@ def test_rows_of_adapters_change_no_other_row(save_model, runner, tmp_path: Path
         runner(model, 256).step(new, adapters={"b": 2})
 
 
+@pytest.mark.parametrize(
+    ("quantize", "held"), [("none", "auto"), ("int8", "auto"), ("int8", "int8")], ids=["plain", "weights", "both"]
+)
+def test_a_sequence_gets_the_same_bits_beside_others_with_other_adapters(
+    quantize: str, held: str, save_model, runner, tmp_path: Path
+) -> None:
+    """This holds on one thread and without AMX, whose sums and parts of a context depend on the whole step."""
+    save_model(CONFIGS["biases"])
+    torch.set_num_threads(1)
+    model = load(tmp_path, quantize, amx=False)
+    slots = model.new_adapter_slots(3, 16)
+    for slot in range(3):
+        slots.stage(slot, random_adapter(model.config, slot, 16))
+    adapters = {str(i): i % 4 - 1 for i in range(14)}  # more than the twelve rows of a tile
+    steps = [
+        {name: PROMPT[i : 12 + 6 * i] for i, name in enumerate(adapters)},
+        {name: PROMPT[i : 1 + i + i % 7] for i, name in enumerate(adapters)},  # decode steps, and short replays
+        {name: PROMPT[i : i + 1] for i, name in enumerate(adapters)},
+    ]
+
+    def logits(names: list[str]) -> list[dict[str, torch.Tensor]]:
+        run, found = runner(model, 256, kv_cache_dtype=held), []
+        for step in steps:
+            new = {name: step[name] for name in names}
+            rows = run.step(new, adapters=adapters).split([len(tokens) for tokens in new.values()])
+            found.append(dict(zip(names, rows, strict=True)))
+        return found
+
+    together = logits([*adapters])
+    for name in adapters:
+        alone = logits([name])
+        assert all(torch.equal(a[name], b[name]) for a, b in zip(alone, together, strict=True)), name
+
+
 @pytest.mark.parametrize("name", ["llama", "tied", "head-in-two-parts", "head-of-chosen-rows"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_most_likely_tokens_are_those_of_the_logits(
