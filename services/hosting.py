@@ -24,7 +24,7 @@ from overfill.process.leaving import exit_now
 from overfill.rpc.metrics_http import MetricsServer
 from overfill.rpc.server import RpcServer
 from overfill.rpc.tls import TlsError
-from overfill.rpc.worker import ChangingAdapters, WorkerHandle, WorkerHost
+from overfill.rpc.worker import AdapterLoader, WorkerHandle, WorkerHost
 from overfill.settings.config import WorkerConfig
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.engine_load import EngineLoad
@@ -121,7 +121,7 @@ class StageService:
     metrics: EngineMetrics
     close: Callable[[], Awaitable[None]]
     on_drain: Callable[[], None] = lambda: None
-    adapters: ChangingAdapters | None = None
+    adapters: AdapterLoader | None = None
 
 
 def _step_timeouts(

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from overfill.client import TTFT_PARTS, Answer, AnswerPart, PoolStatus, StackStatus
-from overfill.request.names import OWN_FIRST_PARTS
+from overfill.request.names import DECODER_FIRST_PARTS
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.stack_status import RouterStatus, WorkerStatus
 from overfill.rpc.stack_status_json import pool_json
@@ -81,7 +81,7 @@ def ttft_table(answer: Answer) -> Table:
     table.add_column("ms", justify="right")
     table.add_column("%", justify="right")
     table.add_column("", min_width=_BAR_WIDTH, no_wrap=True)
-    names = [name for name in TTFT_PARTS if name not in OWN_FIRST_PARTS or getattr(timing, name) is not None]
+    names = [name for name in TTFT_PARTS if name not in DECODER_FIRST_PARTS or getattr(timing, name) is not None]
     rows = [(PART_NAMES[name], getattr(timing, name)) for name in names]
     for name, seconds in [*rows, ("unattributed", timing.unattributed)]:
         if seconds is None or not total:

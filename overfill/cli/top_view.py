@@ -8,7 +8,7 @@ from rich.text import Text
 
 from overfill.cli.output import PART_NAMES, adapter_names, bar, counted, percent
 from overfill.client import TTFT_PARTS, Activity, StackStatus, WorkerLoad, WorkerStatus
-from overfill.request.names import OWN_FIRST_PARTS
+from overfill.request.names import DECODER_FIRST_PARTS
 
 _BAR = 24
 _STATES = {"ready": "green", "starting": "yellow", "draining": "yellow", "silent": "red"}
@@ -110,7 +110,7 @@ def _times(activity: Activity) -> Table:
     names |= {"handoff_exposed": "handoff exposed", "itl": "between tokens", "total": "end to end"}
     for name, label in names.items():
         found = activity.timing.get(name)
-        if found is None and name in OWN_FIRST_PARTS:
+        if found is None and name in DECODER_FIRST_PARTS:
             continue
         if found is None:
             table.add_row(label, "–", "–", "–", "")

@@ -64,15 +64,15 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class JudgedTier:
+class JudgedWriter:
     """The answers to the questions that were asked of one writer.
 
     Attributes:
-        tier: name of the tier or adapter.
+        name: of the tier or adapter.
         prompt_tokens, cached_tokens: totals; the prefix cache had the KV of ``cached_tokens`` of them.
     """
 
-    tier: str
+    name: str
     judged: Sequence[JudgedAnswer]
     prompt_tokens: int
     cached_tokens: int
@@ -189,27 +189,27 @@ def verify_command(
             for writer, of_writer in zip(asked, answers, strict=True)
         ]
     passed = all(result.summary.passed for result in results)
-    total = JudgedTier(
+    total = JudgedWriter(
         "",
         [answer for result in results for answer in result.judged],
         sum(result.prompt_tokens for result in results),
         sum(result.cached_tokens for result in results),
     )
     rows = [
-        ({"tier": result.tier} if several else {}) | row
+        ({"tier": result.name} if several else {}) | row
         for result in results
         for row in failures(result.judged, tokenizer.decode)
     ]
     if as_json:
-        of_tiers = {"tiers": [{"tier": result.tier} | _figures(result) for result in results]} if several else {}
+        of_tiers = {"tiers": [{"tier": result.name} | _figures(result) for result in results]} if several else {}
         print_json(_figures(total) | {"passed": passed} | of_tiers | {"failures": rows})
     else:
         if rows:
             _print_table(rows)
-        width = max(len(result.tier) for result in results)
+        width = max(len(result.name) for result in results)
         for result in results if several else ():
             cached = f"{result.cached_tokens} of {result.prompt_tokens} prompt tokens from the prefix cache"
-            click.echo(f"{result.tier:{width}}  {result.summary}; {cached}")
+            click.echo(f"{result.name:{width}}  {result.summary}; {cached}")
         click.echo(str(total.summary))
     return 0 if passed else 1
 
@@ -254,7 +254,7 @@ def _adapter_folders(
     return found
 
 
-def _figures(result: JudgedTier) -> dict[str, Any]:
+def _figures(result: JudgedWriter) -> dict[str, Any]:
     summary = result.summary
     return {
         "passed": summary.passed,
@@ -379,7 +379,7 @@ def judge_writer(
     answers: Sequence[Answer | OverfillError],
     max_tokens: int,
     report: Report,
-) -> JudgedTier:
+) -> JudgedWriter:
     """Judges the answers to ``prompts`` that were asked of ``writer``. Only a tier's fallback may go on with one."""
     judged: list[JudgedAnswer] = []
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -392,7 +392,7 @@ def judge_writer(
         report(f"Judging {writer.name}", len(judged), len(answers))
     usages = [answer.usage for answer in answers if not isinstance(answer, OverfillError)]
     prompt_tokens, cached = sum(u.prompt_tokens for u in usages), sum(u.cached_tokens for u in usages)
-    return JudgedTier(writer.name, judged, prompt_tokens, cached)
+    return JudgedWriter(writer.name, judged, prompt_tokens, cached)
 
 
 def _problem(answer: Answer | OverfillError, adapter: AdapterRecord, start: int) -> str:

@@ -53,9 +53,9 @@ _MAX_PROMPT_BESIDE_ANSWERS = 32
 """Maximum number of prompt tokens in a step while answers wait. Every request with an adapter has some, and the client
 chooses how many are scored, so their steps must not delay every answer."""
 
-_MAX_RIDING = 8
-"""Maximum number of tokens of a replay that is part of a decode step. With 32 sequences at 1,000 tokens, 4 tokens cost
-less than half there of what they cost in a step of their own; 8 tokens two thirds, and 16 tokens as much."""
+_MAX_MIXED_REPLAY = 8
+"""Maximum number of tokens of a replay that is part of a decode step. With 32 sequences at 1,000 tokens, a replay of 4
+tokens costs less than half of what it costs in a step of its own, one of 8 tokens two thirds, and one of 16 as much."""
 
 
 class DecodeEngine:
@@ -173,15 +173,15 @@ class DecodeEngine:
         replays = [s for s in ready if s.num_pending > 1]
         decodes = [s for s in ready if s.num_pending == 1]
         self._answers_wait = bool(decodes)
-        riding = self._riding(replays) if decodes else []
-        replays = [s for s in replays if s not in riding]
+        mixed = self._mixed_replays(replays) if decodes else []
+        replays = [s for s in replays if s not in mixed]
         # While there are both, replays and normal steps alternate.
         if replays and (not decodes or not self.replayed_last):
             self.replayed_last = True
             chosen = self._within_budget(replays)
         else:
             self.replayed_last = False
-            chosen = [*decodes, *riding]
+            chosen = [*decodes, *mixed]
         if chosen:
             self.step_shape = (len(chosen), sum(min(s.num_pending, self._budget(s)) for s in chosen))
             events.extend(self._compute(chosen))
@@ -323,12 +323,12 @@ class DecodeEngine:
             self.metrics.preempted()
         events.append(Preempted(youngest.id))
 
-    def _riding(self, replays: Sequence[DecodeSequence]) -> list[DecodeSequence]:
+    def _mixed_replays(self, replays: Sequence[DecodeSequence]) -> list[DecodeSequence]:
         """Returns the replays that are part of this decode step, oldest first."""
         chosen: list[DecodeSequence] = []
         left = _MAX_PROMPT_BESIDE_ANSWERS
         for sequence in replays if self._runner.mixes_lengths else ():
-            if sequence.scores is None and sequence.num_pending <= min(_MAX_RIDING, left):
+            if sequence.scores is None and sequence.num_pending <= min(_MAX_MIXED_REPLAY, left):
                 chosen.append(sequence)
                 left -= sequence.num_pending
         return chosen

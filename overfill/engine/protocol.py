@@ -151,7 +151,7 @@ class EngineOptions:
 
 
 class AdapterSlots(Protocol):
-    """The places that a decode engine has for adapters. Their memory is taken when the model is loaded.
+    """The slots of a decode engine, each for one adapter. Their memory is allocated when the model is loaded.
 
     Attributes:
         num_slots: number of adapters at once.
@@ -194,7 +194,7 @@ class ServedHalf:
         prefix_keys: changes of the prefix cache; None without one.
         scores_prompts: whether the engine computes the log-probabilities of a prompt's tokens.
         ranks: processes that have the KV in place of ``store``; None means that there are none.
-        adapters: the engine's places for adapters; None means that it takes none.
+        adapters: the engine's slots for adapters; None means that it takes none.
     """
 
     engine_version: str

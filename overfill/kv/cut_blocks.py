@@ -75,7 +75,7 @@ def shared_key(blocks: PromptBlocks, prompt: Sequence[int], num_shared: int) -> 
 
 
 class CutBlocks:
-    """The KV of cut blocks, in host memory, until others take its place: the least recently used ones go first.
+    """The KV of cut blocks, in host memory. When it exceeds ``max_bytes``, the least recently used is evicted.
 
     Args:
         store: the decoder's KV cache.

@@ -140,7 +140,7 @@ def read_adapter(folder: Path, config: ModelConfig, max_rank: int = MAX_RANK) ->
             cannot use an adapter of this kind or size; the message names file and field or tensor.
     """
     if (rank := read_record(folder).rank) > max_rank:
-        raise InvalidAdapter(_rank_too_large(f"{folder}", rank, max_rank))
+        raise InvalidAdapter(_rank_too_large(str(folder), rank, max_rank))
     files = read_files(folder, file_limits(config, max_rank))
     record = parse_record(folder, files, folder.name)
     parsed = parse_peft(folder, files, config, max_rank)
@@ -326,10 +326,8 @@ def _reason(tensor: str) -> str:
         if part in tensor:
             return f"{reason}. Train without it"
     return (
-        "products of "
-        + ", ".join(get_args(Projection))
-        + " are, in a decoder that PEFT got as a causal language model: "
-        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight and so on"
+        f"supported are products of {', '.join(get_args(Projection))} of a causal language model, with names such as "
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     )
 
 

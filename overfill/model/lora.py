@@ -70,7 +70,7 @@ def check_fits(adapter: LoraAdapter, config: ModelConfig, max_rank: int) -> None
 
 
 class LoraSlots(ABC):
-    """A model's places for adapters; see ``AdapterSlots``. Subclasses say how a product is stored.
+    """A model's slots for adapters, an ``AdapterSlots``. Subclasses say how a product is stored.
 
     A slot holds adapters of any rank up to ``max_rank``; the rest of its rank is zeros.
     """

@@ -66,7 +66,7 @@ class PeftConfig:
         ranks, alphas: ``rank_pattern`` and ``alpha_pattern``, as ends of ``^.`` and a module's name; the first that
             fits counts.
         base_model: ``base_model_name_or_path``; informative.
-        root: whether a scale is alpha ÷ √rank (``use_rslora``, arXiv 2312.03732) instead of alpha ÷ rank.
+        use_rslora: whether a scale is alpha ÷ √rank (arXiv 2312.03732) instead of alpha ÷ rank.
     """
 
     file: Path
@@ -74,7 +74,7 @@ class PeftConfig:
     alpha: float
     ranks: Sequence[tuple[str, int]]
     alphas: Sequence[tuple[str, float]]
-    root: bool
+    use_rslora: bool
     base_model: str
 
     def rank_of(self, module: str) -> int:
@@ -85,7 +85,7 @@ class PeftConfig:
         """Returns the number by which a module's product is multiplied."""
         alpha = next((alpha for end, alpha in self.alphas if f"^.{module}".endswith(end)), self.alpha)
         rank = self.rank_of(module)
-        return alpha / (math.sqrt(rank) if self.root else rank)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     @classmethod
     def parse(cls, file: Path, data: bytes) -> PeftConfig:
@@ -134,7 +134,7 @@ class PeftConfig:
             alpha=float(values["lora_alpha"]),
             ranks=ends["rank_pattern"],
             alphas=ends["alpha_pattern"],
-            root=values.get("use_rslora", False),
+            use_rslora=values.get("use_rslora", False),
             base_model=str(values.get("base_model_name_or_path") or "")[:_MAX_BASE_MODEL],
         )
 

@@ -1,4 +1,4 @@
-"""Temporary folders that end with their process: of one that was killed, the next process removes the folder."""
+"""Temporary folders that a process removes when it ends; if it was killed, the next process removes them."""
 
 from __future__ import annotations
 

@@ -43,5 +43,5 @@ TTFT_PARTS = (
 )
 """Fields of ``Timing`` that add up to its ``ttft``, in the order in which they happen."""
 
-OWN_FIRST_PARTS = ("handoff", "first_step")
-"""Those of ``TTFT_PARTS`` that only an answer has whose first token the decoder samples."""
+DECODER_FIRST_PARTS = ("handoff", "first_step")
+"""The parts of ``TTFT_PARTS`` that exist only if the decoder samples the first token."""

@@ -99,7 +99,7 @@ class AnswerState:
         tier: tier of which the client was told that it writes the answer.
         num_scores: number of log-probabilities of the prompt's tokens, and of alternatives to each, that the first
             token must bring; None if it brings none.
-        own_first: whether the decode worker samples the first token, and not the prefill worker.
+        decoder_first: whether the decode worker samples the first token, and not the prefill worker.
 
     Attributes:
         emitted: all tokens so far, those that the client brought included; at most ``max_tokens``.
@@ -125,7 +125,7 @@ class AnswerState:
         tier: str = DEFAULT_TIER,
         num_scores: tuple[int, int] | None = None,
         *,
-        own_first: bool = False,
+        decoder_first: bool = False,
     ) -> None:
         self.emitted = list(emitted)
         self._num_scores = num_scores  # None once they have arrived
@@ -133,7 +133,7 @@ class AnswerState:
         self.first_token_at = 0.0
         self.parts: list[inference_pb2.AnswerPart] = []
         self._client_tier = tier  # the tier that the client believes to write the answer
-        self._num_before = 0 if own_first else 1  # tokens that no decode worker samples
+        self._num_before = 0 if decoder_first else 1  # tokens that no decode worker samples
         self.decode_base = self._num_before
         self.timing = common_pb2.Timing()
         self.reservations = 0

@@ -106,9 +106,9 @@ class Relay:
         self._max_attempts = max_attempts
         self._observer = observer or _NoObserver()
         emitted, scores = request.start.emitted_token_ids, request.num_scores
-        own_first = request.start.HasField("answer_start")
+        decoder_first = request.start.HasField("answer_start")
         self.answer = AnswerState(
-            emitted, request.max_tokens, request.received, request.writer, scores, own_first=own_first
+            emitted, request.max_tokens, request.received, request.writer, scores, decoder_first=decoder_first
         )
         self.decode_worker = ""
         self.decode_engine = ""

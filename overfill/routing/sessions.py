@@ -21,9 +21,8 @@ _MAX_LOAD = 1.25
 It is the balance of consistent hashing with bounded loads (Mirrokni, Thorup and Zadimoghaddam, 2018).
 """
 
-
-_SHARING = 8
-"""Number of requests that a prompt's worker may have beyond that ratio, and still gets the prompt's next task.
+_SHARED_PROMPT_SLACK = 8
+"""Number of requests beyond that ratio that a prompt's worker may have and still get the prompt's next task.
 
 Each task there saves a transfer of the prompt's KV.
 """
@@ -38,10 +37,10 @@ def _shared_prompt(job: Job) -> Hashable:
 
 
 class LatestWorkers:
-    """The worker of one pool that each session used last. When there are too many, it forgets the oldest use.
+    """The worker of one pool that each session or shared prompt used last; of too many, it forgets the oldest use.
 
     Args:
-        key: returns a job's session; None if it has none.
+        key: returns a job's session or shared prompt; None if it has none.
     """
 
     def __init__(self, key: Callable[[Job], Hashable] = _session) -> None:
@@ -52,21 +51,21 @@ class LatestWorkers:
         return len(self._workers)
 
     def of(self, job: Job) -> Worker | None:
-        """Returns the latest worker of the job's session, admissible or not; None if it is unknown."""
-        return None if (session := self._key(job)) is None else self._workers.get(session)
+        """Returns the latest worker of the job's key, admissible or not; None if it is unknown."""
+        return None if (key := self._key(job)) is None else self._workers.get(key)
 
     def placed(self, job: Job, worker: Worker) -> None:
         """Records a placement."""
-        if (session := self._key(job)) is not None:
-            self._workers[session] = worker
-            self._workers.move_to_end(session)
+        if (key := self._key(job)) is not None:
+            self._workers[key] = worker
+            self._workers.move_to_end(key)
             if len(self._workers) > MAX_SESSIONS:
                 self._workers.popitem(last=False)
 
     def left(self, worker: Worker) -> None:
         """Forgets a worker that has left the pool."""
-        for session in [session for session, latest in self._workers.items() if latest is worker]:
-            del self._workers[session]
+        for key in [key for key, latest in self._workers.items() if latest is worker]:
+            del self._workers[key]
 
 
 class SessionAffinity(LeastLoad):
@@ -87,7 +86,7 @@ class SessionAffinity(LeastLoad):
 
     def best(self, job: Job) -> Iterator[Worker]:
         stays: list[Worker] = []
-        for latest, more in ((self._latest_of_prompt.of(job), _SHARING), (self._latest.of(job), 1)):
+        for latest, more in ((self._latest_of_prompt.of(job), _SHARED_PROMPT_SLACK), (self._latest.of(job), 1)):
             if latest is not None and latest in self._places and self._costs_little(latest, job, more):
                 stays.append(latest)
         yield from dict.fromkeys(stays)

@@ -34,8 +34,8 @@ _POLL = 0.05  # seconds between checks for running requests while draining
 _Description = TypeVar("_Description", decode_pb2.DescribeDecodeResponse, prefill_pb2.DescribePrefillResponse)
 
 
-class ChangingAdapters(Protocol):
-    """The adapters of a decode worker, which Admin changes."""
+class AdapterLoader(Protocol):
+    """Loads and unloads the adapters of a decode worker, as Admin asks."""
 
     async def start(self) -> None:
         """Loads those with which the worker starts."""
@@ -76,7 +76,7 @@ class WorkerHandle:
     prefix_keys: PrefixKeys | None = None
     prefill_load: Callable[[], decode_pb2.WorkerLoad] | None = None
     on_drain: Callable[[], None] = lambda: None
-    adapters: ChangingAdapters | None = None
+    adapters: AdapterLoader | None = None
 
 
 class WorkerHost:
@@ -234,7 +234,7 @@ class WorkerHost:
         self._refusal = error
         self.drain()
 
-    def adapters(self, *, load: bool) -> ChangingAdapters:
+    def adapters(self, *, load: bool) -> AdapterLoader:
         """Returns what changes the worker's adapters, to load one or to unload one.
 
         Raises:

@@ -1,11 +1,11 @@
-"""The adapters of a decode worker: reads them from its folder, has the engine hold them, and counts who uses them.
+"""The adapters of a decode worker: loads them from its folder into the engine's slots, and counts their sequences.
 
 The folder is the source of truth when a worker starts. Later, routers ask for single adapters by name.
 
-- **Off the loop.** Files are read and slots are prepared on a thread, one adapter at a time. A caller waits at most
-  ``CHANGE_TIMEOUT``; the work goes on, and another call tells how it ended.
-- **Removal.** An adapter that is unloaded is gone for new requests at once. Its slot is emptied when its last sequence
-  has left the engine.
+- **Off the loop.** A thread reads the files and prepares the slot, one adapter at a time. A caller waits at most
+  ``CHANGE_TIMEOUT``. The work then goes on, and another call returns its result.
+- **Unloading.** New requests for the adapter are refused at once. Its slot is emptied when its last sequence has left
+  the engine.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class WorkerAdapters:
         self._leaving: set[_Loaded] = set()
         self._changing: dict[int, asyncio.Future[Exception | None]] = {}  # slots that the engine changes now
         self._loading: dict[str, asyncio.Task[common_pb2.Adapter]] = {}  # by name
-        self._turn = asyncio.Lock()  # of the one that loads
+        self._load_lock = asyncio.Lock()  # one adapter is loaded at a time
 
     async def start(self) -> None:
         """Loads the folder's adapters that fit, in the order of their names, until the slots are full.
@@ -143,7 +143,7 @@ class WorkerAdapters:
         """Loads the adapter ``name``, unless it is loaded, and returns it.
 
         Raises:
-            InvalidRequest: the name is none, or the folder is damaged or does not fit the slots.
+            InvalidRequest: the name is not allowed, or the adapter is damaged or does not fit the slots.
             ModelNotFound: there is no such folder.
             Incompatible: the adapter is another decoder's, or the loaded one of this name has another digest.
             Overloaded: no slot is free.
@@ -179,7 +179,7 @@ class WorkerAdapters:
             raise ModelNotFound(f"{self._who} has no adapter {name!r} loaded; loaded: {names}")
         loaded.unloaded = True
         self._leaving.add(loaded)
-        self._tell()
+        self._announce()
         logger.info("unloaded the adapter %s; %d sequences use it still", name, loaded.users)
         self._empty_unused(loaded)
         return _to_proto(loaded.record)
@@ -217,7 +217,7 @@ class WorkerAdapters:
             logger.warning("the adapter %s is not loaded: %s", name, error)
 
     async def _load(self, name: str) -> common_pb2.Adapter:
-        async with self._turn:
+        async with self._load_lock:
             record = await self._in_thread(lambda: self._record(name))
             if (loaded := self._loaded.get(name)) is not None:
                 if _to_proto(loaded.record) == _to_proto(record):
@@ -246,7 +246,7 @@ class WorkerAdapters:
         return read_record(folder)
 
     async def _put(self, record: AdapterRecord) -> None:
-        """Has the engine hold the adapter of ``record`` in a free slot."""
+        """Loads the adapter of ``record`` into a free slot of the engine."""
         name, slot = record.name, await self._take_slot()
         try:
             adapter = await self._in_thread(lambda: self._stage(slot, record))
@@ -258,7 +258,7 @@ class WorkerAdapters:
                 raise
             raise InternalError(f"{name}: {error}") from error
         self._loaded[name] = _Loaded(record, slot)
-        self._tell()
+        self._announce()
         logger.info("loaded the adapter %s, %s, in slot %d", name, record.digest[:16], slot)
 
     def _stage(self, slot: int, record: AdapterRecord) -> LoraAdapter:
@@ -306,7 +306,8 @@ class WorkerAdapters:
         self._send(ChangeAdapter(slot, adapter))
         return answer
 
-    def _tell(self) -> None:
+    def _announce(self) -> None:
+        """Updates ``hello`` and tells the routers."""
         del self._hello.adapters[:]
         self._hello.adapters.extend(_to_proto(self._loaded[name].record) for name in sorted(self._loaded))
         self._changed()
@@ -320,7 +321,7 @@ class WorkerAdapters:
             thread.shutdown(wait=False)
 
     async def _load_all(self) -> None:
-        async with self._turn:
+        async with self._load_lock:
             try:
                 names = await self._in_thread(lambda: adapter_names(self._folder))
             except InvalidAdapter as error:

@@ -15,7 +15,6 @@ from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import PREFILL, STAGE_NAMES, Worker, WorkerInfo
-from overfill.rpc import unfilled
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
 from overfill.telemetry.router_metrics import WORKER_STATES
@@ -60,7 +59,6 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             raise InvalidRequest("hello", "must be the first message")
         check_wire_version(first.hello)
         check_fields(first.hello)
-        unfilled.check_hello(first.hello)
         infos = WorkerInfo.from_hello(first.hello)
         info, replaced = infos[0], self._streams.get(infos[0].id)
         previous = None if replaced is None else replaced.workers[0].info
@@ -224,7 +222,13 @@ def check_wire_version(hello: registry_pb2.Hello) -> None:
 
 
 def check_fields(hello: registry_pb2.Hello) -> None:
-    """Raises Incompatible if the worker says something that this router does not know and must not ignore."""
+    """Raises Incompatible if the worker says something that this router does not know and must not ignore.
+
+    A revision of the pair is for a later version: this router would answer with other weights than the client asks for.
+    """
+    if hello.model.revision:
+        field = "hello.model.revision"
+        raise Incompatible(f"worker {hello.worker_id} sets {field}, which this version does not support", [field])
     fields: Any = UnknownFieldSet(hello)
     unknown = sorted({f.field_number for f in fields if f.field_number in MUST_UNDERSTAND})
     if unknown:

@@ -52,8 +52,8 @@ MAX_DETOKENIZED = 262_144
 """Maximum number of token ids that a request to detokenize may have; more would delay other streams."""
 
 
-_STEP = 64
-"""Tokens by which two prompts with a common beginning may differ at its end, and count as one; see ``Job``."""
+_SHARED_PROMPT_STEP = 64
+"""``Job.shared_prompt`` is a hash of a multiple of this many tokens. Prompts that differ only behind them share it."""
 
 
 class RequestHandler:
@@ -367,7 +367,7 @@ def _prepare(root: int | None, block_sizes: Iterable[int], *arguments: Any) -> J
     checked = validate_generate(*arguments)
     if checked.start.HasField("answer_start"):
         end = checked.start.answer_start
-        checked.shared_prompt = hash(token_bytes(checked.prompt_token_ids[: end - end % _STEP or end]))
+        checked.shared_prompt = hash(token_bytes(checked.prompt_token_ids[: end - end % _SHARED_PROMPT_STEP or end]))
     if root is None:
         return checked
     keys = PromptKeys(root, checked.prompt_token_ids[: checked.cacheable_tokens])

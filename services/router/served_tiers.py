@@ -171,7 +171,7 @@ class ServedTiers:
     def check_can_score(
         self, request: inference_pb2.GenerateRequest, choice: TierChoice, caller: ApiKey | None
     ) -> None:
-        """Raises InvalidRequest if ``request`` has its whole prompt scored, and not the full model writes answers."""
+        """Raises InvalidRequest if ``request`` has its whole prompt scored, but another than the full model writes."""
         tier = choice.fallback_from or choice.tier
         scored, split = request.sampling.HasField("prompt_logprobs"), request.HasField("answer_start")
         if not scored or split or (self._pairs[tier].identity and choice.adapter is None):

@@ -55,13 +55,13 @@ def handoff() -> Dashboard:
                 PER_SECOND,
             ),
             lines(
-                "Prompts without a transfer",
+                "Shared prompts",
                 {"{{from}}": rate("overfill_decode_shared_prompts_total", "from", WORKER)},
                 PER_SECOND,
-                what="Their KV was in the prefix cache, or came with another sequence's transfer.",
+                what="Prompts without a transfer of their own: their KV was cached, or came for another sequence.",
             ),
             lines(
-                "Their tokens",
+                "Tokens of shared prompts",
                 {"tokens": rate("overfill_decode_shared_prompt_tokens_total", where=WORKER)},
                 PER_SECOND,
             ),

@@ -1,10 +1,12 @@
 // LoRA adapters: their memory, and the low-rank products that a step adds to the products of its matrices.
 //
-// A product has two factors. `down` [rank, in] turns an operand into `rank` sums, which are rounded to bfloat16. `up`
-// [out, rank] turns these into what one row of a matrix' product gains; the product's sink adds it panel by panel. A
-// thread computes the sums of the rows whose operands it stores, so that it waits for no other. It reads `down` once for
-// each slot of its rows. It reads the part of `up` for one panel while all rows of that panel are computed, so that it
-// stays in the first-level cache.
+// A product has two factors. `shrink` multiplies an operand by `down` [rank, in], and rounds the `rank` sums to bfloat16.
+// `expand` multiplies these by `up` [out, rank], and adds the result to the matrix' own product, panel by panel. (The
+// names are those of Punica's kernels, arXiv 2310.18547.)
+//
+// A thread shrinks the rows whose operands it stores, so that it waits for no other. It reads `down` once for each slot
+// of its rows. It reads a panel's part of `up` while all rows of the panel are computed, so that this part stays in the
+// first-level cache.
 //
 // Ranks are divided into units of 16. Slots have memory for the largest rank; a step reads the units that an adapter has.
 #pragma once
@@ -19,7 +21,7 @@ namespace ovf {
 
 constexpr size_t RANK_UNIT = 16;     // ranks of a vector of sums
 constexpr size_t UP_BYTES = RANK_UNIT * 16 * sizeof(bf16);  // of `up`: a unit of ranks for half a panel, 16 rows
-constexpr int LOWER_TILE = 8;        // rows of a tile: 16 sums, 2 weights and a broadcast fit the 32 registers
+constexpr int SHRINK_TILE = 8;       // rows of a tile: 16 sums, 2 weights and a broadcast fit the 32 registers
 
 enum Fused { FUSED_QKV, FUSED_O, FUSED_GATE_UP, FUSED_DOWN, FUSED };  // as `Part` in overfill.cpp
 constexpr size_t PROJECTIONS = 7;  // q, k, v, o, gate, up, down
@@ -159,9 +161,9 @@ struct Adapters {
     }
 };
 
-// Computes sixteen sums of each of N operands, as bfloat16. x, out: N rows; w: `steps` of `down`, an even number.
+// Multiplies N operands by one unit of `down`: sixteen sums each, as bfloat16. x, out: N rows; w: `steps` of `down`, an even number.
 template <int N>
-__attribute__((noinline)) void lower_tile(const uint16_t* const* x, const char* w, size_t steps, bf16* const* out) {
+__attribute__((noinline)) void shrink_tile(const uint16_t* const* x, const char* w, size_t steps, bf16* const* out) {
     __m512i even[N], odd[N];
 #pragma GCC unroll 8
     for (int r = 0; r < N; ++r) even[r] = odd[r] = _mm512_setzero_si512();
@@ -183,17 +185,17 @@ __attribute__((noinline)) void lower_tile(const uint16_t* const* x, const char* 
                             narrow(_mm512_add_ps(_mm512_castsi512_ps(even[r]), _mm512_castsi512_ps(odd[r]))));
 }
 
-inline void lower_rows(int rows, const uint16_t* const* x, const char* w, size_t steps, bf16* const* out) {
+inline void shrink_rows(int rows, const uint16_t* const* x, const char* w, size_t steps, bf16* const* out) {
     static constexpr void (*functions[])(const uint16_t* const*, const char*, size_t, bf16* const*) = {
-        lower_tile<1>, lower_tile<2>, lower_tile<3>, lower_tile<4>,
-        lower_tile<5>, lower_tile<6>, lower_tile<7>, lower_tile<8>,
+        shrink_tile<1>, shrink_tile<2>, shrink_tile<3>, shrink_tile<4>,
+        shrink_tile<5>, shrink_tile<6>, shrink_tile<7>, shrink_tile<8>,
     };
     functions[rows - 1](x, w, steps, out);
 }
 
-// Computes the sums of a thread's rows.
+// Multiplies the operands of a thread's rows by `down`.
 // x: operands in bfloat16, `stride` elements apart. out: [rows][parts][units * RANK_UNIT], rows `out_stride` apart.
-inline void lower(const Adapters& adapters, size_t layer, Fused fused, const Groups& groups, const uint16_t* x,
+inline void shrink(const Adapters& adapters, size_t layer, Fused fused, const Groups& groups, const uint16_t* x,
                   size_t stride, bf16* out, size_t out_stride, int thread) {
     const LowRankLayout& l = adapters.layouts[fused];
     const size_t each = l.parts * adapters.units;
@@ -203,22 +205,22 @@ inline void lower(const Adapters& adapters, size_t layer, Fused fused, const Gro
         if (unit >= adapters.units_of(group.slot, layer)[l.first_projection + part]) continue;
         const char* w = adapters.layer(group.slot, layer) + l.down_at + part * l.down_bytes(adapters.units) + l.down_bytes(unit);
         const uint32_t* rows = groups.order.data() + group.first;
-        for (size_t begin = 0; begin < group.count; begin += LOWER_TILE) {
-            const int count = std::min<size_t>(LOWER_TILE, group.count - begin);
-            const uint16_t* from[LOWER_TILE];
-            bf16* to[LOWER_TILE];
+        for (size_t begin = 0; begin < group.count; begin += SHRINK_TILE) {
+            const int count = std::min<size_t>(SHRINK_TILE, group.count - begin);
+            const uint16_t* from[SHRINK_TILE];
+            bf16* to[SHRINK_TILE];
             for (int r = 0; r < count; ++r) {
                 from[r] = x + rows[begin + r] * stride;
                 to[r] = out + rows[begin + r] * out_stride + (part * adapters.units + unit) * RANK_UNIT;
             }
-            lower_rows(count, from, w, l.steps, to);
+            shrink_rows(count, from, w, l.steps, to);
         }
     }
 }
 
-// Adds to a panel's product what a row gains. lowered: the row's sums. Fetches the next panel's part of `up`.
-__attribute__((noinline)) inline void raise(const Adapters& adapters, size_t layer, Fused fused, size_t slot,
-                                            const bf16* lowered, size_t panel, float* sums) {
+// Adds the product of `up` and a row's sums, `shrunk`, to a panel of the matrix' product. Prefetches for the next panel.
+__attribute__((noinline)) inline void expand(const Adapters& adapters, size_t layer, Fused fused, size_t slot,
+                                             const bf16* shrunk, size_t panel, float* sums) {
     const LowRankLayout& l = adapters.layouts[fused];
     const uint8_t* used = adapters.units_of(slot, layer) + l.first_projection;
     const char* base = adapters.layer(slot, layer) + l.up_at;
@@ -227,7 +229,7 @@ __attribute__((noinline)) inline void raise(const Adapters& adapters, size_t lay
         __m512i even = _mm512_load_si512(sums + 16 * half), odd = _mm512_setzero_si512();
         for (size_t i = 0; i < h.parts; ++i) {
             const char* up = base + h.at + i * adapters.units * UP_BYTES;
-            const bf16* x = lowered + (h.first + i) * adapters.units * RANK_UNIT;
+            const bf16* x = shrunk + (h.first + i) * adapters.units * RANK_UNIT;
             for (size_t unit = 0; unit < used[h.first + i]; ++unit, up += UP_BYTES, x += RANK_UNIT)
 #pragma GCC unroll 4
                 for (size_t step = 0; step < RANK_UNIT / 2; step += 2) {

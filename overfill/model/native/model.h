@@ -70,7 +70,7 @@ struct Workspace {
     size_t tokens = 0, num_logits = 0, scratch_bytes = 0, packed_elements = 0, partial_count = 0;
     int threads = 0;
     size_t normed_stride = 0, attended_stride = 0, gated_stride = 0, hidden_stride = 0, qkv_stride = 0;
-    size_t lowered_stride = 0, plain_stride = 0;
+    size_t shrunk_stride = 0, plain_stride = 0;
     float *hidden, *qkv, *attention, *gated_wide, *scales, *partials, *logit_scales;
     uint16_t *normed, *attended, *gated, *last;
     bf16 *q, *packed;
@@ -79,7 +79,7 @@ struct Workspace {
     __m512* best;        // [threads][num_logits], best logits; lane i has every sixteenth token
     __m512i* best_ids;   // [threads][num_logits]
     uint8_t* broken;     // [threads][num_logits]
-    bf16* lowered;       // [tokens][lowered_stride], sums of the adapters' products
+    bf16* shrunk;        // [tokens][shrunk_stride], sums of the adapters' products
     uint16_t* plain;     // [tokens][plain_stride], operands in bfloat16 of a quantised model, for its adapters
     std::vector<SpanItem> spans;
     std::vector<size_t> span_start;  // [tokens + 1], index of each row's first span

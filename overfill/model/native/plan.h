@@ -102,7 +102,7 @@ inline void allocate_scratch(Model& m, size_t tokens, size_t num_logits, int thr
     w.hidden_stride = round_up(m.shape.hidden, PANEL);
     w.normed_stride = round_up(m.shape.hidden, ROW_UNIT), w.attended_stride = round_up(attended, ROW_UNIT);
     w.gated_stride = round_up(gated, ROW_UNIT);
-    w.lowered_stride = m.adapters.slots ? 3 * m.adapters.units * RANK_UNIT : 0;
+    w.shrunk_stride = m.adapters.slots ? 3 * m.adapters.units * RANK_UNIT : 0;
     w.plain_stride = m.adapters.slots && m.quantised() ? std::max({w.normed_stride, w.attended_stride, w.gated_stride}) : 0;
     w.qkv_stride = round_up(std::max(attended + 2 * s.kv_heads * s.dim, w.normed_stride), 16);
     for (int pass = 0; pass < 2; ++pass) {  // the first pass counts bytes
@@ -129,7 +129,7 @@ inline void allocate_scratch(Model& m, size_t tokens, size_t num_logits, int thr
         allocate(w.tiles, threads), allocate(w.span_scratch, threads);
         allocate(w.best, threads * num_logits), allocate(w.best_ids, threads * num_logits);
         allocate(w.broken, threads * num_logits);
-        allocate(w.lowered, tokens * w.lowered_stride), allocate(w.plain, tokens * w.plain_stride);
+        allocate(w.shrunk, tokens * w.shrunk_stride), allocate(w.plain, tokens * w.plain_stride);
         w.scratch_bytes = bytes;
     }
     w.tokens = tokens, w.num_logits = num_logits, w.threads = threads;

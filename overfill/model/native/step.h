@@ -35,7 +35,7 @@ class Step {
             const Layer& layer = m_.layers[i];
             if (thread == 0) call_hook(i, 0);
             for (size_t row = first; row < last; ++row) normalise(row, row, layer.input_norm, w_.normed, w_.scales);
-            lower_operands(i, FUSED_QKV, w_.groups, w_.normed, w_.normed_stride, thread);
+            shrink_operands(i, FUSED_QKV, w_.groups, w_.normed, w_.normed_stride, thread);
             m_.pool.barrier.wait();
             if (aborted_) return;
             project(layer, i, thread, threads);
@@ -77,12 +77,12 @@ class Step {
         const Groups& groups = rows.list ? w_.last_groups : w_.groups;
         const size_t first = rows.count * thread / threads, last = rows.count * (thread + 1) / threads;
         for (size_t i = first; i < last; ++i) collect(rows[i], i);
-        lower_operands(index, FUSED_O, groups, w_.attended, w_.attended_stride, thread);
+        shrink_operands(index, FUSED_O, groups, w_.attended, w_.attended_stride, thread);
         m_.pool.barrier.wait();
         add_to_hidden(layer.o, layer.o_bias, index, FUSED_O, w_.attended, w_.attended_stride, rows, thread, threads);
         m_.pool.barrier.wait();
         for (size_t i = first; i < last; ++i) normalise(rows[i], i, layer.post_norm, w_.normed, w_.scales);
-        lower_operands(index, FUSED_GATE_UP, groups, w_.normed, w_.normed_stride, thread);
+        shrink_operands(index, FUSED_GATE_UP, groups, w_.normed, w_.normed_stride, thread);
         m_.pool.barrier.wait();
         gate(layer, index, rows, thread, threads);
         m_.pool.barrier.wait();
@@ -91,7 +91,7 @@ class Step {
                 store(w_.gated_wide + i * m_.shape.intermediate, m_.shape.intermediate, i, w_.gated + i * w_.gated_stride,
                       w_.scales);
         }
-        lower_operands(index, FUSED_DOWN, groups, w_.gated, w_.gated_stride, thread);
+        shrink_operands(index, FUSED_DOWN, groups, w_.gated, w_.gated_stride, thread);
         if (adapters_ || m_.quantised()) m_.pool.barrier.wait();
         add_to_hidden(layer.down, layer.down_bias, index, FUSED_DOWN, w_.gated, w_.gated_stride, rows, thread, threads);
         m_.pool.barrier.wait();
@@ -103,20 +103,20 @@ class Step {
         if (adapters_ && m_.quantised()) store_operand(x, n, Operand::BF16, w_.plain + to * w_.plain_stride, nullptr);
     }
 
-    // Computes the sums of the adapters' products for the operands of a matrix that this thread has stored.
-    void lower_operands(size_t layer, Fused fused, const Groups& groups, const uint16_t* x, size_t stride, int thread) {
+    // Multiplies the operands of a matrix that this thread has stored by `down` of their adapters.
+    void shrink_operands(size_t layer, Fused fused, const Groups& groups, const uint16_t* x, size_t stride, int thread) {
         if (!adapters_) return;
         if (m_.quantised()) x = w_.plain, stride = w_.plain_stride;
-        lower(m_.adapters, layer, fused, groups, x, stride, w_.lowered, w_.lowered_stride, thread);
+        shrink(m_.adapters, layer, fused, groups, x, stride, w_.shrunk, w_.shrunk_stride, thread);
     }
 
-    // Adds what row `row`, which is operand `i`, gains from its adapter in a panel of a matrix.
+    // Adds the adapter's product of row `row`, which is operand `i`, to a panel of a matrix' product.
     inline __attribute__((always_inline)) void add_adapter(size_t layer, Fused fused, size_t row, size_t i, size_t p,
                                                            __m512& low, __m512& high) const {
         if (!adapters_ || adapters_[row] < 0) return;
         alignas(64) float sums[PANEL];
         _mm512_store_ps(sums, low), _mm512_store_ps(sums + 16, high);
-        raise(m_.adapters, layer, fused, adapters_[row], w_.lowered + i * w_.lowered_stride, p, sums);
+        expand(m_.adapters, layer, fused, adapters_[row], w_.shrunk + i * w_.shrunk_stride, p, sums);
         low = _mm512_load_ps(sums), high = _mm512_load_ps(sums + 16);
     }
 

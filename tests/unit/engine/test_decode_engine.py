@@ -83,9 +83,9 @@ def test_a_long_replay_takes_several_steps_of_the_budget(runner, pool, events):
     assert ([50], 4) in runner.steps[1]  # one decode step ran between two parts of the replay
 
 
-def test_short_tails_ride_with_running_answers_and_long_ones_pass_in_short_steps(runner, events, monkeypatch):
+def test_short_tails_are_mixed_with_running_answers_and_long_ones_pass_in_short_steps(runner, events, monkeypatch):
     monkeypatch.setattr(decode, "_MAX_PROMPT_BESIDE_ANSWERS", 5)
-    monkeypatch.setattr(decode, "_MAX_RIDING", 3)
+    monkeypatch.setattr(decode, "_MAX_MIXED_REPLAY", 3)
     runner.mixes_lengths = True
     engine = new_engine(runner, BlockPool(64, 4), events)
     engine.handle(ChangeAdapter(1, object()))

@@ -113,9 +113,9 @@ def call(index, arguments, id="", name=""):
     return inference_pb2.ToolCallDelta(index=index, id=id, name=name, arguments=arguments)
 
 
-@pytest.mark.parametrize(("own_first", "bases"), [(False, [1, 1, 2]), (True, [0, 0, 2])])
-def test_a_decode_worker_is_timed_from_the_first_token_that_it_samples(own_first, bases):
-    answer = AnswerState([], 8, 0.0, own_first=own_first)
+@pytest.mark.parametrize(("decoder_first", "bases"), [(False, [1, 1, 2]), (True, [0, 0, 2])])
+def test_a_decode_worker_is_timed_from_the_first_token_that_it_samples(decoder_first, bases):
+    answer = AnswerState([], 8, 0.0, decoder_first=decoder_first)
     seen = [answer.decode_base]
     answer.begin_attempt()
     seen.append(answer.decode_base)

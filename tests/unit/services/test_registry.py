@@ -43,6 +43,12 @@ def test_a_field_that_a_router_must_know_is_refused_and_any_other_ignored():
             registry_module.check_fields(with_field(number))
 
 
+def test_a_revision_which_no_part_of_this_version_serves_is_refused_by_name():
+    with pytest.raises(Incompatible, match=r"worker d sets hello\.model\.revision") as error:
+        registry_module.check_fields(changed(model=common_pb2.ModelIdentity(revision="2")))
+    assert error.value.fields == ("hello.model.revision",)
+
+
 async def refusal(hello):
     """Joins with ``hello`` and returns the error with which the router refuses it."""
     roster = Roster()

@@ -1,8 +1,8 @@
 "use strict";
 
 // Parts of the time to first token, named and ordered like `timing` in docs/reference/openai.md.
-const OWN_FIRST = ["handoff", "first_step"]; // only of answers whose first token the decoder samples
-const PARTS = ["router_queue", "decode_reservation", "prefill_queue", "prefill_compute", ...OWN_FIRST, "return_path",
+const DECODER_FIRST = ["handoff", "first_step"]; // only of answers whose first token the decoder samples
+const PARTS = ["router_queue", "decode_reservation", "prefill_queue", "prefill_compute", ...DECODER_FIRST, "return_path",
   "unattributed"];
 const TIMES = { ttft: "first token", ...Object.fromEntries(PARTS.map((p) => [p, "· " + p.replaceAll("_", " ")])),
   itl: "between tokens", total: "end to end" };
@@ -128,7 +128,7 @@ function details(reported, usage) {
   if (usage) facts.push(usage.prompt_tokens + " tokens in, " + usage.completion_tokens + " out");
   const bar = node("div", "bar"), legend = node("ul", "legend");
   PARTS.forEach((part, i) => {
-    if (OWN_FIRST.includes(part) && timing[part + "_ms"] === null) return;
+    if (DECODER_FIRST.includes(part) && timing[part + "_ms"] === null) return;
     const name = part.replaceAll("_", " "), share = node("span", "p" + i), item = node("li");
     share.style.width = (100 * values[i]) / ttft + "%";
     share.dataset.part = part;
@@ -232,7 +232,7 @@ function show(status) {
     $(stage).replaceChildren(...(rows.length ? rows : [node("li", "quiet", "no worker")]));
   }
   $("times").replaceChildren(...Object.entries(TIMES).filter(
-    ([name]) => status.timing_ms[name] || !OWN_FIRST.includes(name)
+    ([name]) => status.timing_ms[name] || !DECODER_FIRST.includes(name)
   ).map(([name, label]) => {
     const line = node("tr"), found = status.timing_ms[name], head = node("th", "", label);
     head.scope = "row";

@@ -1,9 +1,8 @@
-"""Tests that fields of the wire that no part of this version fills are refused by name when set."""
+"""Tests which ``answer_start`` a worker of either stage accepts."""
 
 import pytest
 
-from overfill.errors import Incompatible, InvalidRequest
-from overfill.rpc import unfilled
+from overfill.errors import InvalidRequest
 from overfill.rpc.worker import check_start
 from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, registry_pb2
 
@@ -24,24 +23,17 @@ def with_fields(message, **fields):
     return changed
 
 
-def test_a_field_that_this_version_does_not_fill_is_refused_by_name():
-    with pytest.raises(Incompatible, match=r"worker w sets hello\.model\.revision") as error:
-        unfilled.check_hello(with_fields(HELLO, model=common_pb2.ModelIdentity(revision="2")))
-    assert error.value.fields == ("hello.model.revision",)
-
-
 @pytest.mark.parametrize(
-    ("check", "message"),
+    "message",
     [
-        (unfilled.check_hello, HELLO),
-        (check, START),
-        (check, with_fields(START, answer_start=3)),
-        (check, with_fields(PREFILL, answer_start=3)),
-        (check, with_fields(START, answer_start=1, adapter_digest="d")),
-        (check, with_fields(PREFILL, answer_start=1)),
+        START,
+        with_fields(START, answer_start=3),
+        with_fields(PREFILL, answer_start=3),
+        with_fields(START, answer_start=1, adapter_digest="d"),
+        with_fields(PREFILL, answer_start=1),
     ],
 )
-def test_defaults_are_accepted(check, message):
+def test_an_answer_start_inside_the_prompt_is_accepted_and_so_is_none(message):
     check(message)
 
 
