@@ -1,8 +1,9 @@
 """One transfer for several sequences of one prompt: who receives it, and who waits for it.
 
 A sequence whose ``answer_start`` leaves the first token to the decoder needs nothing of the full model but KV, which is
-the same for each adapter. So sequences of one cache namespace whose shared prompts are equal, or have more than half of
-their blocks in common, are members of a ``SharedTransfer`` from the time they ask for blocks until KV is in place:
+the same for each adapter. So sequences of one cache namespace with equal shared prompts are members of one
+``SharedTransfer`` from the time they ask for blocks until KV is in place. A sequence also becomes a member if the
+transfer brings at least half of the blocks that it lacks:
 
 - **asking**: no member receives the prompt. Each member waits for a prefill worker; the first one that gets one leads.
 - **received**: the leader's handoff writes into the leader's blocks. The others follow: they hold blocks of their own,

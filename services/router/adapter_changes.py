@@ -44,7 +44,7 @@ class AdapterChanges:
     async def change(self, name: str, *, load: bool) -> list[WorkerChange]:
         """Loads the adapter ``name``, or unloads it, and returns what each decode worker that may have it has done.
 
-        These are the workers of the tiers on whose decoder it works. A worker that had done so before did it too.
+        These are the workers of the tiers on whose decoder it works. One that had done so before counts as done.
 
         Raises:
             InvalidRequest: the name is no adapter's.

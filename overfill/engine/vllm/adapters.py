@@ -4,9 +4,9 @@ vLLM loads an adapter from a folder in PEFT's format, in each rank. It never rea
 vanish meanwhile: ``AdapterSlots.stage`` writes the weights that were checked to a folder that only this user can enter.
 It is removed when vLLM has read it; what a killed process leaves, the next one removes.
 
-- **No queue.** vLLM lets a request wait while others use ``max_loras`` adapters. There are as many places as slots.
-- **Rows without an adapter.** On CPUs, vLLM adds the product in its last place to those rows of a mixed batch that have
-  no adapter. So there it gets one place more than there are slots, which stays zero.
+- **No queue.** vLLM lets a request wait while others use ``max_loras`` adapters. So that is the number of slots.
+- **Rows without an adapter.** On CPUs, vLLM adds the last adapter's product to those rows of a mixed batch that have no
+  adapter. So there ``max_loras`` is one more, and the last adapter stays zero.
 """
 
 from __future__ import annotations
