@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 
 from overfill.engine.choice import why_no_adapters
-from overfill.engine.device import resolve_device
 from overfill.model.adapter import AdapterRecord, check_name, file_limits, parse_peft, read_record
 from overfill.model.adapter_files import InvalidAdapter, read_files
 from overfill.model.manifest import Pair
@@ -161,6 +160,8 @@ def _check_same(there: AdapterRecord, directory: Path, source: Path, pair: Pair)
 
 def _why_no_adapters(config: DecodeConfig) -> str:
     """Returns why the engine of these workers takes no adapters; empty if it does."""
+    from overfill.engine.device import resolve_device  # needs torch, which `overfill up --help` does not
+
     if config.engine == "mock":
         return ""
     return why_no_adapters(_pair(config.pair).decoder_config, lambda: resolve_device(config.device).type == "cpu")

@@ -220,7 +220,7 @@ BROKEN = (
         "tests/unit/routing/test_dispatcher.py"
         "::test_a_blocked_job_claims_only_workers_that_have_its_adapter_and_each_adapter_claims_its_own"),
     Broken("a request that waits for an adapter which is unloaded ends", "it waits until its deadline",
-        "job.adapter not in (None, adapters.get(job.writer))", "False",
+        "adapters.loss(job.adapter, expired)", "None",
         "tests/unit/routing/test_dispatcher.py"
         "::test_a_job_whose_adapter_is_unloaded_ends_at_once_and_one_whose_workers_left_after_a_while"),
     Broken("a resumed answer keeps its writer and its prompt", "each router truncates the prompt to its own capacity",

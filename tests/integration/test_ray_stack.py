@@ -16,6 +16,9 @@ from stacks import Load, loads, wait_until
 from overfill.client import Client, SamplingParams
 from overfill.stack.ray.connection import RayConnection, RayUnavailable
 
+# On two busy cores, Ray's first start has taken more than two minutes.
+pytestmark = pytest.mark.timeout(400)
+
 MOCK = ("--engine=mock", "--grace-period=1", "--log-level=info")
 SLOW_STEPS = {"OVERFILL_DECODE_ENGINE_ARGS": '{"step": 0.05, "answer_tokens": 1000000}'}
 
