@@ -34,10 +34,12 @@ def with_default_folder(spec: StackSpec, note: Callable[[str], None]) -> StackSp
         return spec
     folder = default_folder(_pair(next(iter(spec.pairs))))
     found = {record.decoder_digest for record in _records(folder)} if folder.is_dir() else set()
+    if not found:
+        return spec
     usable, unable = False, []
     for name in spec.pools:
         config = spec.worker_config(name)
-        if not isinstance(config, DecodeConfig) or not config.max_adapters or not found:
+        if not isinstance(config, DecodeConfig) or not config.max_adapters:
             continue
         has_some = _pair(config.pair).decoder_digest in found
         if reason := _why_no_adapters(config):

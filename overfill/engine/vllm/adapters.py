@@ -45,11 +45,11 @@ def lora_arguments(config: ModelConfig, options: EngineOptions) -> dict[str, Any
         raise InvalidRequest(
             "max_adapter_rank", f"{options.max_adapter_rank} is more than {_RANKS[-1]}, vLLM's maximum"
         )
-    places = options.max_adapters + _num_spare(options)
+    max_loras = options.max_adapters + _num_spare(options)
     return {
         "enable_lora": True,
-        "max_loras": places,
-        "max_cpu_loras": places,
+        "max_loras": max_loras,
+        "max_cpu_loras": max_loras,
         "max_lora_rank": rank,
         "lora_target_modules": list(get_args(Projection)),  # vLLM would also take embeddings and the output layer
     }
