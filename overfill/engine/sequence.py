@@ -77,6 +77,8 @@ class PrefillSequence:
         scores: receives the log-probabilities of the prompt's tokens; None if they are not asked for.
         follower: token behind ``prompt`` that alone is scored; None scores the tokens of ``prompt``.
         submitted: when the engine took the prompt, on the clock of ``time.monotonic``.
+        imports: whether the servicer may import KV that the prefix cache lacks: the engine then emits
+            ``AwaitingImport`` and waits for ``Imported`` before it computes the prompt.
     """
 
     id: str
@@ -95,6 +97,7 @@ class PrefillSequence:
     scores: common_pb2.PromptLogprobs | None = None
     follower: int | None = None
     submitted: float = 0.0
+    imports: bool = False
 
     @property
     def emitted(self) -> Sequence[int]:
@@ -149,6 +152,45 @@ class PrefillHere:
     held_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """Answers ``AwaitingImport``: the blocks hold the KV of the prompt's first ``tokens`` tokens, and nothing writes.
+
+    ``tokens`` is a multiple of the block size, at least the event's ``cached_tokens``, and less than the prompt's
+    length. The engine publishes these blocks and computes the rest.
+    """
+
+    id: str
+    tokens: int
+
+
+# Messages to and events of both kinds of engines -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Lend:
+    """Asks for a reference on the cached blocks with the prompt's beginning, until ``Release``. Answered by ``Lent``.
+
+    Nothing is computed or allocated, and the engine does not queue: it answers between two layers of a running step.
+    """
+
+    id: str
+    prompt: PromptBlocks
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """Once ``event`` has passed, ``blocks`` hold the KV of the prompt's first ``tokens`` tokens; 0 if none is cached.
+
+    The blocks are only read until ``Release``, which follows in any case.
+    """
+
+    id: str
+    blocks: list[int]
+    tokens: int
+    event: DeviceEvent | None
+
+
 # Events of a prefill engine --------------------------------------------------------------------------------------
 
 
@@ -164,6 +206,19 @@ class PrefillScheduled:
     cached_tokens: int
     event: DeviceEvent | None
     time_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitingImport:
+    """The prompt has its blocks, and may be computed after ``Imported``. It comes before ``PrefillScheduled``.
+
+    The blocks hold the KV of the first ``cached_tokens`` tokens, from the prefix cache, which nothing may write. The
+    servicer may write the others, until it sends ``Imported`` or has joined its writers and sends ``Release``.
+    """
+
+    id: str
+    blocks: list[int]
+    cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +286,16 @@ class SequenceFailed:
         raise InternalError(f"{stage} failed: {self.error}") from self.error
 
 
-PrefillEvent = PrefillScheduled | LayerStarted | KvWritten | ChunkComputed | PromptComputed | SequenceFailed
+PrefillEvent = (
+    AwaitingImport
+    | Lent
+    | PrefillScheduled
+    | LayerStarted
+    | KvWritten
+    | ChunkComputed
+    | PromptComputed
+    | SequenceFailed
+)
 
 
 # Messages to a decode engine -------------------------------------------------------------------------------------
@@ -469,6 +533,6 @@ class AdapterChanged:
     error: Exception | None = None
 
 
-DecodeEvent = Reserved | Refused | Preempted | StepSampled | SequenceFailed | AdapterChanged
+DecodeEvent = Lent | Reserved | Refused | Preempted | StepSampled | SequenceFailed | AdapterChanged
 SequenceEvent = Reserved | Refused | Preempted | TokenSampled | SequenceFailed
 """What a decode engine tells of one sequence."""

@@ -164,6 +164,9 @@ def add_prefill_to_server(servicer: prefill_pb2_grpc.PrefillServicer, server: An
             prefill_pb2.StartPrefill.FromString,
             prefill_pb2.PrefillResponse.SerializeToString,
         ),
+        "Lend": grpc.stream_stream_rpc_method_handler(
+            servicer.Lend, prefill_pb2.LendRequest.FromString, prefill_pb2.LendResponse.SerializeToString
+        ),
         "PullKv": grpc.unary_stream_rpc_method_handler(servicer.PullKv, prefill_pb2.PullKvRequest.FromString, None),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))

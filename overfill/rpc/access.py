@@ -117,6 +117,7 @@ WORKER_RPCS: Mapping[str, Rule] = {
     "/overfill.v1.Prefill/Prefill": _FROM_WORKERS,
     "/overfill.v1.Prefill/PrefillAtOnce": _FROM_WORKERS,
     "/overfill.v1.Prefill/PullKv": _FROM_WORKERS,
+    "/overfill.v1.Prefill/Lend": _FROM_WORKERS,
     "/overfill.v1.Decode/Describe": _FROM_PEERS,
     "/overfill.v1.Decode/Serve": _FROM_ROUTERS,
     "/overfill.v1.Admin/Status": _FROM_ROUTERS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,7 @@ class EngineLoad:
         blocks_cached: unreferenced blocks that hold cached prefixes.
         prefix_tokens_looked_up, prefix_tokens_found: prompt tokens looked up in the prefix cache so far, and found.
         blocks_reserved: used blocks that wait for their prompt's KV.
+        token_seconds: seconds that computing a prompt token takes, as measured lately; 0 means unknown.
         blocks_leaked: blocks that are neither free nor owned. This is a fault, after which the worker exits.
         prefill: in a worker with both stages, the load of the prefill stage; the other numbers are the decode stage's.
     """
@@ -31,6 +32,7 @@ class EngineLoad:
     blocks_reserved: int = 0
     blocks_leaked: int = 0
     prefill: EngineLoad | None = None
+    token_seconds: float = field(default=0.0, compare=False)
 
     def freed_capacity_since(self, other: EngineLoad) -> bool:
         """True if a sequence has ended or blocks were freed since the snapshot ``other``, in either stage."""

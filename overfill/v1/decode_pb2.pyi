@@ -91,16 +91,18 @@ class StartDecode(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., expected_incarnation: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., cache_namespace: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., time_left_ns: _Optional[int] = ..., traceparent: _Optional[str] = ..., assign_prefill: _Optional[_Union[AssignPrefill, _Mapping]] = ..., answer_start: _Optional[int] = ..., adapter_digest: _Optional[str] = ...) -> None: ...
 
 class AssignPrefill(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "address", "data_addresses")
+    __slots__ = ("worker_id", "incarnation", "address", "data_addresses", "holder")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DATA_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     address: str
     data_addresses: _containers.RepeatedCompositeFieldContainer[_kv_pb2.DataAddress]
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., data_addresses: _Optional[_Iterable[_Union[_kv_pb2.DataAddress, _Mapping]]] = ...) -> None: ...
+    holder: _kv_pb2.KvHolder
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., data_addresses: _Optional[_Iterable[_Union[_kv_pb2.DataAddress, _Mapping]]] = ..., holder: _Optional[_Union[_kv_pb2.KvHolder, _Mapping]] = ...) -> None: ...
 
 class Evict(_message.Message):
     __slots__ = ("reason",)

@@ -32,6 +32,20 @@ class DataAddress(_message.Message):
     num_kv_heads: int
     def __init__(self, address: _Optional[str] = ..., first_kv_head: _Optional[int] = ..., num_kv_heads: _Optional[int] = ...) -> None: ...
 
+class KvHolder(_message.Message):
+    __slots__ = ("worker_id", "incarnation", "address", "data_addresses", "tokens")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    DATA_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    incarnation: int
+    address: str
+    data_addresses: _containers.RepeatedCompositeFieldContainer[DataAddress]
+    tokens: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., address: _Optional[str] = ..., data_addresses: _Optional[_Iterable[_Union[DataAddress, _Mapping]]] = ..., tokens: _Optional[int] = ...) -> None: ...
+
 class KvChunk(_message.Message):
     __slots__ = ("transfer_id", "attempt", "range", "dtype", "codec", "scales", "payload", "shared", "also", "checksum")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -81,7 +95,7 @@ class PrefillTrace(_message.Message):
     def __init__(self, layer_start_ns: _Optional[_Iterable[int]] = ..., layer_end_ns: _Optional[_Iterable[int]] = ..., first_kv_sent_ns: _Optional[int] = ..., last_kv_sent_ns: _Optional[int] = ..., first_token_sent_ns: _Optional[int] = ..., last_ack_ns: _Optional[int] = ...) -> None: ...
 
 class HandoffTrace(_message.Message):
-    __slots__ = ("first_token_received_ns", "first_kv_received_ns", "last_kv_received_ns", "kv_bytes", "kv_chunks", "prefill", "broken_streams", "cached_tokens", "held_tokens", "shared_bytes")
+    __slots__ = ("first_token_received_ns", "first_kv_received_ns", "last_kv_received_ns", "kv_bytes", "kv_chunks", "prefill", "broken_streams", "cached_tokens", "held_tokens", "shared_bytes", "peer_tokens", "disk_tokens")
     FIRST_TOKEN_RECEIVED_NS_FIELD_NUMBER: _ClassVar[int]
     FIRST_KV_RECEIVED_NS_FIELD_NUMBER: _ClassVar[int]
     LAST_KV_RECEIVED_NS_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +106,8 @@ class HandoffTrace(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SHARED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PEER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DISK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     first_token_received_ns: int
     first_kv_received_ns: int
     last_kv_received_ns: int
@@ -102,4 +118,6 @@ class HandoffTrace(_message.Message):
     cached_tokens: int
     held_tokens: int
     shared_bytes: int
-    def __init__(self, first_token_received_ns: _Optional[int] = ..., first_kv_received_ns: _Optional[int] = ..., last_kv_received_ns: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_chunks: _Optional[int] = ..., prefill: _Optional[_Union[PrefillTrace, _Mapping]] = ..., broken_streams: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., held_tokens: _Optional[int] = ..., shared_bytes: _Optional[int] = ...) -> None: ...
+    peer_tokens: int
+    disk_tokens: int
+    def __init__(self, first_token_received_ns: _Optional[int] = ..., first_kv_received_ns: _Optional[int] = ..., last_kv_received_ns: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_chunks: _Optional[int] = ..., prefill: _Optional[_Union[PrefillTrace, _Mapping]] = ..., broken_streams: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., held_tokens: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., peer_tokens: _Optional[int] = ..., disk_tokens: _Optional[int] = ...) -> None: ...

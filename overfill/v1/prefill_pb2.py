@@ -27,37 +27,45 @@ from overfill.v1 import decode_pb2 as overfill_dot_v1_dot_decode__pb2
 from overfill.v1 import kv_pb2 as overfill_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19overfill/v1/prefill.proto\x12\x0boverfill.v1\x1a\x18overfill/v1/common.proto\x1a\x18overfill/v1/decode.proto\x1a\x14overfill/v1/kv.proto\"\x18\n\x16\x44\x65scribePrefillRequest\"\xae\x02\n\x17\x44\x65scribePrefillResponse\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12)\n\x05model\x18\x05 \x01(\x0b\x32\x1a.overfill.v1.ModelIdentity\x12\x1f\n\x02kv\x18\x06 \x01(\x0b\x32\x13.overfill.v1.KvSpec\x12\x15\n\rmax_model_len\x18\x07 \x01(\r\x12$\n\x06\x63odecs\x18\x08 \x03(\x0e\x32\x14.overfill.v1.KvCodec\x12\"\n\x03shm\x18\t \x01(\x0b\x32\x15.overfill.v1.ShmOffer\x12\x0e\n\x06\x65ngine\x18\n \x01(\t\"\'\n\x08ShmOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\"\x95\x01\n\x0ePrefillRequest\x12*\n\x05start\x18\x01 \x01(\x0b\x32\x19.overfill.v1.StartPrefillH\x00\x12!\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x12.overfill.v1.AckKvH\x00\x12)\n\x07release\x18\x04 \x01(\x0b\x32\x16.overfill.v1.ReleaseKvH\x00\x42\t\n\x07message\"\x9b\x03\n\x0cStartPrefill\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0btransfer_id\x18\x03 \x01(\x0c\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.overfill.v1.SamplingParams\x12\x1a\n\x12sample_first_token\x18\x06 \x01(\x08\x12\x0e\n\x06layers\x18\x07 \x03(\r\x12\x1b\n\x13\x61lready_held_tokens\x18\x08 \x01(\r\x12#\n\x05\x63odec\x18\t \x01(\x0e\x32\x14.overfill.v1.KvCodec\x12\x1c\n\x14\x65xpected_incarnation\x18\n \x01(\x04\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\x0b \x01(\t\x12\r\n\x05trace\x18\x0c \x01(\x08\x12\x14\n\x0csample_index\x18\r \x01(\r\x12\x19\n\x0c\x61nswer_start\x18\x0e \x01(\rH\x00\x88\x01\x01\x12\x12\n\nwithout_kv\x18\x0f \x01(\x08\x42\x0f\n\r_answer_start\"-\n\x05\x41\x63kKv\x12$\n\x06ranges\x18\x01 \x03(\x0b\x32\x14.overfill.v1.KvRange\"\x0b\n\tReleaseKv\"\xca\x01\n\x0fPrefillResponse\x12\x30\n\tscheduled\x18\x01 \x01(\x0b\x32\x1d.overfill.v1.PrefillScheduled\x12\'\n\x05ready\x18\x02 \x01(\x0b\x32\x18.overfill.v1.RangesReady\x12(\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x13.overfill.v1.Tokens\x12&\n\x04\x64one\x18\x04 \x01(\x0b\x32\x18.overfill.v1.PrefillDone\x12\n\n\x02kv\x18\x05 \x01(\x0c\";\n\x10PrefillScheduled\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\"5\n\x0bRangesReady\x12\x13\n\x0btoken_start\x18\x01 \x01(\r\x12\x11\n\ttoken_end\x18\x02 \x01(\r\"7\n\x0bPrefillDone\x12(\n\x05trace\x18\x01 \x01(\x0b\x32\x19.overfill.v1.PrefillTrace\"|\n\rPullKvRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12$\n\x06ranges\x18\x03 \x03(\x0b\x32\x14.overfill.v1.KvRange\x12\x0f\n\x07link_id\x18\x04 \x01(\x0c\x12\x0e\n\x06stream\x18\x05 \x01(\r2\xb2\x02\n\x07Prefill\x12U\n\x08\x44\x65scribe\x12#.overfill.v1.DescribePrefillRequest\x1a$.overfill.v1.DescribePrefillResponse\x12H\n\x07Prefill\x12\x1b.overfill.v1.PrefillRequest\x1a\x1c.overfill.v1.PrefillResponse(\x01\x30\x01\x12H\n\rPrefillAtOnce\x12\x19.overfill.v1.StartPrefill\x1a\x1c.overfill.v1.PrefillResponse\x12<\n\x06PullKv\x12\x1a.overfill.v1.PullKvRequest\x1a\x14.overfill.v1.KvChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19overfill/v1/prefill.proto\x12\x0boverfill.v1\x1a\x18overfill/v1/common.proto\x1a\x18overfill/v1/decode.proto\x1a\x14overfill/v1/kv.proto\"f\n\x0bLendRequest\x12\'\n\x05start\x18\x01 \x01(\x0b\x32\x16.overfill.v1.StartLendH\x00\x12#\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x14.overfill.v1.EndLendH\x00\x42\t\n\x07message\"\xa2\x01\n\tStartLend\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0btransfer_id\x18\x02 \x01(\x0c\x12\x18\n\x10prompt_token_ids\x18\x03 \x03(\r\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\x04 \x01(\t\x12\x1b\n\x13\x61lready_held_tokens\x18\x05 \x01(\r\x12\x1c\n\x14\x65xpected_incarnation\x18\x06 \x01(\x04\"\t\n\x07\x45ndLend\"\x1e\n\x0cLendResponse\x12\x0e\n\x06tokens\x18\x01 \x01(\r\"\x18\n\x16\x44\x65scribePrefillRequest\"\xae\x02\n\x17\x44\x65scribePrefillResponse\x12\x14\n\x0cwire_version\x18\x01 \x01(\r\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x04\x12)\n\x05model\x18\x05 \x01(\x0b\x32\x1a.overfill.v1.ModelIdentity\x12\x1f\n\x02kv\x18\x06 \x01(\x0b\x32\x13.overfill.v1.KvSpec\x12\x15\n\rmax_model_len\x18\x07 \x01(\r\x12$\n\x06\x63odecs\x18\x08 \x03(\x0e\x32\x14.overfill.v1.KvCodec\x12\"\n\x03shm\x18\t \x01(\x0b\x32\x15.overfill.v1.ShmOffer\x12\x0e\n\x06\x65ngine\x18\n \x01(\t\"\'\n\x08ShmOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\x0c\"\x95\x01\n\x0ePrefillRequest\x12*\n\x05start\x18\x01 \x01(\x0b\x32\x19.overfill.v1.StartPrefillH\x00\x12!\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x12.overfill.v1.AckKvH\x00\x12)\n\x07release\x18\x04 \x01(\x0b\x32\x16.overfill.v1.ReleaseKvH\x00\x42\t\n\x07message\"\xc2\x03\n\x0cStartPrefill\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0btransfer_id\x18\x03 \x01(\x0c\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12-\n\x08sampling\x18\x05 \x01(\x0b\x32\x1b.overfill.v1.SamplingParams\x12\x1a\n\x12sample_first_token\x18\x06 \x01(\x08\x12\x0e\n\x06layers\x18\x07 \x03(\r\x12\x1b\n\x13\x61lready_held_tokens\x18\x08 \x01(\r\x12#\n\x05\x63odec\x18\t \x01(\x0e\x32\x14.overfill.v1.KvCodec\x12\x1c\n\x14\x65xpected_incarnation\x18\n \x01(\x04\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\x0b \x01(\t\x12\r\n\x05trace\x18\x0c \x01(\x08\x12\x14\n\x0csample_index\x18\r \x01(\r\x12\x19\n\x0c\x61nswer_start\x18\x0e \x01(\rH\x00\x88\x01\x01\x12\x12\n\nwithout_kv\x18\x0f \x01(\x08\x12%\n\x06holder\x18\x10 \x01(\x0b\x32\x15.overfill.v1.KvHolderB\x0f\n\r_answer_start\"-\n\x05\x41\x63kKv\x12$\n\x06ranges\x18\x01 \x03(\x0b\x32\x14.overfill.v1.KvRange\"\x0b\n\tReleaseKv\"\xca\x01\n\x0fPrefillResponse\x12\x30\n\tscheduled\x18\x01 \x01(\x0b\x32\x1d.overfill.v1.PrefillScheduled\x12\'\n\x05ready\x18\x02 \x01(\x0b\x32\x18.overfill.v1.RangesReady\x12(\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x13.overfill.v1.Tokens\x12&\n\x04\x64one\x18\x04 \x01(\x0b\x32\x18.overfill.v1.PrefillDone\x12\n\n\x02kv\x18\x05 \x01(\x0c\"e\n\x10PrefillScheduled\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x13\n\x0bpeer_tokens\x18\x03 \x01(\r\x12\x13\n\x0b\x64isk_tokens\x18\x04 \x01(\r\"5\n\x0bRangesReady\x12\x13\n\x0btoken_start\x18\x01 \x01(\r\x12\x11\n\ttoken_end\x18\x02 \x01(\r\"7\n\x0bPrefillDone\x12(\n\x05trace\x18\x01 \x01(\x0b\x32\x19.overfill.v1.PrefillTrace\"|\n\rPullKvRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12$\n\x06ranges\x18\x03 \x03(\x0b\x32\x14.overfill.v1.KvRange\x12\x0f\n\x07link_id\x18\x04 \x01(\x0c\x12\x0e\n\x06stream\x18\x05 \x01(\r2\xf3\x02\n\x07Prefill\x12U\n\x08\x44\x65scribe\x12#.overfill.v1.DescribePrefillRequest\x1a$.overfill.v1.DescribePrefillResponse\x12H\n\x07Prefill\x12\x1b.overfill.v1.PrefillRequest\x1a\x1c.overfill.v1.PrefillResponse(\x01\x30\x01\x12H\n\rPrefillAtOnce\x12\x19.overfill.v1.StartPrefill\x1a\x1c.overfill.v1.PrefillResponse\x12<\n\x06PullKv\x12\x1a.overfill.v1.PullKvRequest\x1a\x14.overfill.v1.KvChunk0\x01\x12?\n\x04Lend\x12\x18.overfill.v1.LendRequest\x1a\x19.overfill.v1.LendResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'overfill.v1.prefill_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DESCRIBEPREFILLREQUEST']._serialized_start=116
-  _globals['_DESCRIBEPREFILLREQUEST']._serialized_end=140
-  _globals['_DESCRIBEPREFILLRESPONSE']._serialized_start=143
-  _globals['_DESCRIBEPREFILLRESPONSE']._serialized_end=445
-  _globals['_SHMOFFER']._serialized_start=447
-  _globals['_SHMOFFER']._serialized_end=486
-  _globals['_PREFILLREQUEST']._serialized_start=489
-  _globals['_PREFILLREQUEST']._serialized_end=638
-  _globals['_STARTPREFILL']._serialized_start=641
-  _globals['_STARTPREFILL']._serialized_end=1052
-  _globals['_ACKKV']._serialized_start=1054
-  _globals['_ACKKV']._serialized_end=1099
-  _globals['_RELEASEKV']._serialized_start=1101
-  _globals['_RELEASEKV']._serialized_end=1112
-  _globals['_PREFILLRESPONSE']._serialized_start=1115
-  _globals['_PREFILLRESPONSE']._serialized_end=1317
-  _globals['_PREFILLSCHEDULED']._serialized_start=1319
-  _globals['_PREFILLSCHEDULED']._serialized_end=1378
-  _globals['_RANGESREADY']._serialized_start=1380
-  _globals['_RANGESREADY']._serialized_end=1433
-  _globals['_PREFILLDONE']._serialized_start=1435
-  _globals['_PREFILLDONE']._serialized_end=1490
-  _globals['_PULLKVREQUEST']._serialized_start=1492
-  _globals['_PULLKVREQUEST']._serialized_end=1616
-  _globals['_PREFILL']._serialized_start=1619
-  _globals['_PREFILL']._serialized_end=1925
+  _globals['_LENDREQUEST']._serialized_start=116
+  _globals['_LENDREQUEST']._serialized_end=218
+  _globals['_STARTLEND']._serialized_start=221
+  _globals['_STARTLEND']._serialized_end=383
+  _globals['_ENDLEND']._serialized_start=385
+  _globals['_ENDLEND']._serialized_end=394
+  _globals['_LENDRESPONSE']._serialized_start=396
+  _globals['_LENDRESPONSE']._serialized_end=426
+  _globals['_DESCRIBEPREFILLREQUEST']._serialized_start=428
+  _globals['_DESCRIBEPREFILLREQUEST']._serialized_end=452
+  _globals['_DESCRIBEPREFILLRESPONSE']._serialized_start=455
+  _globals['_DESCRIBEPREFILLRESPONSE']._serialized_end=757
+  _globals['_SHMOFFER']._serialized_start=759
+  _globals['_SHMOFFER']._serialized_end=798
+  _globals['_PREFILLREQUEST']._serialized_start=801
+  _globals['_PREFILLREQUEST']._serialized_end=950
+  _globals['_STARTPREFILL']._serialized_start=953
+  _globals['_STARTPREFILL']._serialized_end=1403
+  _globals['_ACKKV']._serialized_start=1405
+  _globals['_ACKKV']._serialized_end=1450
+  _globals['_RELEASEKV']._serialized_start=1452
+  _globals['_RELEASEKV']._serialized_end=1463
+  _globals['_PREFILLRESPONSE']._serialized_start=1466
+  _globals['_PREFILLRESPONSE']._serialized_end=1668
+  _globals['_PREFILLSCHEDULED']._serialized_start=1670
+  _globals['_PREFILLSCHEDULED']._serialized_end=1771
+  _globals['_RANGESREADY']._serialized_start=1773
+  _globals['_RANGESREADY']._serialized_end=1826
+  _globals['_PREFILLDONE']._serialized_start=1828
+  _globals['_PREFILLDONE']._serialized_end=1883
+  _globals['_PULLKVREQUEST']._serialized_start=1885
+  _globals['_PULLKVREQUEST']._serialized_end=2009
+  _globals['_PREFILL']._serialized_start=2012
+  _globals['_PREFILL']._serialized_end=2383
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,40 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class LendRequest(_message.Message):
+    __slots__ = ("start", "end")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    start: StartLend
+    end: EndLend
+    def __init__(self, start: _Optional[_Union[StartLend, _Mapping]] = ..., end: _Optional[_Union[EndLend, _Mapping]] = ...) -> None: ...
+
+class StartLend(_message.Message):
+    __slots__ = ("request_id", "transfer_id", "prompt_token_ids", "cache_namespace", "already_held_tokens", "expected_incarnation")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    ALREADY_HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    transfer_id: bytes
+    prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    cache_namespace: str
+    already_held_tokens: int
+    expected_incarnation: int
+    def __init__(self, request_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., cache_namespace: _Optional[str] = ..., already_held_tokens: _Optional[int] = ..., expected_incarnation: _Optional[int] = ...) -> None: ...
+
+class EndLend(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LendResponse(_message.Message):
+    __slots__ = ("tokens",)
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    def __init__(self, tokens: _Optional[int] = ...) -> None: ...
+
 class DescribePrefillRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -55,7 +89,7 @@ class PrefillRequest(_message.Message):
     def __init__(self, start: _Optional[_Union[StartPrefill, _Mapping]] = ..., ack: _Optional[_Union[AckKv, _Mapping]] = ..., release: _Optional[_Union[ReleaseKv, _Mapping]] = ...) -> None: ...
 
 class StartPrefill(_message.Message):
-    __slots__ = ("request_id", "attempt", "transfer_id", "prompt_token_ids", "sampling", "sample_first_token", "layers", "already_held_tokens", "codec", "expected_incarnation", "cache_namespace", "trace", "sample_index", "answer_start", "without_kv")
+    __slots__ = ("request_id", "attempt", "transfer_id", "prompt_token_ids", "sampling", "sample_first_token", "layers", "already_held_tokens", "codec", "expected_incarnation", "cache_namespace", "trace", "sample_index", "answer_start", "without_kv", "holder")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +105,7 @@ class StartPrefill(_message.Message):
     SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
     ANSWER_START_FIELD_NUMBER: _ClassVar[int]
     WITHOUT_KV_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     transfer_id: bytes
@@ -86,7 +121,8 @@ class StartPrefill(_message.Message):
     sample_index: int
     answer_start: int
     without_kv: bool
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., sample_first_token: bool = ..., layers: _Optional[_Iterable[int]] = ..., already_held_tokens: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., expected_incarnation: _Optional[int] = ..., cache_namespace: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ..., answer_start: _Optional[int] = ..., without_kv: bool = ...) -> None: ...
+    holder: _kv_pb2.KvHolder
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., transfer_id: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., sample_first_token: bool = ..., layers: _Optional[_Iterable[int]] = ..., already_held_tokens: _Optional[int] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., expected_incarnation: _Optional[int] = ..., cache_namespace: _Optional[str] = ..., trace: bool = ..., sample_index: _Optional[int] = ..., answer_start: _Optional[int] = ..., without_kv: bool = ..., holder: _Optional[_Union[_kv_pb2.KvHolder, _Mapping]] = ...) -> None: ...
 
 class AckKv(_message.Message):
     __slots__ = ("ranges",)
@@ -113,12 +149,16 @@ class PrefillResponse(_message.Message):
     def __init__(self, scheduled: _Optional[_Union[PrefillScheduled, _Mapping]] = ..., ready: _Optional[_Union[RangesReady, _Mapping]] = ..., first_token: _Optional[_Union[_decode_pb2.Tokens, _Mapping]] = ..., done: _Optional[_Union[PrefillDone, _Mapping]] = ..., kv: _Optional[bytes] = ...) -> None: ...
 
 class PrefillScheduled(_message.Message):
-    __slots__ = ("queue_ns", "cached_tokens")
+    __slots__ = ("queue_ns", "cached_tokens", "peer_tokens", "disk_tokens")
     QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PEER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DISK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     queue_ns: int
     cached_tokens: int
-    def __init__(self, queue_ns: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    peer_tokens: int
+    disk_tokens: int
+    def __init__(self, queue_ns: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., peer_tokens: _Optional[int] = ..., disk_tokens: _Optional[int] = ...) -> None: ...
 
 class RangesReady(_message.Message):
     __slots__ = ("token_start", "token_end")

@@ -55,6 +55,11 @@ class PrefillStub(object):
                 request_serializer=overfill_dot_v1_dot_prefill__pb2.PullKvRequest.SerializeToString,
                 response_deserializer=overfill_dot_v1_dot_kv__pb2.KvChunk.FromString,
                 _registered_method=True)
+        self.Lend = channel.stream_stream(
+                '/overfill.v1.Prefill/Lend',
+                request_serializer=overfill_dot_v1_dot_prefill__pb2.LendRequest.SerializeToString,
+                response_deserializer=overfill_dot_v1_dot_prefill__pb2.LendResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillServicer(object):
@@ -92,6 +97,15 @@ class PrefillServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Lend(self, request_iterator, context):
+        """Lends the KV of a prompt's beginning, as far as the worker has it in its cache now, to another worker that prefills the
+        prompt. Nothing is computed. The life of this RPC is the lease on the blocks; the borrower pulls with PullKv, and ends the RPC
+        when it has what it wants. Decode workers serve Lend too where their KV is what the reader would compute.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -114,6 +128,11 @@ def add_PrefillServicer_to_server(servicer, server):
                     servicer.PullKv,
                     request_deserializer=overfill_dot_v1_dot_prefill__pb2.PullKvRequest.FromString,
                     response_serializer=overfill_dot_v1_dot_kv__pb2.KvChunk.SerializeToString,
+            ),
+            'Lend': grpc.stream_stream_rpc_method_handler(
+                    servicer.Lend,
+                    request_deserializer=overfill_dot_v1_dot_prefill__pb2.LendRequest.FromString,
+                    response_serializer=overfill_dot_v1_dot_prefill__pb2.LendResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -224,6 +243,33 @@ class Prefill(object):
             '/overfill.v1.Prefill/PullKv',
             overfill_dot_v1_dot_prefill__pb2.PullKvRequest.SerializeToString,
             overfill_dot_v1_dot_kv__pb2.KvChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Lend(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/overfill.v1.Prefill/Lend',
+            overfill_dot_v1_dot_prefill__pb2.LendRequest.SerializeToString,
+            overfill_dot_v1_dot_prefill__pb2.LendResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ from overfill.v1 import decode_pb2 as overfill_dot_v1_dot_decode__pb2
 from overfill.v1 import kv_pb2 as overfill_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aoverfill/v1/registry.proto\x12\x0boverfill.v1\x1a\x18overfill/v1/common.proto\x1a\x18overfill/v1/decode.proto\x1a\x14overfill/v1/kv.proto\"d\n\x0bJoinRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.overfill.v1.HelloH\x00\x12%\n\x06report\x18\x02 \x01(\x0b\x32\x13.overfill.v1.ReportH\x00\x42\t\n\x07message\"\xd8\x03\n\x05Hello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\"\n\x06stages\x18\x03 \x03(\x0e\x32\x12.overfill.v1.Stage\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x14\n\x0cwire_version\x18\x06 \x01(\r\x12\x18\n\x10software_version\x18\x07 \x01(\t\x12)\n\x05model\x18\x08 \x01(\x0b\x32\x1a.overfill.v1.ModelIdentity\x12\x1f\n\x02kv\x18\t \x01(\x0b\x32\x13.overfill.v1.KvSpec\x12\x15\n\rmax_model_len\x18\n \x01(\r\x12\x12\n\nvocab_size\x18\x0b \x01(\r\x12\x0b\n\x03pid\x18\x0c \x01(\x03\x12\x17\n\x0fmetrics_address\x18\r \x01(\t\x12\x17\n\x0fstartup_seconds\x18\x0e \x01(\x01\x12\x30\n\x0e\x64\x61ta_addresses\x18\x0f \x03(\x0b\x32\x18.overfill.v1.DataAddress\x12\x0c\n\x04tier\x18\x10 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x11 \x01(\t\x12\x14\n\x0cmax_num_seqs\x18\x12 \x01(\r\x12&\n\x08\x61\x64\x61pters\x18\x13 \x03(\x0b\x32\x14.overfill.v1.Adapter\"\xf7\x01\n\x06Report\x12%\n\x04load\x18\x01 \x01(\x0b\x32\x17.overfill.v1.WorkerLoad\x12\x0f\n\x07\x63redits\x18\x02 \x01(\r\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12(\n\x06prefix\x18\x05 \x01(\x0b\x32\x18.overfill.v1.PrefixDelta\x12\x0f\n\x07routers\x18\x06 \x01(\r\x12-\n\x0cprefill_load\x18\x07 \x01(\x0b\x32\x17.overfill.v1.WorkerLoad\x12*\n\x08\x61\x64\x61pters\x18\x08 \x01(\x0b\x32\x18.overfill.v1.AdapterList\"5\n\x0b\x41\x64\x61pterList\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.overfill.v1.Adapter\"?\n\x0bPrefixDelta\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x01 \x03(\x06\x12\x0f\n\x07removed\x18\x02 \x03(\x06\x12\x10\n\x08replaces\x18\x03 \x01(\x08\"i\n\x0cJoinResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.overfill.v1.WelcomeH\x00\x12%\n\x06\x64\x65mand\x18\x03 \x01(\x0b\x32\x13.overfill.v1.DemandH\x00\x42\t\n\x07message\"\x1c\n\x07Welcome\x12\x11\n\trouter_id\x18\x01 \x01(\t\"(\n\x06\x44\x65mand\x12\x0e\n\x06in_use\x18\x01 \x01(\r\x12\x0e\n\x06queued\x18\x02 \x01(\r2K\n\x08Registry\x12?\n\x04Join\x12\x18.overfill.v1.JoinRequest\x1a\x19.overfill.v1.JoinResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aoverfill/v1/registry.proto\x12\x0boverfill.v1\x1a\x18overfill/v1/common.proto\x1a\x18overfill/v1/decode.proto\x1a\x14overfill/v1/kv.proto\"d\n\x0bJoinRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.overfill.v1.HelloH\x00\x12%\n\x06report\x18\x02 \x01(\x0b\x32\x13.overfill.v1.ReportH\x00\x42\t\n\x07message\"\xea\x03\n\x05Hello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\"\n\x06stages\x18\x03 \x03(\x0e\x32\x12.overfill.v1.Stage\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x14\n\x0cwire_version\x18\x06 \x01(\r\x12\x18\n\x10software_version\x18\x07 \x01(\t\x12)\n\x05model\x18\x08 \x01(\x0b\x32\x1a.overfill.v1.ModelIdentity\x12\x1f\n\x02kv\x18\t \x01(\x0b\x32\x13.overfill.v1.KvSpec\x12\x15\n\rmax_model_len\x18\n \x01(\r\x12\x12\n\nvocab_size\x18\x0b \x01(\r\x12\x0b\n\x03pid\x18\x0c \x01(\x03\x12\x17\n\x0fmetrics_address\x18\r \x01(\t\x12\x17\n\x0fstartup_seconds\x18\x0e \x01(\x01\x12\x30\n\x0e\x64\x61ta_addresses\x18\x0f \x03(\x0b\x32\x18.overfill.v1.DataAddress\x12\x0c\n\x04tier\x18\x10 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x11 \x01(\t\x12\x14\n\x0cmax_num_seqs\x18\x12 \x01(\r\x12&\n\x08\x61\x64\x61pters\x18\x13 \x03(\x0b\x32\x14.overfill.v1.Adapter\x12\x10\n\x08lends_kv\x18\x14 \x01(\x08\"\xc4\x02\n\x06Report\x12%\n\x04load\x18\x01 \x01(\x0b\x32\x17.overfill.v1.WorkerLoad\x12\x0f\n\x07\x63redits\x18\x02 \x01(\r\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x10\n\x08\x64raining\x18\x04 \x01(\x08\x12(\n\x06prefix\x18\x05 \x01(\x0b\x32\x18.overfill.v1.PrefixDelta\x12\x0f\n\x07routers\x18\x06 \x01(\r\x12-\n\x0cprefill_load\x18\x07 \x01(\x0b\x32\x17.overfill.v1.WorkerLoad\x12*\n\x08\x61\x64\x61pters\x18\x08 \x01(\x0b\x32\x18.overfill.v1.AdapterList\x12&\n\x04\x64isk\x18\t \x01(\x0b\x32\x18.overfill.v1.PrefixDelta\x12#\n\x05\x63osts\x18\n \x01(\x0b\x32\x14.overfill.v1.KvCosts\"?\n\x07KvCosts\x12\x12\n\ncompute_ns\x18\x01 \x01(\x04\x12\x0f\n\x07peer_ns\x18\x02 \x01(\x04\x12\x0f\n\x07\x64isk_ns\x18\x03 \x01(\x04\"5\n\x0b\x41\x64\x61pterList\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.overfill.v1.Adapter\"?\n\x0bPrefixDelta\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x01 \x03(\x06\x12\x0f\n\x07removed\x18\x02 \x03(\x06\x12\x10\n\x08replaces\x18\x03 \x01(\x08\"i\n\x0cJoinResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.overfill.v1.WelcomeH\x00\x12%\n\x06\x64\x65mand\x18\x03 \x01(\x0b\x32\x13.overfill.v1.DemandH\x00\x42\t\n\x07message\"\x1c\n\x07Welcome\x12\x11\n\trouter_id\x18\x01 \x01(\t\"(\n\x06\x44\x65mand\x12\x0e\n\x06in_use\x18\x01 \x01(\r\x12\x0e\n\x06queued\x18\x02 \x01(\r2K\n\x08Registry\x12?\n\x04Join\x12\x18.overfill.v1.JoinRequest\x1a\x19.overfill.v1.JoinResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,19 +37,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOINREQUEST']._serialized_start=117
   _globals['_JOINREQUEST']._serialized_end=217
   _globals['_HELLO']._serialized_start=220
-  _globals['_HELLO']._serialized_end=692
-  _globals['_REPORT']._serialized_start=695
-  _globals['_REPORT']._serialized_end=942
-  _globals['_ADAPTERLIST']._serialized_start=944
-  _globals['_ADAPTERLIST']._serialized_end=997
-  _globals['_PREFIXDELTA']._serialized_start=999
-  _globals['_PREFIXDELTA']._serialized_end=1062
-  _globals['_JOINRESPONSE']._serialized_start=1064
-  _globals['_JOINRESPONSE']._serialized_end=1169
-  _globals['_WELCOME']._serialized_start=1171
-  _globals['_WELCOME']._serialized_end=1199
-  _globals['_DEMAND']._serialized_start=1201
-  _globals['_DEMAND']._serialized_end=1241
-  _globals['_REGISTRY']._serialized_start=1243
-  _globals['_REGISTRY']._serialized_end=1318
+  _globals['_HELLO']._serialized_end=710
+  _globals['_REPORT']._serialized_start=713
+  _globals['_REPORT']._serialized_end=1037
+  _globals['_KVCOSTS']._serialized_start=1039
+  _globals['_KVCOSTS']._serialized_end=1102
+  _globals['_ADAPTERLIST']._serialized_start=1104
+  _globals['_ADAPTERLIST']._serialized_end=1157
+  _globals['_PREFIXDELTA']._serialized_start=1159
+  _globals['_PREFIXDELTA']._serialized_end=1222
+  _globals['_JOINRESPONSE']._serialized_start=1224
+  _globals['_JOINRESPONSE']._serialized_end=1329
+  _globals['_WELCOME']._serialized_start=1331
+  _globals['_WELCOME']._serialized_end=1359
+  _globals['_DEMAND']._serialized_start=1361
+  _globals['_DEMAND']._serialized_end=1401
+  _globals['_REGISTRY']._serialized_start=1403
+  _globals['_REGISTRY']._serialized_end=1478
 # @@protoc_insertion_point(module_scope)

@@ -17,7 +17,7 @@ class JoinRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "stages", "address", "wire_version", "software_version", "model", "kv", "max_model_len", "vocab_size", "pid", "metrics_address", "startup_seconds", "data_addresses", "tier", "engine", "max_num_seqs", "adapters")
+    __slots__ = ("worker_id", "incarnation", "stages", "address", "wire_version", "software_version", "model", "kv", "max_model_len", "vocab_size", "pid", "metrics_address", "startup_seconds", "data_addresses", "tier", "engine", "max_num_seqs", "adapters", "lends_kv")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class Hello(_message.Message):
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    LENDS_KV_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: int
     stages: _containers.RepeatedScalarFieldContainer[_common_pb2.Stage]
@@ -54,10 +55,11 @@ class Hello(_message.Message):
     engine: str
     max_num_seqs: int
     adapters: _containers.RepeatedCompositeFieldContainer[_common_pb2.Adapter]
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, str]]] = ..., address: _Optional[str] = ..., wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pid: _Optional[int] = ..., metrics_address: _Optional[str] = ..., startup_seconds: _Optional[float] = ..., data_addresses: _Optional[_Iterable[_Union[_kv_pb2.DataAddress, _Mapping]]] = ..., tier: _Optional[str] = ..., engine: _Optional[str] = ..., max_num_seqs: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[_common_pb2.Adapter, _Mapping]]] = ...) -> None: ...
+    lends_kv: bool
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, str]]] = ..., address: _Optional[str] = ..., wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pid: _Optional[int] = ..., metrics_address: _Optional[str] = ..., startup_seconds: _Optional[float] = ..., data_addresses: _Optional[_Iterable[_Union[_kv_pb2.DataAddress, _Mapping]]] = ..., tier: _Optional[str] = ..., engine: _Optional[str] = ..., max_num_seqs: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[_common_pb2.Adapter, _Mapping]]] = ..., lends_kv: bool = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("load", "credits", "ready", "draining", "prefix", "routers", "prefill_load", "adapters")
+    __slots__ = ("load", "credits", "ready", "draining", "prefix", "routers", "prefill_load", "adapters", "disk", "costs")
     LOAD_FIELD_NUMBER: _ClassVar[int]
     CREDITS_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -66,6 +68,8 @@ class Report(_message.Message):
     ROUTERS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_LOAD_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    DISK_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
     load: _decode_pb2.WorkerLoad
     credits: int
     ready: bool
@@ -74,7 +78,19 @@ class Report(_message.Message):
     routers: int
     prefill_load: _decode_pb2.WorkerLoad
     adapters: AdapterList
-    def __init__(self, load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., credits: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., prefix: _Optional[_Union[PrefixDelta, _Mapping]] = ..., routers: _Optional[int] = ..., prefill_load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., adapters: _Optional[_Union[AdapterList, _Mapping]] = ...) -> None: ...
+    disk: PrefixDelta
+    costs: KvCosts
+    def __init__(self, load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., credits: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., prefix: _Optional[_Union[PrefixDelta, _Mapping]] = ..., routers: _Optional[int] = ..., prefill_load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., adapters: _Optional[_Union[AdapterList, _Mapping]] = ..., disk: _Optional[_Union[PrefixDelta, _Mapping]] = ..., costs: _Optional[_Union[KvCosts, _Mapping]] = ...) -> None: ...
+
+class KvCosts(_message.Message):
+    __slots__ = ("compute_ns", "peer_ns", "disk_ns")
+    COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
+    PEER_NS_FIELD_NUMBER: _ClassVar[int]
+    DISK_NS_FIELD_NUMBER: _ClassVar[int]
+    compute_ns: int
+    peer_ns: int
+    disk_ns: int
+    def __init__(self, compute_ns: _Optional[int] = ..., peer_ns: _Optional[int] = ..., disk_ns: _Optional[int] = ...) -> None: ...
 
 class AdapterList(_message.Message):
     __slots__ = ("adapters",)

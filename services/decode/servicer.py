@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Protocol
 
 from overfill.engine.protocol import ServedHalf
-from overfill.engine.sequence import AdapterChanged, DecodeEvent, DecodeSequence, StepSampled, StopRule
+from overfill.engine.sequence import AdapterChanged, DecodeEvent, DecodeSequence, Lent, StepSampled, StopRule
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, Unavailable
 from overfill.kv.cut_blocks import CutBlocks
 from overfill.kv.peers import PeerPool, PrefillPeer
@@ -101,6 +101,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         for event in events:
             if isinstance(event, StepSampled):
                 self._on_step(event)
+            elif isinstance(event, Lent):
+                pass
             elif isinstance(event, AdapterChanged):
                 if self.adapters is not None:
                     self.adapters.on_changed(event)

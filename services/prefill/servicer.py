@@ -13,9 +13,11 @@ from typing import assert_never
 
 from overfill.engine.protocol import ServedHalf
 from overfill.engine.sequence import (
+    AwaitingImport,
     ChunkComputed,
     KvWritten,
     LayerStarted,
+    Lent,
     PrefillEvent,
     PrefillScheduled,
     PrefillSequence,
@@ -100,7 +102,7 @@ class Lease:
             case PromptComputed(time_ns=now):
                 if self.trace.layer_start_ns:  # the engine reports layers
                     self.trace.layer_end_ns.append(now - self.scheduled_ns)
-            case ChunkComputed() | SequenceFailed():
+            case AwaitingImport() | Lent() | ChunkComputed() | SequenceFailed():
                 pass
             case _:
                 assert_never(event)
