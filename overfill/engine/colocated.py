@@ -19,8 +19,10 @@ from overfill.engine.decode import DecodeEngine
 from overfill.engine.device import on_cpu
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import (
+    AwaitingImport,
     ChangeAdapter,
     DecodeEvent,
+    Imported,
     PrefillEvent,
     PrefillHere,
     PrefillScheduled,
@@ -39,7 +41,7 @@ from overfill.telemetry.engine_load import EngineLoad
 
 log = logging.getLogger(__name__)
 
-ColocatedEvent = DecodeEvent | PrefillScheduled | PromptComputed
+ColocatedEvent = DecodeEvent | AwaitingImport | PrefillScheduled | PromptComputed
 """An event for the decode stage's servicer: of the decode engine, or of a prompt that is computed for it."""
 
 
@@ -54,8 +56,8 @@ class ColocatedEngine:
         full, decoder: the engines' runners.
         layer_map: as in ``Runner.copy_kv``.
         emit_prefill: takes the events of prompts that other workers asked for.
-        emit_decode: takes the events of decode sequences, and of prompts that are computed for them: when one is
-            scheduled, when its KV is copied, and when it failed.
+        emit_decode: takes the events of decode sequences, and of prompts that are computed for them: when one awaits an
+            import, when it is scheduled, when its KV is copied, and when it failed.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class ColocatedEngine:
         self._decode.close()
 
     def handle(
-        self, message: Submit | PrefillHere | Reserve | Share | Start | Yielded | Release | ChangeAdapter
+        self, message: Submit | PrefillHere | Imported | Reserve | Share | Start | Yielded | Release | ChangeAdapter
     ) -> None:
         self._prompts_blocked = False
         match message:
@@ -116,7 +118,7 @@ class ColocatedEngine:
                 if target is not None:  # else the sequence was preempted before the message arrived
                     self._here[sequence.id] = _Here(message, target.blocks)
                     self._prefill.handle(Submit(sequence))
-            case Submit():
+            case Submit() | Imported():
                 self._prefill.handle(message)
             case Release(id):
                 self._here.pop(id, None)
@@ -218,7 +220,7 @@ class _PrefillEvents:
         for event in events:
             if event.id not in self.here:
                 for_others.append(event)
-            elif isinstance(event, PrefillScheduled):
+            elif isinstance(event, AwaitingImport | PrefillScheduled):
                 self.emit_decode([event])
             elif isinstance(event, PromptComputed | SequenceFailed):
                 self.ended.append(event)
