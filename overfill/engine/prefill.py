@@ -19,15 +19,17 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from overfill.engine.device import record_event
 from overfill.engine.layers import LayerReports
+from overfill.engine.loans import Loans
 from overfill.engine.sequence import (
     AwaitingImport,
     ChunkComputed,
     Imported,
     LayerStarted,
+    Lend,
     PrefillEvent,
     PrefillScheduled,
     PrefillSequence,
@@ -63,6 +65,7 @@ class PrefillEngine:
         metrics: counters of steps; None disables them.
 
     Attributes:
+        new_loans: returns loans that were asked for since its last call; called between two layers of a step.
         tokens_computed: prompt tokens of all steps so far.
         step_shape: prompts and tokens in the latest step.
     """
@@ -86,6 +89,8 @@ class PrefillEngine:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
         self._emit = emit
+        self._loans = Loans(self._prefix, runner.device)
+        self.new_loans: Callable[[], Sequence[Lend]] = tuple
         self.tokens_computed = 0
         self.step_shape = (0, 0)
         self._events: list[PrefillEvent] = []  # not yet emitted
@@ -117,20 +122,23 @@ class PrefillEngine:
     def check(self) -> None:
         """Raises AssertionError when a block is lost or owned twice."""
         holders = (*self._running.values(), *self._awaiting_release.values())
-        self._prefix.check_owners(s.id for s in holders if s.blocks)
+        self._prefix.check_owners([*(s.id for s in holders if s.blocks), *self._loans.ids])
 
     def close(self) -> None:
         """Nothing is held but memory."""
 
-    def handle(self, message: Submit | Imported | Release) -> None:
+    def handle(self, message: Submit | Imported | Lend | Release) -> None:
         match message:
             case Submit(sequence):
                 sequence.submitted = time.monotonic()
                 self._waiting.append(sequence)
             case Imported(id, tokens):
                 self._end_import(id, tokens)
+            case Lend():
+                self._emit([self._loans.lend(message)])
             case Release(id):
-                self._release(id)
+                if not self._loans.end(id):
+                    self._release(id)
 
     def queue(self) -> Iterator[PrefillSequence]:
         """The prompts that are to be computed and do not await an import, oldest first."""
@@ -292,6 +300,8 @@ class PrefillEngine:
         def layer_start(layer: int) -> None:
             if all(s.cancelled for s, _ in scheduled):
                 raise _Abandoned
+            for message in self.new_loans():
+                self.handle(message)
             if traced:
                 now = time.monotonic_ns()
                 self._events += [LayerStarted(sequence.id, layer, now) for sequence in traced]

@@ -17,6 +17,8 @@ from overfill.engine.sequence import (
     Imported,
     KvWritten,
     LayerStarted,
+    Lend,
+    Lent,
     PrefillScheduled,
     PrefillSequence,
     PromptComputed,
@@ -383,6 +385,47 @@ def test_a_prompt_that_ends_while_it_imports_frees_its_blocks_and_lets_others_go
     assert prefix.num_used == prefix.num_cached == 0, "nothing is published that was not imported"
 
 
+def test_cached_blocks_are_lent_between_two_layers_of_a_step(events):
+    prefix = PrefixCache(BlockPool(100, 4))
+    engine = PrefillEngine(CountingRunner(num_layers=3), prefix.pool, 64, 8, events.extend, prefix)
+    engine.handle(Submit(prompt("a", 9)))
+    engine.step()
+    release(engine, "a")
+    asked = [[], [], [Lend("loan", prefix.blocks_of(range(18)))]]
+    engine.new_loans = lambda: asked.pop(0)
+    events.clear()
+    engine.handle(Submit(PrefillSequence("b", [77] * 9, GREEDY)))
+    engine.step()
+    assert [type(event) for event in events] == [PrefillScheduled, Lent, KvWritten, ChunkComputed, PromptComputed]
+    (lent,) = of(Lent, events)
+    assert (lent.id, lent.tokens, len(lent.blocks), lent.event) == ("loan", 8, 2, None)
+    assert not asked
+    engine.new_loans = tuple
+    release(engine, "b")
+    engine.check()
+    assert (engine.load().running, engine.load().blocks_used) == (0, 2), "a loan is no sequence"
+    engine.handle(Release("loan"))
+    engine.check()
+    assert engine.load().blocks_used == 0
+    evict_all(prefix)
+
+
+def test_a_prompt_waits_for_lent_blocks_and_starts_when_they_are_given_back(runner, pool, events):
+    prefix = PrefixCache(pool)
+    engine = PrefillEngine(runner, pool, 64, 4, events.extend, prefix)
+    engine.handle(Submit(prompt("a", 9)))
+    engine.step()
+    release(engine, "a")
+    engine.handle(Lend("loan", prefix.blocks_of(range(9))))
+    engine.handle(Submit(PrefillSequence("large", [77] * 32, GREEDY)))
+    assert not engine.step()
+    engine.handle(Release("loan"))
+    assert engine.step()
+    assert of(PromptComputed, events)[-1].id == "large"
+    release(engine, ["large"])
+    evict_all(prefix)
+
+
 class PrefillMachine(EngineMachine):
     """Runs prompts, imports, steps, failures and releases in any order: all prompts are computed, no block is lost."""
 
@@ -392,6 +435,7 @@ class PrefillMachine(EngineMachine):
         self.sequences: dict[str, PrefillSequence] = {}
         self.computed: dict[str, int] = {}
         self.importing: dict[str, AwaitingImport] = {}
+        self.lent: set[str] = set()
         self.ended: set[str] = set()
 
     def take(self, events):
@@ -404,6 +448,8 @@ class PrefillMachine(EngineMachine):
                 assert self.caches
                 assert cached + 4 < len(self.sequences[id].prompt)
                 self.importing[id] = AwaitingImport(id, list(blocks), cached)
+            case Lent(id=id):
+                self.lent.add(id)
             case PrefillScheduled(id=id, cached_tokens=cached):
                 assert cached == 0 or self.caches
                 assert id not in self.importing
@@ -446,6 +492,19 @@ class PrefillMachine(EngineMachine):
         assert self.sequences[name].blocks == self.importing.pop(name).blocks, "a block was replaced under its writer"
         self.engine.handle(Imported(name, tokens))
 
+    @rule(length=st.integers(1, 40))
+    def lend(self, length):
+        name = f"loan{self.new_number()}"
+        self.engine.handle(Lend(name, self.prefix.blocks_of(range(length))))
+        assert name in self.lent
+
+    @precondition(lambda self: self.lent)
+    @rule(data=st.data())
+    def end_loan(self, data):
+        name = data.draw(st.sampled_from(sorted(self.lent)))
+        self.lent.remove(name)
+        self.engine.handle(Release(name))
+
     def forget(self, name):
         self.sequences.pop(name).cancelled = True
         self.importing.pop(name, None)
@@ -453,6 +512,8 @@ class PrefillMachine(EngineMachine):
         self.engine.handle(Release(name))
 
     def teardown(self):
+        for name in self.lent:
+            self.engine.handle(Release(name))
         for _ in range(1000):
             if not self.sequences:
                 break
