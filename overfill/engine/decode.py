@@ -18,12 +18,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from overfill.engine.loans import Loans
 from overfill.engine.sequence import (
     AdapterChanged,
     ChangeAdapter,
     DecodeEvent,
     DecodeSequence,
     DecodeState,
+    Lend,
     Preempted,
     Refused,
     Release,
@@ -92,6 +94,7 @@ class DecodeEngine:
         self._max_num_seqs = max_num_seqs
         self._replay_budget = replay_budget
         self._emit = emit
+        self._loans = Loans(self._prefix, runner.device)
         self._sequences: dict[str, DecodeSequence] = {}  # in order of arrival, oldest first
         self.replayed_last = False
         self.step_shape = (0, 0)
@@ -132,12 +135,12 @@ class DecodeEngine:
 
     def check(self) -> None:
         """Raises AssertionError when a block is lost or owned twice."""
-        self._prefix.check_owners(s.id for s in self._sequences.values() if s.blocks)
+        self._prefix.check_owners([*(s.id for s in self._sequences.values() if s.blocks), *self._loans.ids])
 
     def close(self) -> None:
         """Nothing is held but memory."""
 
-    def handle(self, message: Reserve | Share | Start | Yielded | Release | ChangeAdapter) -> None:
+    def handle(self, message: Reserve | Share | Start | Yielded | Lend | Release | ChangeAdapter) -> None:
         events: list[DecodeEvent] = []
         match message:
             case Reserve(sequence):
@@ -151,8 +154,10 @@ class DecodeEngine:
                 if (yielding := self._sequences.get(id)) and yielding.state is DecodeState.YIELDING:
                     self._free(yielding)
                     yielding.state = DecodeState.PREEMPTED
+            case Lend():
+                events.append(self._loans.lend(message))
             case Release(id):
-                if released := self._sequences.pop(id, None):
+                if not self._loans.end(id) and (released := self._sequences.pop(id, None)):
                     self._free(released)
             case ChangeAdapter(slot, adapter):
                 events.append(self._change_adapter(slot, filled=adapter is not None))

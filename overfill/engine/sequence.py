@@ -78,7 +78,7 @@ class PrefillSequence:
         follower: token behind ``prompt`` that alone is scored; None scores the tokens of ``prompt``.
         submitted: when the engine took the prompt, on the clock of ``time.monotonic``.
         imports: whether the servicer may import KV that the prefix cache lacks: the engine then emits
-            ``AwaitingImport`` and waits for ``Imported`` before it computes the prompt.
+            ``AwaitingImport``, once, and waits for ``Imported`` before it computes the prompt. False from then on.
     """
 
     id: str

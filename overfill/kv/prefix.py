@@ -175,6 +175,18 @@ class PrefixCache:
         self.tokens_found += cached
         return BlockAllocation(blocks, cached)
 
+    def lend(self, owner: str, prompt: PromptBlocks) -> BlockAllocation:
+        """Gives ``owner`` a reference on the cached blocks with the start of ``prompt``, until ``release``.
+
+        All of the prompt's full blocks may be among them. Nothing is allocated, and the counts of lookups stay.
+        """
+        root = self._roots.get(prompt.cache_namespace)
+        path = list(self._walk(root, prompt, 0, len(prompt.tokens)))
+        for node in path:
+            self._reference(node)
+        self._holders[owner] = _Holder(prompt, [node.block for node in path], set(), path, len(path))
+        return self.allocation(owner)
+
     def extend_cached_prefix(self, owner: str) -> BlockAllocation | None:
         """Replaces blocks of ``owner`` by cached ones if more of its prompt has been published since ``acquire``.
 
