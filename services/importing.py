@@ -19,8 +19,8 @@ async def import_prompt(
 ) -> Imports:
     """Imports what it can of a prompt, and has the engine compute the rest; returns what it has imported.
 
-    When it has ended, also by an error or a cancellation, nothing writes to the prompt's blocks. Only when it returns, it
-    has told the engine.
+    When it has ended, also by an error or a cancellation, nothing writes to the prompt's blocks. Only when it returns,
+    it has told the engine.
 
     Raises:
         RankLost: as ``Importer.run``.

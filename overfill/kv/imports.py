@@ -236,7 +236,7 @@ class Importer:
         self._metrics.imported("disk", outcome, blocks * self._block_size)
 
     async def _bounded(self, source: str, fetching: Awaitable[int], deadline: float | None) -> tuple[str, int]:
-        """Awaits ``fetching`` until ``deadline``, if any. Returns its outcome and its result, which is 0 if it failed."""
+        """Awaits ``fetching``, until ``deadline`` if any. Returns its outcome and its result: 0 if it failed."""
         try:
             async with asyncio.timeout_at(deadline):
                 return "ok", await fetching
