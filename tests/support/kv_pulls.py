@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -66,12 +67,14 @@ async def pull(
     namespace: str = "",
     timeout: float = 20.0,
     on_token: Callable[[Any], None] = lambda token: None,
+    fields: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> tuple[KvCache, PullStats]:
     """Pulls a prompt's KV into a new cache, and returns both the cache and the transfer's statistics.
 
     Args:
         timeout: seconds after which the transfer fails.
+        fields: further fields of ``StartPrefill``.
         options: further arguments of ``PromptPull``.
     """
     blocks = list(range(-(-len(prompt) // BLOCK)))
@@ -82,6 +85,7 @@ async def pull(
         sampling=SamplingParams(temperature=0).to_proto(),
         sample_first_token=True,
         cache_namespace=namespace,
+        **fields,
     )
     puller = LocalPuller(cache, executor, peer.data, peer.link)
     handoff = PromptPull(peer, request, spec, layer_map, puller, blocks, 2**32, **options)
