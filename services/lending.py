@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from overfill.engine.protocol import ServedHalf
 from overfill.errors import Incompatible, InvalidRequest, Overloaded, PromptTooLong, Unavailable
 from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec
+from overfill.kv.keys import is_raw
 from overfill.kv.ranks import RankLost
 from overfill.kv.sender import KvSender
 from overfill.kv.shielded import shielded
@@ -118,6 +119,8 @@ class Lender:
                 "already_held_tokens",
                 f"must be less than the prompt's {length} tokens; got {start.already_held_tokens}",
             )
+        if not is_raw(start.cache_namespace):
+            raise InvalidRequest("cache_namespace", "names KV that a codec has changed; only exact KV is lent")
         if len(self._asked) >= self._max_loans:
             raise Overloaded(f"{worker} has {len(self._asked)} loans, which is its maximum")
 

@@ -44,7 +44,7 @@ def decode_stage(
 ) -> tuple[DecodeServicer, StageService]:
     """Returns the decode service of a worker that runs the half ``served``.
 
-    A decode worker that may lend (``ServedHalf.lends_kv``) says so in its Hello, and serves loans too.
+    A decode worker that lends KV says so in its Hello, and serves loans too.
     """
     # A rank shares no memory with a prefill worker.
     peers = PeerPool(served.kv_identity, config.data_streams, config.credentials(), config.shm and served.ranks is None)
@@ -57,9 +57,10 @@ def decode_stage(
         )
     add: Callable[[Any, Any], None] = decode_pb2_grpc.add_DecodeServicer_to_server
     close: Callable[[], Awaitable[None]] = peers.close
-    if config.kv_peers and served.lends_kv and common_pb2.STAGE_PREFILL not in hello.stages:
-        hello.lends_kv = True
-        add, close = _lending(config, served, hello, servicer, peers)
+    if common_pb2.STAGE_PREFILL not in hello.stages:  # with both stages, the other one lends
+        hello.lends_kv = config.kv_peers and served.lends_kv
+        if hello.lends_kv:
+            add, close = _lending(config, served, hello, servicer, peers)
     return servicer, StageService(served, servicer, add, SERVICE, metrics, close, servicer.on_drain, servicer.adapters)
 
 

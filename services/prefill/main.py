@@ -59,7 +59,7 @@ def prefill_stage(
         TransferLimits(whole=config.max_transfer_time),
         max_loans=config.max_num_seqs if config.kv_peers else 0,
     )
-    hello.lends_kv = config.kv_peers and served.prefix_keys is not None
+    hello.lends_kv = config.kv_peers and served.lends_kv
     peers = PeerPool(served.kv_identity, _LOAN_STREAMS, config.credentials(), shm)
     if config.kv_peers:
         servicer.importer = Importer(

@@ -12,7 +12,8 @@ from overfill.engine.sequence import Lend, Lent, Release
 from overfill.errors import Incompatible, InvalidRequest, Overloaded, PromptTooLong, TransferFailed, Unavailable
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
-from overfill.kv.chunks import check
+from overfill.kv.chunks import TransferSpec, check
+from overfill.kv.keys import codec_namespace
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.ranks import RankLost
 from overfill.kv.shm import ShmServer
@@ -130,8 +131,6 @@ async def test_the_borrower_pulls_what_it_lacks_of_the_cached_prefix(bench):
     assert await borrower.responses.get() == 8
     (message,) = await bench.pull()
     (chunk,) = parse_message(message)
-    from overfill.kv.chunks import TransferSpec
-
     spec = TransferSpec(ID, 0, KV, (0, 1), (4, 8))
     assert check(spec, chunk).tokens == (4, 8)
     keys = torch.frombuffer(bytearray(chunk.payload), dtype=torch.float32).view(2, 2, 4, 1, 4)[0]
@@ -222,6 +221,7 @@ async def test_a_worker_has_a_maximum_of_loans(bench):
         ({"prompt_token_ids": [64]}, InvalidRequest),
         ({"prompt_token_ids": [1] * 65}, PromptTooLong),
         ({"already_held_tokens": 9}, InvalidRequest),
+        ({"cache_namespace": codec_namespace("f00", "int8")}, InvalidRequest),
     ],
 )
 async def test_what_no_honest_borrower_asks_is_refused_before_the_engine_hears_of_it(bench, fields, error):
