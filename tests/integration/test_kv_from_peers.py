@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from kv_checksums import seal
-from kv_pulls import opened, prefill_process, pull
+from kv_pulls import prefill_process
+from peer_workers import LENGTH, PrefillClient, holder_of, prompt_of
 
 from overfill.errors import DeadlineExceeded, OverfillError, ShuttingDown
 from overfill.kv import receiver
@@ -23,53 +24,10 @@ from overfill.kv.chunks import TransferSpec
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec
 from overfill.kv.wire import SERVICE, join_chunks
-from overfill.model.manifest import Pair
-from overfill.rpc.channel import open_channel
 from overfill.rpc.server import RpcServer
-from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
+from overfill.v1 import common_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc
 
-LENGTH = 150
 FLAGS = ("--kv-memory=4MiB",)
-
-
-def holder_of(hello, tokens=LENGTH, **changes):
-    known = {"worker_id": hello.worker_id, "incarnation": hello.incarnation, "address": hello.address}
-    return kv_pb2.KvHolder(**known | {"tokens": tokens} | changes)
-
-
-class Worker:
-    """A prefill worker and the connection to it."""
-
-    def __init__(self, hello, pair, executor):
-        self.hello, self.executor = hello, executor
-        self.spec, self.layer_map = KvSpec.from_proto(hello.kv), Pair.load(pair).layer_map
-        self.peer = opened(hello)
-        self.peer.codecs = frozenset({common_pb2.KV_CODEC_RAW, common_pb2.KV_CODEC_INT8})
-
-    async def prefill(self, prompt, holder=None, namespace="", timeout=20.0, codec=common_pb2.KV_CODEC_RAW):
-        """Has the worker prefill ``prompt``. Returns the KV, the first token and what was not computed."""
-        tokens = []
-        fields = {"codec": codec, "holder": holder}
-        cache, stats = await pull(
-            *(self.peer, self.spec, self.layer_map, prompt, self.executor),
-            namespace=namespace,
-            timeout=timeout,
-            on_token=lambda token: tokens.extend(token.ids),
-            fields=fields,
-        )
-        kv = torch.stack([cache.k.flatten(1, 2)[:, : len(prompt)], cache.v.flatten(1, 2)[:, : len(prompt)]])
-        return SimpleNamespace(kv=kv, token=tokens[0], cached=stats.cached_tokens, peer=stats.peer_tokens)
-
-    async def blocks_used(self):
-        channel = open_channel(self.hello.address)
-        status = await admin_pb2_grpc.AdminStub(channel).Status(admin_pb2.StatusRequest(), timeout=5)
-        await channel.close(None)
-        return status.process.load.kv_blocks_used
-
-    async def until_free(self):
-        async with asyncio.timeout(10):
-            while await self.blocks_used():
-                await asyncio.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +52,7 @@ def executor():
 @pytest.fixture
 async def workers(hellos, tiny_pair, executor):
     """The same workers. When the test has ended, all their blocks are free."""
-    workers = {name: Worker(hello, tiny_pair, executor) for name, hello in hellos.items()}
+    workers = {name: PrefillClient(hello, tiny_pair, executor) for name, hello in hellos.items()}
     yield SimpleNamespace(**workers)
     for worker in workers.values():
         await worker.until_free()
@@ -110,13 +68,9 @@ def spare_hello(request, tiny_pair):
 
 @pytest.fixture
 async def spare(spare_hello, tiny_pair, executor):
-    worker = Worker(spare_hello, tiny_pair, executor)
+    worker = PrefillClient(spare_hello, tiny_pair, executor)
     yield worker
     await worker.peer.close()
-
-
-def prompt_of(seed, length=LENGTH):
-    return [20 + (seed * 7919 + 31 * i) % 470 for i in range(length)]
 
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["at once", "pulled"])

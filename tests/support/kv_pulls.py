@@ -1,4 +1,4 @@
-"""Starts a prefill worker, and pulls the KV of prompts from it, as decode workers do."""
+"""Starts a worker without a router, and pulls the KV of prompts from a prefill worker, as decode workers do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -28,15 +28,24 @@ from overfill.v1 import decode_pb2, kv_pb2, prefill_pb2, registry_pb2
 BLOCK = 16
 
 
+def prefill_process(*arguments: str) -> AbstractContextManager[registry_pb2.Hello]:
+    """As ``worker_process``, of a prefill worker."""
+    return worker_process("prefill", *arguments)
+
+
 @contextmanager
-def prefill_process(*arguments: str) -> Iterator[registry_pb2.Hello]:
-    """Runs a prefill worker, and yields its Hello. It keeps serving although its router has stopped."""
+def worker_process(kind: str, *arguments: str) -> Iterator[registry_pb2.Hello]:
+    """Runs a worker, and yields its Hello. It keeps serving although its router has stopped.
+
+    Args:
+        kind: prefill, decode or colocated.
+    """
     flags = ("--dtype=float32", "--grace-period=1", *arguments)
 
     async def start() -> tuple[ForkedChild, registry_pb2.Hello]:
         registry = ListeningRegistry()
-        command = [sys.executable, "-m", "services.prefill.main", f"--routers={await registry.start()}", *flags]
-        worker = ForkedChild("prefill", command, child_environment(os.environ, 1), lambda name, line: None)
+        command = [sys.executable, "-m", f"services.{kind}.main", f"--routers={await registry.start()}", *flags]
+        worker = ForkedChild(kind, command, child_environment(os.environ, 1), lambda name, line: None)
         hello = await registry.next_worker(60)
         await registry.stop()
         return worker, hello
