@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-from overfill.engine.device import record_event
+from overfill.engine.device import on_cpu, record_event
 from overfill.engine.layers import LayerReports
 from overfill.engine.loans import Loans
 from overfill.engine.sequence import (
@@ -48,9 +48,33 @@ from overfill.telemetry.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)
 
+_HALF_LIFE = 4096
+"""Tokens after which a measured duration has half of its weight."""
+
 
 class _Abandoned(Exception):
     """Raised between two layers when all requests of the step are cancelled."""
+
+
+class _TokenCost:
+    """Seconds per computed prompt token, over all tokens; a token counts half when ``_HALF_LIFE`` others followed."""
+
+    def __init__(self) -> None:
+        self._tokens = self._seconds = 0.0
+        self._launched = (0, 0.0)  # tokens and seconds of steps that a device may still compute
+
+    def add(self, tokens: int, seconds: float, *, ended: bool) -> None:
+        """Notes a step; ``ended`` is False if it only launched kernels, for which a later step will wait."""
+        tokens, seconds = tokens + self._launched[0], seconds + self._launched[1]
+        self._launched = (0, 0.0) if ended else (tokens, seconds)
+        if ended:
+            kept = 0.5 ** (tokens / _HALF_LIFE)
+            self._tokens, self._seconds = kept * self._tokens + tokens, kept * self._seconds + seconds
+
+    @property
+    def seconds(self) -> float:
+        """0 if no step has been noted."""
+        return self._seconds / self._tokens if self._tokens else 0.0
 
 
 class PrefillEngine:
@@ -91,6 +115,8 @@ class PrefillEngine:
         self._emit = emit
         self._loans = Loans(self._prefix, runner.device)
         self.new_loans: Callable[[], Sequence[Lend]] = tuple
+        self._token_cost = _TokenCost()
+        self._step_ended = True  # not only launched
         self.tokens_computed = 0
         self.step_shape = (0, 0)
         self._events: list[PrefillEvent] = []  # not yet emitted
@@ -113,6 +139,7 @@ class PrefillEngine:
             prefix_tokens_found=self._prefix.tokens_found,
             blocks_reserved=sum(self._pool.blocks_for(s.remaining) for s in self._running.values()),
             blocks_leaked=self._prefix.num_leaked,
+            token_seconds=self._token_cost.seconds,
         )
 
     @property
@@ -162,6 +189,7 @@ class PrefillEngine:
         try:
             self._compute(scheduled)
             self.tokens_computed += tokens
+            self._token_cost.add(tokens, time.monotonic() - started, ended=self._step_ended)
             if self._metrics is not None:
                 self._metrics.step(time.monotonic() - started, len(scheduled), tokens)
         except _Abandoned:
@@ -312,6 +340,7 @@ class PrefillEngine:
                 self._emit_events()
 
         sampled, failed = self._runner.next_tokens(works, sampling, LayerHooks(layer_start, kv_written))
+        self._step_ended = bool(sampling) or on_cpu(self._runner.device)
         tokens = {s.id: token for s, token in zip(sampling, sampled, strict=True)}
         refused = {sampling[row].id: error for row, error in failed.items()}
         refused |= {s.id: error for s in finishing if (error := score_error(s)) is not None}

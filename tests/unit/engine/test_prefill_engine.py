@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from scheduling import GREEDY, EngineMachine, evict_all
 
+from overfill.engine import prefill
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import (
     AwaitingImport,
@@ -424,6 +425,37 @@ def test_a_prompt_waits_for_lent_blocks_and_starts_when_they_are_given_back(runn
     assert of(PromptComputed, events)[-1].id == "large"
     release(engine, ["large"])
     evict_all(prefix)
+
+
+def test_the_load_names_the_cost_of_a_token_as_measured_lately(pool, events, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(prefill.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(prefill, "_HALF_LIFE", 8)
+    runner = CountingRunner()
+    engine = new_engine(runner, pool, events)
+
+    def cost_after(seconds, tokens=8, **options):
+        """Token cost after a step of ``seconds``."""
+
+        def take(layer):
+            clock[0] += seconds / 2
+
+        monkeypatch.setattr(runner, "on_layer", take)
+        engine.handle(Submit(prompt("a", tokens, **options)))
+        engine.step()
+        engine.handle(Release("a"))
+        return engine.load().token_seconds
+
+    assert engine.load().token_seconds == 0, "unknown"
+    assert cost_after(0.8) == pytest.approx(0.1)
+    assert cost_after(1.6) == pytest.approx((0.4 + 1.6) / (4 + 8)), "the step before counts half"
+    runner.fail_next = MemoryError("no room")
+    before = engine.load().token_seconds
+    assert cost_after(9.9) == before
+    monkeypatch.setattr(prefill, "on_cpu", lambda device: False)
+    assert cost_after(0.01, sample_first_token=False) == before, "its kernels may still run"
+    both = cost_after(1.59)
+    assert both == pytest.approx((1.6 + 0.25 * 2.0) / (16 + 0.25 * 12))
 
 
 class PrefillMachine(EngineMachine):
