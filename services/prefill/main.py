@@ -61,15 +61,15 @@ def prefill_stage(
     )
     hello.lends_kv = config.kv_peers and served.lends_kv
     peers = PeerPool(served.kv_identity, _LOAN_STREAMS, config.credentials(), shm)
-    if config.kv_peers:
-        servicer.importer = Importer(
-            (hello.worker_id, hello.incarnation),
-            served.store.block_size,
-            lambda: servicer.engine.load.token_seconds,
-            Borrower(peers, served.kv, served.store.block_size, _new_puller(served)).borrow,
-            None,
-            metrics,
-        )
+    borrower = Borrower(peers, served.kv, served.store.block_size, _new_puller(served))
+    servicer.importer = Importer(
+        (hello.worker_id, hello.incarnation),
+        served.store.block_size,
+        lambda: servicer.engine.load.token_seconds,
+        borrower.borrow if config.kv_peers else None,
+        None,
+        metrics,
+    )
     shm_server.start()
 
     async def close() -> None:
