@@ -49,10 +49,18 @@ class PullStats:
     kv_bytes: int = 0
     kv_chunks: int = 0
     shared_bytes: int = 0  # part of kv_bytes that came through shared memory
-    cached_tokens: int | None = None  # of the prompt, found in the prefix cache; None until the prefill has begun
+    cached_tokens: int | None = None  # of the prompt, not computed; None until the prefill has begun
+    peer_tokens: int = 0  # part of cached_tokens that came from another worker
+    disk_tokens: int = 0  # part of cached_tokens that came from disk
     held_tokens: int = 0  # of the prompt, in this worker's blocks before the transfer
     broken_streams: int = 0  # data streams that ended with a wrong chunk, missing ranges or an error
     prefill: kv_pb2.PrefillTrace | None = None
+
+    def note_scheduled(self, scheduled: prefill_pb2.PrefillScheduled) -> None:
+        """Keeps what was not computed of the prompt. Each part is cut to the whole: a worker may report any number."""
+        self.cached_tokens = scheduled.cached_tokens
+        self.peer_tokens = min(scheduled.peer_tokens, scheduled.cached_tokens)
+        self.disk_tokens = min(scheduled.disk_tokens, scheduled.cached_tokens - self.peer_tokens)
 
     def to_proto(self) -> kv_pb2.HandoffTrace:
         return kv_pb2.HandoffTrace(
@@ -64,6 +72,8 @@ class PullStats:
             broken_streams=self.broken_streams,
             prefill=self.prefill,
             cached_tokens=self.cached_tokens,
+            peer_tokens=self.peer_tokens,
+            disk_tokens=self.disk_tokens,
             held_tokens=self.held_tokens,
             shared_bytes=self.shared_bytes,
         )
@@ -270,7 +280,7 @@ class PromptPull:
     ) -> None:
         if message.HasField("scheduled"):
             self._queue_ns = message.scheduled.queue_ns
-            self.stats.cached_tokens = message.scheduled.cached_tokens
+            self.stats.note_scheduled(message.scheduled)
             self._note_ready(0, message.scheduled.cached_tokens)
         if message.HasField("ready"):
             self._note_ready(message.ready.token_start, message.ready.token_end)

@@ -148,12 +148,7 @@ def _split(view: memoryview) -> tuple[Chunk, list[memoryview]]:
 
 def add_prefill_to_server(servicer: prefill_pb2_grpc.PrefillServicer, server: Any) -> None:
     """As the generated ``add_PrefillServicer_to_server``, except that PullKv yields encoded messages."""
-    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Describe": grpc.unary_unary_rpc_method_handler(
-            servicer.Describe,
-            prefill_pb2.DescribePrefillRequest.FromString,
-            prefill_pb2.DescribePrefillResponse.SerializeToString,
-        ),
+    handlers = {
         "Prefill": grpc.stream_stream_rpc_method_handler(
             servicer.Prefill,
             prefill_pb2.PrefillRequest.FromString,
@@ -164,11 +159,30 @@ def add_prefill_to_server(servicer: prefill_pb2_grpc.PrefillServicer, server: An
             prefill_pb2.StartPrefill.FromString,
             prefill_pb2.PrefillResponse.SerializeToString,
         ),
+    }
+    _add_handlers(server, handlers | _lending_handlers(servicer))
+
+
+def add_lender_to_server(servicer: prefill_pb2_grpc.PrefillServicer, server: Any) -> None:
+    """As ``add_prefill_to_server``, for a worker that lends KV and computes no prompts."""
+    _add_handlers(server, _lending_handlers(servicer))
+
+
+def _lending_handlers(servicer: prefill_pb2_grpc.PrefillServicer) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+    return {
+        "Describe": grpc.unary_unary_rpc_method_handler(
+            servicer.Describe,
+            prefill_pb2.DescribePrefillRequest.FromString,
+            prefill_pb2.DescribePrefillResponse.SerializeToString,
+        ),
         "Lend": grpc.stream_stream_rpc_method_handler(
             servicer.Lend, prefill_pb2.LendRequest.FromString, prefill_pb2.LendResponse.SerializeToString
         ),
         "PullKv": grpc.unary_stream_rpc_method_handler(servicer.PullKv, prefill_pb2.PullKvRequest.FromString, None),
     }
+
+
+def _add_handlers(server: Any, handlers: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
 

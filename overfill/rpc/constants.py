@@ -50,6 +50,16 @@ MAX_TRANSFER_TIME: Final = 900.0
 64 GiB over 1 Gbit/s, such as 128 prompts of 512 MiB at once, take 550 s.
 """
 
+MAX_IMPORT_TIME: Final = 10.0
+"""Seconds that a prompt waits at most for KV from other workers and from disk, before the worker computes it.
+
+Keepalive gives a silent peer up after the same time. Most imports may take less: twice the time of computing.
+"""
+
+MAX_LOAN_TIME: Final = 3 * MAX_IMPORT_TIME
+"""Seconds after which a worker ends a loan of KV, so that no borrower holds cached blocks for ever. A borrower needs
+them for ``MAX_IMPORT_TIME``; the rest is for the end of a connection that has broken."""
+
 MAX_CHUNK_PAYLOAD: Final = 1 << 20
 """Maximum payload of a KV chunk sent over a socket, in bytes."""
 

@@ -129,6 +129,11 @@ class WorkerConfig(ServiceConfig):
     prefix_cache: bool = Field(
         True, description="keep the KV of prompts, while memory allows, for later prompts with the same beginning"
     )
+    kv_peers: bool = Field(
+        True,
+        description="take the KV of a prompt's beginning from another worker's cache where that is sooner than "
+        "computing it, and lend cached KV to other workers",
+    )
     max_transfer_time: float = Field(
         MAX_TRANSFER_TIME,
         gt=0,

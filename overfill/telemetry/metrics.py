@@ -18,6 +18,8 @@ from overfill.telemetry.outcomes import OUTCOMES, outcome_of
 from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import common_pb2
 
+IMPORT_SOURCES = ("peer", "disk")
+
 
 class PullNumbers(Protocol):
     """Numbers of a handoff (``kv.receiver.PullStats``): bytes, and nanoseconds since the decode worker requested it."""
@@ -44,6 +46,9 @@ class EngineMetrics(MetricSet):
         self._batch = self._histogram("batch_size", "Sequences in one step.", BATCH_BUCKETS)
         self._step_failures = self._counter(
             "step_failures_total", "Steps that failed; all sequences in a failed step fail."
+        )
+        self._lent = self._counter(
+            "lent_tokens_total", "Tokens whose cached KV this worker has lent to workers that prefill."
         )
 
         gauge = self._gauge
@@ -76,6 +81,10 @@ class EngineMetrics(MetricSet):
     def step_failed(self) -> None:
         self._step_failures.inc()
 
+    def lent(self, tokens: int) -> None:
+        """Counts the tokens of a loan that the borrower does not hold."""
+        self._lent.inc(tokens)
+
 
 class PrefillMetrics(EngineMetrics):
     """Metrics of a prefill worker."""
@@ -92,6 +101,16 @@ class PrefillMetrics(EngineMetrics):
             "Time from scheduling a prompt's first chunk to the end of its computation, with or without a first token.",
             LATENCY_BUCKETS,
         )
+        source = {"source": IMPORT_SOURCES}
+        self._imports = self._counter(
+            "imports_total",
+            "Attempts to import a prompt's KV from another worker (peer) or from disk, by outcome; none means that the "
+            "source had no more than the prefix cache.",
+            {**source, "outcome": (OUTCOMES[0], "none", *OUTCOMES[1:])},
+        )
+        self._imported = self._counter(
+            "imported_tokens_total", "Prompt tokens whose KV was imported instead of computed, by source.", source
+        )
         self._gauge("queued_tokens", "Accepted prompt tokens that are not computed yet.", lambda n: n.queued_tokens)
 
     def step(self, seconds: float, sequences: int, tokens: int) -> None:
@@ -104,6 +123,11 @@ class PrefillMetrics(EngineMetrics):
 
     def computed(self, compute_seconds: float) -> None:
         self._compute.observe(compute_seconds)
+
+    def imported(self, source: str, outcome: str, tokens: int) -> None:
+        """Counts an attempt to import KV from a "peer" or from "disk" that has brought ``tokens`` tokens."""
+        self._imports.labels(source, "none" if outcome == "ok" and not tokens else outcome).inc()
+        self._imported.labels(source).inc(tokens)
 
     @contextmanager
     def prompt(self) -> Iterator[None]:

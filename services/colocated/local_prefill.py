@@ -11,6 +11,7 @@ from typing import Protocol
 from overfill.engine.protocol import ServedHalf
 from overfill.engine.sequence import (
     AdapterChanged,
+    AwaitingImport,
     DecodeEvent,
     PrefillEvent,
     PrefillHere,
@@ -22,12 +23,14 @@ from overfill.engine.sequence import (
     StepSampled,
 )
 from overfill.errors import DeadlineExceeded
+from overfill.kv.imports import Importer
 from overfill.kv.receiver import PullStats
 from overfill.telemetry import tracing
 from overfill.telemetry.metrics import PrefillMetrics
-from overfill.v1 import common_pb2, decode_pb2
+from overfill.v1 import common_pb2, decode_pb2, kv_pb2
 from services.decode.sequence_session import SequenceSession
 from services.hosting import EnginePort
+from services.importing import import_prompt
 from services.messages import first_token_to_proto
 from services.prompt_hasher import PromptHasher
 
@@ -36,6 +39,7 @@ class PrefillStage(Protocol):
     """The servicer of this worker's prefill stage."""
 
     engine: EnginePort
+    importer: Importer | None
 
 
 class LocalPrefills:
@@ -66,9 +70,18 @@ class LocalPrefills:
         held = self._stage.engine.load.blocks_total * self._full.store.block_size
         return prompt_tokens <= min(held, self._full.max_model_len)
 
-    def handoff(self, session: SequenceSession) -> LocalPrefill:
-        """Returns the prefill of the session's prompt into the blocks that the session holds now."""
-        return LocalPrefill(self, session)
+    @property
+    def importer(self) -> Importer | None:
+        """Imports KV that the full model's prefix cache lacks; None means that every prompt is computed."""
+        return self._stage.importer
+
+    def handoff(self, session: SequenceSession, holder: kv_pb2.KvHolder | None = None) -> LocalPrefill:
+        """Returns the prefill of the session's prompt into the blocks that the session holds now.
+
+        Args:
+            holder: worker that has more of the prompt's KV than this one; None means none.
+        """
+        return LocalPrefill(self, session, holder)
 
     def on_events(self, events: Iterable[PrefillEvent | DecodeEvent]) -> None:
         """Passes engine events to their prompts. Call it on the event loop."""
@@ -107,10 +120,11 @@ class LocalPrefill:
 
     codec = common_pb2.KV_CODEC_UNSPECIFIED  # no KV travels
 
-    def __init__(self, prefills: LocalPrefills, session: SequenceSession) -> None:
+    def __init__(self, prefills: LocalPrefills, session: SequenceSession, holder: kv_pb2.KvHolder | None) -> None:
         self.stats = PullStats(held_tokens=session.held_tokens)
         self._prefills = prefills
         self._session = session
+        self._holder = holder
 
     async def run(
         self,
@@ -139,6 +153,8 @@ class LocalPrefill:
     async def _run(self, on_first_token: Callable[[decode_pb2.Tokens], None]) -> None:
         prefills, session = self._prefills, self._session
         sequence = await prefills.sequence(session)
+        importer = prefills.importer
+        sequence.imports = importer is not None and not sequence.scores_all and importer.may_import(self._holder)
         events = prefills.events[sequence.id] = asyncio.Queue()
         computed = False
         try:
@@ -146,6 +162,11 @@ class LocalPrefill:
             queue_ns = scheduled_ns = 0
             while not computed:
                 match await events.get():
+                    case AwaitingImport() as awaiting:
+                        imports = await import_prompt(
+                            *(importer, sequence, awaiting, self._holder, session.start.request_id, prefills.send)
+                        )
+                        self.stats.peer_tokens, self.stats.disk_tokens = imports.peer_tokens, imports.disk_tokens
                     case PrefillScheduled(cached_tokens=cached, time_ns=scheduled_ns):
                         queue_ns = scheduled_ns - self.stats.started_ns
                         self.stats.cached_tokens = cached
@@ -155,6 +176,8 @@ class LocalPrefill:
                     case PromptComputed(first=first, time_ns=now, scores=scores):
                         computed = True
                         prefills.metrics.computed((now - scheduled_ns) / 1e9)
+                        if importer is not None and sequence.prompt_blocks is not None:
+                            importer.note_computed(sequence.prompt_blocks)
                         tracing.current().past("prefill.compute", scheduled_ns, now)
                         self.stats.first_kv_ns = self.stats.last_kv_ns = now - self.stats.started_ns
                         if first is not None or scores is not None or session.sequence.answer_start is not None:

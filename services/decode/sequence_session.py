@@ -124,7 +124,7 @@ class SequenceSession:
         self._sharing = PromptSharing(sequence, worker, self.inbox.put_nowait)
         self._prefill_worker = ""
         self._handoff: Handoff | None = None
-        self._cached_tokens: int | None = None
+        self._cached: common_pb2.Usage | None = None  # tokens that the first prefill did not compute; None before it
         self._codec = common_pb2.KV_CODEC_UNSPECIFIED  # encoding in which the current KV was sent
         self._handoff_unreported = False  # True from a handoff until a token of a decode step has told the router of it
         self._reserved = self._refused = False
@@ -390,8 +390,8 @@ class SequenceSession:
     def _note_taken(self) -> None:
         """Keeps where the prompt's KV, which was here, has come from, and how long the sequence waited for it."""
         self._wants_kv = False
-        if self._cached_tokens is None:
-            self._cached_tokens = self.sequence.num_shared
+        if self._cached is None:
+            self._cached = common_pb2.Usage(cached_tokens=self.sequence.num_shared)
         if (received := self._sharing.received) is not None:
             self._prefill_worker, self._codec = received.worker_id, received.codec
             waited_ns = max(0, received.known_ns - self._prompt_known_ns)
@@ -449,8 +449,11 @@ class SequenceSession:
 
     def _note_cached_tokens(self, handoff: Handoff) -> None:
         """Keeps the cached tokens of the first prefill that began: a later one finds the blocks that the first left."""
-        if self._cached_tokens is None:
-            self._cached_tokens = handoff.stats.cached_tokens
+        stats = handoff.stats
+        if self._cached is None and stats.cached_tokens is not None:
+            self._cached = common_pb2.Usage(
+                cached_tokens=stats.cached_tokens, peer_tokens=stats.peer_tokens, disk_tokens=stats.disk_tokens
+            )
 
     def _tell_first(self, tokens: decode_pb2.Tokens) -> FinishReason | None:
         """Tells the router of the full model's token. Returns the reason if the answer ends with it."""
@@ -512,12 +515,13 @@ class SequenceSession:
             usage=common_pb2.Usage(
                 prompt_tokens=len(self.sequence.prompt),
                 completion_tokens=self._emitted,
-                cached_tokens=self._cached_tokens or 0,
             ),
             prefill_worker_id=self._prefill_worker,
             codec=self._codec,
             adapter_digest=self.start.adapter_digest,
         )
+        if self._cached is not None:
+            so_far.usage.MergeFrom(self._cached)
         if self._first_step_ns is not None:
             so_far.decode_ns = time.monotonic_ns() - self._first_step_ns
             if self._first_known_ns is not None:

@@ -24,11 +24,12 @@ from overfill.rpc.sequences import ServedSequence, serve_sequences
 from overfill.rpc.worker import WorkerHost, check_start, fill_description, shared_tokens
 from overfill.telemetry import tracing
 from overfill.telemetry.metrics import DecodeMetrics
-from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, prefill_pb2, registry_pb2
+from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, kv_pb2, prefill_pb2, registry_pb2
 from services.decode.adapters import WorkerAdapters
 from services.decode.sequence_session import SequenceSession
 from services.decode.shared_transfers import SharedTransfer
 from services.hosting import EnginePort
+from services.loans import Loans
 from services.messages import worker_load
 from services.prompt_hasher import PromptHasher
 
@@ -40,8 +41,12 @@ class OwnPrefills(Protocol):
         """True if a prompt of this length fits the full model's context and KV cache."""
         ...
 
-    def handoff(self, session: SequenceSession) -> Handoff:
-        """Returns the prefill of the session's prompt into the blocks that the session holds now."""
+    def handoff(self, session: SequenceSession, holder: kv_pb2.KvHolder | None) -> Handoff:
+        """Returns the prefill of the session's prompt into the blocks that the session holds now.
+
+        Args:
+            holder: worker that has more of the prompt's KV than this one; None means none.
+        """
         ...
 
 
@@ -57,6 +62,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         transfers, cut_blocks: see ``SharingWorker``.
         own_prefills: the prefill stage of this worker; None without one.
         adapters: the worker's adapters; None without any.
+        loans: the engine's loans to workers that prefill.
     """
 
     engine: EnginePort
@@ -86,6 +92,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             self.cut_blocks = CutBlocks(served.store, served.kv, served.config.num_layers, executor)
         self.own_prefills: OwnPrefills | None = None
         self.adapters: WorkerAdapters | None = None
+        self.loans = Loans(self.send)
         self._sessions: dict[str, SequenceSession] = {}
 
     @property
@@ -103,7 +110,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             if isinstance(event, StepSampled):
                 self._on_step(event)
             elif isinstance(event, Lent):
-                pass
+                self.loans.on_event(event)
             elif isinstance(event, AdapterChanged):
                 if self.adapters is not None:
                     self.adapters.on_changed(event)
@@ -201,11 +208,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
     async def new_handoff(self, target: decode_pb2.AssignPrefill, session: SequenceSession) -> AsyncIterator[Handoff]:
         """Connects to the assigned prefill worker and yields the handoff of the prompt's KV to the session's blocks."""
         itself = (target.worker_id, target.incarnation) == (self._hello.worker_id, self._hello.incarnation)
+        holder = target.holder if target.HasField("holder") else None
         if itself and self.own_prefills is not None:
-            yield self.own_prefills.handoff(session)
+            yield self.own_prefills.handoff(session, holder)
             return
         async with self._peers.use(target) as peer:
-            yield self._new_pull(peer, session)
+            yield self._new_pull(peer, session, holder)
 
     def on_drain(self) -> None:
         """Lets sequences that wait for a prefill worker turn to this one: routers assign none that drains."""
@@ -245,7 +253,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         if sampling.seed is None and not sampling.greedy:
             raise InvalidRequest("sampling.seed", "is required between router and worker")
 
-    def _new_pull(self, peer: PrefillPeer, session: SequenceSession) -> PromptPull:
+    def _new_pull(self, peer: PrefillPeer, session: SequenceSession, holder: kv_pb2.KvHolder | None) -> PromptPull:
         start = session.start
         request = prefill_pb2.StartPrefill(
             request_id=start.request_id,
@@ -258,6 +266,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             codec=start.codec or self._codec,
             trace=start.trace,
             answer_start=session.sequence.answer_start,
+            holder=holder,
         )
         if not session.wants_scores:
             request.sampling.ClearField("prompt_logprobs")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from overfill.engine.device import device_executor
 from overfill.engine.protocol import ServedHalf
+from overfill.kv.borrowing import Borrower
+from overfill.kv.imports import Importer
+from overfill.kv.peers import PeerPool, PrefillPeer
+from overfill.kv.puller import LocalPuller
+from overfill.kv.ranks import Puller
 from overfill.kv.shm import ShmServer
 from overfill.kv.stall import TransferLimits
 from overfill.kv.wire import add_prefill_to_server
@@ -20,6 +25,8 @@ from services.prefill.servicer import PrefillServicer
 
 SERVICE = "overfill.v1.Prefill"
 _READERS = 2  # threads that copy KV out of the cache
+_WRITERS = 2  # threads that check imported KV and write it to the cache
+_LOAN_STREAMS = 2  # connections to each data address of a worker that lends KV, as decode workers have by default
 
 
 async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) -> int:
@@ -29,6 +36,7 @@ async def serve(config: PrefillConfig, on_ready: OnReady = lambda host: None) ->
     if (ranks := loaded.served.ranks) is not None:
         tls, access = config.server_tls(), config.access()
         hello.data_addresses.extend(await ranks.serve(config.host, config.data_port, tls, access, config.max_rpcs))
+        await ranks.connect(_LOAN_STREAMS, config.credentials())
     metrics = PrefillMetrics()
     servicer, stage = prefill_stage(config, loaded.served, hello, metrics)
     core = loaded.new_core(on_loop(servicer.on_events), metrics)
@@ -39,7 +47,8 @@ def prefill_stage(
     config: PrefillConfig | ColocatedConfig, served: ServedHalf, hello: registry_pb2.Hello, metrics: PrefillMetrics
 ) -> tuple[PrefillServicer, StageService]:
     """Returns the prefill service of a worker that runs the half ``served``. Shares memory from now on."""
-    shm_server = ShmServer(config.shm and served.ranks is None)
+    shm = config.shm and served.ranks is None  # a rank shares no memory with another worker
+    shm_server = ShmServer(shm)
     servicer = PrefillServicer(
         served,
         hello,
@@ -48,9 +57,34 @@ def prefill_stage(
         shm_server,
         metrics,
         TransferLimits(whole=config.max_transfer_time),
+        max_loans=config.max_num_seqs if config.kv_peers else 0,
+    )
+    hello.lends_kv = config.kv_peers and served.lends_kv
+    peers = PeerPool(served.kv_identity, _LOAN_STREAMS, config.credentials(), shm)
+    borrower = Borrower(peers, served.kv, served.store.block_size, _new_puller(served))
+    servicer.importer = Importer(
+        (hello.worker_id, hello.incarnation),
+        served.store.block_size,
+        lambda: servicer.engine.load.token_seconds,
+        borrower.borrow if config.kv_peers else None,
+        None,
+        metrics,
     )
     shm_server.start()
-    return servicer, StageService(served, servicer, add_prefill_to_server, SERVICE, metrics, shm_server.stop)
+
+    async def close() -> None:
+        await shm_server.stop()
+        await peers.close()
+
+    return servicer, StageService(served, servicer, add_prefill_to_server, SERVICE, metrics, close)
+
+
+def _new_puller(served: ServedHalf) -> Callable[[PrefillPeer], Puller]:
+    """Returns what makes a puller of a peer's KV into the blocks of ``served``."""
+    if (ranks := served.ranks) is not None:
+        return lambda peer: ranks.puller
+    writers = device_executor(_WRITERS, "kv-in", served.device)
+    return lambda peer: LocalPuller(served.store, writers, peer.data, peer.link)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

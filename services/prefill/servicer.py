@@ -6,17 +6,14 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing, asynccontextmanager
-from typing import assert_never
 
 from overfill.engine.protocol import ServedHalf
 from overfill.engine.sequence import (
     AwaitingImport,
     ChunkComputed,
-    KvWritten,
-    LayerStarted,
     Lent,
     PrefillEvent,
     PrefillScheduled,
@@ -34,113 +31,28 @@ from overfill.errors import (
     PromptTooLong,
     Unavailable,
 )
-from overfill.kv.chunks import TRANSFER_ID_BYTES, TransferSpec
+from overfill.kv.chunks import TRANSFER_ID_BYTES
+from overfill.kv.imports import Importer
 from overfill.kv.ranges import KvRange
-from overfill.kv.sender import KvSender
 from overfill.kv.shm import ShmServer
-from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits, watch_transfer
-from overfill.kv.streams import TransferStreams, unknown_transfer
+from overfill.kv.stall import DEFAULT_LIMITS, TransferLimits
 from overfill.request.params import SamplingParams, check_token_ids
 from overfill.rpc.constants import MAX_KV_AT_ONCE
 from overfill.rpc.interceptors import Context
-from overfill.rpc.worker import WorkerHost, check_start, fill_description, shared_tokens
+from overfill.rpc.worker import WorkerHost, check_start, shared_tokens
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import PrefillMetrics
 from overfill.telemetry.outcomes import outcome_of
 from overfill.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
 from services.hosting import EnginePort
+from services.importing import import_prompt
+from services.lending import Lender, describe
+from services.loans import Loans
 from services.messages import first_token_to_proto
+from services.prefill.lease import Lease
 from services.prompt_hasher import PromptHasher
 
 logger = logging.getLogger(__name__)
-
-
-class Lease:
-    """One prompt from acceptance to release: its sequence, the sender of its KV, and the streams that read it."""
-
-    def __init__(
-        self, start: prefill_pb2.StartPrefill, sequence: PrefillSequence, served: ServedHalf, executor: Executor
-    ) -> None:
-        self.spec = TransferSpec(
-            start.transfer_id,
-            start.attempt,
-            served.kv,
-            tuple(start.layers),
-            (start.already_held_tokens, len(sequence.prompt)),
-            start.codec,
-        )
-        self.sequence = sequence
-        self.received_ns = time.monotonic_ns()
-        # Queue of the RPC: engine events, an error that ends the RPC, or None to check for the end again.
-        self.events: asyncio.Queue[PrefillEvent | Exception | None] = asyncio.Queue()
-        self.sender = KvSender(self.spec, served.store, executor)
-        self.streams = TransferStreams(self.sender)
-        self.ranks = served.ranks
-        self.released = False  # True once the decode worker needs no more KV
-        self.scheduled_ns = 0
-        self.tells_times = start.HasField("answer_start")  # the decoder samples the first token
-        self.trace = kv_pb2.PrefillTrace()
-
-    def on_event(self, event: PrefillEvent) -> None:
-        """Handles an engine event. Call it on the event loop."""
-        match event:
-            case PrefillScheduled(blocks=blocks, cached_tokens=cached, event=mark, time_ns=now):
-                self.scheduled_ns = now
-                self.sender.begin(blocks, cached, mark)
-            case LayerStarted(layer=layer, time_ns=now):
-                if layer == 0:
-                    del self.trace.layer_start_ns[:]
-                    del self.trace.layer_end_ns[:]
-                else:
-                    self.trace.layer_end_ns.append(now - self.scheduled_ns)
-                self.trace.layer_start_ns.append(now - self.scheduled_ns)
-                return
-            case KvWritten(layers=layers, token_end=end, event=mark):
-                for layer in layers:
-                    self.sender.mark_ready(layer, end, mark)
-                return
-            case PromptComputed(time_ns=now):
-                if self.trace.layer_start_ns:  # the engine reports layers
-                    self.trace.layer_end_ns.append(now - self.scheduled_ns)
-            case AwaitingImport() | Lent() | ChunkComputed() | SequenceFailed():
-                pass
-            case _:
-                assert_never(event)
-        self.events.put_nowait(event)
-
-    async def guard(self, work: Coroutine[object, object, None]) -> None:
-        """Runs ``work`` beside the RPC. Its end wakes the RPC; its failure ends the RPC."""
-        try:
-            await work
-        except Exception as error:
-            self.events.put_nowait(error)
-        else:
-            self.events.put_nowait(None)
-
-    async def watch_transfer(self, limits: TransferLimits) -> None:
-        """Raises TransferFailed when the decode worker stops acknowledging KV although some is ready."""
-        sender = self.sender
-        ready, moved = (lambda: 0 if self.released else sender.ready_bytes), (lambda: sender.acknowledged_bytes)
-        await watch_transfer("the decode worker", self.spec.total_bytes, limits, ready, moved)
-
-    async def begin_streams(self, event: PrefillScheduled) -> None:
-        """Has the ranks that hold the KV serve it; without ranks, this process serves it already."""
-        if self.ranks is not None:
-            await self.ranks.open(self.spec, event.blocks, event.cached_tokens)
-
-    async def join_streams(self) -> None:
-        """Ends every stream that reads the blocks, here and in ranks, and waits until all have ended."""
-        await self.streams.join()
-        if self.ranks is not None:
-            first, last = await self.ranks.close(self.spec.transfer_id)
-            self.sender.first_sent_ns, self.sender.last_sent_ns = first or None, last or None
-
-    def finished_trace(self) -> kv_pb2.PrefillTrace:
-        now = time.monotonic_ns()
-        self.trace.first_kv_sent_ns = (self.sender.first_sent_ns or now) - self.scheduled_ns
-        self.trace.last_kv_sent_ns = (self.sender.last_sent_ns or now) - self.scheduled_ns
-        self.trace.last_ack_ns = now - self.scheduled_ns
-        return self.trace
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
@@ -150,6 +62,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         executor: threads that copy KV out of the cache.
         max_leases: maximum number of prompts at once, waiting ones included.
         shm_server: shares memory with decode workers on this host.
+        max_loans: maximum number of loans to other workers at once; 0 means that the worker lends nothing.
+
+    Attributes:
+        loans: the engine's loans, for other workers and for the disk.
+        importer: imports KV that the prefix cache lacks; None means that every prompt is computed.
     """
 
     engine: EnginePort
@@ -164,6 +81,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         shm_server: ShmServer | None = None,
         metrics: PrefillMetrics | None = None,
         limits: TransferLimits = DEFAULT_LIMITS,
+        max_loans: int = 0,
     ) -> None:
         self._metrics = metrics or PrefillMetrics()
         self._limits = limits
@@ -173,6 +91,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         self._max_leases = max_leases
         self._hello = hello
         self._executor = executor
+        self.loans = Loans(lambda message: self.engine.send(message))
+        self.importer: Importer | None = None
+        self._lender = Lender(served, hello, self.loans, executor, max_loans, self._shm_server, self._metrics)
         self._leases: dict[str, Lease] = {}  # by the id of the sequence, the transfer's in hexadecimal digits
         self._releases: set[asyncio.Task[None]] = set()
 
@@ -186,16 +107,17 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             lease.events.put_nowait(error)
 
     def on_events(self, events: Sequence[PrefillEvent]) -> None:
-        """Passes engine events to their leases. Call it on the event loop."""
+        """Passes engine events to their leases and loans. Call it on the event loop."""
         for event in events:
-            if lease := self._leases.get(event.id):
+            if isinstance(event, Lent):
+                self.loans.on_event(event)
+            elif lease := self._leases.get(event.id):
                 lease.on_event(event)
 
     async def Describe(
         self, request: prefill_pb2.DescribePrefillRequest, context: Context
     ) -> prefill_pb2.DescribePrefillResponse:
-        description = prefill_pb2.DescribePrefillResponse(codecs=self._half.codecs, shm=self._shm_server.offer)
-        return fill_description(description, self._hello)
+        return describe(self._half, self._hello, self._shm_server)
 
     async def Prefill(
         self,
@@ -257,13 +179,20 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             logs.ended("prefill", outcome_of(sys.exception()), prompt_tokens=len(lease.sequence.prompt))
 
     async def PullKv(self, request: prefill_pb2.PullKvRequest, context: Context) -> AsyncIterator[bytes]:
-        """Yields encoded ``KvChunk``s."""
+        """Yields encoded ``KvChunk``s of a lease or a loan."""
         self._check_has_kv("PullKv")
-        if (lease := self._leases.get(request.transfer_id.hex())) is None:
-            raise unknown_transfer()
-        async with aclosing(lease.streams.serve(request, self._shm_server)) as messages:
+        lease = self._leases.get(request.transfer_id.hex())
+        stream = self._lender.pull(request) if lease is None else lease.streams.serve(request, self._shm_server)
+        async with aclosing(stream) as messages:
             async for message in messages:
                 yield message
+
+    async def Lend(
+        self, request_iterator: AsyncIterator[prefill_pb2.LendRequest], context: Context
+    ) -> AsyncIterator[prefill_pb2.LendResponse]:
+        async with aclosing(self._lender.serve(request_iterator)) as responses:
+            async for response in responses:
+                yield response
 
     async def _parse(self, start: prefill_pb2.StartPrefill) -> PrefillSequence:
         """Returns the prompt that ``start`` asks for, as the engine takes it.
@@ -279,7 +208,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         if start.sample_first_token:
             eos_ids = self._half.config.eos_token_ids
             processor = await self._half.prepare_processor(sampling, prompt, eos_ids, start.cache_namespace)
-        return PrefillSequence(
+        sequence = PrefillSequence(
             id=start.transfer_id.hex(),
             prompt=prompt,
             sampling=sampling,
@@ -292,6 +221,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             scores=self._half.new_scores(sampling),
             follower=rest[0] if rest else None,
         )
+        if self.importer is not None and not sequence.scores_all:
+            sequence.imports = self.importer.may_import(_holder_of(start))
+        return sequence
 
     def _accept(self, start: prefill_pb2.StartPrefill, sequence: PrefillSequence) -> Lease:
         """Registers a lease and submits its prompt. Raises if it cannot be accepted now."""
@@ -358,12 +290,16 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     def _note(self, lease: Lease, event: PrefillEvent, response: prefill_pb2.PrefillResponse) -> None:
         """Adds an event to the next response."""
         match event:
+            case AwaitingImport():
+                lease.begin_import(self._import(lease, event))
             case PrefillScheduled(cached_tokens=cached, time_ns=now):
                 self._metrics.scheduled((now - lease.received_ns) / 1e9)
                 tracing.current().past("prefill.queue", lease.received_ns, now)
                 tracing.current().set(cached_tokens=cached)
                 response.scheduled.queue_ns = now - lease.received_ns
                 response.scheduled.cached_tokens = cached
+                response.scheduled.peer_tokens = lease.imports.peer_tokens
+                response.scheduled.disk_tokens = lease.imports.disk_tokens
             case ChunkComputed(token_start=start, token_end=end):
                 start = max(start, lease.spec.tokens[0])
                 if end > start:
@@ -373,6 +309,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             case PromptComputed(first=first, time_ns=now, scores=scores):
                 self._metrics.computed((now - lease.scheduled_ns) / 1e9)
                 tracing.current().past("prefill.compute", lease.scheduled_ns, now)
+                if self.importer is not None and (computed := lease.sequence.prompt_blocks) is not None:
+                    self.importer.note_computed(computed)
                 lease.trace.first_token_sent_ns = time.monotonic_ns() - lease.scheduled_ns
                 if first is not None or scores is not None or lease.tells_times:
                     response.first_token.CopyFrom(first_token_to_proto(first, scores, lease.scheduled_ns, now))
@@ -380,6 +318,15 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                 event.raise_for("prefill")
             case _:
                 pass
+
+    async def _import(self, lease: Lease, awaiting: AwaitingImport) -> None:
+        """Answers the engine, which waits for what can be imported of the prompt."""
+        began_ns = time.monotonic_ns()
+        start = lease.start
+        lease.imports = await import_prompt(
+            self.importer, lease.sequence, awaiting, _holder_of(start), start.request_id, self.engine.send
+        )
+        tracing.current().past("prefill.import", began_ns, time.monotonic_ns())
 
     async def _read_acknowledgements(self, lease: Lease, requests: AsyncIterator[prefill_pb2.PrefillRequest]) -> None:
         async for request in requests:
@@ -394,6 +341,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             if lease.sender.complete:
                 return
         raise Unavailable("the decode worker stopped acknowledging")
+
+
+def _holder_of(start: prefill_pb2.StartPrefill) -> kv_pb2.KvHolder | None:
+    """Returns the worker that has more of the prompt's KV, if the router has named one."""
+    return start.holder if start.HasField("holder") else None
 
 
 def _check_start(start: prefill_pb2.StartPrefill, sampling: SamplingParams, served: ServedHalf) -> None:

@@ -72,7 +72,8 @@ class Cases:
             kind, _ = request_type(method)
             self._seeds[method] = [json_format.ParseDict(body, kind()) for body in bodies]
         commands = [each for seed in self._seeds["/overfill.v1.Decode/Serve"] for each in seed.commands]
-        for command in (*commands, *self._seeds["/overfill.v1.Prefill/Prefill"]):
+        of_prefill = [seed for rpc in ("Prefill", "Lend") for seed in self._seeds[f"/overfill.v1.Prefill/{rpc}"]]
+        for command in (*commands, *of_prefill):
             kind = command.WhichOneof("message")
             if kind == "start":
                 decodes = isinstance(command, decode_pb2.SequenceCommand)

@@ -1,13 +1,14 @@
-"""Starts a prefill worker, and pulls the KV of prompts from it, as decode workers do."""
+"""Starts a worker without a router, and pulls the KV of prompts from a prefill worker, as decode workers do."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,15 +28,24 @@ from overfill.v1 import decode_pb2, kv_pb2, prefill_pb2, registry_pb2
 BLOCK = 16
 
 
+def prefill_process(*arguments: str) -> AbstractContextManager[registry_pb2.Hello]:
+    """As ``worker_process``, of a prefill worker."""
+    return worker_process("prefill", *arguments)
+
+
 @contextmanager
-def prefill_process(*arguments: str) -> Iterator[registry_pb2.Hello]:
-    """Runs a prefill worker, and yields its Hello. It keeps serving although its router has stopped."""
+def worker_process(kind: str, *arguments: str) -> Iterator[registry_pb2.Hello]:
+    """Runs a worker, and yields its Hello. It keeps serving although its router has stopped.
+
+    Args:
+        kind: prefill, decode or colocated.
+    """
     flags = ("--dtype=float32", "--grace-period=1", *arguments)
 
     async def start() -> tuple[ForkedChild, registry_pb2.Hello]:
         registry = ListeningRegistry()
-        command = [sys.executable, "-m", "services.prefill.main", f"--routers={await registry.start()}", *flags]
-        worker = ForkedChild("prefill", command, child_environment(os.environ, 1), lambda name, line: None)
+        command = [sys.executable, "-m", f"services.{kind}.main", f"--routers={await registry.start()}", *flags]
+        worker = ForkedChild(kind, command, child_environment(os.environ, 1), lambda name, line: None)
         hello = await registry.next_worker(60)
         await registry.stop()
         return worker, hello
@@ -66,12 +76,14 @@ async def pull(
     namespace: str = "",
     timeout: float = 20.0,
     on_token: Callable[[Any], None] = lambda token: None,
+    fields: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> tuple[KvCache, PullStats]:
     """Pulls a prompt's KV into a new cache, and returns both the cache and the transfer's statistics.
 
     Args:
         timeout: seconds after which the transfer fails.
+        fields: further fields of ``StartPrefill``.
         options: further arguments of ``PromptPull``.
     """
     blocks = list(range(-(-len(prompt) // BLOCK)))
@@ -82,6 +94,7 @@ async def pull(
         sampling=SamplingParams(temperature=0).to_proto(),
         sample_first_token=True,
         cache_namespace=namespace,
+        **fields,
     )
     puller = LocalPuller(cache, executor, peer.data, peer.link)
     handoff = PromptPull(peer, request, spec, layer_map, puller, blocks, 2**32, **options)

@@ -8,8 +8,10 @@ from unittest.mock import AsyncMock
 import pytest
 
 from overfill.engine.sequence import (
+    AwaitingImport,
     ChunkComputed,
     DecodeSequence,
+    Imported,
     Preempted,
     PrefillHere,
     PrefillScheduled,
@@ -21,11 +23,12 @@ from overfill.engine.sequence import (
     Yielded,
 )
 from overfill.errors import DeadlineExceeded, InternalError, InvalidRequest
+from overfill.kv.imports import Imports
 from overfill.kv.keys import PromptBlocks
 from overfill.model.steps import SampledToken
 from overfill.request.params import SamplingParams
 from overfill.telemetry.metrics import DecodeMetrics, PrefillMetrics
-from overfill.v1 import common_pb2, decode_pb2
+from overfill.v1 import common_pb2, decode_pb2, kv_pb2
 from services.colocated.local_prefill import LocalPrefills
 from services.decode.sequence_session import SequenceSession
 
@@ -33,7 +36,7 @@ from services.decode.sequence_session import SequenceSession
 class Prefilling:
     """A session whose prompt is being prefilled; ``sent`` has the messages to the engine."""
 
-    def __init__(self, emitted=(), answer_start=None):
+    def __init__(self, emitted=(), answer_start=None, importer=None, holder=None):
         self.sent, self.first_tokens, self.in_place = [], [], 0
         config = SimpleNamespace(eos_token_ids=(9,))
         full = SimpleNamespace(
@@ -45,7 +48,7 @@ class Prefilling:
         )
         self.metrics = PrefillMetrics()
         engine = SimpleNamespace(send=self.sent.append, load=SimpleNamespace(blocks_total=5))
-        self.prefills = LocalPrefills(full, SimpleNamespace(engine=engine), self.metrics)
+        self.prefills = LocalPrefills(full, SimpleNamespace(engine=engine, importer=importer), self.metrics)
         sampling = common_pb2.SamplingParams(temperature=0, seed=3)
         start = decode_pb2.StartDecode(sampling=sampling, sample_index=2, cache_namespace="tenant")
         sequence = DecodeSequence("d", [1, 2, 3], list(emitted), SamplingParams(), StopRule(frozenset(), 4), 2)
@@ -54,7 +57,7 @@ class Prefilling:
         self.session = SimpleNamespace(
             start=start, sequence=sequence, wants_first_token=wants_first, wants_scores=False, held_tokens=2
         )
-        self.handoff = self.prefills.handoff(self.session)
+        self.handoff = self.prefills.handoff(self.session, holder)
 
     async def start(self, timeout=None):
         self.task = asyncio.ensure_future(
@@ -187,3 +190,69 @@ async def test_a_preempted_session_stops_its_local_prefill_before_it_gives_the_b
 @pytest.mark.parametrize(("tokens", "fits"), [(20, True), (21, False)])
 def test_only_a_prompt_that_the_full_models_cache_holds_fits(tokens, fits):
     assert Prefilling().prefills.fits(tokens) == fits
+
+
+class Importing:
+    """An importer whose import ends when the test says so."""
+
+    def __init__(self):
+        self.requests, self.go_on, self.writing, self.computed = [], asyncio.Event(), False, []
+
+    def may_import(self, holder):
+        return holder is not None
+
+    def note_computed(self, prompt):
+        self.computed.append(prompt)
+
+    async def run(self, request):
+        self.requests.append(request)
+        self.writing = True
+        try:
+            await self.go_on.wait()
+        finally:
+            self.writing = False
+        return Imports(2, peer_tokens=2)
+
+
+async def importing():
+    holder = kv_pb2.KvHolder(worker_id="h", incarnation=3)
+    prefilling = Prefilling(importer=Importing(), holder=holder)
+    here = await prefilling.start()
+    assert here.sequence.imports
+    prefilling.prefills.on_events([AwaitingImport(here.sequence.id, [5], 0)])
+    while not prefilling.prefills.importer.requests:
+        await asyncio.sleep(0.001)
+    (request,) = prefilling.prefills.importer.requests
+    assert (request.prompt, request.blocks, request.holder) == ([1, 2, 3], [5], holder)
+    return prefilling, here.sequence
+
+
+async def test_a_worker_with_both_stages_imports_what_its_cache_lacks():
+    prefilling, sequence = await importing()
+    prefilling.prefills.importer.go_on.set()
+    while len(prefilling.sent) < 2:
+        await asyncio.sleep(0.001)
+    assert prefilling.sent[1] == Imported(sequence.id, 2)
+    began_ns = prefilling.handoff.stats.started_ns
+    prefilling.prefills.on_events(
+        [
+            PrefillScheduled(sequence.id, [5], 2, None, began_ns + 1000),
+            PromptComputed(sequence.id, SampledToken(7), began_ns + 3000),
+        ]
+    )
+    await prefilling.task
+    stats = prefilling.handoff.stats
+    assert (stats.cached_tokens, stats.peer_tokens, stats.disk_tokens) == (2, 2, 0)
+    assert prefilling.prefills.importer.computed == [sequence.prompt_blocks]
+
+
+async def test_a_cancelled_import_stops_writing_before_the_blocks_are_released():
+    prefilling, sequence = await importing()
+    writing = []
+    prefilling.prefills._stage.engine.send = lambda message: writing.append(
+        (message, prefilling.prefills.importer.writing)
+    )
+    prefilling.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await prefilling.task
+    assert writing == [(Release(sequence.id), False)]

@@ -10,17 +10,22 @@ import pytest
 import torch
 
 from overfill.engine.sequence import (
+    AwaitingImport,
+    Imported,
     KvWritten,
+    Lent,
     PrefillScheduled,
     PrefillSequence,
     PromptComputed,
     Release,
+    Submit,
 )
 from overfill.errors import Incompatible, InvalidRequest, Overloaded, TransferFailed, Unavailable
 from overfill.kv import stall
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.kv.chunks import check
+from overfill.kv.imports import Imports
 from overfill.kv.prefix import PrefixCache
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec, RopeSpec
@@ -69,7 +74,10 @@ async def bench(monkeypatch):
     )
     released_while_busy = []
 
+    sent = []
+
     def send(message):
+        sent.append(message)
         if isinstance(message, Release):
             released_while_busy.append(cache.busy)
 
@@ -77,7 +85,7 @@ async def bench(monkeypatch):
         servicer = PrefillServicer(parts, registry_pb2.Hello(worker_id="p"), executor, max_leases=2)
         servicer.engine = SimpleNamespace(send=send, load=SimpleNamespace(waiting=0))
         servicer.host = SimpleNamespace(draining=False)
-        yield SimpleNamespace(servicer=servicer, cache=cache, releases=released_while_busy, parts=parts)
+        yield SimpleNamespace(servicer=servicer, cache=cache, releases=released_while_busy, parts=parts, sent=sent)
         cache.go_on.set()
 
 
@@ -309,11 +317,11 @@ async def scheduled_by(servicer):
     return lease
 
 
-def begun(servicer, *requests, trace=False):
+def begun(servicer, *requests, **options):
     """Begins a Prefill, and returns its responses. The decode worker then sends ``requests``, and no more."""
 
     async def sent():
-        for request in (prefill_pb2.PrefillRequest(start=start(trace=trace)), *requests):
+        for request in (prefill_pb2.PrefillRequest(start=start(**options)), *requests):
             yield request
         await asyncio.Event().wait()
 
@@ -382,3 +390,115 @@ async def test_a_process_without_kv_sends_none(bench, ranks):
     await compute(bench.servicer)
     assert list((await answer).first_token.ids) == [7]
     await until(lambda: bench.releases)
+
+
+class Importing:
+    """An importer whose import ends when the test says so, or with ``error``."""
+
+    def __init__(self):
+        self.requests, self.go_on, self.error = [], asyncio.Event(), None
+        self.writing, self.writing_at_release, self.computed = 0, [], []
+
+    def may_import(self, holder):
+        return holder is not None and holder.worker_id == "h"
+
+    def note_computed(self, prompt):
+        self.computed.append(prompt)
+
+    async def run(self, request):
+        self.requests.append(request)
+        self.writing += 1
+        try:
+            await self.go_on.wait()
+            if self.error is not None:
+                raise self.error
+        finally:
+            await asyncio.sleep(0)
+            self.writing -= 1
+        return Imports(4, peer_tokens=3, disk_tokens=1)
+
+
+HOLDER = kv_pb2.KvHolder(worker_id="h", incarnation=3, tokens=4)
+
+
+@pytest.fixture
+def importer(bench):
+    bench.servicer.importer = Importing()
+    send, importer = bench.servicer.engine.send, bench.servicer.importer
+
+    def noting(message):
+        if isinstance(message, Release):
+            importer.writing_at_release.append(importer.writing)
+        send(message)
+
+    bench.servicer.engine.send = noting
+    return importer
+
+
+async def awaiting(bench, **options):
+    """Begins a prompt whose import the engine awaits. Returns the first response to come, and the lease."""
+    first = asyncio.ensure_future(anext(begun(bench.servicer, holder=HOLDER, **options)))
+    await until(lambda: bench.servicer.active)
+    (lease,) = bench.servicer._leases.values()
+    bench.servicer.on_events([AwaitingImport(lease.sequence.id, [3], 0)])
+    await until(lambda: bench.servicer.importer.requests)
+    return first, lease
+
+
+async def test_a_prompt_is_computed_after_what_was_imported_and_the_decode_worker_learns_of_it(bench, importer):
+    first, lease = await awaiting(bench, request_id="r", cache_namespace="tenant")
+    (submitted,) = bench.sent
+    assert submitted.sequence.imports
+    (request,) = importer.requests
+    assert (request.prompt, request.blocks, request.cached_tokens) == ([1, 2, 3, 4], [3], 0)
+    assert (request.request_id, request.holder, request.prompt_blocks.cache_namespace) == ("r", HOLDER, "tenant")
+    importer.go_on.set()
+    await until(lambda: len(bench.sent) == 2)
+    assert bench.sent[-1] == Imported(lease.sequence.id, 4)
+    lease.on_event(PrefillScheduled(lease.sequence.id, [3], 4, None, time.monotonic_ns()))
+    scheduled = (await first).scheduled
+    assert (scheduled.cached_tokens, scheduled.peer_tokens, scheduled.disk_tokens) == (4, 3, 1)
+
+
+@pytest.mark.parametrize("end", ["cancelled", "fails", "drained"])
+async def test_blocks_are_released_after_the_import_has_stopped_writing(bench, importer, end):
+    first, _ = await awaiting(bench)
+    if end == "cancelled":  # by the client, its deadline, or the loss of the decode worker
+        first.cancel()
+    elif end == "drained":
+        bench.servicer.end_all(Unavailable("leaves"))
+    else:
+        importer.error = ValueError("a defect")
+        importer.go_on.set()
+    await asyncio.wait([first])
+    await until(lambda: bench.releases)
+    assert importer.writing_at_release == [0]
+    assert not any(isinstance(message, Imported) for message in bench.sent)
+    assert bench.servicer.active == 0
+
+
+async def test_a_prompt_without_a_holder_waits_for_no_import(bench, importer):
+    first = asyncio.ensure_future(anext(begun(bench.servicer)))
+    await until(lambda: bench.sent)
+    (submitted,) = bench.sent
+    assert isinstance(submitted, Submit)
+    assert not submitted.sequence.imports
+    lease = await scheduled_by(bench.servicer)
+    lease.on_event(PromptComputed(lease.sequence.id, SampledToken(7), 2_000))
+    await first
+    assert importer.computed == [lease.sequence.prompt_blocks], "the disk may keep it"
+
+
+async def test_a_worker_that_drains_still_lends(bench):
+    bench.servicer.host.draining = True
+    servicer = PrefillServicer(bench.parts, registry_pb2.Hello(worker_id="p"), None, max_leases=2, max_loans=1)
+    servicer.engine, servicer.host = bench.servicer.engine, bench.servicer.host
+
+    async def requests():
+        lend = prefill_pb2.StartLend(transfer_id=b"l" * 16, prompt_token_ids=[1, 2, 3, 4])
+        yield prefill_pb2.LendRequest(start=lend)
+
+    lent = asyncio.ensure_future(anext(servicer.Lend(requests(), None)))
+    await until(lambda: bench.sent)
+    servicer.on_events([Lent(bench.sent[0].id, [], 0, None)])
+    assert (await lent).tokens == 0

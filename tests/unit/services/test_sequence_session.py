@@ -236,7 +236,7 @@ async def test_decoding_starts_before_the_prefill_worker_has_said_its_last_word(
 async def test_the_first_decoded_token_tells_of_the_handoff_for_a_router_that_ends_the_answer(harness):
     harness.session.sequence.stop = StopRule(frozenset(), 5)
     pull = await harness.assign()
-    pull.stats.cached_tokens = 2
+    pull.stats.cached_tokens, pull.stats.peer_tokens, pull.stats.disk_tokens = 3, 2, 1
     pull.end()
     pull.on_in_place()
     await settle()
@@ -245,7 +245,9 @@ async def test_the_first_decoded_token_tells_of_the_handoff_for_a_router_that_en
     *tokens, done = harness.told[1:]
     assert [update.tokens.HasField("so_far") for update in tokens] == [True, False, False, False]
     so_far = tokens[0].tokens.so_far
-    assert (so_far.usage.cached_tokens, so_far.codec, so_far.prefill_worker_id) == (2, common_pb2.KV_CODEC_RAW, "p")
+    assert (so_far.codec, so_far.prefill_worker_id) == (common_pb2.KV_CODEC_RAW, "p")
+    usage = so_far.usage
+    assert (usage.cached_tokens, usage.peer_tokens, usage.disk_tokens) == (3, 2, 1)
     assert 0 < so_far.decode_ns < done.done.decode_ns
 
 
