@@ -134,6 +134,12 @@ class DiskWorker:
         self.threads.shutdown()
 
 
+async def until_known(tier: DiskTier, prompt: PromptBlocks, number: int) -> None:
+    """Waits until a tier that has started knows so many of the prompt's blocks."""
+    while tier.known(prompt, 0) < number:
+        await asyncio.sleep(0.001)
+
+
 def random_store(kv: KvSpec, num_blocks: int, block_size: int, seed: int) -> KvCache:
     store = KvCache(kv, num_blocks, block_size, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)

@@ -18,8 +18,9 @@ from overfill.kv import disk, disk_format
 from overfill.kv.disk_files import DiskFiles
 from overfill.kv.keys import PromptBlocks
 from overfill.kv.spec import KvSpec, RopeSpec
+from overfill.kv.wire import join_chunks, parse_message
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD
-from tests.support.disk_workers import SMALL, DiskWorker, equal_blocks, identity_of
+from tests.support.disk_workers import SMALL, DiskWorker, equal_blocks, identity_of, until_known
 
 NewWorker = Callable[..., DiskWorker]
 ALL = list(range(8))
@@ -48,13 +49,8 @@ async def new_worker(folder: Path) -> AsyncIterator[NewWorker]:
 async def restarted(new_worker: NewWorker, prompt: PromptBlocks, **arguments: object) -> DiskWorker:
     """A worker with other KV in its store, which knows the files of ``prompt``."""
     worker = new_worker(seed=1, **arguments)
-    await until_known(worker, prompt, len(prompt.keys))
+    await until_known(worker.tier, prompt, len(prompt.keys))
     return worker
-
-
-async def until_known(worker: DiskWorker, prompt: PromptBlocks, number: int) -> None:
-    while worker.tier.known(prompt, 0) < number:
-        await asyncio.sleep(0.001)
 
 
 # Round trip ------------------------------------------------------------------------------------------------------
@@ -190,6 +186,23 @@ async def test_a_file_that_is_cut_off_or_too_long_is_a_miss(new_worker: NewWorke
         path.write_bytes(one)
         assert await after.read(prompt) == 0, len(one)
         assert not path.exists()
+
+
+async def test_a_file_that_lacks_a_chunk_is_a_miss(new_worker: NewWorker) -> None:
+    kv = identity_of(KvSpec(5, 4, 64, "float32", RopeSpec()))
+    before = new_worker(identity=kv, block_size=128)
+    prompt = before.prompt(0, 1)
+    await before.save(prompt)
+    (path,) = before.paths(prompt)
+    content = path.read_bytes()
+    first, *others = parse_message(content)
+    assert others
+    after = await restarted(new_worker, prompt, identity=kv, block_size=128)
+    for chunks in ([first], others, [first, *others, first]):
+        path.write_bytes(join_chunks(chunks))
+        assert await after.read(prompt) == 0
+    path.write_bytes(join_chunks([*others, first]))  # their order is free
+    assert await after.read(prompt) == 1
 
 
 async def test_blocks_before_a_damaged_one_are_in_place(

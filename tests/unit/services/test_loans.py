@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from overfill.engine.loans import Loans
 from overfill.engine.sequence import Lend, Lent, Release
 from overfill.kv.keys import PromptBlocks, root_key
+from services.loans import Loans
 
 PROMPT = PromptBlocks(list(range(8)), 4, root_key("full", ""), "")
 
