@@ -18,6 +18,7 @@ from overfill.engine.device import cpu_settings, is_out_of_memory, on_cpu
 from overfill.engine.protocol import EngineCore, ServedHalf
 from overfill.engine.thread import EngineThread
 from overfill.errors import OverfillError, Unavailable
+from overfill.kv.journal import KeyJournal
 from overfill.process import startup
 from overfill.process.cores import SharedCores
 from overfill.process.leaving import exit_now
@@ -112,6 +113,8 @@ class StageService:
         close: releases what the stage holds besides requests.
         on_drain: called once when the worker begins to drain.
         adapters: changes the adapters of a decoder; None means that it has none.
+        disk_keys: keys of the KV on disk of a stage that prefills; None means that there is none.
+        costs: returns what KV costs a stage that prefills; None means that it is not reported.
     """
 
     served: ServedHalf
@@ -122,6 +125,8 @@ class StageService:
     close: Callable[[], Awaitable[None]]
     on_drain: Callable[[], None] = lambda: None
     adapters: AdapterLoader | None = None
+    disk_keys: KeyJournal | None = None
+    costs: Callable[[], registry_pb2.KvCosts] | None = None
 
 
 def _step_timeouts(
@@ -229,6 +234,8 @@ async def serve_stages(
         healthy=lambda: engine.alive,
         codec=codec,
         prefix_keys=stages[0].served.prefix_keys,
+        disk_keys=stages[0].disk_keys,
+        costs=stages[0].costs,
         prefill_load=reports[0] if len(stages) > 1 else None,
         on_drain=on_drain,
         adapters=stages[-1].adapters,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Set
 
 from overfill.v1 import registry_pb2
 
@@ -24,6 +25,14 @@ class KeyJournal:
 
     def remove(self, key: int) -> None:
         self._change(key, False)
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._keys
+
+    def become(self, keys: Set[int]) -> None:
+        """Adds and removes keys until exactly ``keys`` are present."""
+        for key in keys ^ self._keys:
+            self._change(key, key in keys)
 
     def feed(self) -> KeyFeed:
         """A new reader, which first receives all present keys. The caller closes it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol
@@ -261,11 +261,7 @@ class KvSender:
         if chunks[0].slot is not None:
             self._store.read(self._block_table, chunks, self._event)
             return join_chunks(chunks)
-        message, checksums = lay_out_message(chunks, [self.spec.payload_bytes(chunk.range) for chunk in chunks])
-        self._store.read(self._block_table, chunks, self._event)
-        for place, chunk in zip(checksums, chunks, strict=True):
-            place[:] = chunk.checksum.to_bytes(8, "little")
-        return message
+        return read_message(self.spec, self._store, self._block_table, chunks, self._event)
 
     def _encode(self, chunk: Chunk) -> None:
         """Reads a chunk's KV in the transfer's codec."""
@@ -279,6 +275,21 @@ class KvSender:
         else:
             memoryview(chunk.payload)[:] = codes
         chunk.checksum = digest(chunk.header, chunk.scales, codes)
+
+
+def read_message(
+    spec: TransferSpec,
+    store: KvStore,
+    block_table: Sequence[int],
+    chunks: Sequence[Chunk],
+    after: Mapping[int, DeviceEvent | None],
+) -> bytes:
+    """Reads the raw KV of ``chunks``, as ``KvStore.read``, into one message of them."""
+    message, checksums = lay_out_message(chunks, [spec.payload_bytes(chunk.range) for chunk in chunks])
+    store.read(block_table, chunks, after)
+    for place, chunk in zip(checksums, chunks, strict=True):
+        place[:] = chunk.checksum.to_bytes(8, "little")
+    return message
 
 
 def _scratch() -> memoryview:

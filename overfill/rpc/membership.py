@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol
@@ -64,7 +64,7 @@ Resolver = Callable[[str], Awaitable[set[str]]]
 
 
 class PrefixFeed(Protocol):
-    """Changes of a prefix cache's keys that one router has not received yet."""
+    """Changes of keys that one router has not received yet."""
 
     def take(self) -> registry_pb2.PrefixDelta | None: ...
 
@@ -72,7 +72,7 @@ class PrefixFeed(Protocol):
 
 
 class PrefixKeys(Protocol):
-    """Keys of a prefix cache. Each feed starts with all current keys."""
+    """Keys of a prefix cache, or of KV on disk. Each feed starts with all current keys."""
 
     def feed(self) -> PrefixFeed: ...
 
@@ -89,6 +89,7 @@ class Membership:
         tls: certificates and secret to send; None sends none, without TLS.
         on_refused: called when every router has refused the worker as incompatible.
         prefix_keys: keys whose changes each report carries; None means that the worker has no prefix cache.
+        disk_keys: the same for KV on disk.
 
     Attributes:
         joined: set while at least one router has welcomed the worker.
@@ -105,6 +106,7 @@ class Membership:
         tls: Credentials | None = None,
         on_refused: Callable[[Incompatible], None] | None = None,
         prefix_keys: PrefixKeys | None = None,
+        disk_keys: PrefixKeys | None = None,
     ) -> None:
         self.joined = asyncio.Event()
         self._hello = hello
@@ -112,7 +114,8 @@ class Membership:
         self._report = report
         self._tls = tls
         self._on_refused = on_refused
-        self._prefix_keys = prefix_keys
+        by_field = {"prefix": prefix_keys, "disk": disk_keys}  # fields of Report
+        self._keys = {field: keys for field, keys in by_field.items() if keys is not None}
         self._links: dict[str, _Link] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._resolvers: list[asyncio.Task[None]] = []
@@ -168,7 +171,7 @@ class Membership:
             self.notify,
             self._joined_elsewhere,
             tls,
-            self._prefix_keys,
+            self._keys,
         )
         self._links[address] = link
         self._tasks[address] = asyncio.create_task(self._keep(link))
@@ -268,7 +271,7 @@ class _Link:
         on_demand: Callable[[], None],
         joined_elsewhere: Callable[[_Link], bool],
         tls: Credentials | None,
-        prefix_keys: PrefixKeys | None,
+        keys: Mapping[str, PrefixKeys],
     ) -> None:
         self.address = address
         self.joined = False
@@ -282,7 +285,7 @@ class _Link:
         self._on_demand = on_demand
         self._joined_elsewhere = joined_elsewhere
         self._tls = tls
-        self._prefix_keys = prefix_keys
+        self._keys = keys
         self._adapters = registry_pb2.AdapterList()  # as the router knows them
         self.demand: RouterDemand | None = None
         self._later: asyncio.TimerHandle | None = None
@@ -363,22 +366,23 @@ class _Link:
 
     async def _tell(self, call: Any) -> None:
         self.drain_sent.clear()
-        feed = self._prefix_keys.feed() if self._prefix_keys is not None else None
+        feeds = {field: keys.feed() for field, keys in self._keys.items()}
         try:
-            await self._tell_reports(call, feed)
+            await self._tell_reports(call, feeds)
         finally:
-            if feed is not None:
+            for feed in feeds.values():
                 feed.close()
 
-    async def _tell_reports(self, call: Any, feed: PrefixFeed | None) -> None:
+    async def _tell_reports(self, call: Any, feeds: Mapping[str, PrefixFeed]) -> None:
         while True:
             self.changed.clear()
             if self._later is not None:
                 self._later.cancel()
                 self._later = None
             report = self._report(self)
-            if feed is not None and (delta := feed.take()) is not None:
-                report.prefix.CopyFrom(delta)
+            for field, feed in feeds.items():
+                if (delta := feed.take()) is not None:
+                    getattr(report, field).CopyFrom(delta)
             if report.adapters == self._adapters:
                 report.ClearField("adapters")
             else:

@@ -62,6 +62,8 @@ class WorkerHandle:
         healthy: returns False once the engine can no longer serve requests.
         codec: codec in which a decode worker requests KV.
         prefix_keys: keys of a prefill worker's prefix cache; None means that there is none.
+        disk_keys: keys of its KV on disk; None means that there is none.
+        costs: what KV costs a worker that prefills; None means one that does not.
         prefill_load: with both stages, returns the load of the prefill stage; ``load`` is then the decode stage's.
         on_drain: called once, when a drain starts.
         adapters: changes the worker's adapters; None means that it has none.
@@ -74,6 +76,8 @@ class WorkerHandle:
     healthy: Callable[[], bool]
     codec: common_pb2.KvCodec = common_pb2.KV_CODEC_UNSPECIFIED
     prefix_keys: PrefixKeys | None = None
+    disk_keys: PrefixKeys | None = None
+    costs: Callable[[], registry_pb2.KvCosts] | None = None
     prefill_load: Callable[[], decode_pb2.WorkerLoad] | None = None
     on_drain: Callable[[], None] = lambda: None
     adapters: AdapterLoader | None = None
@@ -170,6 +174,7 @@ class WorkerHost:
             tls=self._tls,
             on_refused=self._on_refused,
             prefix_keys=self._worker.prefix_keys,
+            disk_keys=self._worker.disk_keys,
         )
         await self._membership.start()
         log.info("%s serves on %s, announced as %s", self._hello.worker_id, bound, self._hello.address)
@@ -225,6 +230,7 @@ class WorkerHost:
             ready=True,
             draining=self.draining,
             adapters=registry_pb2.AdapterList(adapters=self._hello.adapters),
+            costs=None if self._worker.costs is None else self._worker.costs(),
         )
 
     def _prefill_load(self) -> decode_pb2.WorkerLoad | None:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import ByteSize, Field, model_validator
 
 from overfill.api.keys import KeyRing
 from overfill.errors import InvalidRequest
@@ -176,7 +176,34 @@ class WorkerConfig(ServiceConfig):
         return self
 
 
-class PrefillConfig(WorkerConfig):
+class PrefillingConfig(WorkerConfig):
+    """Settings of the workers that run the full model: prefill workers and those with both stages."""
+
+    kv_disk: Folder | None = Field(
+        None,
+        description="folder in which the worker keeps the KV of prompts for later prompts with the same beginning, "
+        "also after a restart; only this user may enter it; the workers of a machine may share it; by default none",
+    )
+    kv_disk_size: Bytes = Field(
+        ByteSize(50 << 30), description="with --kv-disk, maximum size of the folder; least recently used KV goes first"
+    )
+    kv_disk_bandwidth: Bytes = Field(
+        ByteSize(1 << 30), description="with --kv-disk, maximum number of bytes that the worker writes per second"
+    )
+
+    @model_validator(mode="after")
+    def _check_disk(self) -> Self:
+        if self.kv_disk is not None and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"--kv-disk: with --tensor-parallel-size {self.tensor_parallel_size}, ranks have the KV, and none of "
+                "them keeps it on disk: remove --kv-disk"
+            )
+        if self.kv_disk is not None and not self.prefix_cache:
+            raise ValueError("--kv-disk extends the prefix cache: remove --no-prefix-cache, or --kv-disk")
+        return self
+
+
+class PrefillConfig(PrefillingConfig):
     """Prefill worker: runs the full model. Each flag is also a variable, such as OVERFILL_PREFILL_KV_MEMORY."""
 
     prefix = "OVERFILL_PREFILL_"
@@ -286,7 +313,7 @@ class DecodeConfig(WorkerConfig):
         return self.kv_codec or ("int8" if self.kv_cache_dtype == "int8" else "raw")
 
 
-class ColocatedConfig(DecodeConfig):
+class ColocatedConfig(PrefillingConfig, DecodeConfig):
     """Worker with both stages: runs the full model and the decoder, in turn. Each flag is also a variable, such as
     OVERFILL_COLOCATED_KV_MEMORY."""
 

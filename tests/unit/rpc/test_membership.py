@@ -356,22 +356,26 @@ async def test_a_worker_that_stops_leaves():
         assert worker.num_joined == 0
 
 
-async def test_every_router_gets_the_prefix_cache_s_keys_and_then_changes(monkeypatch):
+@pytest.mark.parametrize("field", ["prefix", "disk"])
+async def test_every_router_gets_the_keys_in_memory_and_on_disk_and_then_changes(monkeypatch, field):
     monkeypatch.setattr(membership_module, "REPORT_INTERVAL", 0.03)
-    journal = KeyJournal()
+    journal, other = KeyJournal(), KeyJournal()
     journal.add(1)
-    async with registry() as (router, address), member(address, prefix_keys=journal):
-        first = (await router.reports.get()).prefix
+    other.add(100)
+    keys = {"prefix_keys": other, "disk_keys": other} | {f"{field}_keys": journal}
+    async with registry() as (router, address), member(address, **keys):
+        first = getattr(await router.reports.get(), field)
         assert (list(first.added), first.replaces) == ([1], True)
         journal.add(2)
         journal.remove(1)
-        while not (report := await router.reports.get()).HasField("prefix"):
+        while not (report := await router.reports.get()).HasField(field):
             pass
-        assert (list(report.prefix.added), list(report.prefix.removed), report.prefix.replaces) == ([2], [1], False)
+        delta = getattr(report, field)
+        assert (list(delta.added), list(delta.removed), delta.replaces) == ([2], [1], False)
         router.outbox.put_nowait(None)  # the stream breaks
-        while not (report := await router.reports.get()).prefix.replaces:
+        while not getattr(report := await router.reports.get(), field).replaces:
             pass
-        assert list(report.prefix.added) == [2]
+        assert list(getattr(report, field).added) == [2]
 
 
 async def test_every_router_hears_of_each_change_of_the_adapters_once(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from overfill.errors import ModelNotFound, ShuttingDown
+from overfill.kv.journal import KeyJournal
 from overfill.process import startup
 from overfill.process.open_files import SPARE_FILES
 from overfill.rpc.addresses import announced
@@ -161,18 +162,22 @@ async def test_admin_changes_the_adapters_of_a_worker_that_has_a_folder():
 
 
 class Registry(registry_pb2_grpc.RegistryServicer):
-    """Welcomes every worker."""
+    """Welcomes every worker, and keeps what it says."""
+
+    def __init__(self):
+        self.messages = asyncio.Queue()
 
     async def Join(self, requests, context):
         await context.write(registry_pb2.JoinResponse(welcome=registry_pb2.Welcome(router_id="r")))
-        await asyncio.Event().wait()
+        async for message in requests:
+            self.messages.put_nowait(message)
 
 
-async def router(address="127.0.0.1:0"):
+async def router(address="127.0.0.1:0", registry=None):
     server = RpcServer()
     server.add(
         registry_pb2_grpc.add_RegistryServicer_to_server,
-        Registry(),
+        registry or Registry(),
         registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name,
     )
     return server, await server.start(address)
@@ -199,3 +204,20 @@ async def test_a_worker_is_ready_from_its_first_join_until_it_drains():
         host.drain()
         assert (await statuses.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     assert await running == 0
+
+
+async def test_a_worker_reports_its_keys_on_disk_and_what_kv_costs():
+    registry, keys, costs = Registry(), KeyJournal(), registry_pb2.KvCosts(compute_ns=2, disk_ns=1)
+    keys.add(7)
+    server, address = await router(registry=registry)
+    hello = registry_pb2.Hello(worker_id="w", stages=[common_pb2.STAGE_PREFILL])
+    handle = replace(HANDLE, disk_keys=keys, costs=lambda: costs)
+    host = WorkerHost(RpcServer(), hello, handle, routers=[address], tls=None, grace=0.0)
+    running = asyncio.create_task(host.run("127.0.0.1:0"))
+    assert (await registry.messages.get()).HasField("hello")
+    report = (await registry.messages.get()).report
+    assert list(report.disk.added) == [7]
+    assert report.costs == costs
+    host.drain()
+    assert await running == 0
+    await server.stop()

@@ -291,3 +291,25 @@ def test_settings_by_name_read_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OVERFILL_DECODE_CONFIG", "/nowhere/overfill.yaml")
     with pytest.raises(BadSettings, match=r"^--data-streams"):
         DecodeConfig.of({"pair": "p", "data_streams": 0})
+
+
+@pytest.mark.parametrize("kind", [PrefillConfig, ColocatedConfig])
+def test_a_folder_for_kv_is_a_setting_of_workers_that_prefill(kind: type[ServiceConfig]) -> None:
+    config = kind.parse(["--pair", "p", "--kv-disk", "kv", "--kv-disk-size", "2GiB"])
+    assert isinstance(config, PrefillConfig | ColocatedConfig)
+    assert config.kv_disk == Path.cwd() / "kv"  # on Ray, workers start in another folder
+    assert (config.kv_disk_size, config.kv_disk_bandwidth) == (2 << 30, 1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        (["--tensor-parallel-size", "2"], "ranks have the KV"),
+        (["--no-prefix-cache"], "remove --no-prefix-cache"),
+    ],
+)
+def test_a_folder_for_kv_is_refused_where_it_could_not_be_used(
+    flags: list[str], advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    PrefillConfig.parse(["--pair", "p", *flags])
+    assert advice in refused(PrefillConfig, ["--pair", "p", "--kv-disk", "kv", *flags], capsys)

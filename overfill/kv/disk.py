@@ -1,0 +1,321 @@
+"""The disk tier of a prefill worker: KV of computed prompts in files, from which later prompts import it.
+
+``kv.disk_files`` has the folder, and ``kv.disk_format`` says what a file is. A file that is damaged, cut off or another
+block's is deleted, and its block is computed. Every error is a warning and a miss.
+
+Nothing here runs on the engine's thread. The engine lends the blocks that are saved. They are copied to host memory and
+given back before the write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from overfill.errors import TransferFailed
+from overfill.kv.disk_files import DiskFiles, NotAFile, bytes_on_disk
+from overfill.kv.disk_format import BlockFormat, key_of
+from overfill.kv.handshake import KvIdentity
+from overfill.kv.journal import KeyJournal
+from overfill.kv.keys import PromptBlocks
+from overfill.kv.shielded import shielded
+from overfill.kv.store import DeviceEvent, KvStore
+
+_GROUP_BYTES = 8 << 20
+"""Bytes that are read or written at once, in host memory."""
+
+_MAX_QUEUED_BLOCKS = 1 << 16
+"""Limit on blocks of prompts that wait to be saved. Their tokens take 10 MiB."""
+
+_RETRY = 30.0
+"""Seconds for which nothing is saved after a failed write, such as to a full disk."""
+
+_WARNING_GAP = 60.0
+"""Minimum seconds between two warnings of one kind."""
+
+_RATE_AGE = 60.0
+"""Seconds after which the measured cost of reads counts as unknown, so that a disk that was slow is tried again."""
+
+_THREADS = 3
+"""A read from a disk that hangs takes one for ever."""
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Loan(Protocol):
+    """Blocks that hold the KV of a prompt's first ``tokens`` tokens once ``event`` has passed (``engine.Lent``)."""
+
+    @property
+    def blocks(self) -> Sequence[int]: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def event(self) -> DeviceEvent | None: ...
+
+
+class DiskCounts(Protocol):
+    """Where the tier counts. Any thread may call."""
+
+    def read(self, nbytes: int) -> None: ...
+
+    def written(self, nbytes: int) -> None: ...
+
+    def dropped(self, blocks: int) -> None: ...
+
+    def evicted(self, blocks: int) -> None: ...
+
+    def failed(self, kind: str) -> None:
+        """``kind`` is "folder", "read", "write" or "damaged"."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskLimits:
+    """What the tier may use: bytes of the folder, and bytes per second that it writes."""
+
+    size: int
+    bandwidth: float
+
+
+class DiskTier:
+    """KV on disk, of one worker; other workers of the machine may use the same folder. Call it on the event loop.
+
+    Args:
+        identity, store: as of ``BlockFormat``.
+        lend: lends a prompt's cached blocks, which are read until the end of the context.
+        executor: threads that copy between ``store`` and host memory.
+
+    Attributes:
+        keys: routers' keys of the blocks on disk.
+        used_bytes: bytes of the folder, as far as this worker knows.
+
+    Raises:
+        OSError: the size is too small for one block.
+    """
+
+    def __init__(
+        self,
+        files: DiskFiles,
+        limits: DiskLimits,
+        identity: KvIdentity,
+        store: KvStore,
+        lend: Callable[[PromptBlocks], AbstractAsyncContextManager[Loan]],
+        executor: Executor,
+        counts: DiskCounts,
+    ) -> None:
+        self.keys = KeyJournal()
+        self.used_bytes = 0
+        self._files = files
+        self._limits = limits
+        self._format = BlockFormat(identity, store)
+        self._lend = lend
+        self._executor = executor
+        self._counts = counts
+        self._block_bytes = bytes_on_disk(self._format.max_bytes)
+        if self._block_bytes > limits.size:
+            raise OSError(f"--kv-disk-size {limits.size} is less than the {self._block_bytes} bytes of a block")
+        self._group = max(1, min(_GROUP_BYTES, limits.size // 20) // self._block_bytes)  # blocks
+        self._allowance = 0  # bytes to be written before the folder is read again
+        self._threads = ThreadPoolExecutor(_THREADS, "kv-disk")
+        self._queue: asyncio.Queue[PromptBlocks] = asyncio.Queue()
+        self._num_queued = 0  # blocks
+        self._saving: asyncio.Task[None] | None = None
+        self._paused_until = self._rated_at = self._rate = 0.0
+        self._warned: dict[str, float] = {}
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Seconds that reading a token's KV takes, as measured lately; 0 means unknown."""
+        return self._rate if time.monotonic() - self._rated_at < _RATE_AGE else 0.0
+
+    def start(self) -> None:
+        """Finds what is in the folder, in the background, and then saves prompts."""
+        self._saving = asyncio.create_task(self._keep_saving())
+
+    async def close(self) -> None:
+        """Stops saving. Prompts that wait are not saved."""
+        if self._saving is not None:
+            self._saving.cancel()
+            await asyncio.wait([self._saving])
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._files.close()
+
+    def known(self, prompt: PromptBlocks, begin: int) -> int:
+        """Number of consecutive blocks, from the one with index ``begin``, that the folder seems to have."""
+        keys = prompt.keys[begin:]
+        return next((index for index, key in enumerate(keys) if key not in self.keys), len(keys))
+
+    async def read(
+        self, prompt: PromptBlocks, blocks: Sequence[int], begin: int, end: int, timeout: float | None = None
+    ) -> int:
+        """Reads the prompt's blocks with the indices ``begin..end`` into ``blocks``, the prompt's block table.
+
+        Stops at the first block that is missing or wrong, and after ``timeout`` seconds. After a return or a cancel
+        nothing writes to the blocks, although a thread may still wait for the disk.
+
+        Returns:
+            Number of blocks, from ``begin``, that are in place.
+        """
+        started, placed, names = time.monotonic(), 0, list[str]()
+        try:
+            async with asyncio.timeout(timeout):
+                names = await self._on_thread(self._format.names, prompt, end)
+                async for number in self._read_groups(names, blocks, begin):
+                    placed += number
+        except (TimeoutError, asyncio.CancelledError) as error:
+            self._note_rate(time.monotonic() - started, end - begin, complete=False)
+            if not isinstance(error, TimeoutError):
+                raise
+            self._warn("read", "reads from --kv-disk take too long; prompts are computed")
+        else:
+            if placed:
+                self._note_rate(time.monotonic() - started, placed, complete=True)
+        self._threads.submit(self._files.touch, names[: begin + placed])
+        return placed
+
+    def save(self, prompt: PromptBlocks) -> None:
+        """Has the prompt's full blocks saved, if they are not on disk and the engine still has them by then.
+
+        Drops the prompt if too many wait.
+        """
+        if self._num_queued + len(prompt.keys) > _MAX_QUEUED_BLOCKS:
+            self._counts.dropped(len(prompt.keys))
+            return
+        self._num_queued += len(prompt.keys)
+        self._queue.put_nowait(prompt)
+
+    async def _keep_saving(self) -> None:
+        await self._attempt(self._on_thread(self._make_room, 0))
+        while True:
+            prompt = await self._queue.get()
+            self._num_queued -= len(prompt.keys)
+            if time.monotonic() < self._paused_until:
+                self._counts.dropped(len(prompt.keys))
+            else:
+                await self._attempt(self._save(prompt))
+
+    async def _attempt(self, work: Awaitable[None]) -> None:
+        try:
+            await work
+        except Exception as error:
+            self._paused_until = time.monotonic() + _RETRY
+            self._warn("write", f"cannot save KV in --kv-disk; trying again in {_RETRY:g} s: {error}")
+
+    async def _save(self, prompt: PromptBlocks) -> None:
+        names = await self._on_thread(self._format.names, prompt, len(prompt.keys))
+        missing = await self._on_thread(self._files.touch, names)
+        for start in range(0, len(missing), self._group):
+            began, group = time.monotonic(), missing[start : start + self._group]
+            async with self._lend(prompt) as loan:
+                group = [index for index in group if (index + 1) * self._format.block_size <= loan.tokens]
+                copies = asyncio.get_running_loop().run_in_executor(self._executor, self._copy, names, group, loan)
+                contents = await shielded(copies)
+            written = await self._on_thread(self._write, [names[index] for index in group], contents)
+            await asyncio.sleep(written / self._limits.bandwidth - (time.monotonic() - began))
+
+    async def _read_groups(self, names: Sequence[str], blocks: Sequence[int], begin: int) -> AsyncIterator[int]:
+        """Yields how many more blocks are in place, until one is missing or wrong. Reads a group beside a write."""
+        loop = asyncio.get_running_loop()
+        reading = self._on_thread(self._contents, names[begin : begin + self._group])
+        for first in range(begin, len(names), self._group):
+            contents, after = await reading, first + self._group
+            reading = self._on_thread(self._contents, names[after : after + self._group])
+            placed = await shielded(loop.run_in_executor(self._executor, self._place, names, first, contents, blocks))
+            yield placed
+            if placed < len(names[first:after]):
+                return
+
+    def _on_thread(self, function: Callable[..., T], *args: object) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+    # On threads ----------------------------------------------------------------------------------------------------
+
+    def _contents(self, names: Sequence[str]) -> list[bytes]:
+        """Contents of files, up to the first that is missing. Nothing else, because the reader may have given up."""
+        contents: list[bytes] = []
+        for name in names:
+            try:
+                content = self._files.read(name, self._format.max_bytes)
+            except NotAFile as error:
+                self._discard(name, error)
+                break
+            except OSError as error:
+                self._warn("read", f"cannot read KV from --kv-disk: {error}")
+                break
+            if content is None:  # another worker has evicted it, or its key is that of another block
+                self.keys.remove(key_of(name))
+                break
+            contents.append(content)
+        return contents
+
+    def _place(self, names: Sequence[str], first: int, contents: Sequence[bytes], blocks: Sequence[int]) -> int:
+        """Writes contents to the blocks from index ``first``, up to the first wrong one. Returns the number written."""
+        for index, content in enumerate(contents, first):
+            try:
+                self._format.place(names[index], index, content, blocks)
+            except TransferFailed as error:
+                self._discard(names[index], error)
+                return index - first
+            self._counts.read(len(content))
+        return len(contents)
+
+    def _copy(self, names: Sequence[str], indices: Sequence[int], loan: Loan) -> list[bytes]:
+        return [self._format.content(names[index], index, loan.blocks, loan.event) for index in indices]
+
+    def _write(self, names: Sequence[str], contents: Sequence[bytes]) -> int:
+        """Writes files and returns their bytes. Raises OSError."""
+        if self._allowance < len(contents) * self._block_bytes:
+            self._make_room(len(contents))
+        for name, content in zip(names, contents, strict=True):
+            self._files.write(name, content)
+            self.keys.add(key_of(name))
+            self._counts.written(len(content))
+            self._allowance -= bytes_on_disk(len(content))
+            self.used_bytes += bytes_on_disk(len(content))
+        return sum(map(len, contents))
+
+    def _make_room(self, num_blocks: int) -> None:
+        """Reads the folder, and deletes least recently used files until ``num_blocks``, and at least 5 %, fit.
+
+        It is read again when the worker has written as much, so that what other workers write and use counts too.
+        """
+        room = max(num_blocks * self._block_bytes, self._limits.size // 20)
+        stored = sorted(self._files.scan(), key=lambda block: block.used_ns)
+        used, evicted = sum(block.num_bytes for block in stored), 0
+        while evicted < len(stored) and used + room > self._limits.size:
+            self._files.delete(stored[evicted].name)
+            used -= stored[evicted].num_bytes
+            evicted += 1
+        self.used_bytes, self._allowance = used, room
+        self.keys.become({key_of(block.name) for block in stored[evicted:]})
+        if evicted:
+            self._counts.evicted(evicted)
+
+    def _discard(self, name: str, reason: Exception) -> None:
+        """Deletes a file that is not the KV of its name."""
+        self._warn("damaged", f"a file in --kv-disk is not the KV of its name, and is deleted: {reason}")
+        self.keys.remove(key_of(name))
+        with suppress(OSError):  # a folder, or a file of a read-only folder
+            self._files.delete(name)
+
+    def _warn(self, kind: str, text: str) -> None:
+        self._counts.failed(kind)
+        now = time.monotonic()
+        if now - self._warned.get(kind, -_WARNING_GAP) >= _WARNING_GAP:
+            self._warned[kind] = now
+            logger.warning("%s", text)
+
+    def _note_rate(self, seconds: float, num_blocks: int, *, complete: bool) -> None:
+        """Takes a read into account; of one that was given up, only that it takes at least ``seconds``."""
+        latest, known = seconds / (num_blocks * self._format.block_size), self.seconds_per_token
+        if complete or latest > known:
+            self._rate = 0.8 * known + 0.2 * latest if known and complete else latest
+            self._rated_at = time.monotonic()
