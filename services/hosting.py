@@ -112,6 +112,7 @@ class StageService:
         close: releases what the stage holds besides requests.
         on_drain: called once when the worker begins to drain.
         adapters: changes the adapters of a decoder; None means that it has none.
+        kv_disk_bytes: returns the bytes of KV that the stage has on disk.
     """
 
     served: ServedHalf
@@ -122,6 +123,7 @@ class StageService:
     close: Callable[[], Awaitable[None]]
     on_drain: Callable[[], None] = lambda: None
     adapters: AdapterLoader | None = None
+    kv_disk_bytes: Callable[[], int] = lambda: 0
 
 
 def _step_timeouts(
@@ -208,7 +210,7 @@ async def serve_stages(
         def current() -> decode_pb2.WorkerLoad:
             nonlocal changed
             changed = False  # first: a change after it is told again
-            return worker_load(load(), stage.served.store.block_size)
+            return worker_load(load(), stage.served.store.block_size, stage.kv_disk_bytes())
 
         return current
 
