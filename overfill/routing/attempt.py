@@ -164,6 +164,13 @@ class Attempt:
         assignment.incarnation = worker.info.incarnation
         assignment.address = worker.info.address
         assignment.data_addresses.extend(worker.info.data_addresses)
+        expected = self._job.expected
+        if expected.holder is not None:
+            lender, holder = expected.holder.info, assignment.holder
+            self._span.event("KV holder named", worker=lender.id, tokens=expected.holder_tokens)
+            holder.worker_id, holder.incarnation, holder.address = lender.id, lender.incarnation, lender.address
+            holder.data_addresses.extend(lender.data_addresses)
+            holder.tokens = expected.holder_tokens
 
     def _on_reserved(self, reserved: decode_pb2.Reserved) -> None:
         self._reserved = True

@@ -6,20 +6,21 @@ with both stages computes the prompts of its own answers that are short, or that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 
 from overfill.routing.affinity import PrefixAffinity
 from overfill.routing.job import Job
 from overfill.routing.policy import Policy
+from overfill.routing.prefix_index import PrefixIndex
 from overfill.routing.worker import Worker
 
 
 class Conditional(Policy):
     """Prefix affinity among the workers with prefill only, and one worker with both stages before or after them.
 
-    It compares workers by the tokens ahead of the answer: those queued there, and the prompt's uncached part. The
-    prompt stays on the worker that writes the answer, if that one is admissible and
+    It compares workers by the tokens ahead of the answer: those queued there, and what the prompt costs there
+    (``PrefixIndex.costs``). The prompt stays on the worker that writes the answer, if that one is admissible and
 
     * the tokens ahead there are no more than a short prompt's (``set_short_prompts``), or
     * the best worker with prefill only has more tokens ahead, or
@@ -33,8 +34,14 @@ class Conditional(Policy):
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
         self._prefill_only, self._colocated = PrefixAffinity(seed), PrefixAffinity(seed)
+        self.use_prefixes(PrefixIndex())
         self._by_process: dict[tuple[str, int], Worker] = {}  # the admissible workers with both stages
         self._short: Mapping[str, float] = {}
+
+    def use_prefixes(self, prefixes: PrefixIndex) -> None:
+        self._prefixes = prefixes
+        self._prefill_only.use_prefixes(prefixes)
+        self._colocated.use_prefixes(prefixes)
 
     def set_short_prompts(self, tokens: Mapping[str, float]) -> None:
         self._short = tokens
@@ -48,9 +55,6 @@ class Conditional(Policy):
         if worker.info.colocated:
             del self._by_process[worker.process]
         self._part(worker).drop(worker)
-
-    def keys_changed(self, worker: Worker, added: Iterable[int], removed: Iterable[int]) -> None:
-        self._part(worker).keys_changed(worker, added, removed)
 
     def best(self, job: Job) -> Iterator[Worker]:
         prefill_only = self._prefill_only.best(job)
@@ -70,11 +74,8 @@ class Conditional(Policy):
             yield candidate
         yield from (worker for worker in chain([first], colocated) if worker is not candidate)
 
-    def placed(self, job: Job, worker: Worker) -> int:
-        return self._part(worker).placed(job, worker)
-
-    def not_computed(self, job: Job, worker: Worker) -> None:
-        self._part(worker).not_computed(job, worker)
+    def placed(self, job: Job, worker: Worker) -> None:
+        self._part(worker).placed(job, worker)
 
     def left(self, worker: Worker) -> None:
         self._part(worker).left(worker)
@@ -100,4 +101,4 @@ class Conditional(Policy):
 
     def _ahead(self, job: Job, worker: Worker) -> int:
         """Returns the prompt tokens that ``worker`` computes before the first token of the answer."""
-        return worker.queued_tokens + self._part(worker).uncached_tokens(job, worker)
+        return worker.queued_tokens + self._prefixes.costs(job, [worker])[worker]

@@ -37,7 +37,7 @@ from overfill.errors import OverfillError, PromptTooLong, Unavailable
 from overfill.routing.admission import Admission
 from overfill.routing.candidates import Claims, find, too_large
 from overfill.routing.fair_queue import FairQueue
-from overfill.routing.job import Job, JobState
+from overfill.routing.job import ExpectedKv, Job, JobState
 from overfill.routing.pool import Pool, Roster
 from overfill.routing.reservations import Reservations
 from overfill.routing.worker import Worker
@@ -337,8 +337,8 @@ class Dispatcher:
             pool = self._roster.prefill
             pool.release(job.prefill)
             if now is None:
-                pool.policy.not_computed(job, job.prefill)
-            job.prefill = None
+                pool.prefixes.not_computed(job, job.prefill)
+            job.prefill, job.expected = None, ExpectedKv()
             if now is not None and job.placed_at is not None and not job.migrated:
                 self._tiers[job.tier].admission.first_token(now - job.placed_at)
 
@@ -445,8 +445,9 @@ class Dispatcher:
 
     def _assign_prefill(self, job: Job, worker: Worker) -> None:
         pool = self._roster.prefill
-        job.prefill = worker
-        pool.place(worker, job.prompt_tokens, pool.policy.placed(job, worker))
+        job.prefill, job.expected = worker, pool.prefixes.place(job, worker)
+        pool.policy.placed(job, worker)
+        pool.place(worker, job.prompt_tokens, job.prompt_tokens - job.expected.cost)
 
     def _run(self, job: Job) -> None:
         job.state = JobState.RUNNING

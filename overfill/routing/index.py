@@ -84,7 +84,7 @@ class Index:
         self.changes = 0
         self._entries: dict[Worker, _Entry] = {}
         self._rooms: list[tuple[float, str, Worker]] = []
-        self._reports: OrderedDict[Worker, float] = OrderedDict()  # alive workers, ordered by the time of their report
+        self._reports: OrderedDict[Worker, float] = OrderedDict()  # ready workers, ordered by the time of their report
 
     @property
     def max_room(self) -> float:
@@ -113,7 +113,7 @@ class Index:
     def reported(self, worker: Worker) -> None:
         """Updates the totals for ``worker`` after a report."""
         self._reports.pop(worker, None)
-        if worker.alive(worker.reported_at):
+        if worker.ready:
             self._reports[worker] = worker.reported_at
         self.refresh(worker)
 
@@ -126,14 +126,15 @@ class Index:
             if old.credits:
                 self.policy.drop(worker)
 
-    def expire(self, now: float) -> None:
-        """Stops counting workers as alive that have been silent for more than ``STALE_AFTER``."""
+    def expire(self, now: float) -> Iterator[Worker]:
+        """Stops counting workers as alive that have been silent for more than ``STALE_AFTER``, and yields them."""
         while self._reports:
             worker, reported_at = next(iter(self._reports.items()))
             if now - reported_at <= STALE_AFTER:
                 return
             del self._reports[worker]
             self._set(worker, False)
+            yield worker
 
     def _set(self, worker: Worker, alive: bool) -> None:
         admissible = alive and not worker.paused_until_report

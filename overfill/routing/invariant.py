@@ -11,7 +11,7 @@ from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.fair_queue import FairQueue
 from overfill.routing.job import Job, JobState
 from overfill.routing.pool import Pool, Roster
-from overfill.routing.pool_invariant import check_pool, require
+from overfill.routing.pool_invariant import check_pool, check_prefixes, require
 from overfill.routing.tier import Adapter
 from overfill.routing.worker import PREFILL, Worker
 
@@ -25,6 +25,7 @@ def check(dispatcher: Dispatcher, now: float) -> None:
     _check_books(dispatcher)
     for pool in roster.pools():
         check_pool(pool, now)
+    check_prefixes(roster.prefixes, roster.workers())
     _check_adapters(roster)
     for job in dispatcher.waiting():
         for pool, tokens in ((roster.prefill, job.prompt_tokens), (roster.decode[job.tier], job.total_tokens)):
@@ -76,6 +77,9 @@ def _check_books(dispatcher: Dispatcher) -> None:
         require((job in prefill_queue) == (job.state is JobState.WANTS_PREFILL), f"{job.id}: prefill queue")
         require((job.decode is None) == (job.state in (JobState.NEW, JobState.WAITING)), f"{job.id}: decode")
         require(job.prefill is None or job.state in (JobState.PLACED, JobState.RUNNING), f"{job.id}: prefill")
+        holder = job.expected.holder
+        require(holder is None or job.prefill is not None, f"{job.id} has a holder and no prefill worker")
+        require(holder is None or holder is not job.prefill, f"{job.id}: a worker is to borrow from itself")
     require({*dispatcher.waiting()} <= jobs, "a finished job waits")
     placed = {j for j in jobs if j.state is JobState.PLACED}
     on_time = dispatcher.reservations.on_time

@@ -34,6 +34,25 @@ class NumScores(NamedTuple):
         return self.tokens * (1 + self.alternatives)
 
 
+class ExpectedKv(NamedTuple):
+    """Where the router expects a prefill worker to have, or to get, the KV of a prompt's beginning.
+
+    Attributes:
+        memory: leading prompt tokens in the worker's own memory.
+        peer, disk: tokens after those that the worker may import from ``holder``, and from its own disk.
+        cost: tokens to compute that take as long as importing these and computing the rest; at least 1.
+        holder: worker from which to borrow; None if the worker needs none.
+        holder_tokens: leading prompt tokens that ``holder`` has.
+    """
+
+    memory: int = 0
+    peer: int = 0
+    disk: int = 0
+    cost: int = 1
+    holder: Worker | None = None
+    holder_tokens: int = 0
+
+
 @dataclass(eq=False, slots=True, kw_only=True)
 class Job:
     """One request in the router. ``validate_generate`` makes it; ``RequestHandler`` adds what that cannot know.
@@ -79,6 +98,7 @@ class Job:
         waiting_since: time when the job last began to wait for a decode worker, seconds.
         placed_at: time when the job was last placed on a decode worker, seconds; None before.
         decode, prefill: workers on which the job is counted now.
+        expected: where ``prefill`` has or gets the prompt's KV; empty while there is no ``prefill``.
         late_prefill: prefill worker whose slot the job gave back, because its decode worker took too long to reserve
             blocks. The decode worker turns to it as soon as it has the blocks.
         avoid: ``Worker.seat`` of the workers that failed the job. The dispatcher tries them again only when no other is
@@ -118,6 +138,7 @@ class Job:
     placed_at: float | None = field(default=None, init=False)
     decode: Worker | None = field(default=None, init=False)
     prefill: Worker | None = field(default=None, init=False)
+    expected: ExpectedKv = field(default=ExpectedKv(), init=False)
     late_prefill: Worker | None = field(default=None, init=False)
     avoid: set[tuple[str, int, common_pb2.Stage]] = field(default_factory=set, init=False)
 
@@ -171,6 +192,11 @@ class Job:
         if self.start.HasField("answer_start"):
             return self.start.answer_start
         return self.prompt_tokens if self.num_scores is None else 0
+
+    @property
+    def importable_tokens(self) -> int:
+        """Number of leading prompt tokens that a prefill worker may import: at least one is left to a model."""
+        return min(self.cacheable_tokens, self.prompt_tokens - (not self.start.HasField("answer_start")))
 
     def sample(self, index: int) -> Job:
         """Returns a copy, made before the start, for answer ``index`` among several to the prompt, with one seed."""

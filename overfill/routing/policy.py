@@ -10,10 +10,11 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from overfill.routing.job import Job
+from overfill.routing.prefix_index import PrefixIndex
 from overfill.routing.worker import Worker
 
 
@@ -35,8 +36,8 @@ class Policy(ABC):
     def best(self, job: Job) -> Iterator[Worker]:
         """Yields each admissible worker once, the best for ``job`` first. Do not change the policy meanwhile."""
 
-    def keys_changed(self, worker: Worker, added: Iterable[int], removed: Iterable[int]) -> None:
-        """Records changes to the prefix cache of ``worker``. The default ignores them."""
+    def use_prefixes(self, prefixes: PrefixIndex) -> None:
+        """Takes the KV that the workers have. The pool calls it before it adds workers. The default ignores it."""
         return
 
     def set_short_prompts(self, tokens: Mapping[str, float]) -> None:
@@ -47,12 +48,8 @@ class Policy(ABC):
         """
         return
 
-    def placed(self, job: Job, worker: Worker) -> int:
-        """Records a placement. Returns the number of prompt tokens that ``worker`` probably has in its cache."""
-        return 0
-
-    def not_computed(self, job: Job, worker: Worker) -> None:
-        """Records that ``worker`` did not compute the prompt that was placed on it. The default ignores it."""
+    def placed(self, job: Job, worker: Worker) -> None:
+        """Records a placement. The default ignores it."""
         return
 
     def left(self, worker: Worker) -> None:

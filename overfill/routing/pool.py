@@ -14,6 +14,7 @@ from overfill.kv.handshake import check_same
 from overfill.routing.adapters import Adapters
 from overfill.routing.index import Index
 from overfill.routing.policy import LeastLoad, Policy
+from overfill.routing.prefix_index import PrefixIndex
 from overfill.routing.tier import Adapter, Tier
 from overfill.routing.worker import DECODE, PREFILL, STAGE_NAMES, Worker, WorkerInfo
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
@@ -28,6 +29,7 @@ class Pool:
     Attributes:
         tier: name of the tier of a decode pool; empty for prefill.
         adapters: the adapters of the decode pools of all tiers.
+        prefixes: the KV of the workers of all pools.
         index: totals over the workers and the order of the policy; valid right after ``expire``.
         most_joined: largest number of workers that the pool has had at once.
     """
@@ -38,11 +40,14 @@ class Pool:
         policy: Policy | None = None,
         tier: str = "",
         adapters: Adapters | None = None,
+        prefixes: PrefixIndex | None = None,
     ) -> None:
         self.stage = stage
         self.tier = tier
         self.adapters = adapters or Adapters(())
+        self.prefixes = prefixes or PrefixIndex()
         self.index = Index(policy or LeastLoad())
+        self.policy.use_prefixes(self.prefixes)
         self._startups: dict[tuple[str, int], float] = {}  # seconds, of the latest workers to join
         self._workers: dict[str, Worker] = {}
         self._detached: dict[tuple[str, int], Worker] = {}
@@ -71,9 +76,9 @@ class Pool:
     def use(self, policy: Policy) -> None:
         """Replaces the policy. ``policy`` must be new and must not be shared with another pool."""
         self.index = Index(policy)
+        policy.use_prefixes(self.prefixes)
         for worker in self:
             self.index.reported(worker)
-            policy.keys_changed(worker, worker.prefix_keys, ())
 
     def join(self, info: WorkerInfo) -> Worker:
         """Adds a worker. The same incarnation keeps its count of requests; a new incarnation replaces the old one."""
@@ -98,16 +103,9 @@ class Pool:
         """Applies a worker's report and ends its pause."""
         worker.set_report(report)
         worker.reported_at = now
-        worker.paused_until_report = False
-        joined = self._joined(worker)
-        if report.HasField("prefix"):
-            removed = list(worker.prefix_keys) if report.prefix.replaces else report.prefix.removed
-            worker.prefix_keys.difference_update(removed)
-            worker.prefix_keys.update(report.prefix.added)
-            if joined:
-                gone = [key for key in removed if key not in worker.prefix_keys]
-                self.policy.keys_changed(worker, report.prefix.added, gone)
-        if joined:
+        worker.paused_until_report = worker.silent = False
+        if self._joined(worker):
+            self.prefixes.report(worker, report)
             if report.HasField("adapters"):
                 self.adapters.set(worker, report.adapters.adapters)
             self.index.reported(worker)
@@ -130,19 +128,19 @@ class Pool:
         if self._joined(worker):
             del self._workers[worker.id]
             self.index.forget(worker)
-            self.policy.keys_changed(worker, (), worker.prefix_keys)
             self.policy.left(worker)
+            self.prefixes.left(worker)
             self.adapters.left(worker)
-            worker.prefix_keys.clear()
             if worker.in_flight:
                 self._detached[worker.process] = worker
 
     def expire(self, now: float) -> None:
         """Removes silent workers from the index. Call it before reading ``index``."""
-        self.index.expire(now)
+        for worker in self.index.expire(now):
+            worker.silent = True
 
     def place(self, worker: Worker, tokens: int, cached: int = 0) -> None:
-        """Counts a request of ``tokens`` on ``worker``, of which the worker probably has ``cached`` in its cache."""
+        """Counts a request of ``tokens`` on ``worker``, of which ``cached`` cost it no time (``ExpectedKv.cost``)."""
         self._placements += 1
         worker.in_flight += 1
         worker.placed += 1
@@ -202,16 +200,21 @@ class Roster:
         prefill: the prefill workers, which all tiers share.
         decode: the decode workers of each tier, by its name.
         adapters: the adapters that they have.
+        prefixes: the KV of prompts that they have.
     """
 
     def __init__(self, expected: Mapping[str, object] | None = None, tiers: Sequence[Tier] = (Tier(),)) -> None:
         self._expected = expected or {}
         self.tiers = {tier.name: tier for tier in tiers}
-        self.prefill = Pool(PREFILL)
+        self.prefixes = PrefixIndex()
+        self.prefill = Pool(PREFILL, prefixes=self.prefixes)
         self.adapters = Adapters(self.tiers.keys())
         # Messages of a stack with one pair do not speak of tiers.
         titles = {name: name if len(tiers) > 1 else "" for name in self.tiers}
-        self.decode = {name: Pool(DECODE, tier=title, adapters=self.adapters) for name, title in titles.items()}
+        self.decode = {
+            name: Pool(DECODE, tier=title, adapters=self.adapters, prefixes=self.prefixes)
+            for name, title in titles.items()
+        }
 
     def use(self, prefill: Policy, decode: Callable[[], Policy]) -> None:
         """Replaces the policies. Every tier's pool gets its own from ``decode``."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from overfill.routing.affinity import PrefixAffinity
 from overfill.routing.conditional import Conditional
 from overfill.routing.index import Capacities, capacity_of
 from overfill.routing.policy import Policy, PowerOfTwo, Ranked
 from overfill.routing.pool import Pool
+from overfill.routing.prefix_index import NO_LEVELS, PrefixIndex, kind_of
 from overfill.routing.worker import Worker
 
 
@@ -49,9 +49,6 @@ def _check_policy(policy: Policy, workers: Sequence[Worker]) -> None:
             _check_policy(policy._colocated, colocated)
             _check_policy(policy._prefill_only, [worker for worker in workers if not worker.info.colocated])
             require(policy._by_process == {worker.process: worker for worker in colocated}, "workers with both stages")
-        case PrefixAffinity():
-            _check_policy(policy._load, workers)
-            _check_affinity(policy, workers)
         case PowerOfTwo():
             require(
                 set(policy._workers) == set(workers) and len(policy._places) == len(policy._workers), "power of two"
@@ -63,19 +60,30 @@ def _check_policy(policy: Policy, workers: Sequence[Worker]) -> None:
             raise AssertionError(f"no check of {type(policy).__name__}")
 
 
-def _check_affinity(policy: PrefixAffinity, workers: Sequence[Worker]) -> None:
-    require(policy._admissible == {worker: worker.block_size for worker in workers}, "prefix affinity: its workers")
-    require(policy._block_sizes == Counter(policy._admissible.values()), "prefix affinity: its block sizes")
-    for key, holders in policy._holders.items():
-        on_all = holders and all(key in worker.prefix_keys for worker in holders)
-        require(bool(on_all), f"block {key:x} is not on every worker listed for it")
-    if (found := policy._found) is not None:
-        for size, levels in found.levels.items():
-            current = policy._levels_of(found.keys(size))
-            require(levels == current, "prefix affinity: what it has found for the latest prompt is out of date")
-        for size, known in found.holders.items():
-            current_holders = list(policy._holders_of(found.levels[size]))
-            require(list(known) == current_holders, "prefix affinity: the latest prompt's holders are out of date")
+def check_prefixes(prefixes: PrefixIndex, workers: Iterable[Worker]) -> None:
+    """Raises AssertionError if ``prefixes`` differs from what ``workers``, all that have joined, have reported.
+
+    The latest prompt's look-up must be up to date, and each promise must be kept in the list by which it ends.
+    """
+    workers = set(workers)
+    of_kind = [{worker for worker in workers if kind_of(worker) == kind} for kind in range(len(prefixes._parts))]
+    promises = {(worker, key) for worker, keys in prefixes._promises for key in keys}
+    require(prefixes._num_promised == sum(len(keys) for _, keys in prefixes._promises), "number of promised blocks")
+    require(all(worker in workers for worker, _ in promises), "a worker that has left is to keep a promise")
+    for part, here in zip(prefixes._parts, of_kind, strict=True):
+        sizes = Counter(prefixes._block_sizes[worker] for worker in here if worker in prefixes._block_sizes)
+        require(part.block_sizes == sizes, f"block sizes: {part.block_sizes} counted, {sizes} exist")
+        for blocks, keys in ((part.memory, "prefix_keys"), (part.disk, "disk_keys")):
+            listed = {(worker, key): reported for key, level in blocks.items() for worker, reported in level.items()}
+            require(all(blocks.values()), "a block of no worker")
+            reported = {pair for pair, is_reported in listed.items() if is_reported}
+            require(reported == {(w, key) for w in here for key in getattr(w, keys)}, f"{keys} differ from the index")
+            require(listed.keys() - reported <= promises, "a block is neither reported nor promised")
+    if prefixes._keys is not None:
+        for kind, part in enumerate(prefixes._parts):
+            for size in filter(None, part.block_sizes):
+                known, now = prefixes._levels.get((kind, size), NO_LEVELS), part.levels(prefixes._keys(size))
+                require(known == now, "what is known of the latest prompt is out of date")
 
 
 def require(holds: bool, what: str) -> None:

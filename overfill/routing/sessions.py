@@ -92,10 +92,9 @@ class SessionAffinity(LeastLoad):
         yield from dict.fromkeys(stays)
         yield from (worker for worker in super().best(job) if worker not in stays)
 
-    def placed(self, job: Job, worker: Worker) -> int:
+    def placed(self, job: Job, worker: Worker) -> None:
         self._latest.placed(job, worker)
         self._latest_of_prompt.placed(job, worker)
-        return super().placed(job, worker)
 
     def left(self, worker: Worker) -> None:
         self._latest.left(worker)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from google.protobuf.message import Message
 
-from overfill.errors import InvalidRequest
+from overfill.errors import Incompatible, InvalidRequest
 from overfill.kv.handshake import KvIdentity, data_address_fault
 from overfill.kv.spec import DTYPE_FROM_PROTO
 from overfill.routing.tier import Adapter
@@ -27,6 +27,9 @@ STAGE_NAMES = {PREFILL: "prefill", DECODE: "decode"}
 
 STALE_AFTER = 3.0
 """Seconds without a report after which the router places no requests on a worker. A report is due every second."""
+
+DEFAULT_IMPORT_COST = 0.1
+"""Time to import KV of a token, from a peer or from disk, as a part of the time to compute it; while it is unknown."""
 
 _MAXIMA = {"max_model_len": 1 << 30, "vocab_size": 1 << 30, "max_num_seqs": 1 << 20, "startup_seconds": MAX_STARTUP}
 """Maximum of each number in a Hello. Requests wait for absent workers as long as these take to start."""
@@ -45,6 +48,7 @@ class WorkerInfo:
         tier: decode workers: name of its tier; empty until the roster has found the stack's only one.
         decoder: decode workers: what decides which tokens the worker writes, by field of ``ModelIdentity``.
         adapters: decode workers: the adapters that were loaded when the worker joined, unchecked.
+        lends_kv: the stage lends the KV that it reports to workers that prefill; one that prefills borrows as well.
     """
 
     id: str
@@ -62,6 +66,7 @@ class WorkerInfo:
     tier: str = ""
     decoder: Mapping[str, object] = field(default_factory=dict)
     adapters: tuple[common_pb2.Adapter, ...] = ()
+    lends_kv: bool = False
 
     @classmethod
     def from_hello(cls, hello: registry_pb2.Hello) -> tuple[WorkerInfo, ...]:
@@ -69,9 +74,12 @@ class WorkerInfo:
 
         Raises:
             InvalidRequest: a field is missing, invalid or out of bounds.
+            Incompatible: a decode worker lends KV, and its decoder is not the reader.
         """
         _check_bounds(hello)
         stages = _stages(hello)
+        if hello.lends_kv and PREFILL not in stages:
+            _check_lent(hello.model)
         if hello.kv.dtype not in DTYPE_FROM_PROTO:
             raise InvalidRequest("hello.kv.dtype", f"unknown element type {hello.kv.dtype}")
         one = cls(
@@ -87,9 +95,16 @@ class WorkerInfo:
             startup_seconds=hello.startup_seconds,
             engine=hello.engine,
             colocated=len(stages) > 1,
+            lends_kv=hello.lends_kv,
         )
-        decoder = _decoder(hello.model)
-        as_decode = replace(one, stage=DECODE, tier=hello.tier, decoder=decoder, adapters=tuple(hello.adapters))
+        as_decode = replace(
+            one,
+            stage=DECODE,
+            tier=hello.tier,
+            decoder=_decoder(hello.model),
+            adapters=tuple(hello.adapters),
+            lends_kv=hello.lends_kv and not one.colocated,  # with both stages, its reports are of the prefill stage
+        )
         return tuple(as_decode if stage == DECODE else one for stage in stages)
 
 
@@ -110,6 +125,14 @@ def _check_bounds(hello: registry_pb2.Hello) -> None:
     for name, most in _MAXIMA.items():
         if not 0 <= (number := getattr(hello, name)) <= most:
             raise InvalidRequest(f"hello.{name}", f"must be from 0 to {most:.0f}; got {number}")
+
+
+def _check_lent(model: common_pb2.ModelIdentity) -> None:
+    """Raises Incompatible unless a decode worker computes what the reader would."""
+    same_weights = model.decoder_digest == model.reader_digest
+    same_precision = (model.decoder_quantize or "none") == (model.reader_quantize or "none")
+    if not (model.decoder_digest and same_weights and same_precision and model.kv_cache_dtype in ("", "auto")):
+        raise Incompatible("a decode worker lends KV only if its decoder is the reader of prompts", ["hello.lends_kv"])
 
 
 def _texts(message: Message) -> dict[str, str]:
@@ -155,6 +178,10 @@ class Worker:
         answers: number of placements that the worker has answered: it reserved blocks or refused.
         adapters: the adapters that requests may have on the worker, by name; ``Adapters`` sets them.
         prefix_keys: keys of the blocks in the worker's prefix cache (``kv.keys.block_key``), as last reported.
+        disk_keys: keys of the blocks that the worker has on disk, as last reported.
+        peer_cost, disk_cost: time to import KV of a token, as a part of the time to compute it; at most 1.
+        named: number of prompts since the latest report for which the router has named the worker as a holder.
+        silent: True once the worker has not reported for ``STALE_AFTER``.
     """
 
     info: WorkerInfo
@@ -169,6 +196,11 @@ class Worker:
     answers: int = 0
     adapters: dict[str, Adapter] = field(default_factory=dict)
     prefix_keys: set[int] = field(default_factory=set)
+    disk_keys: set[int] = field(default_factory=set)
+    peer_cost: float = DEFAULT_IMPORT_COST
+    disk_cost: float = DEFAULT_IMPORT_COST
+    named: int = 0
+    silent: bool = False
     ready: bool = False
     draining: bool = False
     block_size: int = 0
@@ -181,13 +213,17 @@ class Worker:
     def set_report(self, report: registry_pb2.Report | None) -> None:
         """Replaces the latest report. The router counts the placements since then anew."""
         self.report = report
-        self.placed = self.placed_tokens = self.placed_blocks = 0
+        self.placed = self.placed_tokens = self.placed_blocks = self.named = 0
         report = report or registry_pb2.Report()
         load = report.load
         self.ready, self.draining, self._credits = report.ready, report.draining, report.credits
         self._total_blocks, self._used_blocks = load.kv_blocks_total, load.kv_blocks_used
         self.block_size = load.block_size
         self._reported_requests, self._reported_tokens = load.running + load.waiting, load.queued_tokens
+        if report.HasField("costs"):
+            costs = report.costs
+            self.peer_cost = _import_cost(costs.peer_ns, costs.compute_ns)
+            self.disk_cost = _import_cost(costs.disk_ns, costs.compute_ns)
 
     @property
     def id(self) -> str:
@@ -216,6 +252,11 @@ class Worker:
     def alive(self, now: float) -> bool:
         """True if the worker is ready, not draining, and has reported lately. It may be full."""
         return self.ready and not self.draining and now - self.reported_at <= STALE_AFTER
+
+    @property
+    def lends(self) -> bool:
+        """True if another worker may borrow KV from this one now. A draining worker still lends."""
+        return self.info.lends_kv and self.ready and not self.silent and not self.paused_until_report
 
     def admissible(self, now: float) -> bool:
         """True if the router may place another request of some size on the worker."""
@@ -262,3 +303,7 @@ class Worker:
     def blocks(self, tokens: int) -> int:
         """Returns the number of blocks that hold ``tokens``; 0 while the block size is unknown."""
         return -(-tokens // self.block_size) if self.block_size else 0
+
+
+def _import_cost(import_ns: int, compute_ns: int) -> float:
+    return min(1.0, import_ns / compute_ns) if import_ns and compute_ns else DEFAULT_IMPORT_COST

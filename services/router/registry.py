@@ -11,6 +11,7 @@ from typing import Any
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from overfill.errors import Incompatible, InvalidRequest
+from overfill.kv.journal import MAX_KEYS
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 DEMAND_GAP = 0.05
 """Minimum number of seconds between two Demand messages to a worker."""
 
+MAX_COST_NS = 60 * 10**9
+"""Longest time in nanoseconds that a worker may report for the KV of one token."""
 
 MUST_UNDERSTAND = range(32, 64)
 """Numbers of the fields of Hello that a router must not ignore."""
@@ -89,6 +92,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             async for message in request_iterator:
                 if not message.HasField("report"):
                     raise InvalidRequest("report", "is required in every message after the first")
+                check_report(message.report)
                 if self._streams.get(info.id) is not stream:
                     return  # the worker has joined again on another stream
                 for worker in stream.workers:
@@ -181,8 +185,20 @@ def stage_report(report: registry_pb2.Report, info: WorkerInfo) -> registry_pb2.
     if info.stage == PREFILL:
         part.load.CopyFrom(report.prefill_load)
     else:
-        part.ClearField("prefix")
+        for name in ("prefix", "disk", "costs"):
+            part.ClearField(name)
     return part
+
+
+def check_report(report: registry_pb2.Report) -> None:
+    """Raises InvalidRequest if a worker reports more keys at once than it may, or impossible costs."""
+    for name in ("prefix", "disk"):
+        delta = getattr(report, name)
+        if (count := len(delta.added) + len(delta.removed)) > MAX_KEYS:
+            raise InvalidRequest(f"report.{name}", f"must have at most {MAX_KEYS} keys; got {count}")
+    for field, value in report.costs.ListFields():
+        if value > MAX_COST_NS:
+            raise InvalidRequest(f"report.costs.{field.name}", f"must be at most {MAX_COST_NS}; got {value}")
 
 
 def _labels(workers: Sequence[Worker]) -> dict[str, str]:

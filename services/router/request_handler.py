@@ -166,7 +166,7 @@ class RequestHandler:
         room, vocab_size = self.tiers.max_model_len(asked, adapter), self.tiers.vocab_size
         arguments = (request, self.tokenizer, room, vocab_size, tools, self._reasoning, adapter)
         # In a thread, compute all keys of a long prompt. Elsewhere they are computed as far as a worker has the blocks.
-        block_sizes = {worker.block_size for worker in self.tiers.roster.prefill} if size >= LONG_REQUEST else ()
+        block_sizes = self.tiers.roster.prefixes.block_sizes if size >= LONG_REQUEST else ()
         prepare = partial(_prepare, self._root_key(caller), block_sizes)
         checked = await self._run(size, prepare, *arguments, in_thread=with_grammar or size >= LONG_REQUEST)
         self.tiers.check_resume(request, choice, checked)
@@ -371,7 +371,7 @@ def _prepare(root: int | None, block_sizes: Iterable[int], *arguments: Any) -> J
     if root is None:
         return checked
     keys = PromptKeys(root, checked.prompt_token_ids[: checked.cacheable_tokens])
-    for size in filter(None, block_sizes):
+    for size in block_sizes:
         keys.fill(size)
     checked.block_keys = keys
     return checked

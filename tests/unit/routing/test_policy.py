@@ -9,11 +9,17 @@ from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.policies import DECODE_POLICIES, POLICIES
 from overfill.routing.policy import LeastLoad, MostFreeKv, PowerOfTwo, RoundRobin
 from overfill.routing.pool import Roster
-from overfill.routing.pool_invariant import check_pool
+from overfill.routing.pool_invariant import check_pool, check_prefixes
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import DECODE, PREFILL
 from overfill.settings.config import RouterConfig
 from overfill.v1 import registry_pb2
+
+
+def placed(pool, job, worker):
+    """Records a placement and returns the number of tokens that ``worker`` has in memory."""
+    pool.policy.placed(job, worker)
+    return pool.prefixes.place(job, worker).memory
 
 
 def choose(pool, prompt=10, keys=None):
@@ -95,6 +101,11 @@ def keys(*blocks, block_size=16):
     return PromptKeys(7, [token for block in blocks for token in [block] * block_size])
 
 
+def promised(pool):
+    blocks = pool.prefixes._parts[0].memory
+    return {worker for level in blocks.values() for worker, is_reported in level.items() if not is_reported}
+
+
 def tell(roster, worker, make_report, prompt, **load):
     report = make_report(**load)
     report.prefix.CopyFrom(registry_pb2.PrefixDelta(added=list(prompt(report.load.block_size))))
@@ -140,11 +151,11 @@ def test_a_prompt_attracts_similar_ones_to_its_worker_before_the_next_report(aff
     pool = affinity.prefill
     first = make_job("a", 64, 10, block_keys=keys(1, 2, 3, 4))
     worker = choose(pool, 64, first.block_keys)
-    assert pool.policy.placed(first, worker) == 0
+    assert placed(pool, first, worker) == 0
     pool.place(worker, 16)
     second = make_job("b", 64, 10, block_keys=keys(1, 2, 3, 9))
     assert choose(pool, 64, second.block_keys) is worker
-    assert pool.policy.placed(second, worker) == 48, "cached tokens do not count as queued work"
+    assert placed(pool, second, worker) == 48, "cached tokens do not count as queued work"
 
 
 def test_workers_of_other_block_sizes_are_compared_by_cached_tokens(affinity, make_report):
@@ -154,10 +165,11 @@ def test_workers_of_other_block_sizes_are_compared_by_cached_tokens(affinity, ma
     tell(affinity, fine, make_report, keys(1, 2, 3))
     prompt = keys(1, 2, 3, 4, 5, 6)
     assert choose(pool, 96, prompt) is coarse, "one block of 64 tokens is more than three of 16"
-    assert pool.policy.placed(make_job("a", 96, 10, block_keys=prompt), coarse) == 64
+    assert placed(pool, make_job("a", 96, 10, block_keys=prompt), coarse) == 64
     tell(affinity, fine, make_report, keys(1, 2, 3, 4, 5))
     assert choose(pool, 96, prompt) is fine
     check_pool(pool, 0.0)
+    check_prefixes(pool.prefixes, pool)
 
 
 def test_a_promise_counts_in_the_block_size_of_its_worker(affinity, make_report):
@@ -165,9 +177,9 @@ def test_a_promise_counts_in_the_block_size_of_its_worker(affinity, make_report)
     coarse, prompt = pool.get("p2"), keys(1, 2, 3, 4, 5)
     pool.report(coarse, make_report(block_size=64), 0.0)
     pool.report(pool.get("p1"), make_report(), 0.0)
-    pool.policy.placed(make_job("a", 80, 10, block_keys=prompt), coarse)
+    placed(pool, make_job("a", 80, 10, block_keys=prompt), coarse)
     assert choose(pool, 80, prompt) is coarse
-    assert pool.policy.placed(make_job("b", 80, 10, block_keys=prompt), coarse) == 64
+    assert placed(pool, make_job("b", 80, 10, block_keys=prompt), coarse) == 64
 
 
 def test_evicted_blocks_and_those_of_a_worker_that_left_attract_no_prompts(affinity, make_report):
@@ -182,6 +194,7 @@ def test_evicted_blocks_and_those_of_a_worker_that_left_attract_no_prompts(affin
     pool.remove(pool.get("p2"))
     assert choose(pool, 40, prompt).id == "p0"
     check_pool(pool, 0.0)
+    check_prefixes(pool.prefixes, pool)
 
 
 def test_a_promise_ends_when_the_prompt_is_not_computed_or_its_worker_leaves(affinity):
@@ -189,14 +202,14 @@ def test_a_promise_ends_when_the_prompt_is_not_computed_or_its_worker_leaves(aff
     prompt = keys(1, 2, 3, 4)
     failed = make_job("a", 64, 10, block_keys=prompt)
     failed.prefill = choose(pool, 64, prompt)
-    pool.place(failed.prefill, 64, pool.policy.placed(failed, failed.prefill))
-    assert pool.policy._promised
+    pool.place(failed.prefill, 64, placed(pool, failed, failed.prefill))
+    assert promised(pool)
     dispatcher.prefill_done(failed)  # its first token never came
-    assert not pool.policy._promised
+    assert not promised(pool)
     worker = choose(pool, 64, prompt)
-    pool.policy.placed(make_job("b", 64, 10, block_keys=prompt), worker)
+    placed(pool, make_job("b", 64, 10, block_keys=prompt), worker)
     pool.remove(worker)
-    assert not pool.policy._promised
+    assert not promised(pool)
 
 
 @pytest.mark.parametrize("name", DECODE_POLICIES)
@@ -207,9 +220,8 @@ def test_prompts_that_begin_alike_spread_over_the_decode_workers(add_worker, nam
     for index in range(40):
         job = make_job(str(index), 64, 10, block_keys=lambda size: iter(range(4)))
         chosen = next(roster.decode[DEFAULT_TIER].policy.best(job))
-        roster.decode[DEFAULT_TIER].place(
-            chosen, job.reserve_tokens, roster.decode[DEFAULT_TIER].policy.placed(job, chosen)
-        )
+        roster.decode[DEFAULT_TIER].policy.placed(job, chosen)
+        roster.decode[DEFAULT_TIER].place(chosen, job.reserve_tokens)
     assert max(worker.in_flight for worker in workers) <= 20
 
 

@@ -259,7 +259,7 @@ def test_too_many_data_addresses_are_refused_before_they_are_read():
 
 def test_the_keys_of_a_prefix_cache_are_mirrored(make_info, make_report):
     pool = Pool(PREFILL)
-    worker = pool.join(make_info("p0"))
+    worker = pool.join(make_info("p0", PREFILL))
     for delta, keys in (
         (registry_pb2.PrefixDelta(added=[1, 2], replaces=True), {1, 2}),
         (None, {1, 2}),

@@ -8,10 +8,11 @@ import pytest
 from jobs import make_job
 
 from overfill.kv.keys import PromptKeys
-from overfill.routing.affinity import PROMISED_BLOCKS, SESSION_TOKENS, PrefixAffinity
+from overfill.routing.affinity import SESSION_TOKENS, PrefixAffinity
 from overfill.routing.fair_queue import FairQueue
 from overfill.routing.pool import Roster
 from overfill.routing.pool_invariant import check_pool
+from overfill.routing.prefix_index import PROMISED_BLOCKS
 from overfill.routing.session_stats import ACTIVE_SECONDS, MAX_ACTIVE, MAX_BUSIEST, SessionStats, busiest_of
 from overfill.routing.sessions import MAX_SESSIONS, SessionAffinity
 from overfill.routing.tier import DEFAULT_TIER
@@ -25,7 +26,8 @@ def job_of(session, tokens=10, name="a", **more):
 
 def place(pool, job):
     worker = next(pool.policy.best(job))
-    pool.place(worker, job.prompt_tokens, pool.policy.placed(job, worker))
+    pool.policy.placed(job, worker)
+    pool.place(worker, job.prompt_tokens, job.prompt_tokens - pool.prefixes.place(job, worker).cost)
     return worker
 
 
@@ -121,8 +123,9 @@ def test_what_follows_a_long_shared_beginning_is_promised_before_it_is_reported(
     for worker in first:
         prefill.report(worker, make_report(credits=100, total=10_000), 0.0)
     assert [next(prefill.policy.best(job)) for job in turns] == first
-    prefill.policy.not_computed(turns[0], first[0])
-    assert set(prefill.policy._promised.values()) == {first[1]}
+    prefill.prefixes.not_computed(turns[0], first[0])
+    levels = prefill.prefixes._parts[0].memory.values()
+    assert {worker for level in levels for worker, reported in level.items() if not reported} == {first[1]}
 
 
 def test_100000_sessions_stay_within_the_bounds(decode, prefill):

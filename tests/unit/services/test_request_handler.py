@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from jobs import worker_info
 
 from overfill.api.families.hermes import Hermes
 from overfill.api.keys import ApiKey
@@ -16,8 +17,9 @@ from overfill.kv import keys
 from overfill.routing.admission import KeyLimiter
 from overfill.routing.affinity import PrefixAffinity
 from overfill.routing.pool import Roster
+from overfill.routing.worker import PREFILL
 from overfill.telemetry.router_metrics import RouterMetrics
-from overfill.v1 import common_pb2, inference_pb2
+from overfill.v1 import common_pb2, decode_pb2, inference_pb2, registry_pb2
 from services.router.bounded_executor import BoundedExecutor
 from services.router.limits import RequestLimits
 from services.router.request_handler import LONG_REQUEST, MAX_DETOKENIZED, RequestHandler
@@ -75,13 +77,11 @@ def submitted():
     return Submitted()
 
 
-def new_handler(tokenizer, dispatcher, max_positions, prefill=None):
+def new_handler(tokenizer, dispatcher, max_positions, roster=None):
     config = SimpleNamespace(vocab_size=100, max_positions=max_positions)
     pair: Any = SimpleNamespace(full_config=config, identity=True)
-    roster: Any = Roster()
+    roster = roster or Roster()
     tiers = ServedTiers(["tiny"], {roster.default_tier: pair}, roster)
-    if prefill is not None:
-        roster.prefill = [prefill]
     unused: Any = SimpleNamespace(arrived=lambda *_: None)
     statistics = Statistics(RouterMetrics(), unused)
     return RequestHandler(
@@ -95,11 +95,18 @@ def handler(tokenizer, submitted):
     return new_handler(tokenizer, submitted, 64)
 
 
-class PrefillWorker:
-    """An idle worker, as a policy sees it."""
-
-    id, block_size, queued_tokens, requests, last_placed = "p0", 16, 0, 0, 0
-    info = SimpleNamespace(identity=SimpleNamespace(cache_key="f"))
+def prefill_worker(prompt=None):
+    """Makes a roster with one idle worker, which has reported the blocks of ``prompt``."""
+    roster = Roster()
+    roster.prefill.use(PrefixAffinity())
+    worker = roster.join(worker_info("p0", PREFILL))
+    load = decode_pb2.WorkerLoad(kv_blocks_total=100, block_size=16)
+    report = registry_pb2.Report(load=load, credits=4, ready=True)
+    if prompt is not None:
+        keys_of = keys.PromptKeys(keys.root_key(worker.info.identity.cache_key, ""), prompt)
+        report.prefix.added.extend(keys_of(16))
+    roster.prefill.report(worker, report, 0.0)
+    return roster, worker
 
 
 def new_key(**limits):
@@ -205,18 +212,15 @@ async def test_answers_to_one_prompt_hash_its_blocks_once(tokenizer, submitted, 
     real = keys.block_key
     monkeypatch.setattr(keys, "block_key", lambda *a: hashed_in.append(threading.get_ident()) or real(*a))
     tokenizer.proceed.set()
-    worker: Any = PrefillWorker()
-    handler, policy = new_handler(tokenizer, submitted, 200, worker), PrefixAffinity()
-    policy.put(worker)
-    prompt = keys.PromptKeys(keys.root_key(worker.info.identity.cache_key, ""), [1] * 100)
-    policy.keys_changed(worker, list(prompt(16)), ())
+    roster, worker = prefill_worker([1] * 100)
+    handler = new_handler(tokenizer, submitted, 200, roster)
     hashed_in.clear()
     with handler.hold_quota() as hold:
         checked = await handler.check(inference_pb2.GenerateRequest(text=text), hold, 0.0)
         answers = [handler.start(checked.sample(index), hold) for index in range(8)]
     for job in submitted:
-        assert next(iter(policy.best(job))) is worker
-        assert policy.placed(job, worker) == 96
+        assert next(roster.prefill.policy.best(job)) is worker
+        assert roster.prefixes.place(job, worker).memory == 96
     assert len(submitted) == 8
     assert len(hashed_in) == 100 // 16, "each block once"
     assert (threading.get_ident() in hashed_in) is (text != LONG), "those of a long request in a thread"
@@ -230,16 +234,15 @@ async def test_what_prefix_caches_cannot_have_of_a_scored_prompt_does_not_count_
     tokenizer, submitted, scored, cacheable
 ):
     tokenizer.proceed.set()
-    worker: Any = PrefillWorker()
-    handler, policy = new_handler(tokenizer, submitted, 200, worker), PrefixAffinity()
+    roster, worker = prefill_worker()
+    handler, place = new_handler(tokenizer, submitted, 200, roster), roster.prefixes.place
     sampling = common_pb2.SamplingParams(prompt_logprobs=1)
     with handler.hold_quota() as hold:
         job = await handler.check(inference_pb2.GenerateRequest(text="x", sampling=sampling, **scored), hold, 0.0)
         plain = await handler.check(inference_pb2.GenerateRequest(text="x"), hold, 0.0)
-    policy.put(worker)
-    policy.placed(job, worker)
-    assert policy.placed(plain, worker) == cacheable, "the scored prompt promises no more"
-    assert policy.placed(job, worker) == cacheable, "the plain prompt's blocks are of no use to it"
+    place(job, worker)
+    assert place(plain, worker).memory == cacheable, "the scored prompt promises no more"
+    assert place(job, worker).memory == cacheable, "the plain prompt's blocks are of no use to it"
 
 
 async def test_a_drain_waits_for_a_request_that_is_tokenized(submitted, tokenizer):
