@@ -93,7 +93,10 @@ def test_other_prompts_are_computed_while_one_is_imported(disk):
     worker = Worker(disk=disk)
     disk.keep(worker.blocks._cache.blocks_of(range(10)).keys)
     imported, computed = worker.ask("imported", range(10)), worker.ask("computed", [50])
+    found = []
+    worker.clock.at(0.51, lambda: found.append(worker.blocks.leading(imported.keys, 0)))
     worker.play()
+    assert found == [10], "found as soon as they are imported, before the rest is computed"
     assert worker.done["computed"] == pytest.approx(15 * 0.01)
     assert worker.done["imported"] == pytest.approx(100 * 0.005 + 5 * 0.01)
     assert (imported.imported, computed.imported) == ({"disk": 100}, {})
@@ -169,6 +172,18 @@ def test_answers_of_the_full_model_are_lent_and_those_of_a_pruned_decoder_are_no
     assert returned["cached_peer"] > 0 == pruned["cached_peer"]
     assert (1 - returned["cached"]) * whole < 1.2 * new
     assert (1 - pruned["cached"]) * whole > new + 7 * 320 - 8 * 16
+
+
+def test_workers_say_what_they_lend():
+    def lenders(profile=CPU, **options):
+        simulation = Simulation(CHATS[:2], profile, SimulationOptions(colocated=1, **options))
+        simulation.run()
+        return [info.lends_kv for worker in simulation.workers.values() for info in worker.infos]
+
+    prefill, decode, both = [True], [False], [True, False]
+    assert lenders() == [*prefill, *decode, *both]
+    assert lenders(replace(CPU, returns_kv=True)) == [*prefill, True, *both]
+    assert not any(lenders(replace(CPU, returns_kv=True), kv_peers=False))
 
 
 def test_a_disk_outlives_its_worker():
