@@ -115,6 +115,7 @@ class StageService:
         adapters: changes the adapters of a decoder; None means that it has none.
         disk_keys: keys of the KV on disk of a stage that prefills; None means that there is none.
         costs: returns what KV costs a stage that prefills; None means that it is not reported.
+        kv_disk_bytes: returns the bytes of KV that the stage has on disk.
     """
 
     served: ServedHalf
@@ -127,6 +128,7 @@ class StageService:
     adapters: AdapterLoader | None = None
     disk_keys: KeyJournal | None = None
     costs: Callable[[], registry_pb2.KvCosts] | None = None
+    kv_disk_bytes: Callable[[], int] = lambda: 0
 
 
 def _step_timeouts(
@@ -213,7 +215,7 @@ async def serve_stages(
         def current() -> decode_pb2.WorkerLoad:
             nonlocal changed
             changed = False  # first: a change after it is told again
-            return worker_load(load(), stage.served.store.block_size)
+            return worker_load(load(), stage.served.store.block_size, stage.kv_disk_bytes())
 
         return current
 

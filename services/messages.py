@@ -46,8 +46,8 @@ def new_hello(worker_id: str, halves: Sequence[ServedHalf], tier: str = "") -> r
     )
 
 
-def worker_load(load: EngineLoad, block_size: int) -> decode_pb2.WorkerLoad:
-    """Converts an engine's load to its message."""
+def worker_load(load: EngineLoad, block_size: int, kv_disk_bytes: int = 0) -> decode_pb2.WorkerLoad:
+    """Makes the message of an engine's load, and of the bytes of KV that its worker has on disk."""
     return decode_pb2.WorkerLoad(
         kv_blocks_used=load.blocks_used,
         kv_blocks_total=load.blocks_total,
@@ -58,6 +58,7 @@ def worker_load(load: EngineLoad, block_size: int) -> decode_pb2.WorkerLoad:
         kv_blocks_cached=load.blocks_cached,
         prefix_tokens_looked_up=load.prefix_tokens_looked_up,
         prefix_tokens_found=load.prefix_tokens_found,
+        kv_disk_bytes=kv_disk_bytes,
     )
 
 

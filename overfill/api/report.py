@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from overfill.request.names import CODEC_NAMES, TTFT_PARTS
+from overfill.request.names import CODEC_NAMES, TTFT_PARTS, cached_by_source
 from overfill.v1 import inference_pb2
 
 _TIMES: tuple[tuple[str, Any], ...] = tuple(
@@ -21,7 +21,7 @@ _TIMES: tuple[tuple[str, Any], ...] = tuple(
 
 
 def answer_report(finished: inference_pb2.Finished, seed: int, brownout_from: str) -> dict[str, Any]:
-    """Describes an answer that has ended: tiers, workers, migrations, seed, and times in milliseconds.
+    """Describes an answer that has ended: tiers, workers, cached tokens, migrations, seed, and times in milliseconds.
 
     Args:
         brownout_from: as in ``Accepted``.
@@ -35,6 +35,7 @@ def answer_report(finished: inference_pb2.Finished, seed: int, brownout_from: st
         "decode_worker": finished.decode_worker,
         "prefill_engine": finished.prefill_engine or None,
         "decode_engine": finished.decode_engine or None,
+        "cached_tokens": cached_by_source(finished.usage),
         "migrations": finished.migrations,
         "codec": CODEC_NAMES.get(finished.codec),
         "seed": seed,

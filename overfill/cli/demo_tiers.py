@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from overfill.cli.output import tokens_per_second
+from overfill.cli.output import sources, tokens_per_second
 from overfill.client import Answer, Client, Message, SamplingParams
 from overfill.settings.tiers import TierSpec
 
@@ -123,7 +123,7 @@ def figures_table(answers: Sequence[TierAnswer]) -> Table:
             one.precision,
             "?" if rate is None else f"{rate:.1f}",
             f"{(one.weight_bytes + one.kv_bytes) / 1e6:.0f}",
-            f"{usage.cached_tokens} of {usage.prompt_tokens}",
+            f"{usage.cached_tokens} of {usage.prompt_tokens}{sources(usage)}",
         )
     return table
 

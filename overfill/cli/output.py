@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from overfill.client import TTFT_PARTS, Answer, AnswerPart, PoolStatus, StackStatus
-from overfill.request.names import DECODER_FIRST_PARTS
+from overfill.request.names import DECODER_FIRST_PARTS, CachedTokens, cached_by_source
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.rpc.stack_status import RouterStatus, WorkerStatus
 from overfill.rpc.stack_status_json import pool_json
@@ -111,8 +111,9 @@ def _headline(status: StackStatus, tls: bool) -> str:
     parts += [f"OpenAI API at {url}"] if url else []
     parts += [f"metrics at {metrics}"] if metrics and len(status.routers) < 2 else []
     if status.activity is not None and status.activity.sessions:
-        cached = percent(status.activity.cached_share)
-        parts.append(f"{counted(status.activity.sessions, 'session')}, {cached} of the last minute's prompts cached")
+        cached = f"{percent(status.activity.cached_share)} of the last minute's prompts cached"
+        cached += sources(status.activity, status.activity.prompt_tokens)
+        parts.append(f"{counted(status.activity.sessions, 'session')}, {cached}")
     return "; ".join(parts)
 
 
@@ -139,7 +140,16 @@ def _worker_table(status: StackStatus, wide: bool) -> Table:
     table = Table(box=None, padding=(0, 1))
     for column in ("worker", "stage", *(["tier"] if status.several_tiers else []), "engine", "state"):
         table.add_column(column)
-    for column in ("running", "waiting", "KV used", "cached", "total", "prefix hits"):
+    with_disk = any(disk_size(worker) for worker in status.workers)
+    for column in (
+        "running",
+        "waiting",
+        "KV used",
+        "cached",
+        "total",
+        "prefix hits",
+        *(["on disk"] if with_disk else []),
+    ):
         table.add_column(column, justify="right")
     with_adapters = any(worker.adapters for worker in status.workers)
     for column in (*(["adapters"] if with_adapters else []), *(("address", "pid", "metrics") if wide else ())):
@@ -152,8 +162,15 @@ def _worker_table(status: StackStatus, wide: bool) -> Table:
         stage = f"{worker.stage}, of both" if worker.colocated else worker.stage
         names = (worker.id, stage, *tier, row["engine"] or "?", worker.state)
         place = (worker.address, str(row["pid"] or "?"), row["metrics_address"] or "–") if wide else ()
-        table.add_row(*names, *numbers, hits, *([adapter_names(worker)] if with_adapters else []), *place)
+        disk = [disk_size(worker)] if with_disk else []
+        table.add_row(*names, *numbers, hits, *disk, *([adapter_names(worker)] if with_adapters else []), *place)
     return table
+
+
+def disk_size(worker: WorkerStatus) -> str:
+    """Returns the size of a worker's KV on disk; empty without any."""
+    load = None if worker.process is None else worker.process.load
+    return f"{load.kv_disk_bytes / 2**20:,.0f} MiB" if load is not None and load.kv_disk_bytes else ""
 
 
 def adapter_names(worker: WorkerStatus) -> str:
@@ -166,6 +183,18 @@ def adapter_names(worker: WorkerStatus) -> str:
 def percent(share: float | None) -> str:
     """Returns a share as text; a question mark if it is unknown."""
     return "?" if share is None else f"{100 * share:.1f} %"
+
+
+def sources(tokens: CachedTokens, of: int | None = None) -> str:
+    """Returns how many cached tokens were in memory, at a peer and on disk; empty if all were in memory.
+
+    Args:
+        of: number of tokens of which to show the shares; None shows the numbers.
+    """
+    if not (tokens.peer_tokens or tokens.disk_tokens):
+        return ""
+    parts = {name: str(n) if of is None else percent(n / of) for name, n in cached_by_source(tokens).items()}
+    return f": {', '.join(f'{name} {number}' for name, number in parts.items())}"
 
 
 def stack_state(status: StackStatus) -> str:
@@ -220,7 +249,7 @@ def _worker_json(worker: WorkerStatus) -> dict[str, Any]:
         "address": worker.address,
         **_fields(worker.process, "metrics_address"),
         **_fields(load, "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "running", "waiting"),
-        **_fields(load, "prefix_tokens_looked_up", "prefix_tokens_found", "prefix_hit_rate"),
+        **_fields(load, "prefix_tokens_looked_up", "prefix_tokens_found", "prefix_hit_rate", "kv_disk_bytes"),
     }
 
 
@@ -236,7 +265,7 @@ def _router_json(router: RouterStatus) -> dict[str, Any]:
         **_fields(activity, "running", "waiting"),
         "tokens_per_second": None if activity is None else round(activity.tokens_per_second, 2),
         "answers_last_minute": None if activity is None else activity.answers,
-        **_fields(activity, "sessions", "cached_share"),
+        **_fields(activity, "sessions", "cached_share", "cached_shares"),
     }
 
 
@@ -249,7 +278,7 @@ def _summary(answer: Answer) -> Table:
     table = Table.grid(padding=(0, 2))
     rate = tokens_per_second(answer)
     table.add_row("speed", "?" if rate is None else f"{rate:.1f} tokens/s after the first token")
-    cached = f" ({usage.cached_tokens} from the prefix cache)" if usage.cached_tokens else ""
+    cached = f" ({usage.cached_tokens} from the prefix cache{sources(usage)})" if usage.cached_tokens else ""
     table.add_row("tokens", f"{usage.prompt_tokens} in{cached}, {usage.completion_tokens} out")
     table.add_row("ended by", f"{answer.finish_reason}{f' string {answer.stop!r}' if answer.stop else ''}")
     table.add_row("total", _milliseconds(timing.total))

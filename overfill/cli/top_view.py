@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from overfill.cli.output import PART_NAMES, adapter_names, bar, counted, percent
+from overfill.cli.output import PART_NAMES, adapter_names, bar, counted, disk_size, percent, sources
 from overfill.client import TTFT_PARTS, Activity, StackStatus, WorkerLoad, WorkerStatus
 from overfill.request.names import DECODER_FIRST_PARTS
 
@@ -47,7 +47,8 @@ def _headline(status: StackStatus) -> Text:
             f"   {activity.tokens_per_second:.1f} tokens/s   {counted(activity.answers, 'answer')} in the last minute"
         )
         if activity.cached_share is not None:
-            line.append(f"   {percent(activity.cached_share)} of the prompts cached")
+            shares = sources(activity, activity.prompt_tokens)
+            line.append(f"   {percent(activity.cached_share)} of the prompts cached{shares}")
     return line
 
 
@@ -60,6 +61,8 @@ def _pool(name: str, workers: list[WorkerStatus]) -> Table:
     for column in ("running", "waiting", "KV used", "cached", "free"):
         table.add_column(column, justify="right")
     table.add_column("", min_width=_BAR, no_wrap=True)
+    if with_disk := any(disk_size(worker) for worker in workers):
+        table.add_column("on disk", justify="right")
     if with_adapters := any(worker.adapters for worker in workers):
         table.add_column("adapters")
     for worker in workers:
@@ -71,8 +74,9 @@ def _pool(name: str, workers: list[WorkerStatus]) -> Table:
             continue
         free = load.kv_blocks_total - load.kv_blocks_used - load.kv_blocks_cached
         numbers = (load.running, load.waiting, load.kv_blocks_used, load.kv_blocks_cached, free)
-        adapters = [adapter_names(worker)] if with_adapters else []
-        table.add_row(name, state, *map(str, numbers), _kv_bar(load), *adapters)
+        more = [disk_size(worker)] if with_disk else []
+        more += [adapter_names(worker)] if with_adapters else []
+        table.add_row(name, state, *map(str, numbers), _kv_bar(load), *more)
     if not workers:
         table.add_row("none", "")
     return table

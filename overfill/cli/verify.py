@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from overfill.pair.reference import JudgedAnswer, Summary, TwoStageReference
     from overfill.rpc.stack_status import WorkerStatus
     from overfill.telemetry.progress import Report
+    from overfill.v1 import common_pb2
+
+_COUNTS = ("prompt_tokens", "cached_tokens", "peer_tokens", "disk_tokens")
 
 
 class CannotVerify(click.ClickException):
@@ -69,13 +72,12 @@ class JudgedWriter:
 
     Attributes:
         name: of the tier or adapter.
-        prompt_tokens, cached_tokens: totals; the prefix cache had the KV of ``cached_tokens`` of them.
+        usage: sums of the answers' counts of prompt tokens.
     """
 
     name: str
     judged: Sequence[JudgedAnswer]
-    prompt_tokens: int
-    cached_tokens: int
+    usage: common_pb2.Usage
 
     @property
     def summary(self) -> Summary:
@@ -150,7 +152,7 @@ def verify_command(
     Exits with 1 if an answer is wrong or missing, or if more than one token in a thousand is a tie. Exits with 2 if the
     stack does not run in float32 with the raw codec: start it with `overfill up --dtype float32`.
     """
-    from overfill.cli.output import print_json
+    from overfill.cli.output import print_json, sources
     from overfill.cli.progress import show_progress
     from overfill.pair.hf_model import chat_token_ids, generation_prompt_tokens, load_tokenizer
     from overfill.pair.reference import load_references
@@ -192,8 +194,7 @@ def verify_command(
     total = JudgedWriter(
         "",
         [answer for result in results for answer in result.judged],
-        sum(result.prompt_tokens for result in results),
-        sum(result.cached_tokens for result in results),
+        _total(result.usage for result in results),
     )
     rows = [
         ({"tier": result.name} if several else {}) | row
@@ -208,7 +209,10 @@ def verify_command(
             _print_table(rows)
         width = max(len(result.name) for result in results)
         for result in results if several else ():
-            cached = f"{result.cached_tokens} of {result.prompt_tokens} prompt tokens from the prefix cache"
+            usage = result.usage
+            cached = (
+                f"{usage.cached_tokens} of {usage.prompt_tokens} prompt tokens from the prefix cache{sources(usage)}"
+            )
             click.echo(f"{result.name:{width}}  {result.summary}; {cached}")
         click.echo(str(total.summary))
     return 0 if passed else 1
@@ -263,8 +267,7 @@ def _figures(result: JudgedWriter) -> dict[str, Any]:
         "identical": summary.identical,
         "ties": summary.ties,
         "tokens": summary.tokens,
-        "prompt_tokens": result.prompt_tokens,
-        "cached_tokens": result.cached_tokens,
+        **{name: getattr(result.usage, name) for name in _COUNTS},
     }
 
 
@@ -390,9 +393,19 @@ def judge_writer(
         one = judge_answer(references, prompt.ids, answer, max_tokens, writer.allowed, start)
         judged.append(replace(one, problem=one.problem or problem or None))
         report(f"Judging {writer.name}", len(judged), len(answers))
-    usages = [answer.usage for answer in answers if not isinstance(answer, OverfillError)]
-    prompt_tokens, cached = sum(u.prompt_tokens for u in usages), sum(u.cached_tokens for u in usages)
-    return JudgedWriter(writer.name, judged, prompt_tokens, cached)
+    usages = (answer.usage for answer in answers if not isinstance(answer, OverfillError))
+    return JudgedWriter(writer.name, judged, _total(usages))
+
+
+def _total(usages: Iterable[Any]) -> common_pb2.Usage:
+    """Returns the sums of the answers' ``_COUNTS``."""
+    from overfill.v1 import common_pb2
+
+    total = common_pb2.Usage()
+    for usage in usages:
+        for name in _COUNTS:
+            setattr(total, name, getattr(total, name) + getattr(usage, name))
+    return total
 
 
 def _problem(answer: Answer | OverfillError, adapter: AdapterRecord, start: int) -> str:

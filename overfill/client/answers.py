@@ -119,12 +119,17 @@ class Usage:
         completion_tokens: Number of tokens in the answer, those of ``resume_token_ids`` included.
         cached_tokens: Number of prompt tokens whose KV came from a prefix cache when the prompt was first computed.
         reasoning_tokens: Number of tokens of the answer with which the model thought; part of ``completion_tokens``.
+        peer_tokens: Part of ``cached_tokens`` that the prefill worker took from another worker. Unknown, and therefore
+            0, after another router has finished the answer.
+        disk_tokens: Part of ``cached_tokens`` that the prefill worker read from disk; 0 likewise.
     """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
     reasoning_tokens: int = 0
+    peer_tokens: int = 0
+    disk_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,9 +223,11 @@ class Trace:
         kv_bytes: Bytes of payloads and scales received.
         kv_chunks: Number of chunks received.
         broken_streams: Number of data streams that delivered a wrong chunk, or too few, and were restarted.
-        cached_tokens: Number of prompt tokens whose KV was in the prefill worker's prefix cache.
+        cached_tokens: Number of prompt tokens whose KV the prefill worker did not compute.
         held_tokens: Number of prompt tokens whose KV did not travel, because the decode worker held it already.
         prefill: The same handoff as the prefill worker saw it.
+        peer_tokens: Part of ``cached_tokens`` that the prefill worker took from another worker.
+        disk_tokens: Part of ``cached_tokens`` that the prefill worker read from disk.
     """
 
     first_token_received: float
@@ -232,6 +239,8 @@ class Trace:
     cached_tokens: int
     held_tokens: int
     prefill: PrefillTrace
+    peer_tokens: int = 0
+    disk_tokens: int = 0
 
     @classmethod
     def from_proto(cls, message: kv_pb2.HandoffTrace) -> Trace:
@@ -244,6 +253,8 @@ class Trace:
             broken_streams=message.broken_streams,
             cached_tokens=message.cached_tokens,
             held_tokens=message.held_tokens,
+            peer_tokens=message.peer_tokens,
+            disk_tokens=message.disk_tokens,
             prefill=PrefillTrace.from_proto(message.prefill),
         )
 
@@ -505,15 +516,16 @@ class AnswerBuilder:
             self._parts = self._earlier_parts
             for part in _parts(message.parts):
                 _join(self._parts, part)
-        usage, cached = message.usage, message.usage.cached_tokens
+        usage = message.usage
+        cached, peer, disk = usage.cached_tokens, usage.peer_tokens, usage.disk_tokens
         if self._routers > 1 and self._cached_tokens is not None:
-            cached = self._cached_tokens
+            cached, peer, disk = self._cached_tokens, 0, 0
         return Answer(
             text="".join(self._text),
             token_ids=tuple(self._token_ids),
             logprobs=tuple(self._logprobs) if self._wants_logprobs else None,
             finish_reason=FINISH_REASONS[message.reason],
-            usage=Usage(usage.prompt_tokens, usage.completion_tokens, cached, usage.reasoning_tokens),
+            usage=Usage(usage.prompt_tokens, usage.completion_tokens, cached, usage.reasoning_tokens, peer, disk),
             timing=Timing.from_proto(message.timing),
             request_id=accepted.request_id,
             model=accepted.model,

@@ -206,9 +206,9 @@ class Importer:
         )
         began = time.monotonic()
         outcome, tokens = await self._bounded("peer", self._borrow(holder, start, request.blocks), deadline)
-        gained = max(0, tokens - done.tokens)
+        gained, took = max(0, tokens - done.tokens), time.monotonic() - began
         if gained:
-            seconds = max(0.0, time.monotonic() - began - LOAN_OVERHEAD)
+            seconds = max(0.0, took - LOAN_OVERHEAD)
             rate.note(seconds, gained)
             self._of_peers.note(seconds, gained)
             self._rates = {other: kept for other, kept in self._rates.items() if kept.seconds_per_token} | {key: rate}
@@ -218,7 +218,7 @@ class Importer:
             self._failed[key] = now + RETRY_AFTER
         done.tokens += gained
         done.peer_tokens += gained
-        self._metrics.imported("peer", outcome, gained)
+        self._metrics.imported("peer", outcome, gained, took)
 
     async def _read(self, request: ImportRequest, done: Imports, wanted: int, deadline: float) -> None:
         """Reads what the disk has beyond ``done``, if that is sooner."""
@@ -228,12 +228,13 @@ class Importer:
         end = min(wanted // self._block_size, begin + self._disk.known(request.prompt_blocks, begin))
         if not self._pays((end - begin) * self._block_size, self._disk_seconds, 0.0):
             return
+        began = time.monotonic()
         left = deadline - asyncio.get_running_loop().time()
         read = self._disk.read(request.prompt_blocks, request.blocks, begin, end, left)
         outcome, blocks = await self._bounded("disk", read, None)  # it keeps what it has read until then
         done.tokens += blocks * self._block_size
         done.disk_tokens += blocks * self._block_size
-        self._metrics.imported("disk", outcome, blocks * self._block_size)
+        self._metrics.imported("disk", outcome, blocks * self._block_size, time.monotonic() - began)
 
     async def _bounded(self, source: str, fetching: Awaitable[int], deadline: float | None) -> tuple[str, int]:
         """Awaits ``fetching``, until ``deadline`` if any. Returns its outcome and its result: 0 if it failed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Literal, Protocol
 
 from overfill.v1 import common_pb2
 
@@ -32,6 +32,9 @@ CODECS: dict[CodecName, common_pb2.KvCodec] = {
 CODEC_NAMES: dict[int, CodecName] = {codec: name for name, codec in CODECS.items()}
 """Use ``get``: it returns None for an unspecified codec or one that this version does not know."""
 
+KV_SOURCES = ("memory", "peer", "disk")
+"""Where the KV of cached prompt tokens was: in the prefill worker's memory, at another worker, or on disk."""
+
 TTFT_PARTS = (
     "router_queue",
     "decode_reservation",
@@ -45,3 +48,20 @@ TTFT_PARTS = (
 
 DECODER_FIRST_PARTS = ("handoff", "first_step")
 """The parts of ``TTFT_PARTS`` that exist only if the decoder samples the first token."""
+
+
+class CachedTokens(Protocol):
+    """Numbers of cached prompt tokens, as ``common_pb2.Usage`` has them."""
+
+    @property
+    def cached_tokens(self) -> int: ...
+    @property
+    def peer_tokens(self) -> int: ...
+    @property
+    def disk_tokens(self) -> int: ...
+
+
+def cached_by_source(tokens: CachedTokens) -> dict[str, int]:
+    """Divides the cached tokens among ``KV_SOURCES``."""
+    peer, disk = tokens.peer_tokens, tokens.disk_tokens
+    return dict(zip(KV_SOURCES, (tokens.cached_tokens - peer - disk, peer, disk), strict=True))

@@ -143,7 +143,7 @@ class AnswerState:
         self._ended_workers: list[str] = []  # by a failed step with the request in it, as they have said themselves
         self._max_tokens = max_tokens
         self._so_far = decode_pb2.DecodeDone()  # the latest that the current decode worker has said
-        self._cached_tokens: int | None = None  # as the first decode worker has said that said any
+        self._cached: common_pb2.Usage | None = None  # as the first decode worker has said that said any
         self._so_far_at = self._last_token_at = 0.0  # when it came, and the latest tokens; on the event loop's clock
         self._unread: AnswerDelta | None = None
         self._end: decode_pb2.DecodeDone | OverfillError | None = None
@@ -184,12 +184,20 @@ class AnswerState:
 
         The first worker's number stays: later attempts find the blocks that the first one left in the cache.
         """
-        return self._cached_tokens or 0
+        return self.cached.cached_tokens
+
+    @property
+    def cached(self) -> common_pb2.Usage:
+        """``cached_tokens`` and its parts, without the other fields."""
+        return common_pb2.Usage() if self._cached is None else self._cached
 
     def note_usage(self, said: decode_pb2.DecodeDone) -> None:
         """Notes what a decode worker says of the prefix cache; see ``cached_tokens``."""
-        if self._cached_tokens is None and said.HasField("usage"):
-            self._cached_tokens = said.usage.cached_tokens
+        if self._cached is None and said.HasField("usage"):
+            usage = said.usage
+            self._cached = common_pb2.Usage(
+                cached_tokens=usage.cached_tokens, peer_tokens=usage.peer_tokens, disk_tokens=usage.disk_tokens
+            )
 
     @property
     def progress(self) -> str:

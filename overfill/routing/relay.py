@@ -312,6 +312,6 @@ class Relay:
         end = decode_pb2.DecodeDone()
         end.CopyFrom(done)  # a reference would keep the whole WorkerMessage
         self.answer.note_usage(done)
+        end.usage.CopyFrom(self.answer.cached)
         end.usage.prompt_tokens, end.usage.completion_tokens = self.request.prompt_tokens, len(self.answer.emitted)
-        end.usage.cached_tokens = self.answer.cached_tokens
         return end

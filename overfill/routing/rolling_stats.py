@@ -23,6 +23,9 @@ _NAMES = (*_WHOLE[:1], *TTFT_PARTS, "unattributed", *_WHOLE[1:], "itl")
 _MAX_ANSWERS = 10_000
 """Maximum number of answers kept. If more finish in a minute, the latest are used."""
 
+_PROMPT_COUNTS = ("prompt_tokens", "cached_tokens", "peer_tokens", "disk_tokens")
+"""Fields of ``Usage`` and of ``Activity``."""
+
 _PERCENTILES = (50, 90, 99)
 _BUCKET = math.log(1.01)  # logarithm of the ratio of neighbouring buckets
 
@@ -32,7 +35,7 @@ class RollingStats:
 
     def __init__(self) -> None:
         self._tokens: deque[list[int]] = deque()  # second, tokens in it
-        self._answers: deque[tuple[float, dict[str, int], int, int]] = deque(maxlen=_MAX_ANSWERS)
+        self._answers: deque[tuple[float, dict[str, int], Sequence[int]]] = deque(maxlen=_MAX_ANSWERS)
 
     def tokens(self, count: int, now: float) -> None:
         """Counts ``count`` tokens that the router handed to a client."""
@@ -46,8 +49,8 @@ class RollingStats:
 
     def answered(self, finished: inference_pb2.Finished, now: float) -> None:
         """Counts a complete answer."""
-        usage = finished.usage
-        self._answers.append((now, _times(finished), usage.prompt_tokens, usage.cached_tokens))
+        counts = tuple(getattr(finished.usage, name) for name in _PROMPT_COUNTS)
+        self._answers.append((now, _times(finished), counts))
 
     def activity(self, running: int, waiting: int, now: float) -> admin_pb2.Activity:
         """Returns the statistics as the Status RPC reports them. ``running`` and ``waiting`` are requests now."""
@@ -60,11 +63,11 @@ class RollingStats:
             waiting=waiting,
             tokens_per_second=tokens / RATE_SECONDS,
             answers=len(self._answers),
-            prompt_tokens=sum(prompt for _, _, prompt, _ in self._answers),
-            cached_tokens=sum(cached for _, _, _, cached in self._answers),
         )
+        for index, name in enumerate(_PROMPT_COUNTS):
+            setattr(activity, name, sum(counts[index] for _, _, counts in self._answers))
         for name in _NAMES:
-            if values := sorted(times[name] for _, times, _, _ in self._answers if name in times):
+            if values := sorted(times[name] for _, times, _ in self._answers if name in times):
                 _add_timing(activity, name, [_rank(values, percentile) for percentile in _PERCENTILES])
         return activity
 
@@ -72,7 +75,7 @@ class RollingStats:
         """Yields the times of the last minute's answers in a form that ``add_up`` adds to other routers'."""
         self._forget(now)
         for name in _NAMES:
-            if counts := Counter(_bucket(times[name]) for _, times, _, _ in self._answers if name in times):
+            if counts := Counter(_bucket(times[name]) for _, times, _ in self._answers if name in times):
                 yield admin_pb2.Histogram(name=name, bucket=counts.keys(), count=counts.values())
 
     def _forget(self, now: float) -> None:
@@ -95,8 +98,8 @@ def add_up(activities: Iterable[admin_pb2.Activity]) -> admin_pb2.Activity:
         total.tokens_per_second += activity.tokens_per_second
         total.answers += activity.answers
         total.sessions += activity.sessions
-        total.prompt_tokens += activity.prompt_tokens
-        total.cached_tokens += activity.cached_tokens
+        for name in _PROMPT_COUNTS:
+            setattr(total, name, getattr(total, name) + getattr(activity, name))
         for histogram in activity.histograms:
             if histogram.name in times:  # a newer router may have more times
                 times[histogram.name].update(dict(zip(histogram.bucket, histogram.count, strict=True)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from overfill.request.messages import shared_fields
-from overfill.request.names import CODEC_NAMES
+from overfill.request.names import CODEC_NAMES, cached_by_source
 from overfill.rpc.addresses import instead_of_wildcard, target_host
 from overfill.v1 import admin_pb2, common_pb2, decode_pb2, inference_pb2
 
@@ -56,6 +56,7 @@ class WorkerLoad:
         queued_tokens: Prompt tokens accepted and not yet computed; 0 on decode workers.
         prefix_tokens_looked_up: Number of prompt tokens that were given blocks since the worker started.
         prefix_tokens_found: Number of those whose KV was in the prefix cache.
+        kv_disk_bytes: Bytes of KV that a prefill worker has on disk; 0 without a folder for it.
     """
 
     kv_blocks_used: int
@@ -67,6 +68,7 @@ class WorkerLoad:
     queued_tokens: int
     prefix_tokens_looked_up: int = 0
     prefix_tokens_found: int = 0
+    kv_disk_bytes: int = 0
 
     @property
     def prefix_hit_rate(self) -> float | None:
@@ -304,7 +306,9 @@ class Activity:
             the mean time between an answer's tokens.
         sessions: Number of clients' sessions with a request in the last five minutes.
         prompt_tokens: Prompt tokens of these answers.
-        cached_tokens: Those of them that came from a prefix cache.
+        cached_tokens: Those of them that the full model did not compute for these answers.
+        peer_tokens: Part of ``cached_tokens`` that prefill workers took from other workers.
+        disk_tokens: Part of ``cached_tokens`` that prefill workers read from disk.
         busiest_sessions: Up to five of the sessions, the most turns first.
     """
 
@@ -317,11 +321,19 @@ class Activity:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     busiest_sessions: tuple[SessionActivity, ...] = ()
+    peer_tokens: int = 0
+    disk_tokens: int = 0
 
     @property
     def cached_share(self) -> float | None:
-        """Share of the last minute's prompt tokens that came from a prefix cache; None without an answer."""
+        """Share of the last minute's prompt tokens that were cached; None without an answer."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
+
+    @property
+    def cached_shares(self) -> dict[str, float] | None:
+        """Parts of ``cached_share``: by KV in memory, at a peer, and on disk. None without an answer."""
+        total = self.prompt_tokens
+        return {name: tokens / total for name, tokens in cached_by_source(self).items()} if total else None
 
     @classmethod
     def from_proto(cls, message: admin_pb2.Activity) -> Activity:

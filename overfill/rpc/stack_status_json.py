@@ -24,6 +24,7 @@ def stack_json(status: StackStatus) -> dict[str, Any]:
             "tokens_per_second": round(activity.tokens_per_second, 2),
             "answers_last_minute": activity.answers,
             "cached_share": activity.cached_share,
+            "cached_shares": activity.cached_shares,
             "sessions": activity.sessions,
             "busiest_sessions": [
                 {"id": one.id, "turns": one.turns, "cached_share": one.cached_share}
@@ -50,7 +51,9 @@ def _worker_json(worker: WorkerStatus) -> dict[str, Any]:
     result |= {"tier": worker.tier, "state": worker.state, "adapters": list(worker.adapters)}
     result["engine"] = process.engine if process is not None else None
     if load is None:
-        return result | dict.fromkeys(("running", "waiting", "queued_tokens", "kv_blocks", "prefix_hit_rate"))
+        return result | dict.fromkeys(
+            ("running", "waiting", "queued_tokens", "kv_blocks", "kv_disk_bytes", "prefix_hit_rate")
+        )
     free = load.kv_blocks_total - load.kv_blocks_used - load.kv_blocks_cached
     return result | {
         "running": load.running,
@@ -62,5 +65,6 @@ def _worker_json(worker: WorkerStatus) -> dict[str, Any]:
             "free": free,
             "total": load.kv_blocks_total,
         },
+        "kv_disk_bytes": load.kv_disk_bytes,
         "prefix_hit_rate": load.prefix_hit_rate,
     }

@@ -65,8 +65,8 @@ class MetricSet:
     """Metrics of one service. Each set has its own registry, so that several sets may exist in one process.
 
     Args:
-        beside: set of another stage in the same worker, whose registry this one shares. The metrics of the process are
-            in that one.
+        beside: another set of the same worker, whose registry this one shares. The metrics of the process are in that
+            one.
 
     Attributes:
         registry: Prometheus registry of the set.
@@ -89,7 +89,8 @@ class MetricSet:
             )
         else:
             self.registry = beside.registry
-            beside._stages.append(stage)
+            if stage not in beside._stages:
+                beside._stages.append(stage)
         self._prefix = f"overfill_{stage}"
 
     def render(self) -> bytes:

@@ -11,14 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from overfill.request.names import CODEC_NAMES, CODECS
+from overfill.request.names import CODEC_NAMES, CODECS, KV_SOURCES
 from overfill.telemetry.engine_load import EngineLoad
-from overfill.telemetry.metric_set import BATCH_BUCKETS, LATENCY_BUCKETS, TOKEN_BUCKETS, MetricSet, Sampled, Spec
+from overfill.telemetry.metric_set import (
+    BATCH_BUCKETS,
+    LATENCY_BUCKETS,
+    TOKEN_BUCKETS,
+    Labels,
+    MetricSet,
+    Sampled,
+    Spec,
+)
 from overfill.telemetry.outcomes import OUTCOMES, outcome_of
 from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import common_pb2
-
-IMPORT_SOURCES = ("peer", "disk")
 
 
 class PullNumbers(Protocol):
@@ -47,9 +53,6 @@ class EngineMetrics(MetricSet):
         self._step_failures = self._counter(
             "step_failures_total", "Steps that failed; all sequences in a failed step fail."
         )
-        self._lent = self._counter(
-            "lent_tokens_total", "Tokens whose cached KV this worker has lent to workers that prefill."
-        )
 
         gauge = self._gauge
         gauge("running", "Sequences being computed or handed over.", lambda n: n.running)
@@ -67,10 +70,15 @@ class EngineMetrics(MetricSet):
             lambda: [] if self._load is None else _hits(self._load()),
             {"result": ("hit", "miss")},
         )
+        self._lent = self._counter("lent_tokens_total", "Tokens whose KV was lent to other workers.")
 
     def watch(self, load: Callable[[], EngineLoad]) -> None:
         """Sets the function that returns the engine's load at each scrape."""
         self._load = load
+
+    def lent(self, tokens: int) -> None:
+        """Counts a loan of the KV of ``tokens`` tokens, without those that the borrower had before."""
+        self._lent.inc(tokens)
 
     def _gauge(self, what: str, help: str, value: Callable[[EngineLoad], int]) -> None:
         def read() -> Sampled:
@@ -81,13 +89,13 @@ class EngineMetrics(MetricSet):
     def step_failed(self) -> None:
         self._step_failures.inc()
 
-    def lent(self, tokens: int) -> None:
-        """Counts the tokens of a loan that the borrower does not hold."""
-        self._lent.inc(tokens)
-
 
 class PrefillMetrics(EngineMetrics):
-    """Metrics of a prefill worker."""
+    """Metrics of a prefill worker.
+
+    Attributes:
+        disk: metrics of its KV on disk.
+    """
 
     def __init__(self) -> None:
         super().__init__("prefill")
@@ -101,7 +109,8 @@ class PrefillMetrics(EngineMetrics):
             "Time from scheduling a prompt's first chunk to the end of its computation, with or without a first token.",
             LATENCY_BUCKETS,
         )
-        source = {"source": IMPORT_SOURCES}
+        self._gauge("queued_tokens", "Accepted prompt tokens that are not computed yet.", lambda n: n.queued_tokens)
+        source: Labels = {"source": KV_SOURCES[1:]}
         self._imports = self._counter(
             "imports_total",
             "Attempts to import a prompt's KV from another worker (peer) or from disk, by outcome; none means that the "
@@ -111,7 +120,20 @@ class PrefillMetrics(EngineMetrics):
         self._imported = self._counter(
             "imported_tokens_total", "Prompt tokens whose KV was imported instead of computed, by source.", source
         )
-        self._gauge("queued_tokens", "Accepted prompt tokens that are not computed yet.", lambda n: n.queued_tokens)
+        self._import = self._histogram("import_seconds", "Duration of an import.", LATENCY_BUCKETS, source)
+        self.disk = DiskMetrics(self)
+
+    def imported(self, source: str, outcome: str, tokens: int, seconds: float) -> None:
+        """Records an attempt to import KV of one prompt from one source, successful or not.
+
+        Args:
+            source: "peer" or "disk".
+            outcome: one of ``OUTCOMES``. Tokens may be in place with any of them.
+            tokens: prompt tokens whose KV is now in place.
+        """
+        self._imports.labels(source, "none" if outcome == "ok" and not tokens else outcome).inc()
+        self._imported.labels(source).inc(tokens)
+        self._import.labels(source).observe(seconds)
 
     def step(self, seconds: float, sequences: int, tokens: int) -> None:
         self._step.observe(seconds)
@@ -124,11 +146,6 @@ class PrefillMetrics(EngineMetrics):
     def computed(self, compute_seconds: float) -> None:
         self._compute.observe(compute_seconds)
 
-    def imported(self, source: str, outcome: str, tokens: int) -> None:
-        """Counts an attempt to import KV from a "peer" or from "disk" that has brought ``tokens`` tokens."""
-        self._imports.labels(source, "none" if outcome == "ok" and not tokens else outcome).inc()
-        self._imported.labels(source).inc(tokens)
-
     @contextmanager
     def prompt(self) -> Iterator[None]:
         """Counts a prompt with its outcome, including a refused one. Wraps all work for it."""
@@ -138,6 +155,63 @@ class PrefillMetrics(EngineMetrics):
             self._prompts.labels(outcome_of(error)).inc()
             raise
         self._prompts.labels("ok").inc()
+
+
+class DiskMetrics(MetricSet):
+    """Metrics of a prefill worker's KV on disk. Any thread may call the methods.
+
+    Args:
+        worker: metrics of the worker, which list these too.
+    """
+
+    ERRORS = ("folder", "read", "write", "damaged")
+
+    def __init__(self, worker: MetricSet) -> None:
+        super().__init__("prefill", worker)
+        self.specs = worker.specs
+        self._used: Callable[[], int] | None = None
+        self._read(
+            "kv_disk_used_bytes",
+            "gauge",
+            "Bytes of KV in the worker's folder; absent without one.",
+            lambda: [] if self._used is None else [((), self._used())],
+        )
+        self._bytes_read = self._counter("kv_disk_read_bytes_total", "Bytes of KV read from disk.")
+        self._written = self._counter("kv_disk_written_bytes_total", "Bytes of KV written to disk.")
+        self._dropped = self._counter(
+            "kv_disk_dropped_blocks_total", "Blocks that were not written, because the disk was too slow."
+        )
+        self._evicted = self._counter("kv_disk_evicted_blocks_total", "Least recently used blocks deleted from disk.")
+        self._errors = self._counter(
+            "kv_disk_errors_total",
+            "Errors of KV on disk: a folder that the worker cannot use, failed reads and writes, damaged blocks. "
+            "The worker computes such KV.",
+            {"kind": self.ERRORS},
+        )
+
+    def watch(self, used_bytes: Callable[[], int]) -> None:
+        """Sets the function that returns the bytes in the folder at each scrape."""
+        self._used = used_bytes
+
+    def read(self, nbytes: int) -> None:
+        """Counts bytes read from disk."""
+        self._bytes_read.inc(nbytes)
+
+    def written(self, nbytes: int) -> None:
+        """Counts bytes written to disk."""
+        self._written.inc(nbytes)
+
+    def dropped(self, blocks: int) -> None:
+        """Counts blocks that were not written, because too many others waited."""
+        self._dropped.inc(blocks)
+
+    def evicted(self, blocks: int) -> None:
+        """Counts blocks that were deleted because the folder was full."""
+        self._evicted.inc(blocks)
+
+    def failed(self, kind: str) -> None:
+        """Counts an error; ``kind`` is one of ``ERRORS``."""
+        self._errors.labels(kind).inc()
 
 
 class DecodeMetrics(EngineMetrics):

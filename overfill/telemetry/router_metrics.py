@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Protocol
 
-from overfill.request.names import TTFT_PARTS
+from overfill.request.names import KV_SOURCES, TTFT_PARTS, cached_by_source
 from overfill.telemetry.metric_set import LATENCY_BUCKETS, Labels, MetricSet, Sampled
 from overfill.telemetry.outcomes import OUTCOMES, REFUSALS, outcome_of, refusal_reason
 from overfill.v1 import decode_pb2, inference_pb2
@@ -96,7 +96,9 @@ class RouterMetrics(MetricSet):
         self._prompt = counts("prompt_tokens_total", "Prompt tokens of accepted requests, by API.", {"api": APIS})
         self._cached = counts(
             "cached_prompt_tokens_total",
-            "Prompt tokens of complete answers that came from the prefix cache, not from computation.",
+            "Prompt tokens of complete answers that the full model did not compute, by where their KV was: in the "
+            "worker's memory, at another worker, or on disk.",
+            {"source": KV_SOURCES},
         )
         self._completion = counts("completion_tokens_total", "Tokens handed to clients.", {**tier, "api": APIS})
         self._migrations = counts("migrations_total", "Migrations of an answer to another decode worker.", tier)
@@ -294,7 +296,8 @@ class RouterMetrics(MetricSet):
         timing, usage = finished.timing, finished.usage
         total = timing.total_ns / 1e9
         self._total[tier,].observe(total)
-        self._cached[()] += usage.cached_tokens
+        for source, tokens in cached_by_source(usage).items():
+            self._cached[source,] += tokens
         self._migrations[tier,] += finished.migrations
         for before, after in pairwise(finished.parts):
             self.fell_back(before.tier, after.tier)

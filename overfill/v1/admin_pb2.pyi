@@ -86,7 +86,7 @@ class PoolStatus(_message.Message):
     def __init__(self, stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., ready: _Optional[int] = ..., expected: _Optional[int] = ..., tier: _Optional[str] = ..., brownout: bool = ...) -> None: ...
 
 class Activity(_message.Message):
-    __slots__ = ("running", "waiting", "tokens_per_second", "answers", "timing", "histograms", "sessions", "prompt_tokens", "cached_tokens", "busiest_sessions")
+    __slots__ = ("running", "waiting", "tokens_per_second", "answers", "timing", "histograms", "sessions", "prompt_tokens", "cached_tokens", "busiest_sessions", "peer_tokens", "disk_tokens")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +97,8 @@ class Activity(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BUSIEST_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    PEER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DISK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     tokens_per_second: float
@@ -107,7 +109,9 @@ class Activity(_message.Message):
     prompt_tokens: int
     cached_tokens: int
     busiest_sessions: _containers.RepeatedCompositeFieldContainer[SessionActivity]
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., answers: _Optional[int] = ..., timing: _Optional[_Iterable[_Union[Percentiles, _Mapping]]] = ..., histograms: _Optional[_Iterable[_Union[Histogram, _Mapping]]] = ..., sessions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., busiest_sessions: _Optional[_Iterable[_Union[SessionActivity, _Mapping]]] = ...) -> None: ...
+    peer_tokens: int
+    disk_tokens: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., answers: _Optional[int] = ..., timing: _Optional[_Iterable[_Union[Percentiles, _Mapping]]] = ..., histograms: _Optional[_Iterable[_Union[Histogram, _Mapping]]] = ..., sessions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., busiest_sessions: _Optional[_Iterable[_Union[SessionActivity, _Mapping]]] = ..., peer_tokens: _Optional[int] = ..., disk_tokens: _Optional[int] = ...) -> None: ...
 
 class SessionActivity(_message.Message):
     __slots__ = ("id", "turns", "prompt_tokens", "cached_tokens")

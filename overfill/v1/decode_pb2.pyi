@@ -215,7 +215,7 @@ class Refused(_message.Message):
     def __init__(self, load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "running", "waiting", "block_size", "queued_tokens", "prefix_tokens_looked_up", "prefix_tokens_found")
+    __slots__ = ("kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "running", "waiting", "block_size", "queued_tokens", "prefix_tokens_looked_up", "prefix_tokens_found", "kv_disk_bytes")
     KV_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -225,6 +225,7 @@ class WorkerLoad(_message.Message):
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_TOKENS_LOOKED_UP_FIELD_NUMBER: _ClassVar[int]
     PREFIX_TOKENS_FOUND_FIELD_NUMBER: _ClassVar[int]
+    KV_DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
     kv_blocks_used: int
     kv_blocks_cached: int
     kv_blocks_total: int
@@ -234,7 +235,8 @@ class WorkerLoad(_message.Message):
     queued_tokens: int
     prefix_tokens_looked_up: int
     prefix_tokens_found: int
-    def __init__(self, kv_blocks_used: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., block_size: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., prefix_tokens_looked_up: _Optional[int] = ..., prefix_tokens_found: _Optional[int] = ...) -> None: ...
+    kv_disk_bytes: int
+    def __init__(self, kv_blocks_used: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., block_size: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., prefix_tokens_looked_up: _Optional[int] = ..., prefix_tokens_found: _Optional[int] = ..., kv_disk_bytes: _Optional[int] = ...) -> None: ...
 
 class DecodeDone(_message.Message):
     __slots__ = ("reason", "usage", "handoff_exposed_ns", "decode_ns", "prefill_worker_id", "trace", "codec", "adapter_digest")

@@ -21,11 +21,13 @@ from overfill.v1 import registry_pb2
 from services.hosting import OnReady, StageService, on_loop, run_worker_process, serve_stages
 from services.loading import load_half_of
 from services.messages import new_hello
+from services.prefill.kv_disk import open_disk
 from services.prefill.servicer import PrefillServicer
 
 SERVICE = "overfill.v1.Prefill"
 _READERS = 2  # threads that copy KV out of the cache
 _WRITERS = 2  # threads that check imported KV and write it to the cache
+_DISK_COPIERS = 1  # threads that copy KV between the cache and memory, from where it goes to disk
 _LOAN_STREAMS = 2  # connections to each data address of a worker that lends KV, as decode workers have by default
 
 
@@ -60,14 +62,17 @@ def prefill_stage(
         max_loans=config.max_num_seqs if config.kv_peers else 0,
     )
     hello.lends_kv = config.kv_peers and served.lends_kv
+    disk = open_disk(
+        config, served, servicer.loans.lend, device_executor(_DISK_COPIERS, "kv-disk-copy", served.device), metrics.disk
+    )
     peers = PeerPool(served.kv_identity, _LOAN_STREAMS, config.credentials(), shm)
     borrower = Borrower(peers, served.kv, served.store.block_size, _new_puller(served))
-    servicer.importer = Importer(
+    importer = servicer.importer = Importer(
         (hello.worker_id, hello.incarnation),
         served.store.block_size,
         lambda: servicer.engine.load.token_seconds,
         borrower.borrow if config.kv_peers else None,
-        None,
+        disk,
         metrics,
     )
     shm_server.start()
@@ -75,8 +80,25 @@ def prefill_stage(
     async def close() -> None:
         await shm_server.stop()
         await peers.close()
+        if disk is not None:
+            await disk.close()
 
-    return servicer, StageService(served, servicer, add_prefill_to_server, SERVICE, metrics, close)
+    def disk_bytes() -> int:
+        return 0 if disk is None else disk.used_bytes
+
+    if disk is not None:
+        metrics.disk.watch(disk_bytes)
+    return servicer, StageService(
+        served,
+        servicer,
+        add_prefill_to_server,
+        SERVICE,
+        metrics,
+        close,
+        disk_keys=None if disk is None else disk.keys,
+        costs=lambda: importer.costs,
+        kv_disk_bytes=disk_bytes,
+    )
 
 
 def _new_puller(served: ServedHalf) -> Callable[[PrefillPeer], Puller]:

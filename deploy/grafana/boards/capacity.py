@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
-from panels import BYTES, PER_SECOND, SHARE, Panel, bars, board, lines
+from panels import BYTES, BYTES_PER_SECOND, PER_SECOND, SECONDS, SHARE, Panel, bars, board, lines
 
-from boards.queries import WORKER, of_stage, rate, ratio
+from boards.queries import WORKER, of_stage, quantile, rate, ratio
 
 
 def capacity() -> Dashboard:
     used = f"overfill:kv_blocks_used:ratio{{{WORKER}}}"
+    cached = rate("overfill_router_cached_prompt_tokens_total", "source")
     chosen = f'{{job="overfill", {WORKER}}}'
     rows: dict[str, list[Panel]] = {
         "KV cache": [
@@ -70,12 +71,61 @@ def capacity() -> Dashboard:
             ),
             lines(
                 "Prompt tokens not computed",
-                {
-                    "cached": ratio(
-                        rate("overfill_router_cached_prompt_tokens_total"), rate("overfill_router_prompt_tokens_total")
-                    ),
-                },
+                {"{{source}}": f"{cached} / on () group_left {rate('overfill_router_prompt_tokens_total')}"},
                 SHARE,
+                what="By where their KV was: in the prefill worker's memory, at another worker, or on disk.",
+                stacked=True,
+                span=12,
+            ),
+            lines(
+                "Tokens imported",
+                {"{{source}}": rate("overfill_prefill_imported_tokens_total", "source", WORKER)},
+                PER_SECOND,
+                what="Prompt tokens whose KV prefill workers took from other workers or from disk.",
+            ),
+            lines(
+                "Imports that brought too little",
+                {
+                    "{{source}}, {{outcome}}": rate(
+                        "overfill_prefill_imports_total", "source, outcome", f'outcome!="ok", {WORKER}'
+                    )
+                },
+                PER_SECOND,
+            ),
+            lines(
+                "Duration of an import (p95)",
+                {"{{source}}": quantile(0.95, "overfill_prefill_import_seconds", WORKER, "source")},
+                SECONDS,
+            ),
+            lines(
+                "Tokens lent",
+                {stage: rate(f"overfill_{stage}_lent_tokens_total", where=WORKER) for stage in ("prefill", "decode")},
+                PER_SECOND,
+            ),
+            lines("KV on disk", {"{{worker}}": f"overfill_prefill_kv_disk_used_bytes{{{WORKER}}}"}, BYTES),
+            lines(
+                "Disk",
+                {
+                    what: rate(f"overfill_prefill_kv_disk_{what}_bytes_total", where=WORKER)
+                    for what in ("read", "written")
+                },
+                BYTES_PER_SECOND,
+            ),
+            lines(
+                "Blocks that left the disk",
+                {
+                    "evicted": rate("overfill_prefill_kv_disk_evicted_blocks_total", where=WORKER),
+                    "never written": rate("overfill_prefill_kv_disk_dropped_blocks_total", where=WORKER),
+                },
+                PER_SECOND,
+                what="Evicted blocks made room for others. Blocks are not written when too many wait for the disk.",
+                span=12,
+            ),
+            lines(
+                "Errors of the disk",
+                {"{{kind}}": rate("overfill_prefill_kv_disk_errors_total", "kind", WORKER)},
+                PER_SECOND,
+                what="Workers compute such KV.",
                 span=12,
             ),
         ],

@@ -48,15 +48,19 @@ class _Load:
         parts = []
         for name in self.traces:
             part = self._read(name)
-            if self.rate is not None and not name.startswith("synthetic"):
+            if self.rate is not None and not name.startswith(("synthetic", "sessions:")):
                 part = set_rate(part, self.rate)
             parts.append(scale_lengths(part, self.length_scale, self.longest))
         return scale_rate(concatenate(parts), self.rate_scale)
 
     def _read(self, name: str) -> list[TraceRequest]:
-        from overfill.lab.traffic.traces import read_trace, synthetic
+        from overfill.lab.traffic.traces import read_trace, sessions, synthetic
 
         kind, _, path = name.partition(":")
+        if kind == "sessions":
+            chats, turns, system = map(int, path.split(":"))
+            lengths = self.prompt_tokens, self.output_tokens
+            return sessions(chats, turns, system, self.rate or 1.0, *lengths, self.seed)[: self.count]
         if kind == "synthetic":
             rate, _, count = path.partition(":")
             size, speed = int(count or self.count or 1000), float(rate or self.rate or 1.0)
@@ -74,8 +78,9 @@ class _Load:
     default=("synthetic",),
     show_default=True,
     callback=lambda _context, _option, names: _check_traces(names),
-    help="Trace to play: FILE, azure:FILE, mooncake:FILE, synthetic, or synthetic:RATE:REQUESTS with its own rate and "
-    "number of requests. Repeat it to play several one after another.",
+    help="Trace to play: FILE, azure:FILE, mooncake:FILE, synthetic, synthetic:RATE:REQUESTS with its own rate and "
+    "number of requests, or sessions:CHATS:TURNS:TOKENS, chats that share a system prompt of TOKENS. Repeat it to play "
+    "several one after another.",
 )
 @click.option(
     "--requests",
@@ -107,7 +112,11 @@ class _Load:
     help="Arrivals of synthetic requests.",
 )
 @click.option(
-    "--prompt-tokens", type=click.IntRange(1), default=512, show_default=True, help="Length of a synthetic prompt."
+    "--prompt-tokens",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Length of a synthetic prompt, or new tokens of each turn.",
 )
 @click.option(
     "--output-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of a synthetic answer."
@@ -175,6 +184,17 @@ class _Load:
     help="Whether prefill workers cache prompts.",
 )
 @click.option(
+    "--kv-peers/--no-kv-peers", default=True, show_default=True, help="Whether workers lend each other KV of prompts."
+)
+@click.option(
+    "--kv-disk-size",
+    default="0",
+    show_default=True,
+    metavar="SIZE",
+    callback=lambda _context, _option, text: _size_in_bytes(text),
+    help="KV that each prefill worker keeps on disk, such as 50GiB.",
+)
+@click.option(
     "--max-queue",
     type=click.IntRange(1),
     default=1024,
@@ -240,6 +260,8 @@ def simulate_command(
     brownout_share: float,
     policy: str,
     prefix_cache: str,
+    kv_peers: bool,
+    kv_disk_size: int,
     max_queue: int,
     max_wait: float | None,
     objective: str,
@@ -294,6 +316,8 @@ def simulate_command(
         policy=policy,
         scaling=_scaling(profile, goal, max_workers) if autoscale else None,
         prefix_cache=prefix_cache == "on",
+        kv_peers=kv_peers,
+        kv_disk_size=kv_disk_size,
         max_queue=max_queue,
         max_wait=max_wait,
         mtbf=mtbf,
@@ -457,7 +481,18 @@ def _check_traces(names: tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
         if name.startswith("synthetic:") and not re.fullmatch(r"synthetic:[0-9.]*[1-9][0-9.]*(:[1-9][0-9]*)?", name):
             raise click.BadParameter(f"{name!r}: expected synthetic:RATE or synthetic:RATE:REQUESTS, both above 0")
+        if name.startswith("sessions:") and not re.fullmatch(r"sessions(:[1-9][0-9]*){2}:[0-9]+", name):
+            raise click.BadParameter(f"{name!r}: expected sessions:CHATS:TURNS:TOKENS, the first two above 0")
     return names
+
+
+def _size_in_bytes(text: str) -> int:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        raise click.BadParameter(f"must be a size such as 50GiB, got {text!r}") from None
 
 
 def _costs(text: str) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from typing import Protocol
 from overfill.kv.blocks import BlockPool
 from overfill.kv.keys import PromptBlocks
 from overfill.kv.prefix import PrefixCache
+from overfill.lab.simulate.imports import BlocksInMemory
 from overfill.v1 import registry_pb2
 
 _FIRST_UNIQUE_ID = 1 << 31
@@ -40,6 +41,9 @@ class Blocks(Protocol):
     def publish(self, owner: str, num_tokens: int) -> None: ...
 
     def release(self, owner: str) -> None: ...
+
+    def leading(self, keys: Sequence[int], begin: int) -> int:
+        """As ``KvSource.leading``, of the blocks in memory."""
 
     def delta(self) -> registry_pb2.PrefixDelta | None:
         """Returns the changes of the cache since the last call, for a report."""
@@ -70,6 +74,9 @@ class CountedBlocks:
     def release(self, owner: str) -> None:
         self.used -= self._held.pop(owner, 0)
 
+    def leading(self, keys: Sequence[int], begin: int) -> int:
+        return begin
+
     def delta(self) -> registry_pb2.PrefixDelta | None:
         return None
 
@@ -82,6 +89,7 @@ class SharedBlocks:
         self._pool = BlockPool(max(1, kv_tokens // block_size), 1)
         self._cache = PrefixCache(self._pool, enabled=enabled, attention_tokens=max(1.0, 4096 / block_size))
         self._feed = self._cache.journal.feed()
+        self._in_memory = BlocksInMemory(self._cache.journal)
         self._next = 0
         self._refused: tuple[str, PromptBlocks] | None = None  # (owner, prompt) of the last refusal
         self.tokens_looked_up = self.tokens_found = 0
@@ -129,6 +137,9 @@ class SharedBlocks:
 
     def release(self, owner: str) -> None:
         self._cache.release(owner)
+
+    def leading(self, keys: Sequence[int], begin: int) -> int:
+        return self._in_memory.leading(keys, begin)
 
     def delta(self) -> registry_pb2.PrefixDelta | None:
         return self._feed.take()

@@ -58,6 +58,8 @@ class SimulationOptions:
         policy: Name of a routing policy.
         scaling: Configuration of the scaling policy. None means no scaling.
         prefix_cache: True if prefill workers cache prompts' KV.
+        kv_peers: True if workers lend each other KV.
+        kv_disk_size: Bytes of KV that each prefill worker may keep on disk.
         max_queue: Maximum requests in a tier's queue; further ones are refused.
         max_wait: Longest expected wait in seconds with which a request is admitted. None means no limit.
         report_gap: Minimum seconds between two reports of a worker.
@@ -78,6 +80,8 @@ class SimulationOptions:
     policy: str = "default"
     scaling: ScalingConfig | None = None
     prefix_cache: bool = True
+    kv_peers: bool = True
+    kv_disk_size: int = 0
     max_queue: int = 1024
     max_wait: float | None = None
     report_gap: float = 0.05

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain, repeat
 from typing import get_args
 
 from overfill.errors import InvalidRequest
@@ -46,7 +47,15 @@ def make_job(name: str, trace: TraceRequest) -> Job:
         keys = PromptKeys(_ROOT, trace.blocks[: trace.prompt_tokens // trace.block_tokens])
 
         def block_keys(block_size: int) -> Iterator[int]:
-            return keys(1)
+            # Where blocks are smaller than the trace's, each of the trace's has several: the same key stands for all.
+            times = max(1, trace.block_tokens // block_size)
+            return chain.from_iterable(repeat(key, times) for key in keys(1))
 
         job.block_keys = block_keys
     return job
+
+
+def answer_keys(trace: TraceRequest) -> list[int]:
+    """Returns the keys of all full blocks of a request's prompt and answer; empty if they are unknown."""
+    full = trace.prompt_tokens // trace.block_tokens
+    return list(PromptKeys(_ROOT, (*trace.blocks[:full], *trace.answer_blocks))(1)) if trace.answer_blocks else []

@@ -5,13 +5,14 @@ A step is one event. The worker knows requests only as tickets, and reports to a
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from overfill.lab.simulate.blocks import Blocks
 from overfill.lab.simulate.clock import Clock, Event
+from overfill.lab.simulate.imports import KeptBlocks, KvSource, Link
 from overfill.lab.simulate.profiles import Profile
 
 
@@ -25,6 +26,9 @@ class Ticket:
         owner: Object that the listener uses to identify the prompt.
         submitted, started: Times of its arrival and of the start of its first chunk.
         local: True if the answer is written on the same worker, so that no KV is sent.
+        keys: The routers' keys of the prompt's full blocks.
+        holder: Worker that the router has named to borrow KV from; empty without one.
+        imported: The part of ``cached`` that came from a "peer" or "disk".
     """
 
     id: str
@@ -38,6 +42,9 @@ class Ticket:
     sent: float = 0.0  # time at which the KV computed so far has been sent
     local: bool = False
     cancelled: bool = False
+    keys: Sequence[int] = ()
+    holder: str = ""
+    imported: Counter[str] = field(default_factory=Counter)
 
     @property
     def left(self) -> int:
@@ -51,6 +58,9 @@ class PrefillListener(Protocol):
     def kv_sent(self, ticket: Ticket) -> None:
         """All KV of the prompt has been sent; its lease ends."""
 
+    def lender(self, name: str) -> KvSource | None:
+        """Returns the KV that a worker lends; None if it has left."""
+
 
 class SimPrefill:
     """The engine of a modelled prefill worker.
@@ -58,6 +68,7 @@ class SimPrefill:
     Attributes:
         busy: Seconds spent in steps.
         computed: Prompt tokens computed.
+        link: The link over which it sends and lends KV.
         on_ready: Called when a step may begin. A worker with both stages replaces it, because its stages take turns.
     """
 
@@ -68,6 +79,7 @@ class SimPrefill:
         blocks: Blocks,
         listener: PrefillListener,
         load_changed: Callable[[], object],
+        disk: KeptBlocks | None = None,
     ) -> None:
         self._clock, self._profile, self._model = clock, profile, profile.prefill
         self._listener, self._load_changed = listener, load_changed
@@ -78,8 +90,10 @@ class SimPrefill:
         self._waiting: deque[Ticket] = deque()
         self._running: dict[str, Ticket] = {}
         self._holding: dict[str, Ticket] = {}
+        self._importing: dict[str, Ticket] = {}
         self._step: Event | None = None
-        self._link_free = 0.0
+        self._disk = disk
+        self.link = Link()
         self.on_ready: Callable[[], object] = self.begin_step
 
     @property
@@ -102,7 +116,7 @@ class SimPrefill:
 
     @property
     def num_admitted(self) -> int:
-        return len(self._running) + len(self._holding)
+        return len(self._running) + len(self._holding) + len(self._importing)
 
     @property
     def active(self) -> int:
@@ -123,14 +137,18 @@ class SimPrefill:
         if ticket in self._waiting:
             self._waiting.remove(ticket)
             self.queued_tokens -= ticket.left
-        elif ticket.id in self._holding or (ticket.id in self._running and self._step is None):
+        elif (
+            ticket.id in self._holding
+            or ticket.id in self._importing
+            or (ticket.id in self._running and self._step is None)
+        ):
             self._drop(ticket)
         self.on_ready()
         self._load_changed()
 
     def tickets(self) -> list[Ticket]:
         """Returns the tickets on the worker."""
-        return [*self._waiting, *self._running.values(), *self._holding.values()]
+        return [*self._waiting, *self._importing.values(), *self._running.values(), *self._holding.values()]
 
     def kill(self) -> list[Ticket]:
         """Kills the worker. Returns its tickets."""
@@ -143,7 +161,7 @@ class SimPrefill:
 
     def check(self) -> None:
         """Raises AssertionError unless the counters agree with the tickets."""
-        tokens = sum(ticket.left for ticket in (*self._waiting, *self._running.values()))
+        tokens = sum(ticket.left for ticket in (*self._waiting, *self._importing.values(), *self._running.values()))
         if tokens != self.queued_tokens:
             raise AssertionError(f"{tokens} tokens are queued, {self.queued_tokens} counted")
         if not 0 <= self.blocks.used <= self.blocks.total:
@@ -173,8 +191,45 @@ class SimPrefill:
             self._waiting.popleft()
             ticket.cached = ticket.computed = cached
             self.queued_tokens -= cached
-            self._running[ticket.id] = ticket
+            if not self._import(ticket):
+                self._running[ticket.id] = ticket
         return bool(self._running)
+
+    def leading(self, keys: Sequence[int], begin: int) -> int:
+        return self.blocks.leading(keys, begin)
+
+    def _import(self, ticket: Ticket) -> bool:
+        """Begins to import KV that the worker lacks, where this is quicker. Returns False if it imports nothing."""
+        size, now = self.blocks.block_size, self._clock.now
+        keys = ticket.keys[: (ticket.prompt_tokens - 1) // size]
+        begin, ready = ticket.cached // size, now
+        sources = {"disk": self._disk, "peer": self._listener.lender(ticket.holder) if ticket.holder else None}
+        per_token = self._profile.import_seconds
+        for name in sorted(sources, key=per_token.__getitem__):
+            if (source := sources[name]) is None:
+                continue
+            end = source.leading(keys, begin)
+            tokens = (end - begin) * size
+            seconds = tokens * per_token[name]
+            due = source.link.end(ready, seconds)
+            if tokens and due - ready < self._model.step_seconds([(begin * size, tokens)]):
+                begin, ready = end, source.link.take(ready, seconds)
+                ticket.imported[name] += tokens
+        if not ticket.imported:
+            return False
+        self._importing[ticket.id] = ticket
+        self._clock.at(ready, self._end_import, ticket, begin * size)
+        return True
+
+    def _end_import(self, ticket: Ticket, tokens: int) -> None:
+        if ticket.cancelled:
+            return
+        self._running[ticket.id] = self._importing.pop(ticket.id)
+        self.blocks.publish(ticket.id, tokens)
+        self.queued_tokens -= tokens - ticket.cached
+        ticket.cached = ticket.computed = tokens
+        self.on_ready()
+        self._load_changed()
 
     def _schedule(self, left: int) -> list[tuple[Ticket, int]]:
         """Schedules as ``PrefillEngine._schedule``: at least half of the budget for the oldest, then shortest first."""
@@ -204,6 +259,8 @@ class SimPrefill:
             self._send(ticket, count, began)
             if ticket.left == 0:
                 finished.append(ticket)
+                if self._disk is not None:
+                    self._disk.keep(ticket.keys)
                 if ticket.local:
                     self._drop(ticket)
                     continue
@@ -225,7 +282,7 @@ class SimPrefill:
         if ticket.local:
             return
         seconds = tokens * self._profile.kv_token_bytes / self._profile.link_bandwidth
-        self._link_free = ticket.sent = max(self._link_free, since) + seconds
+        ticket.sent = self.link.take(since, seconds)
 
     def _sent(self, ticket: Ticket) -> None:
         if ticket.cancelled:
@@ -236,7 +293,7 @@ class SimPrefill:
         self._load_changed()
 
     def _drop(self, ticket: Ticket) -> None:
-        if self._running.pop(ticket.id, None) is not None:
+        if any(tickets.pop(ticket.id, None) is not None for tickets in (self._running, self._importing)):
             self.queued_tokens -= ticket.left
         self._holding.pop(ticket.id, None)
         self.blocks.release(ticket.id)

@@ -111,10 +111,12 @@ class Profile:
         source: Source of the numbers, in words.
         kv_token_bytes: Bytes of one token's keys and values in all transferred layers.
         layers: Number of layers. KV of all but the last is sent while later layers are computed.
-        link_bandwidth: Bytes per second that a prefill worker can send.
+        link_bandwidth: Bytes per second that a worker can send.
         hop: Seconds for a message between two processes.
         startup: Seconds from the decision to start a worker until it is ready.
         grace: Seconds in which a draining worker's sequences may end before they migrate.
+        disk_bandwidth: Bytes per second that a prefill worker reads from its disk.
+        returns_kv: Whether the decoder is the full model, so that decode workers lend the KV of their answers.
         colocated_kv_tokens: Capacity of each of the two KV pools of a worker with both stages, in tokens. 0 means that
             there is no such worker: the stages need different machines, or both models do not fit into one.
     """
@@ -132,6 +134,14 @@ class Profile:
     startup: NonNegativeFloat = 30.0
     grace: NonNegativeFloat = 30.0
     colocated_kv_tokens: NonNegativeInt = 0
+    disk_bandwidth: PositiveFloat = 1e9
+    returns_kv: bool = False
+
+    @property
+    def import_seconds(self) -> dict[str, float]:
+        """Seconds to import the KV of a token, by source: "peer" and "disk"."""
+        bandwidths = {"peer": self.link_bandwidth, "disk": self.disk_bandwidth}
+        return {source: self.kv_token_bytes / bandwidth for source, bandwidth in bandwidths.items()}
 
     @property
     def prefill_rate(self) -> float:
@@ -232,8 +242,10 @@ def from_datasheets(
         kv_token_bytes=kv,
         layers=full.layers,
         link_bandwidth=12.5e9,  # 100 Gbit/s
+        disk_bandwidth=5e9,  # an NVMe drive on four lanes of PCIe 4
         startup=60.0,
         colocated_kv_tokens=max(0, int(both / 2)) if prefill == decode else 0,
+        returns_kv=decoder == full,
     )
 
 

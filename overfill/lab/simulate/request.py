@@ -133,6 +133,9 @@ class Counters:
         prefill_worker_seconds, decode_worker_seconds: Time of the workers of each pool; see ``Snapshot``.
         worker_seconds: Time of all workers.
         prompts, local_prompts: Prompts computed, and those of them computed where their answer was written.
+        prompt_tokens, cached_tokens: Tokens of these prompts, and those that were not computed.
+        peer_tokens, disk_tokens: Parts of ``cached_tokens`` that came from other workers and from disk.
+        new_tokens: Part of ``prompt_tokens`` that no worker had computed before.
     """
 
     events: int = 0
@@ -155,3 +158,6 @@ class Counters:
     local_prompts: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    peer_tokens: int = 0
+    disk_tokens: int = 0
+    new_tokens: int = 0

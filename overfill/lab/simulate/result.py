@@ -14,6 +14,7 @@ from overfill.lab.simulate.options import SimulationOptions
 from overfill.lab.simulate.profiles import Profile
 from overfill.lab.simulate.request import Counters, SimRequest, Snapshot
 from overfill.lab.traffic.outcome import Objective
+from overfill.request.names import cached_by_source
 
 PERCENTILES = (50, 90, 95, 99)
 
@@ -79,7 +80,12 @@ class SimulationResult:
             "failed": float(len(self.requests) - len(done)),
             "request_rate": len(done) / span if span else None,
             "output_tokens": sum(r.trace.output_tokens for r in done) / span if span else None,
-            "cached": counters.cached_tokens / counters.prompt_tokens if counters.prompt_tokens else None,
+            "cached": _share(counters.cached_tokens, counters.prompt_tokens),
+            **{
+                f"cached_{source}": _share(tokens, counters.prompt_tokens)
+                for source, tokens in cached_by_source(counters).items()
+            },
+            "computed_per_new": _share(counters.prompt_tokens - counters.cached_tokens, counters.new_tokens),
             "local": _share(counters.local_prompts, counters.prompts),
             "prefill_utilisation": _share(counters.prefill_busy, counters.prefill_worker_seconds),
             "decode_utilisation": _share(counters.decode_busy, counters.decode_worker_seconds),
@@ -130,6 +136,8 @@ class SimulationResult:
             "profile": self.profile.name,
             "profile_source": self.profile.source,
             "policy": options.policy,
+            "kv_peers": options.kv_peers,
+            "kv_disk_size": options.kv_disk_size,
             "prefill": options.prefill,
             "decode": options.decode,
             "colocated": options.colocated,

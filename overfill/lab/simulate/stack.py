@@ -18,8 +18,9 @@ from overfill.lab.simulate.blocks import Blocks, CountedBlocks, SharedBlocks
 from overfill.lab.simulate.clock import Clock
 from overfill.lab.simulate.decode import SequenceState, SimDecode, SimSequence
 from overfill.lab.simulate.histogram import Histogram
+from overfill.lab.simulate.imports import KeptBlocks, KvSource
 from overfill.lab.simulate.options import SimulationOptions
-from overfill.lab.simulate.policies import make_dispatcher, make_job
+from overfill.lab.simulate.policies import answer_keys, make_dispatcher, make_job
 from overfill.lab.simulate.prefill import Ticket
 from overfill.lab.simulate.profiles import Profile
 from overfill.lab.simulate.request import Counters, DecodeAttempt, SimRequest, attempt_of
@@ -60,7 +61,9 @@ class Simulation:
         self.workers: dict[str, SimWorker] = {}
         self._trace = trace
         self._misses, self._objective_missed = 0, False
-        self._shares = any(request.blocks for request in trace)
+        # Tokens of a block that prompts may share; 0 without such blocks.
+        self._block_tokens = next((request.block_tokens for request in trace if request.blocks), 0)
+        self._computed: set[int] = set()  # keys of the blocks that a full model has computed somewhere
         self._requests: list[SimRequest] = []
         self._gaps = Histogram()
         self._started = 0
@@ -122,8 +125,13 @@ class Simulation:
 
     # -- workers ---------------------------------------------------------------------------------------------------
 
-    def start_worker(self, stages: Stages, delay: float, tier: str = "") -> SimWorker:
-        """Starts a worker, which is ready after ``delay``. ``tier`` is that of its answers."""
+    def start_worker(self, stages: Stages, delay: float, tier: str = "", disk: KeptBlocks | None = None) -> SimWorker:
+        """Starts a worker, which is ready after ``delay``.
+
+        Args:
+            tier: Of its answers.
+            disk: That of the worker that it replaces; None means an empty one.
+        """
         self._started += 1
         name = f"{_LETTERS[stages]}{self._started}"
         profile, goal = self.profile, None
@@ -131,7 +139,11 @@ class Simulation:
             profile = self.tiers[tier].profile
             goal = self.tiers[tier].objectives(self.options.goal)
         gap = self.options.report_gap
-        worker = SimWorker(name, stages, self.clock, self, gap, profile, self._blocks, self._gaps, tier, goal)
+        disk = self._new_disk() if disk is None else disk
+        lent = self._block_tokens if self.options.kv_peers and self.options.prefix_cache else 0
+        worker = SimWorker(
+            name, stages, self.clock, self, gap, profile, self._blocks, self._gaps, tier, goal, disk, lent
+        )
         self.workers[name] = worker
         self.clock.after(delay, self._join, worker)
         if self.options.mtbf is not None:
@@ -159,10 +171,16 @@ class Simulation:
             self._poll()
 
     def _blocks(self, tokens: int) -> Blocks:
-        if not self._shares:
+        if not self._block_tokens:
             return CountedBlocks(tokens, 16)
-        block = next(request.block_tokens for request in self._trace if request.blocks)
-        return SharedBlocks(tokens, block, enabled=self.options.prefix_cache)
+        return SharedBlocks(tokens, self._block_tokens, enabled=self.options.prefix_cache)
+
+    def _new_disk(self) -> KeptBlocks | None:
+        """Makes the disk of a prefill worker; None without one."""
+        block_bytes = self._block_tokens * self.profile.kv_token_bytes
+        if not (self.options.kv_disk_size and block_bytes and self.options.prefix_cache):
+            return None
+        return KeptBlocks(lambda: self.options.kv_disk_size // block_bytes)
 
     def _join(self, worker: SimWorker) -> None:
         if not worker.gone:
@@ -188,7 +206,7 @@ class Simulation:
             self.clock.after(2 * self.profile.hop, self._prefill_lost, ticket.owner, ticket, True)
         self._remove(worker)
         if not worker.draining:
-            self.start_worker(worker.stages, self.profile.startup, worker.tier)
+            self.start_worker(worker.stages, self.profile.startup, worker.tier, worker.disk)
         self._poll()
 
     def _evict(self, worker: SimWorker) -> None:
@@ -388,6 +406,8 @@ class Simulation:
             request.trace.blocks,
             attempt,
             local=name == attempt.worker,
+            keys=self._keys(request),
+            holder="" if (holder := request.job.expected.holder) is None else holder.id,
         )
         worker = self.workers.get(name)
         if worker is None or worker.prefill is None or worker.gone:
@@ -395,12 +415,29 @@ class Simulation:
         else:
             worker.prefill.submit(ticket)
 
+    def _keys(self, request: SimRequest) -> list[int]:
+        keys = request.job.block_keys
+        return [] if keys is None else list(keys(self._block_tokens))
+
+    def lender(self, name: str) -> KvSource | None:
+        worker = self.workers.get(name)
+        return None if worker is None else worker.lent
+
+    def _count_computed(self, keys: Sequence[int], prompt_tokens: int) -> int:
+        """Notes that a prompt's blocks are computed. Returns the number of its tokens that had not been before."""
+        known = next((index for index, key in enumerate(keys) if key not in self._computed), len(keys))
+        self._computed.update(keys)
+        return max(1, prompt_tokens - known * self._block_tokens)
+
     def prompt_computed(self, ticket: Ticket) -> None:
         counters = self.counters
         counters.prompts += 1
         counters.local_prompts += ticket.local
         counters.prompt_tokens += ticket.prompt_tokens
         counters.cached_tokens += ticket.cached
+        counters.peer_tokens += ticket.imported["peer"]
+        counters.disk_tokens += ticket.imported["disk"]
+        counters.new_tokens += self._count_computed(ticket.keys, ticket.prompt_tokens)
         if ticket.local:
             attempt = ticket.owner
             assert isinstance(attempt, DecodeAttempt)
@@ -427,7 +464,17 @@ class Simulation:
     def answer_done(self, sequence: SimSequence) -> None:
         attempt = attempt_of(sequence)
         self._cancel(attempt)  # a one-token answer needs no KV: cancel its transfer
+        self._return_kv(attempt)
         self.clock.after(self.profile.hop, self._done, attempt)
+
+    def _return_kv(self, attempt: DecodeAttempt) -> None:
+        """Keeps the KV of a prompt and its answer on a decode worker whose decoder is the full model."""
+        request = attempt.request
+        if self.tiers[request.job.tier].profile.returns_kv and (keys := answer_keys(request.trace)):
+            self._computed.update(keys)
+            worker = self.workers.get(attempt.worker)
+            if worker is not None and worker.returned is not None:
+                worker.returned.keep(keys)
 
     def kv_needed(self, sequence: SimSequence) -> None:
         self.clock.after(self.profile.hop, self._need_prefill, attempt_of(sequence), False)

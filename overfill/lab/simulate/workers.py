@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol, TypeAlias
 
 from overfill.engine.turns import Turns
@@ -19,6 +20,7 @@ from overfill.lab.simulate.clock import Clock, Event
 from overfill.lab.simulate.colocated import SimTurns
 from overfill.lab.simulate.decode import DecodeListener, SimDecode, SimSequence
 from overfill.lab.simulate.histogram import Histogram
+from overfill.lab.simulate.imports import KeptBlocks, KvSource
 from overfill.lab.simulate.prefill import PrefillListener, SimPrefill, Ticket
 from overfill.lab.simulate.profiles import Profile
 from overfill.routing.tier import Objectives
@@ -53,6 +55,8 @@ class SimWorker:
         ready_since: Time at which it became ready; None while it starts.
         gone: True once it has left or died.
         prefill, decode: Models of the computation in its stages; None without the stage.
+        disk: KV that its prefill stage has on disk; outlives the worker. None without.
+        returned: KV of prompts and answers that its decode stage lends; None if it does not.
         tier: Tier of the answers that it writes; empty without decode.
     """
 
@@ -68,10 +72,13 @@ class SimWorker:
         gaps: Histogram,
         tier: str = "",
         objectives: Objectives | None = None,
+        disk: KeptBlocks | None = None,
+        lent_tokens: int = 0,
     ) -> None:
         """Args:
         blocks: Makes the blocks of a prefill stage for a number of tokens.
         objectives: Of its tier; needed with both stages, which take turns.
+        lent_tokens: Tokens per block in which workers lend KV. 0 means that they do not.
         """
         if stages == BOTH:
             profile = profile.colocated()
@@ -82,11 +89,16 @@ class SimWorker:
         self.ready_since: float | None = None
         self.draining = self.gone = False
         self.prefill = (
-            SimPrefill(clock, profile, blocks(profile.prefill.kv_tokens), router, self._load_changed)
+            SimPrefill(clock, profile, blocks(profile.prefill.kv_tokens), router, self._load_changed, disk)
             if PREFILL in stages
             else None
         )
         self.decode = SimDecode(clock, profile, router, gaps, self._load_changed) if DECODE in stages else None
+        self.disk = disk if PREFILL in stages else None
+        self.returned: KeptBlocks | None = None
+        self._lends = lent_tokens > 0
+        if lent_tokens and stages == DECODE_ONLY and profile.returns_kv:
+            self.returned = KeptBlocks(partial(self._room_for_returned, lent_tokens))
         self._turns: SimTurns | None = None
         if self.prefill is not None and self.decode is not None:
             assert objectives is not None
@@ -102,7 +114,26 @@ class SimWorker:
     def infos(self) -> list[WorkerInfo]:
         """The worker's description in each of its stages."""
         common = WorkerInfo(self.name, 1, PREFILL, "", (), _IDENTITY, 0, 0, colocated=self.stages == BOTH)
-        return [replace(common, stage=stage, tier=self.tier if stage == DECODE else "") for stage in self.stages]
+        return [
+            replace(
+                common,
+                stage=stage,
+                tier=self.tier if stage == DECODE else "",
+                lends_kv=self._lends and (stage == PREFILL or self.returned is not None),
+            )
+            for stage in self.stages
+        ]
+
+    @property
+    def lent(self) -> KvSource | None:
+        """The KV that the worker lends; None if it lends none."""
+        return self.prefill if self.prefill is not None else self.returned
+
+    def _room_for_returned(self, block_tokens: int) -> int:
+        """The number of blocks of ``block_tokens`` that fit into what the answers leave free."""
+        engine = self.decode
+        assert engine is not None
+        return (engine.total - engine.used) * self._profile.decode.block_size // block_tokens
 
     @property
     def active(self) -> int:
@@ -151,10 +182,17 @@ class SimWorker:
             report.CopyFrom(common)
             if stage == DECODE:
                 report.load.CopyFrom(self.decode_load())
+                if self.returned is not None and (delta := self.returned.delta()) is not None:
+                    report.prefix.CopyFrom(delta)
             else:
                 report.load.CopyFrom(self._prefill_load())
                 if self.prefill is not None and (delta := self.prefill.blocks.delta()) is not None:
                     report.prefix.CopyFrom(delta)
+                if self.disk is not None and (delta := self.disk.delta()) is not None:
+                    report.disk.CopyFrom(delta)
+                per_token = self._profile.import_seconds
+                report.costs.compute_ns = round(self._profile.prefill.seconds_per_token * 1e9)
+                report.costs.peer_ns, report.costs.disk_ns = (round(per_token[s] * 1e9) for s in ("peer", "disk"))
             reports.append(report)
         return reports
 

@@ -37,6 +37,7 @@ class TraceRequest:
         prompt_tokens, output_tokens: Lengths, at least 1 each.
         blocks: One number per ``block_tokens`` of the prompt. Prompts whose first numbers are equal share a prefix.
             Empty means that no shared prefix is known.
+        answer_blocks: Numbers of the blocks after the prompt's full ones that the answer fills; empty means unknown.
     """
 
     arrival: float
@@ -44,6 +45,7 @@ class TraceRequest:
     output_tokens: int
     blocks: tuple[int, ...] = ()
     block_tokens: int = MOONCAKE_BLOCK
+    answer_blocks: tuple[int, ...] = ()
 
     def prompt(self, vocab_size: int, seed: int) -> list[int]:
         """Returns random token ids of the prompt's length. Equal numbers in ``blocks`` give equal tokens."""
@@ -87,10 +89,13 @@ def concatenate(traces: Sequence[Sequence[TraceRequest]]) -> list[TraceRequest]:
     joined: list[TraceRequest] = []
     start, used = 0.0, 0
     for trace in traces:
-        numbers = max((max(request.blocks, default=-1) for request in trace), default=-1) + 1
+        numbers = max((max((*r.blocks, *r.answer_blocks), default=-1) for r in trace), default=-1) + 1
         for request in trace:
-            blocks = tuple(number + used for number in request.blocks)
-            joined.append(replace(request, arrival=request.arrival + start, blocks=blocks))
+            blocks, answer = (
+                tuple(number + used for number in part) for part in (request.blocks, request.answer_blocks)
+            )
+            arrival = request.arrival + start
+            joined.append(replace(request, arrival=arrival, blocks=blocks, answer_blocks=answer))
         start, used = joined[-1].arrival, used + numbers
     return joined
 
@@ -155,6 +160,40 @@ def synthetic(
         elif arrivals == "constant":
             now += 1 / rate
     return requests
+
+
+def sessions(
+    count: int,
+    turns: int,
+    system_tokens: int,
+    rate: float,
+    prompt_tokens: int,
+    output_tokens: int,
+    seed: int,
+    block_tokens: int = 16,
+) -> list[TraceRequest]:
+    """Returns the requests of ``count`` chats of ``turns`` turns, at ``rate`` requests per second on average.
+
+    Each prompt is the one before it, its answer, and ``prompt_tokens`` new tokens. All chats begin with one system
+    prompt. They begin at random in the first half of the time, and their pauses are exponential.
+    """
+    generator = random.Random(seed)
+    half = count * turns / rate / 2
+    shared, own = system_tokens // block_tokens, turns * (prompt_tokens + output_tokens) // block_tokens + 1
+    requests = []
+    for chat in range(count):
+        numbers = (*range(shared), *range(shared + chat * own, shared + (chat + 1) * own))
+        arrival, tokens = generator.uniform(0, half), system_tokens
+        for _ in range(turns):
+            tokens += prompt_tokens
+            full, end = tokens // block_tokens, (tokens + output_tokens) // block_tokens
+            requests.append(
+                TraceRequest(arrival, tokens, output_tokens, numbers[:full], block_tokens, numbers[full:end])
+            )
+            arrival, tokens = arrival + generator.expovariate(turns / half), tokens + output_tokens
+    requests.sort(key=lambda request: request.arrival)
+    start = requests[0].arrival
+    return [replace(request, arrival=request.arrival - start) for request in requests]
 
 
 def _azure(path: Path, lines: Iterator[str]) -> Iterator[TraceRequest]:

@@ -28,7 +28,13 @@ def call(index, name="", arguments=""):
 
 
 def finished(reason=FINISH_REASON_STOP, stop="", **counts):
-    usage = {"prompt_tokens": 9, "completion_tokens": 5, "cached_tokens": 4} | counts
+    usage = {
+        "prompt_tokens": 9,
+        "completion_tokens": 5,
+        "cached_tokens": 4,
+        "peer_tokens": 2,
+        "disk_tokens": 1,
+    } | counts
     return Finished(reason=reason, stop=stop, usage=Usage(**usage))
 
 
@@ -149,6 +155,7 @@ def test_the_first_and_the_last_event():
     }
     assert last["usage"] == counts | {"output_tokens": 5, "output_tokens_details": {"thinking_tokens": 2}}
     assert (last["overfill"]["pair"], last["overfill"]["seed"]) == ({"name": "p"}, 7)
+    assert last["overfill"]["cached_tokens"] == {"memory": 1, "peer": 2, "disk": 1}
 
 
 def test_hidden_thinking_comes_back_in_the_encode_reasoning():

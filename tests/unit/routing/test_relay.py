@@ -452,7 +452,7 @@ async def test_a_worker_that_a_failed_step_ended_gets_no_other_request(stack):
 
 
 def so_far(**more):
-    usage = common_pb2.Usage(prompt_tokens=3, cached_tokens=2)
+    usage = common_pb2.Usage(prompt_tokens=3, cached_tokens=2, peer_tokens=1)
     return decode_pb2.DecodeDone(usage=usage, codec=common_pb2.KV_CODEC_INT8, prefill_worker_id="p9", **more)
 
 
@@ -534,13 +534,15 @@ async def test_the_blocks_that_a_lost_attempt_left_in_the_prefix_cache_are_not_c
         assert relay.answer.cached_tokens == 2
         stream.fail(Unavailable("gone"))
         stream = await stack.accepted()
-        again = decode_pb2.DecodeDone(usage=common_pb2.Usage(prompt_tokens=3, cached_tokens=3))
+        again = decode_pb2.DecodeDone(usage=common_pb2.Usage(prompt_tokens=3, cached_tokens=3, disk_tokens=1))
         stream.tokens(3, 9, so_far=again)
         if not cut:
             stream.done(usage=again.usage)
             await read_all(relay)
         relay.close()
-        assert relay.finish_at(4).usage == common_pb2.Usage(prompt_tokens=3, completion_tokens=4, cached_tokens=2)
+        assert relay.finish_at(4).usage == common_pb2.Usage(
+            prompt_tokens=3, completion_tokens=4, cached_tokens=2, peer_tokens=1
+        )
         assert relay.answer.cached_tokens == 2
 
 

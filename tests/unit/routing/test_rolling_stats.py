@@ -12,9 +12,8 @@ def finished(ttft, tokens=11, **parts):
     """Makes an answer; its times are in ms."""
     times = {"ttft_ns": ttft, "total_ns": ttft + 1000} | {f"{name}_ns": value for name, value in parts.items()}
     timing = common_pb2.Timing(**{name: value * 10**6 for name, value in times.items()})
-    return inference_pb2.Finished(
-        timing=timing, usage=common_pb2.Usage(completion_tokens=tokens, prompt_tokens=10, cached_tokens=4)
-    )
+    usage = common_pb2.Usage(completion_tokens=tokens, prompt_tokens=10, cached_tokens=4, peer_tokens=2, disk_tokens=1)
+    return inference_pb2.Finished(timing=timing, usage=usage)
 
 
 def by_name(activity):
@@ -72,7 +71,10 @@ def test_activities_of_several_routers_add_up_as_if_one_router_had_answered_ever
         activity.busiest_sessions.add(id="a", turns=1)
         activities.append(activity)
     total, exact = add_up(activities), one.activity(6, 3, now=12.0)
-    assert (total.prompt_tokens, total.cached_tokens) == (exact.prompt_tokens, exact.cached_tokens) == (6000, 2400)
+    for counts in (total, exact):
+        assert (counts.prompt_tokens, counts.cached_tokens, counts.peer_tokens, counts.disk_tokens) == (
+            6000, 2400, 1200, 600,
+        )  # fmt: skip
     assert (total.sessions, [(one.id, one.turns) for one in total.busiest_sessions]) == (6, [("a", 3)])
     assert (total.running, total.waiting, total.answers) == (6, 3, 600)
     assert total.tokens_per_second == pytest.approx(5.0)

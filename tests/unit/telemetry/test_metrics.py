@@ -78,14 +78,50 @@ def test_parts_of_the_time_to_first_token_and_the_unattributed_rest():
         return_path_ns=5_000_000,
         total_ns=300_000_000,
     )
-    usage = common_pb2.Usage(prompt_tokens=7, completion_tokens=5, cached_tokens=3)
+    usage = common_pb2.Usage(prompt_tokens=7, completion_tokens=5, cached_tokens=6, peer_tokens=2, disk_tokens=1)
     metrics.answered(inference_pb2.Finished(timing=timing, usage=usage, migrations=2), "default")
     parts = values(metrics, "overfill_router_ttft_part_seconds_sum")
     assert parts["unattributed",] == pytest.approx(0.004)
     assert sum(parts.values()) == pytest.approx(0.1)
     assert values(metrics, "overfill_router_tpot_seconds_sum")["default",] == pytest.approx(0.05)
     assert values(metrics, "overfill_router_migrations_total")["default",] == 2
-    assert values(metrics, "overfill_router_cached_prompt_tokens_total")[()] == 3
+    cached = values(metrics, "overfill_router_cached_prompt_tokens_total")
+    assert cached == {("memory",): 3, ("peer",): 2, ("disk",): 1}
+
+
+def test_imports_are_counted_by_source_and_outcome():
+    metrics = PrefillMetrics()
+    metrics.imported("peer", "ok", 48, 0.1)
+    metrics.imported("peer", "deadline", 16, 1.0)
+    metrics.imported("disk", "none", 0, 0.001)
+    imports = values(metrics, "overfill_prefill_imports_total")
+    assert {labels for labels, count in imports.items() if count} == {
+        ("ok", "peer"),
+        ("deadline", "peer"),
+        ("none", "disk"),
+    }
+    assert values(metrics, "overfill_prefill_imported_tokens_total") == {("peer",): 64, ("disk",): 0}
+    assert values(metrics, "overfill_prefill_import_seconds_count") == {("peer",): 2, ("disk",): 1}
+
+
+def test_a_worker_with_both_stages_names_each_once_and_counts_its_loans_apart():
+    prefill = PrefillMetrics()
+    decode = DecodeMetrics(prefill)
+    prefill.lent(32)
+    decode.lent(16)
+    assert [stage for stage, _ in values(prefill, "overfill_build_info")] == ["prefill", "decode"]
+    assert values(prefill, "overfill_prefill_lent_tokens_total")[()] == 32
+    assert values(prefill, "overfill_decode_lent_tokens_total")[()] == 16
+
+
+def test_bytes_on_disk_are_exported_by_workers_with_a_folder_only():
+    metrics = PrefillMetrics()
+    assert values(metrics, "overfill_prefill_kv_disk_used_bytes") == {}
+    metrics.disk.watch(lambda: 4096)
+    metrics.disk.failed("damaged")
+    assert values(metrics, "overfill_prefill_kv_disk_used_bytes") == {(): 4096}
+    errors = values(metrics, "overfill_prefill_kv_disk_errors_total")
+    assert {kind for (kind,), count in errors.items() if count} == {"damaged"}
 
 
 def test_an_answer_that_was_resumed_has_no_time_to_first_token():
@@ -116,7 +152,7 @@ def test_adapters_are_counted_and_many_share_a_series():
         metrics.accepted(10, "", "chat", f"task-{index}")
     metrics.accepted(10, "", "chat")
     metrics.tokens(4, None, "", "default", "chat", "task-0")
-    metrics.tokens(3, None, "", "default", "chat", "late")
+    metrics.tokens(3, None, "", "default", "chat", "deadline")
     requests = values(metrics, "overfill_router_adapter_requests_total")
     assert len(requests) == MAX_ADAPTER_SERIES + 1, "a request without an adapter has no series"
     assert requests["other",] == 5

@@ -50,6 +50,22 @@ def test_sizes_policies_and_scaling(capsys, tmp_path):
     assert "scaled pools of 4 workers" in capsys.readouterr().out
 
 
+def test_chats_with_kv_from_peers_and_disk(capsys):
+    chats = ("simulate", "--trace", "sessions:6:4:640", "--prompt-tokens", "320", "--prefill", "2", "--decode", "2")
+    assert main([*chats, "--kv-disk-size", "1GiB"]) == 0
+    text = capsys.readouterr().out
+    assert "24 requests" in text
+    assert "prompt tokens computed per new one" in text
+    figures = {}
+    for name, more in (("peers", ()), ("alone", ("--no-kv-peers",))):
+        assert main([*chats, "--policy", "round-robin", "--json", *more]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["kv_peers"] is (name == "peers")
+        figures[name] = document["figures"]
+    assert figures["peers"]["cached_peer"] > 0 == figures["alone"]["cached_peer"]
+    assert figures["peers"]["computed_per_new"] < figures["alone"]["computed_per_new"]
+
+
 TIERS = ("--tier", "full=cpu:2,weights=6,share=2,itl-objective=0.05", "--tier", "fast=cpu")
 
 
@@ -92,6 +108,8 @@ def test_workers_with_both_stages_alone_and_beside_others(capsys):
         ((*TIERS, "--brownout-share", "2"), 2, "'--brownout-share'"),
         (("--brownout", "full > fast"), 2, "there is no tier 'full'"),
         (("--trace", "synthetic:fast"), 2, "expected synthetic:RATE or synthetic:RATE:REQUESTS"),
+        (("--trace", "sessions:3:0:100"), 2, "expected sessions:CHATS:TURNS:TOKENS"),
+        (("--kv-disk-size", "much"), 2, "must be a size such as 50GiB, got 'much'"),
         (("--colocated", "1", "--size"), 2, "leave out --size"),
         (("--decode", "0"), 2, "each stage needs a worker"),
         (("--size", "--autoscale"), 2, "exclude each other"),

@@ -80,8 +80,10 @@ def loads(draw):
     for index, pause in enumerate(pauses):
         now += pause if index else 0.0
         prompt, family = draw(st.integers(1, 900)), draw(st.integers(0, 2))
-        blocks = tuple(100 * family + place for place in range(-(-prompt // 64)))
-        trace.append(TraceRequest(now, prompt, draw(st.integers(1, 300)), blocks, 64))
+        output = draw(st.integers(1, 300))
+        blocks = tuple(100 * family + place for place in range((prompt + output) // 64 + 1))
+        full, end = prompt // 64, (prompt + output) // 64
+        trace.append(TraceRequest(now, prompt, output, blocks[: -(-prompt // 64)], 64, blocks[full:end]))
     return trace
 
 
@@ -94,8 +96,13 @@ def loads(draw):
     mtbf=st.sampled_from([None, 15.0, 60.0]),
     total=st.sampled_from([0, 4, None]),
     seed=st.integers(0, 3),
+    peers=st.booleans(),
+    disk=st.sampled_from([0, 30, 1000]),
+    returns=st.booleans(),
 )
-def test_every_request_ends_once_and_nobody_waits_in_vain(trace, policy, workers, colocated, mtbf, total, seed):
+def test_every_request_ends_once_and_nobody_waits_in_vain(
+    trace, policy, workers, colocated, mtbf, total, seed, peers, disk, returns
+):
     """Workers die, pools grow and shrink, blocks run out: all counters are checked after every event."""
     bounds = Bounds(1, 5)
     scaling = None
@@ -110,7 +117,9 @@ def test_every_request_ends_once_and_nobody_waits_in_vain(trace, policy, workers
         )
     result = run(
         trace,
-        TIGHT,
+        replace(TIGHT, returns_kv=returns),
+        kv_peers=peers,
+        kv_disk_size=disk * 64 * TIGHT.kv_token_bytes,
         prefill=workers[0],
         decode=workers[1],
         colocated=colocated,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -12,6 +13,7 @@ from overfill.lab.traffic.traces import (
     concatenate,
     read_trace,
     scale_lengths,
+    sessions,
     set_rate,
     synthetic,
 )
@@ -94,10 +96,32 @@ def test_synthetic_arrivals():
     assert poisson == synthetic(4000, "poisson", 5, 8, 4, 0)
 
 
+def test_each_turn_of_a_chat_begins_with_the_ones_before_it_and_their_answers():
+    requests = sessions(3, 4, 100, 2.0, 50, 30, seed=1, block_tokens=8)
+    assert len(requests) == 12
+    assert [request.arrival for request in requests] == sorted(request.arrival for request in requests)
+    chats = {}
+    for request in requests:
+        assert len(request.blocks) == request.prompt_tokens // 8
+        assert len(request.blocks) + len(request.answer_blocks) == (request.prompt_tokens + 30) // 8
+        chats.setdefault(request.blocks[12], []).append(request)
+    assert {request.blocks[:12] for request in requests} == {tuple(range(12))}, "the system prompt"
+    for turns in chats.values():
+        assert [request.prompt_tokens for request in turns] == [150, 230, 310, 390]
+        for before, after in pairwise(turns):
+            whole = (*before.blocks, *before.answer_blocks)
+            assert after.blocks[: len(whole)] == whole
+    own = [{*turns[-1].blocks[12:], *turns[-1].answer_blocks} for turns in chats.values()]
+    assert sum(map(len, own)) == len(set.union(*own)), "chats share nothing else"
+
+
 def test_traces_in_a_row_keep_what_they_share_to_themselves(azure, mooncake):
     joined = concatenate([read_trace(mooncake), read_trace(azure), read_trace(mooncake)])
     assert [r.arrival for r in joined] == pytest.approx([0, 1.5, 1.5, 5.814579, 6.041977, 6.041977, 7.541977], abs=1e-5)
     assert [r.blocks for r in joined] == [(0, 1, 2), (0, 1, 7), (), (), (), (8, 9, 10), (8, 9, 15)]
+    chats = [sessions(1, 2, 0, 1.0, 8, 8, seed=0, block_tokens=4)] * 2
+    first, _, second, _ = concatenate(chats)
+    assert not {*first.blocks, *first.answer_blocks} & {*second.blocks, *second.answer_blocks}
 
 
 @pytest.mark.parametrize(
