@@ -94,6 +94,22 @@ BROKEN = (
         "self._prefix.release(sequence.id)",
         "tests/integration/test_tasks_of_one_prompt.py"
         "::test_the_prompts_of_a_chat_of_many_tasks_are_the_full_models_throughout", inside="_free"),
+    Broken("a decoder's answer never becomes a prompt's KV", "any decoder publishes its answers",
+        "not self._returns_kv", "False",
+        "tests/unit/engine/test_decode_engine.py"
+        "::test_no_answer_of_another_decoder_an_adapter_or_behind_lossy_kv_is_published", inside="_return_answer"),
+    Broken("a decoder's answer never becomes a prompt's KV", "answers of adapters are published",
+        "sequence.adapter is not None", "False",
+        "tests/unit/engine/test_decode_engine.py"
+        "::test_no_answer_of_another_decoder_an_adapter_or_behind_lossy_kv_is_published", inside="_return_answer"),
+    Broken("a decoder's answer never becomes a prompt's KV", "answers behind KV of a lossy codec are published",
+        "not is_raw(sequence.cache_namespace)", "False",
+        "tests/unit/engine/test_decode_engine.py"
+        "::test_no_answer_of_another_decoder_an_adapter_or_behind_lossy_kv_is_published", inside="_return_answer"),
+    Broken("a decoder's answer never becomes a prompt's KV", "every decoder counts as the reader",
+        "same_weights and same_config and every_layer and not own.kv_cache_dtype", "True",
+        "tests/unit/engine/test_conformance.py::TestDecode"
+        "::test_the_next_turns_of_a_chat_never_find_kv_that_the_decoder_wrote"),
     Broken("missing KV is pulled again", "a broken stream is not restarted",
         "MAX_REPEATS = ...", "MAX_REPEATS = 0",
         "tests/integration/test_bad_kv.py::test_ranges_of_a_wrong_chunk_are_sent_again"),

@@ -424,7 +424,7 @@ def test_what_the_reader_computes_of_a_prompt_without_an_adapter_is_returned_too
     [{"returns_kv": False}, {"adapter": 0}, {"cache_namespace": codec_namespace("t", "int8")}],
     ids=["pruned", "adapter", "lossy"],
 )
-def test_the_answer_of_another_decoder_an_adapter_or_behind_lossy_kv_is_never_published(events, options):
+def test_no_answer_of_another_decoder_an_adapter_or_behind_lossy_kv_is_published(events, options):
     prefix = PrefixCache(BlockPool(32, 4))
     whole = answered(prefix, events, range(6), **options)
     assert lent_tokens(prefix, whole, options.get("cache_namespace", "")) == 4, "the prompt's block"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import itertools
 import json
 import math
 import subprocess
@@ -39,6 +40,7 @@ from overfill.model.manifest import Pair
 from overfill.pair.store import resolve_pair
 from overfill.request.grammar import Grammars
 from overfill.request.params import Grammar, SamplingParams
+from services.messages import new_hello
 
 PROMPT = [5, 6, 7]
 
@@ -171,6 +173,16 @@ def test_its_kv_is_no_model_s(pair):
     with pytest.raises(Incompatible, match="reader_digest") as caught:
         check_compatible(pair.kv_identity("float32"), loaded.served.kv_identity, "prefill-0")
     assert caught.value.fields == ("reader_digest",)
+
+
+def test_a_worker_lends_what_its_reader_computed(pair):
+    """The mock plays both halves of a pair whose decoder is the full model. Its decoder is the reader then."""
+    pruned = replace(pair, decoder_digest="0" * 64)
+    lends = [
+        new_hello("", [load_engine("mock", of, half, EngineOptions(None, prefix_cache=cached)).served]).lends_kv
+        for of, half, cached in itertools.product((pair, pruned), ("full", "decoder"), (True, False))
+    ]
+    assert lends == [True, False, True, False, True, False, False, False]
 
 
 def test_the_pair_is_what_its_script_makes_small_and_of_a_long_context(pair, tmp_path):

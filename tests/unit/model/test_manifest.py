@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,22 @@ def test_an_identity_pair_maps_each_layer_to_itself(fresh: Callable[[], Path]) -
     assert write_manifest(folder, decoder="full").identity
     assert not write_manifest(folder, decoder="full", layer_map=[0, 1, 1, 3]).identity
     assert not write_manifest(folder, decoder="full", recipe={"quantize": "int8"}).identity
+
+
+def test_a_decoder_returns_kv_only_if_it_is_the_reader(fresh: Callable[[], Path]) -> None:
+    folder = fresh()
+    pair = write_manifest(folder, decoder="full")
+    assert pair.returns_kv()
+    assert not pair.returns_kv("int8")
+    others = {
+        "layers": {"layer_map": (0, 1, 1, 3)},
+        "quantisation": {"quantize": "int8"},
+        "weights": {"decoder_digest": "0" * 64},
+        "config": {"decoder_config": replace(pair.decoder_config, rms_norm_eps=1.0)},
+        "reader": {"reader": "mock"},
+    }
+    assert [name for name, change in others.items() if replace(pair, **change).returns_kv()] == []
+    assert not write_manifest(folder).returns_kv(), "a pruned decoder"
 
 
 BAD_FIELDS: dict[str, tuple[Edit, str]] = {

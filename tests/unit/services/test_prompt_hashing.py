@@ -154,7 +154,9 @@ async def test_a_prefill_worker_hashes_prompts_before_it_submits_them(prefix, ha
     assert found[0].prompt_blocks.cache_namespace == "tenant"
 
 
-async def test_a_decode_worker_hashes_prompts_before_it_reserves_blocks(prefix, hashed):
+@pytest.mark.parametrize(("codec", "namespace"), [("raw", "tenant"), ("int8", "int8/tenant")])
+async def test_a_decode_worker_hashes_prompts_before_it_reserves_blocks(prefix, hashed, codec, namespace):
+    """Raw KV is in the namespace that prefill workers and routers use."""
     servicer = DecodeServicer(parts(prefix), registry_pb2.Hello(worker_id="d"), SimpleNamespace(use=None), None)
     servicer.engine, sent, found = new_engine(Reserve)
     servicer.host = SimpleNamespace(draining=False)
@@ -162,6 +164,7 @@ async def test_a_decode_worker_hashes_prompts_before_it_reserves_blocks(prefix, 
         prompt_token_ids=PROMPT,
         sampling=SamplingParams(temperature=0, max_tokens=4).to_proto(),
         cache_namespace="tenant",
+        codec=CODECS[codec],
     )
     serving = asyncio.create_task(
         servicer.Serve(
@@ -172,4 +175,4 @@ async def test_a_decode_worker_hashes_prompts_before_it_reserves_blocks(prefix, 
     serving.cancel()
     await asyncio.wait([serving])
     check(found[0], hashed)
-    assert found[0].prompt_blocks.cache_namespace == found[0].cache_namespace == "tenant"
+    assert found[0].prompt_blocks.cache_namespace == found[0].cache_namespace == namespace
