@@ -119,7 +119,8 @@ def test_promised_blocks_are_not_lent_before_they_are_reported():
 
 
 def test_a_worker_of_both_stages_lends_what_its_prefill_stage_has():
-    stack = Stack("p0", "c0")
+    stack = Stack("p0", "p1", "c0")
+    stack.report("p1", 320, running=1)
     stack.report(stack.roster.prefill.get("c0"), 320)
     assert stack.expected(job_of(500), "p0").holder is stack.roster.prefill.get("c0")
 
