@@ -25,6 +25,7 @@ from overfill.engine.sequence import (
     DecodeEvent,
     DecodeSequence,
     DecodeState,
+    Lend,
     Refused,
     Release,
     Reserve,
@@ -121,7 +122,7 @@ class VllmDecodeEngine(VllmEngine):
         if self._adapters is not None:
             self._adapters.close()
 
-    def handle(self, message: Reserve | Share | Start | Yielded | Release | ChangeAdapter) -> None:
+    def handle(self, message: Reserve | Share | Start | Yielded | Lend | Release | ChangeAdapter) -> None:
         self._changed = True
         match message:
             case Reserve(sequence):
@@ -133,8 +134,11 @@ class VllmDecodeEngine(VllmEngine):
             case Start(id, first):
                 if (started := self._sequences.get(id)) and (failed := self._start(started, first)):
                     self._emit([failed])
+            case Lend():
+                self._lend(message)
             case Release(id):
-                self._end(id)
+                if not self._end_loan(id):
+                    self._end(id)
             case ChangeAdapter(slot, adapter):
                 self._emit([AdapterChanged(slot, self._change_adapter(slot, adapter))])
             case Yielded():
@@ -256,6 +260,9 @@ class VllmDecodeEngine(VllmEngine):
             1 if s.state is DecodeState.RUNNING else max(1, 1 + self._blocks_for(s.num_tokens + 1) - len(s.blocks))
             for s in self._sequences.values()
         )
+
+    def _num_kept(self) -> int:
+        return self._num_growing()
 
     def _start(self, sequence: DecodeSequence, first: int | None) -> SequenceFailed | None:
         if sequence.state is not DecodeState.RECEIVING or sequence.id in self._asked:

@@ -1,4 +1,4 @@
-"""What the two vLLM engine cores have in common: their sampling and their load."""
+"""What the two vLLM engine cores have in common: their sampling, their loans and their load."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from overfill.engine.sequence import SequenceFailed
+from overfill.engine.sequence import Lend, Lent, SequenceFailed
+from overfill.engine.vllm.hashes import hashes_of
 from overfill.engine.vllm.hooks import Hooks, hub
 from overfill.engine.vllm.internals import VllmCore
 from overfill.engine.vllm.ranks.steps import RankExtras, RowSpec
@@ -40,6 +41,7 @@ class VllmEngine(Hooks):
 
     def __init__(self, vllm: VllmCore) -> None:
         self._vllm = vllm
+        self._loans: dict[str, list[Any]] = {}  # vLLM's blocks
         self._sampler = StepSampler()
         self._cached = 0
         self._leaked = 0
@@ -59,7 +61,7 @@ class VllmEngine(Hooks):
         ids = self._live()
         if extra := self._vllm.num_requests() - sum(map(self._vllm.known, ids)):
             raise AssertionError(f"vLLM holds {extra} requests that no sequence has")
-        if leaked := self._num_used - self._vllm.count_blocks(ids)[0]:
+        if leaked := self._num_used - self._vllm.count_blocks(ids, self._loans.values())[0]:
             raise AssertionError(f"{leaked} blocks are in use, and no sequence has them")
 
     def _row(self, sequence: Sampled) -> RowSpec | None:
@@ -68,6 +70,25 @@ class VllmEngine(Hooks):
             return None
         processor = "" if sequence.processor is None else sequence.processor.key
         return RowSpec(sequence.sampling, sequence.sample_index, len(sequence.prompt), processor)
+
+    def _lend(self, message: Lend) -> None:
+        """Answers with the cached blocks that can be held, without those that sequences still need."""
+        loan = self._vllm.hold(hashes_of(message.prompt), self._num_kept())
+        self._loans[message.id] = loan
+        blocks = [block.block_id for block in loan]
+        # No event: a step has ended on the device when it returns, because vLLM waits for its tokens.
+        self._emit([Lent(message.id, blocks, len(blocks) * self._vllm.block_size, None)])
+
+    def _end_loan(self, id: str) -> bool:
+        """Gives a loan's blocks back. Returns False if there is no such loan."""
+        loan = self._loans.pop(id, None)
+        if loan is not None:
+            self._vllm.drop(loan)
+        return loan is not None
+
+    def _num_kept(self) -> int:
+        """Free blocks that live sequences will need."""
+        raise NotImplementedError
 
     def _live(self) -> list[str]:
         """Ids of the sequences that vLLM may know."""
@@ -97,7 +118,7 @@ class VllmEngine(Hooks):
         """Counts cached and leaked blocks again when the last count is too old."""
         now = time.monotonic()
         if now - self._counted > _RECOUNT:
-            owned, self._cached = self._vllm.count_blocks(self._live())
+            owned, self._cached = self._vllm.count_blocks(self._live(), self._loans.values())
             self._leaked = self._num_used - owned
             self._counted = now
 

@@ -36,6 +36,11 @@ class HashedPrompt(PromptBlocks):
             self.hashes.append(chain[:-_KEY_BYTES] + key.to_bytes(_KEY_BYTES, "big"))
 
 
+def hashes_of(prompt: PromptBlocks | None) -> list[bytes]:
+    """The hashes under which vLLM may share a prompt's full blocks; none if the servicer did not hash the prompt."""
+    return prompt.hashes if isinstance(prompt, HashedPrompt) else []
+
+
 def block_hasher(prompt: PromptBlocks | None, num_shared: int, block_size: int) -> Callable[[Any], list[bytes]]:
     """A request's block hasher, as vLLM wants it: returns hashes of the full blocks that have none yet.
 
@@ -43,7 +48,7 @@ def block_hasher(prompt: PromptBlocks | None, num_shared: int, block_size: int) 
         prompt: the prompt as the servicer hashed it; None shares nothing.
         num_shared: number of leading blocks that other requests may share.
     """
-    shared = prompt.hashes[:num_shared] if isinstance(prompt, HashedPrompt) else []
+    shared = hashes_of(prompt)[:num_shared]
     secret = secrets.randbits(8 * _HASH_BYTES - 1)  # the index is added to it
 
     def hash_new_blocks(request: Any) -> list[bytes]:

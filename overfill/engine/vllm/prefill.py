@@ -3,6 +3,8 @@
 - **Blocks.** vLLM gives a prompt blocks chunk by chunk, and would preempt a prompt whose next block is missing, while a
   stream reads the others. So this engine queues prompts itself: it hands vLLM a prompt when all of its blocks are free
   beside those that running prompts still need.
+- **Imports.** A prompt whose KV may come from elsewhere gets the blocks for it from vLLM, which waits until ``Imported``
+  as it waits for KV that a connector loads. Prompts that need one of these blocks next wait with it.
 - **End.** A request ends with its first token. Its blocks stay until ``Release``, for the streams that read them.
 """
 
@@ -19,9 +21,12 @@ import torch
 from overfill.engine.device import record_event
 from overfill.engine.layers import LayerReports
 from overfill.engine.sequence import (
+    AwaitingImport,
     ChunkComputed,
+    Imported,
     KvWritten,
     LayerStarted,
+    Lend,
     PrefillEvent,
     PrefillScheduled,
     PrefillSequence,
@@ -31,7 +36,7 @@ from overfill.engine.sequence import (
     Submit,
 )
 from overfill.engine.vllm.engine import VllmEngine
-from overfill.engine.vllm.hashes import block_hasher
+from overfill.engine.vllm.hashes import block_hasher, hashes_of
 from overfill.engine.vllm.internals import Request, VllmCore
 from overfill.engine.vllm.ranks.steps import RankChunk, RankStep
 from overfill.engine.work import Sampled, always_plain
@@ -91,6 +96,8 @@ class VllmPrefillEngine(VllmEngine):
         self._waiting: deque[PrefillSequence] = deque()
         self._running: dict[str, PrefillSequence] = {}  # in order of arrival
         self._awaiting_release: dict[str, PrefillSequence] = {}  # computed and leased to the decode worker, or failed
+        self._importing: dict[str, frozenset[bytes]] = {}  # running ones, and hashes of the blocks that others write
+        self._imported: dict[str, int] = {}  # running ones that have not started: tokens that an import has brought
         self._chunks: list[_Chunk] = []
         self._reports = LayerReports([], token_layer_bytes, device)
         self._events: list[PrefillEvent] = []  # not yet emitted
@@ -120,10 +127,14 @@ class VllmPrefillEngine(VllmEngine):
             blocks_leaked=self._leaked,
         )
 
-    def handle(self, message: Submit | Release) -> None:
+    def handle(self, message: Submit | Imported | Lend | Release) -> None:
         match message:
             case Submit(sequence):
                 self._waiting.append(sequence)
+            case Imported(id, tokens):
+                self._take_import(id, tokens)
+            case Lend():
+                self._lend(message)
             case Release(id):
                 self._release(id)
 
@@ -185,7 +196,27 @@ class VllmPrefillEngine(VllmEngine):
         """Blocks that running prompts will need and do not have yet."""
         return sum(self._blocks_for(s) - len(s.blocks) for s in self._running.values())
 
+    def _num_kept(self) -> int:
+        return self._num_promised()
+
+    def _take_import(self, id: str, tokens: int) -> None:
+        """Lets vLLM publish the blocks below ``tokens`` and compute the rest."""
+        if self._importing.pop(id, None) is None:
+            return
+        sequence = self._running[id]
+        self._imported[id] = tokens - sequence.cached_tokens
+        sequence.computed = sequence.cached_tokens = tokens
+        if tokens:
+            self._vllm.received(id, tokens)
+        else:
+            sequence.blocks = []
+            self._vllm.received_nothing(id)
+
     def _release(self, id: str) -> None:
+        if self._end_loan(id):
+            return
+        self._importing.pop(id, None)
+        self._imported.pop(id, None)
         sequence = self._running.pop(id, None) or self._awaiting_release.pop(id, None)
         if sequence is None:
             self._waiting = deque(s for s in self._waiting if s.id != id)
@@ -197,12 +228,34 @@ class VllmPrefillEngine(VllmEngine):
 
     # What vLLM asks and tells while it plans and takes a step
 
+    def tokens_to_load(self, request_id: str, held: int) -> int | None:
+        sequence = self._running[request_id]
+        missing = self._missing(sequence, held)
+        if missing and any(missing[0] in imported for imported in self._importing.values()):
+            return None
+        if not missing or not sequence.imports:
+            return 0
+        sequence.computed = sequence.cached_tokens = held
+        return len(missing) * self._vllm.block_size
+
+    def allocated(self, request_id: str) -> None:
+        sequence = self._running[request_id]
+        sequence.imports = False
+        sequence.blocks = self._vllm.blocks(request_id)
+        self._importing[request_id] = frozenset(self._missing(sequence, sequence.cached_tokens))
+        self._events.append(AwaitingImport(request_id, sequence.blocks, sequence.cached_tokens))
+
+    def _missing(self, sequence: PrefillSequence, held: int) -> list[bytes]:
+        """Hashes of the full blocks behind the first ``held`` tokens; at least one token is left to compute."""
+        size = self._vllm.block_size
+        return hashes_of(sequence.prompt_blocks)[held // size : (len(sequence.prompt) - 1) // size]
+
     def scheduled(self, num_tokens: Mapping[str, int], preempted: Collection[str]) -> None:
         if preempted or not num_tokens.keys() <= self._running.keys():
             # Before anything is computed: a stream may be reading the blocks that a prompt has lost.
             raise AssertionError("vLLM preempted a prompt, or computes one that has no lease")
         super().scheduled(num_tokens, preempted)
-        events: list[PrefillEvent] = []
+        events, self._events = self._events, []
         now = time.monotonic_ns()
         starts = dict(zip(num_tokens, self._vllm.num_computed(num_tokens), strict=True))
         blocks = {id: self._vllm.blocks(id) for id in num_tokens}
@@ -211,14 +264,17 @@ class VllmPrefillEngine(VllmEngine):
         unwritten = {b for id, count in num_tokens.items() for b in blocks[id][starts[id] // size :]}
         for id, count in num_tokens.items():
             sequence, start = self._running[id], starts[id]
-            first_chunk, ready, first_block = not sequence.blocks, start, len(sequence.blocks)
+            first_chunk, ready = sequence.computed == sequence.cached_tokens, start
+            if first_chunk:
+                sequence.blocks = []  # vLLM may have replaced those of an import
+            first_block = len(sequence.blocks)
             new = blocks[id][first_block:]
-            sequence.blocks += new
+            sequence.blocks += new  # the lease has this list
             if first_chunk:
                 ready = next((n for n in range(start // size) if sequence.blocks[n] in unwritten), start // size) * size
                 sequence.computed = sequence.cached_tokens = start
                 self.tokens_looked_up += len(sequence.prompt)
-                self.tokens_found += start
+                self.tokens_found += start - self._imported.pop(id, 0)
                 event = record_event(self._device) if ready else None
                 events.append(PrefillScheduled(id, sequence.blocks, ready, event, now))
             self._chunks.append(_Chunk(sequence, ready if first_chunk else start, start + count, first_block, new))
