@@ -184,6 +184,19 @@ class TestImports(OnVllm, Elsewhere):
         assert [p.cached_tokens for p in (same, plain, longer)] == [3 * BLOCK_SIZE, 3 * BLOCK_SIZE, 4 * BLOCK_SIZE]
         prefill.assert_computed(driver, importing, same, plain, longer, other)
 
+    def test_an_import_of_nothing_finds_what_was_computed_meanwhile(self, driver, events, monkeypatch):
+        config = driver.core._vllm._scheduler.scheduler_config
+        monkeypatch.setattr(config, "long_prefill_token_threshold", BLOCK_SIZE // 4)
+        computing = driver.submit(Request(prompt(LENGTH), sampling("greedy")))
+        importing = submit(driver, prompt(LENGTH))
+        event = awaiting(driver, importing, events)
+        assert event.cached_tokens == 0
+        driver.run()
+        finish(driver, event, 0)
+        driver.run()
+        assert importing.cached_tokens == 3 * BLOCK_SIZE
+        prefill.assert_computed(driver, computing, importing)
+
     @pytest.mark.parametrize("ready", [False, True], ids=["writing", "imported"])
     def test_a_prompt_that_ends_frees_its_blocks_and_lets_others_go_on(self, driver, events, ready):
         leaving = submit(driver, prompt(LENGTH))
