@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from overfill.engine.sequence import Lend, Lent, SequenceFailed
-from overfill.engine.vllm.hashes import hashes_of
+from overfill.engine.vllm.hashes import NO_KEY, hashes_of
 from overfill.engine.vllm.hooks import Hooks, hub
 from overfill.engine.vllm.internals import VllmCore
 from overfill.engine.vllm.ranks.steps import RankExtras, RowSpec
 from overfill.engine.vllm.sampler import StepSampler
 from overfill.engine.work import Sampled
+from overfill.kv.journal import KeyJournal
 from overfill.telemetry.metrics import EngineMetrics
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,9 @@ _RECOUNT = 10.0
 
 class VllmEngine(Hooks):
     """A vLLM engine whose requests are OverFill's sequences, by id. Subclasses are engine cores.
+
+    Args:
+        journal: receives the keys of the blocks in vLLM's prefix cache, where vLLM reports them.
 
     Attributes:
         step_shape: sequences and tokens in the latest step that vLLM has planned.
@@ -39,8 +43,9 @@ class VllmEngine(Hooks):
 
     delay = 0.0
 
-    def __init__(self, vllm: VllmCore) -> None:
+    def __init__(self, vllm: VllmCore, journal: KeyJournal) -> None:
         self._vllm = vllm
+        self._journal = journal
         self._loans: dict[str, list[Any]] = {}  # vLLM's blocks
         self._sampler = StepSampler()
         self._cached = 0
@@ -126,6 +131,16 @@ class VllmEngine(Hooks):
 
     def scheduled(self, num_tokens: Mapping[str, int], preempted: Collection[str]) -> None:
         self.step_shape = (len(num_tokens), sum(num_tokens.values()))
+
+    def blocks_stored(self, hashes: Iterable[int]) -> None:
+        for key in hashes:
+            if key != NO_KEY:
+                self._journal.add(key)
+
+    def blocks_removed(self, hashes: Iterable[int]) -> None:
+        for key in hashes:
+            if key != NO_KEY:
+                self._journal.remove(key)
 
     def sampled_by_ranks(self, extras: RankExtras) -> None:
         self._sampler.details |= extras.details

@@ -7,7 +7,7 @@ promises nothing about the rest. Used here:
 - ``Request`` with a block hasher of our own, and its lists of tokens;
 - of the scheduler: ``add_request``, ``requests``, ``_update_from_kv_xfer_finished``, ``failed_recving_kv_req_ids``,
   ``kv_event_publisher``, and the KV cache manager's ``get_computed_blocks``, ``cache_blocks``, ``get_block_ids``,
-  ``evict_blocks`` and ``block_pool``, of which ``get_cached_block``, ``touch`` and ``free_blocks``;
+  ``evict_blocks`` and ``block_pool``, of which ``get_cached_block``, ``cache_full_blocks``, ``touch``, ``free_blocks``;
 - the model runner's ``lora_manager``, its modules and the adapters that it holds;
 - ``static_forward_context``, whose attention layers can write into a cache (``impl.do_kv_cache_update``).
 
@@ -182,6 +182,27 @@ class VllmCore:
     def publish(self, id: str, num_computed: int) -> None:
         """Lets the prefix cache share a waiting request's full blocks, which have the KV of ``num_computed`` tokens."""
         self._manager.cache_blocks(self._scheduler.requests[id], num_computed)
+
+    def publish_answer(self, id: str, begin: int, hashes: list[bytes]) -> None:
+        """Lets the prefix cache share an ending request's blocks from index ``begin`` on, which it has forgotten.
+
+        Args:
+            hashes: hashes of the first blocks; those that other blocks have already are left out.
+        """
+        request = self._scheduler.requests[id]
+        request.block_hashes = hashes
+        new = [self._pool.get_cached_block(key, [0]) is None for key in hashes[begin:]]
+        table = self._manager.get_blocks(id).blocks[0]
+        self._pool.cache_full_blocks(request, table, begin, len(hashes), self.block_size, 0, new)
+
+    def computed_tokens(self, id: str, begin: int) -> list[int]:
+        """The tokens of a request from position ``begin`` on whose KV its blocks hold."""
+        request = self._scheduler.requests[id]
+        return list(request.all_token_ids[begin : request.num_computed_tokens])
+
+    def aborted(self, id: str) -> bool:
+        """Whether a request that ends is ended by ``abort``, and not by vLLM within a step."""
+        return bool(self._scheduler.requests[id].status == RequestStatus.FINISHED_ABORTED)
 
     def sent(self, id: str) -> None:
         """Frees the blocks of an ended request. The caller has joined every stream that reads them."""

@@ -69,7 +69,7 @@ class VllmPrefillEngine(VllmEngine):
         max_num_seqs: maximum number of prompts that hold blocks.
         num_layers: layers of the model.
         token_layer_bytes: bytes of one token's keys and values in one layer.
-        journal: receives the keys of the blocks in vLLM's prefix cache.
+        journal: as in ``VllmEngine``.
         emit: takes lists of events; a step calls it several times.
     """
 
@@ -90,7 +90,6 @@ class VllmPrefillEngine(VllmEngine):
         self._max_num_seqs = max_num_seqs
         self._num_layers = num_layers
         self._token_layer_bytes = token_layer_bytes
-        self._journal = journal
         self._emit = emit
         self._metrics = metrics
         self._waiting: deque[PrefillSequence] = deque()
@@ -103,7 +102,7 @@ class VllmPrefillEngine(VllmEngine):
         self._events: list[PrefillEvent] = []  # not yet emitted
         self._silent = False  # vLLM has left out calls for layers
         self._next: Request | None = None  # of the first waiting prompt, once it has been made
-        super().__init__(vllm)
+        super().__init__(vllm, journal)
 
     def load(self) -> EngineLoad:
         """A snapshot of the load; ``running`` counts prompts that hold blocks until their ``Release``.
@@ -301,14 +300,6 @@ class VllmPrefillEngine(VllmEngine):
 
     def ending(self, request_id: str) -> bool:
         return True  # until its Release: streams read the blocks
-
-    def blocks_stored(self, hashes: Iterable[int]) -> None:
-        for key in hashes:
-            self._journal.add(key)
-
-    def blocks_removed(self, hashes: Iterable[int]) -> None:
-        for key in hashes:
-            self._journal.remove(key)
 
     def _sampled(self, id: str) -> Sampled | None:
         finishing = (c.sequence for c in self._chunks if c.end == len(c.sequence.prompt))
