@@ -148,6 +148,14 @@ def conformance_pair_with_dropped_layers(tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def conformance_pair_of_one_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``conformance_pair``; the full model is the decoder."""
+    from sampled_reference import make_conformance_pair
+
+    return make_conformance_pair(tmp_path_factory.mktemp("pairs") / "one", one_model=True)
+
+
+@pytest.fixture(scope="session")
 def conformance_reference() -> Callable[[Path], object]:
     """Returns a function that gives the ``SampledReference`` of a pair folder, loaded once."""
     import torch

@@ -237,6 +237,7 @@ def _new_stage(loaded: LoadedHalf, num_blocks: int, step: int, larger_share: str
         f"overfill {__version__}",
         new_processor,
         adapters=loaded.adapters,
+        returns_kv=half == "decoder" and options.prefix_cache and pair.returns_kv(options.kv_cache_dtype),
     )
 
 

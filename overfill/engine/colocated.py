@@ -3,6 +3,7 @@
 - **Two stages.** The prefill engine computes prompts for this worker and for others; the decode engine answers prompts
   that this worker or another one computed. Each has its own pool of blocks.
 - **Turns.** ``Turns`` decides which engine steps next and how many prompt tokens a step computes.
+- **Loans.** ``Lend`` lends the blocks of the prefill engine.
 - **Handoff.** ``PrefillHere`` computes a prompt and copies its KV into the blocks of a decode sequence. Both engines
   launch their kernels in the thread's current stream, so a copy runs behind the step that wrote the KV.
 """
@@ -19,8 +20,11 @@ from overfill.engine.decode import DecodeEngine
 from overfill.engine.device import on_cpu
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import (
+    AwaitingImport,
     ChangeAdapter,
     DecodeEvent,
+    Imported,
+    Lend,
     PrefillEvent,
     PrefillHere,
     PrefillScheduled,
@@ -39,7 +43,7 @@ from overfill.telemetry.engine_load import EngineLoad
 
 log = logging.getLogger(__name__)
 
-ColocatedEvent = DecodeEvent | PrefillScheduled | PromptComputed
+ColocatedEvent = DecodeEvent | AwaitingImport | PrefillScheduled | PromptComputed
 """An event for the decode stage's servicer: of the decode engine, or of a prompt that is computed for it."""
 
 
@@ -53,9 +57,9 @@ class ColocatedEngine:
         new_prefill: makes the prefill engine from the function that takes its events.
         full, decoder: the engines' runners.
         layer_map: as in ``Runner.copy_kv``.
-        emit_prefill: takes the events of prompts that other workers asked for.
-        emit_decode: takes the events of decode sequences, and of prompts that are computed for them: when one is
-            scheduled, when its KV is copied, and when it failed.
+        emit_prefill: takes the events of prompts that other workers asked for, and of loans.
+        emit_decode: takes the events of decode sequences, and of prompts that are computed for them: when one awaits an
+            import, when it is scheduled, when its KV is copied, and when it failed.
     """
 
     def __init__(
@@ -93,6 +97,15 @@ class ColocatedEngine:
         return self._decode.delay
 
     @property
+    def new_loans(self) -> Callable[[], Sequence[Lend]]:
+        """As of the prefill engine."""
+        return self._prefill.new_loans
+
+    @new_loans.setter
+    def new_loans(self, take: Callable[[], Sequence[Lend]]) -> None:
+        self._prefill.new_loans = take
+
+    @property
     def step_shape(self) -> tuple[int, int]:
         """Sequences and tokens in the latest step of either engine."""
         return self._stepping.step_shape
@@ -107,7 +120,8 @@ class ColocatedEngine:
         self._decode.close()
 
     def handle(
-        self, message: Submit | PrefillHere | Reserve | Share | Start | Yielded | Release | ChangeAdapter
+        self,
+        message: Submit | PrefillHere | Imported | Lend | Reserve | Share | Start | Yielded | Release | ChangeAdapter,
     ) -> None:
         self._prompts_blocked = False
         match message:
@@ -116,7 +130,7 @@ class ColocatedEngine:
                 if target is not None:  # else the sequence was preempted before the message arrived
                     self._here[sequence.id] = _Here(message, target.blocks)
                     self._prefill.handle(Submit(sequence))
-            case Submit():
+            case Submit() | Imported() | Lend():
                 self._prefill.handle(message)
             case Release(id):
                 self._here.pop(id, None)
@@ -218,7 +232,7 @@ class _PrefillEvents:
         for event in events:
             if event.id not in self.here:
                 for_others.append(event)
-            elif isinstance(event, PrefillScheduled):
+            elif isinstance(event, AwaitingImport | PrefillScheduled):
                 self.emit_decode([event])
             elif isinstance(event, PromptComputed | SequenceFailed):
                 self.ended.append(event)

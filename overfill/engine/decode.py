@@ -8,6 +8,8 @@
   These steps are short while answers wait. If the prompt is scored, they score it.
 - **Preemption.** When blocks run out, the engine preempts the youngest sequence. It resumes the sequence, before it
   reserves blocks for a new one, when blocks are free again.
+- **Returned answers.** A decoder that is the reader computes the KV of its answer as the full model would. Such an
+  engine publishes full blocks of the answer in the prefix cache as they fill, so that the next turn finds them.
 - **Admission.** The engine admits or resumes a sequence only if one free block remains for each other sequence to grow
   into. Otherwise that sequence would be preempted next, and its fetched KV and replayed tokens would be wasted.
 """
@@ -18,12 +20,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from overfill.engine.loans import Loans
 from overfill.engine.sequence import (
     AdapterChanged,
     ChangeAdapter,
     DecodeEvent,
     DecodeSequence,
     DecodeState,
+    Lend,
     Preempted,
     Refused,
     Release,
@@ -38,7 +42,7 @@ from overfill.engine.sequence import (
 from overfill.engine.work import Runner, Work, new_scoring, score_error
 from overfill.errors import InternalError, InvalidRequest
 from overfill.kv.blocks import BlockPool
-from overfill.kv.keys import PromptBlocks
+from overfill.kv.keys import PromptBlocks, is_raw
 from overfill.kv.prefix import PrefixCache
 from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import DecodeMetrics
@@ -67,8 +71,10 @@ class DecodeEngine:
         max_num_seqs: maximum number of sequences that hold or wait for blocks.
         replay_budget: maximum number of replayed tokens in one step. It bounds the delay of the other sequences, and
             the step's memory.
-        prefix: cache on ``pool`` of received prompts, never of KV that the decoder wrote. None disables caching.
+        prefix: cache on ``pool`` of received prompts. None disables caching.
         metrics: counters of steps, refusals and preemptions; None disables them.
+        returns_kv: whether the decoder is the reader (``Pair.returns_kv``). Otherwise the cache never gets KV that the
+            decoder wrote.
 
     Attributes:
         replayed_last: True if the last step replayed known tokens.
@@ -84,14 +90,17 @@ class DecodeEngine:
         emit: Callable[[list[DecodeEvent]], None],
         prefix: PrefixCache | None = None,
         metrics: DecodeMetrics | None = None,
+        returns_kv: bool = False,
     ) -> None:
         self._runner = runner
+        self._returns_kv = returns_kv
         self.metrics = metrics
         self._pool = pool
         self._prefix = prefix or PrefixCache(pool, enabled=False)
         self._max_num_seqs = max_num_seqs
         self._replay_budget = replay_budget
         self._emit = emit
+        self._loans = Loans(self._prefix, runner.device)
         self._sequences: dict[str, DecodeSequence] = {}  # in order of arrival, oldest first
         self.replayed_last = False
         self.step_shape = (0, 0)
@@ -132,12 +141,12 @@ class DecodeEngine:
 
     def check(self) -> None:
         """Raises AssertionError when a block is lost or owned twice."""
-        self._prefix.check_owners(s.id for s in self._sequences.values() if s.blocks)
+        self._prefix.check_owners([*(s.id for s in self._sequences.values() if s.blocks), *self._loans.ids])
 
     def close(self) -> None:
         """Nothing is held but memory."""
 
-    def handle(self, message: Reserve | Share | Start | Yielded | Release | ChangeAdapter) -> None:
+    def handle(self, message: Reserve | Share | Start | Yielded | Lend | Release | ChangeAdapter) -> None:
         events: list[DecodeEvent] = []
         match message:
             case Reserve(sequence):
@@ -151,8 +160,10 @@ class DecodeEngine:
                 if (yielding := self._sequences.get(id)) and yielding.state is DecodeState.YIELDING:
                     self._free(yielding)
                     yielding.state = DecodeState.PREEMPTED
+            case Lend():
+                events.append(self._loans.lend(message))
             case Release(id):
-                if released := self._sequences.pop(id, None):
+                if not self._loans.end(id) and (released := self._sequences.pop(id, None)):
                     self._free(released)
             case ChangeAdapter(slot, adapter):
                 events.append(self._change_adapter(slot, filled=adapter is not None))
@@ -281,6 +292,23 @@ class DecodeEngine:
                 self._prefix.publish(id, sequence.num_shared)
                 del self._unpublished[id]
 
+    def _return_answer(self, sequence: DecodeSequence) -> None:
+        """Publishes full blocks that the decoder has computed, if they are what the reader would compute.
+
+        An adapter changes the KV, and so does a lossy codec of the prompt's. At the end of a sequence, what exceeds the
+        quota between two steps is lost.
+        """
+        if not self._returns_kv or sequence.adapter is not None or not is_raw(sequence.cache_namespace):
+            return
+        known, size = self._prefix.num_publishable(sequence.id), self._pool.block_size
+        count = min((sequence.computed - known) // size, self._publish_quota)
+        if count > 0:
+            self._append(sequence, known, sequence.tokens_from(known)[: count * size])
+        self._publish_quota -= self._prefix.publish(sequence.id, sequence.computed, self._publish_quota)
+
+    def _append(self, sequence: DecodeSequence, start: int, tokens: Sequence[int]) -> None:
+        self._prefix.append(sequence.id, tokens)
+
     def _resume_preempted(self, events: list[DecodeEvent]) -> None:
         """Gives free blocks to preempted sequences, oldest first, without overtaking."""
         for sequence in self._sequences.values():
@@ -309,6 +337,7 @@ class DecodeEngine:
                     starved = True
                     continue
                 sequence.blocks += blocks
+                self._return_answer(sequence)  # the block before the new ones is full
             ready.append(sequence)
         return ready, starved
 
@@ -418,5 +447,7 @@ class DecodeEngine:
 
     def _free(self, sequence: DecodeSequence) -> None:
         self._unpublished.pop(sequence.id, None)
+        if sequence.blocks and not sequence.failed:
+            self._return_answer(sequence)
         self._prefix.release(sequence.id)
         sequence.blocks = []

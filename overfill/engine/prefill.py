@@ -8,8 +8,10 @@
   finishes, or advances by at least half of the budget, in every step.
 - **Scores.** A prompt whose tokens are all scored needs the logits of each, so that it takes nothing from the prefix
   cache and puts nothing into it. A step scores a limited number of tokens, which bounds its memory.
-- **Sharing.** A prompt that has not started waits while another one computes its next block. It then starts behind
-  that block, which it takes from the prefix cache.
+- **Sharing.** A prompt that has not started waits while another one computes or imports its next block. It then starts
+  behind that block, which it takes from the prefix cache.
+- **Importing.** A prompt whose servicer may import KV is not computed from ``AwaitingImport`` until ``Imported``. The
+  servicer owns its unpublished blocks meanwhile, and the engine replaces none of them.
 """
 
 from __future__ import annotations
@@ -17,13 +19,17 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from overfill.engine.device import record_event
+from overfill.engine.device import on_cpu, record_event
 from overfill.engine.layers import LayerReports
+from overfill.engine.loans import Loans
 from overfill.engine.sequence import (
+    AwaitingImport,
     ChunkComputed,
+    Imported,
     LayerStarted,
+    Lend,
     PrefillEvent,
     PrefillScheduled,
     PrefillSequence,
@@ -42,9 +48,33 @@ from overfill.telemetry.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)
 
+_HALF_LIFE = 4096
+"""Tokens after which a measured duration has half of its weight."""
+
 
 class _Abandoned(Exception):
     """Raised between two layers when all requests of the step are cancelled."""
+
+
+class _TokenCost:
+    """Seconds per computed prompt token, over all tokens; a token counts half when ``_HALF_LIFE`` others followed."""
+
+    def __init__(self) -> None:
+        self._tokens = self._seconds = 0.0
+        self._launched = (0, 0.0)  # tokens and seconds of steps that a device may still compute
+
+    def add(self, tokens: int, seconds: float, *, ended: bool) -> None:
+        """Notes a step; ``ended`` is False if it only launched kernels, for which a later step will wait."""
+        tokens, seconds = tokens + self._launched[0], seconds + self._launched[1]
+        self._launched = (0, 0.0) if ended else (tokens, seconds)
+        if ended:
+            kept = 0.5 ** (tokens / _HALF_LIFE)
+            self._tokens, self._seconds = kept * self._tokens + tokens, kept * self._seconds + seconds
+
+    @property
+    def seconds(self) -> float:
+        """0 if no step has been noted."""
+        return self._seconds / self._tokens if self._tokens else 0.0
 
 
 class PrefillEngine:
@@ -59,6 +89,7 @@ class PrefillEngine:
         metrics: counters of steps; None disables them.
 
     Attributes:
+        new_loans: returns loans that were asked for since its last call; called between two layers of a step.
         tokens_computed: prompt tokens of all steps so far.
         step_shape: prompts and tokens in the latest step.
     """
@@ -82,11 +113,16 @@ class PrefillEngine:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_num_seqs = max_num_seqs
         self._emit = emit
+        self._loans = Loans(self._prefix, runner.device)
+        self.new_loans: Callable[[], Sequence[Lend]] = tuple
+        self._token_cost = _TokenCost()
+        self._step_ended = True  # not only launched
         self.tokens_computed = 0
         self.step_shape = (0, 0)
         self._events: list[PrefillEvent] = []  # not yet emitted
         self._waiting: deque[PrefillSequence] = deque()
         self._running: dict[str, PrefillSequence] = {}  # in order of arrival
+        self._importing: set[str] = set()  # those running ones whose servicer may write their blocks
         self._awaiting_release: dict[str, PrefillSequence] = {}  # computed and leased to the decode worker, or failed
 
     def load(self) -> EngineLoad:
@@ -103,6 +139,7 @@ class PrefillEngine:
             prefix_tokens_found=self._prefix.tokens_found,
             blocks_reserved=sum(self._pool.blocks_for(s.remaining) for s in self._running.values()),
             blocks_leaked=self._prefix.num_leaked,
+            token_seconds=self._token_cost.seconds,
         )
 
     @property
@@ -112,22 +149,28 @@ class PrefillEngine:
     def check(self) -> None:
         """Raises AssertionError when a block is lost or owned twice."""
         holders = (*self._running.values(), *self._awaiting_release.values())
-        self._prefix.check_owners(s.id for s in holders if s.blocks)
+        self._prefix.check_owners([*(s.id for s in holders if s.blocks), *self._loans.ids])
 
     def close(self) -> None:
         """Nothing is held but memory."""
 
-    def handle(self, message: Submit | Release) -> None:
+    def handle(self, message: Submit | Imported | Lend | Release) -> None:
         match message:
             case Submit(sequence):
                 sequence.submitted = time.monotonic()
                 self._waiting.append(sequence)
+            case Imported(id, tokens):
+                self._end_import(id, tokens)
+            case Lend():
+                self._emit([self._loans.lend(message)])
             case Release(id):
-                self._release(id)
+                if not self._loans.end(id):
+                    self._release(id)
 
     def queue(self) -> Iterator[PrefillSequence]:
-        """The prompts that are not computed, oldest first."""
-        return (s for s in (*self._running.values(), *self._waiting) if not s.cancelled)
+        """The prompts that are to be computed and do not await an import, oldest first."""
+        prompts = (*self._running.values(), *self._waiting)
+        return (s for s in prompts if not s.cancelled and s.id not in self._importing)
 
     def step(self, max_tokens: int | None = None) -> bool:
         """Computes one chunk of one or more prompts. Returns False when there is nothing to compute.
@@ -137,15 +180,16 @@ class PrefillEngine:
         """
         budget = self._max_num_batched_tokens
         scheduled = self._schedule(budget if max_tokens is None else min(budget, max_tokens))
+        self._emit_events()
         if not scheduled:
             return False
-        self._emit_events()
         tokens = sum(count for _, count in scheduled)
         self.step_shape = (len(scheduled), tokens)
         started = time.monotonic()
         try:
             self._compute(scheduled)
             self.tokens_computed += tokens
+            self._token_cost.add(tokens, time.monotonic() - started, ended=self._step_ended)
             if self._metrics is not None:
                 self._metrics.step(time.monotonic() - started, len(scheduled), tokens)
         except _Abandoned:
@@ -205,22 +249,45 @@ class PrefillEngine:
     def _to_compute(self) -> list[PrefillSequence]:
         """Prompts that may be computed now, oldest first.
 
-        Leaves out a prompt that has not started and whose next block another prompt is computing.
+        Leaves out a prompt that awaits an import, and one that has not started and whose next block another prompt is
+        computing or importing. A prompt that may import blocks starts to await them here.
         """
         running = [s for s in self._running.values() if not s.cancelled]
-        computing = {self._prefix.next_unpublished_key(s.id) for s in running if _started(s)}
+        begun = (s.id for s in running if _started(s) or s.id in self._importing)
+        coming = {self._prefix.next_unpublished_key(id) for id in begun}
         candidates = []
         for sequence in running:
+            if sequence.id in self._importing:
+                continue
             if not _started(sequence):
                 if (allocation := self._prefix.extend_cached_prefix(sequence.id)) is not None:
                     sequence.blocks = allocation.blocks
                     sequence.computed = sequence.cached_tokens = allocation.cached_tokens
                 block = self._prefix.next_unpublished_key(sequence.id)
-                if block is not None and block in computing and self._prefix.may_share(sequence.id):
+                shareable = block is not None and self._prefix.may_share(sequence.id)
+                if shareable and block in coming:
                     continue
-                computing.add(block)
+                coming.add(block)
+                if shareable and sequence.imports:
+                    self._await_import(sequence)
+                    continue
             candidates.append(sequence)
         return candidates
+
+    def _await_import(self, sequence: PrefillSequence) -> None:
+        sequence.imports = False  # once per prompt
+        self._importing.add(sequence.id)
+        # Earlier steps may still touch the blocks on the device, and the servicer's writes do not wait for them.
+        self._runner.synchronize()
+        self._events.append(AwaitingImport(sequence.id, sequence.blocks, sequence.cached_tokens))
+
+    def _end_import(self, id: str, tokens: int) -> None:
+        """Publishes what was imported. A prompt that was released meanwhile is ignored."""
+        if id in self._importing:
+            self._importing.remove(id)
+            self._prefix.publish(id, tokens)
+            sequence = self._running[id]
+            sequence.computed = sequence.cached_tokens = tokens
 
     def _start(self, sequence: PrefillSequence) -> None:
         # Earlier steps, which compute the cached part, may still be running on the device.
@@ -261,6 +328,8 @@ class PrefillEngine:
         def layer_start(layer: int) -> None:
             if all(s.cancelled for s, _ in scheduled):
                 raise _Abandoned
+            for message in self.new_loans():
+                self.handle(message)
             if traced:
                 now = time.monotonic_ns()
                 self._events += [LayerStarted(sequence.id, layer, now) for sequence in traced]
@@ -271,6 +340,7 @@ class PrefillEngine:
                 self._emit_events()
 
         sampled, failed = self._runner.next_tokens(works, sampling, LayerHooks(layer_start, kv_written))
+        self._step_ended = bool(sampling) or on_cpu(self._runner.device)
         tokens = {s.id: token for s, token in zip(sampling, sampled, strict=True)}
         refused = {sampling[row].id: error for row, error in failed.items()}
         refused |= {s.id: error for s in finishing if (error := score_error(s)) is not None}
@@ -299,6 +369,7 @@ class PrefillEngine:
                 self._awaiting_release[sequence.id] = sequence
 
     def _release(self, id: str) -> None:
+        self._importing.discard(id)
         sequence = self._running.pop(id, None) or self._awaiting_release.pop(id, None)
         if sequence is not None:
             self._prefix.release(id)

@@ -11,6 +11,10 @@ Rules that all engines keep; ``tests/support/*_conformance.py`` test them on eac
 
 - A decode engine computes tokens of the answer only. A prompt's KV is always the full model's: an engine that has lost
   it to a preemption asks for it again, with another ``Reserved``.
+- A decode engine publishes KV that it computed only if ``ServedHalf.lends_kv``, and never of an adapter's answer or
+  behind KV that a lossy codec changed.
+- A prompt that awaits an import (``AwaitingImport``) keeps its blocks, and delays only prompts that want the same ones.
+- Lent blocks keep their KV until the loan's ``Release``.
 - Emitted tokens are facts. They pass through the decoder and are neither sampled nor reported again.
 - After ``Release`` the engine uses the sequence's blocks no more, and they are free when the message is handled.
 - A step that fails ends its own sequences (``SequenceFailed``), and after them perhaps the engine's thread, and with it
@@ -191,7 +195,7 @@ class ServedHalf:
         blocks_of: hashes a prompt within a cache namespace; called on another thread than the engine's.
         new_processor: makes what the engine keeps for the sampling of one answer.
         codecs: codecs in which KV can leave the store; decode workers store it in any of them.
-        prefix_keys: changes of the prefix cache; None without one.
+        prefix_keys: changes of the prefix cache whose blocks the engine lends; None without one.
         scores_prompts: whether the engine computes the log-probabilities of a prompt's tokens.
         ranks: processes that have the KV in place of ``store``; None means that there are none.
         adapters: the engine's slots for adapters; None means that it takes none.
@@ -255,6 +259,14 @@ class ServedHalf:
             reason = f"is not supported: {self.engine_version} does not score prompts; use workers of another engine"
             raise InvalidRequest("sampling.prompt_logprobs", reason)
         return common_pb2.PromptLogprobs()
+
+    @property
+    def lends_kv(self) -> bool:
+        """Whether cached blocks are what the reader computes, so that other workers may borrow them (``Lend``).
+
+        Of a full model they always are; of a decoder only if it is the reader (``Pair.returns_kv``) and has no ranks.
+        """
+        return self.prefix_keys is not None
 
     @property
     def model_identity(self) -> common_pb2.ModelIdentity:

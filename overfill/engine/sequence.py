@@ -78,7 +78,7 @@ class PrefillSequence:
         follower: token behind ``prompt`` that alone is scored; None scores the tokens of ``prompt``.
         submitted: when the engine took the prompt, on the clock of ``time.monotonic``.
         imports: whether the servicer may import KV that the prefix cache lacks: the engine then emits
-            ``AwaitingImport`` and waits for ``Imported`` before it computes the prompt.
+            ``AwaitingImport``, once, and waits for ``Imported`` before it computes the prompt. False from then on.
     """
 
     id: str
@@ -316,7 +316,8 @@ class DecodeSequence:
 
     Attributes:
         sample_index: number of the answer among the request's answers.
-        cache_namespace: tenant and KV codec; the sequence shares cached prefixes with sequences of the same ones.
+        cache_namespace: tenant and KV codec (``kv.keys.codec_namespace``); the sequence shares cached prefixes with
+            sequences of the same ones.
         prompt_blocks: block hashes of the first ``num_shared`` tokens in ``cache_namespace``. None means that the
             engine's thread hashes.
         answer_start: index of the first prompt token that the decoder computes; None means the prompt's length.
@@ -369,7 +370,11 @@ class DecodeSequence:
 
     def pending(self) -> list[int]:
         """Known tokens whose KV is not computed: one in a normal step, all of the decoder's in a replay."""
-        own = self.computed - len(self.prompt)
+        return self.tokens_from(self.computed)
+
+    def tokens_from(self, start: int) -> list[int]:
+        """Known tokens from position ``start`` on."""
+        own = start - len(self.prompt)
         return self.emitted[own:] if own >= 0 else [*self.prompt[own:], *self.emitted]
 
 

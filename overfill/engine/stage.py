@@ -38,6 +38,7 @@ class Stage:
         grammars, version, new_processor, codecs: as in ``ServedHalf``.
         decode_engine: the engine of a decoder.
         adapters: as in ``ServedHalf``.
+        returns_kv: as in ``DecodeEngine``.
     """
 
     half: Half
@@ -53,6 +54,7 @@ class Stage:
     codecs: tuple[common_pb2.KvCodec, ...] = tuple(CODECS.values())
     decode_engine: type[DecodeEngine] = DecodeEngine
     adapters: AdapterSlots | None = None
+    returns_kv: bool = False
 
     @property
     def pool(self) -> BlockPool:
@@ -61,6 +63,7 @@ class Stage:
     @property
     def served(self) -> ServedHalf:
         """What a servicer knows of the half."""
+        lends = self.returns_kv or (self.half == "full" and self.options.prefix_cache)
         return ServedHalf(
             engine_version=self.version,
             half=self.half,
@@ -74,7 +77,7 @@ class Stage:
             blocks_of=self.prefix.blocks_of,
             new_processor=self.new_processor,
             codecs=self.codecs,
-            prefix_keys=self.prefix.journal if self.half == "full" else None,
+            prefix_keys=self.prefix.journal if lends else None,
             kv_cache_dtype=self.options.kv_cache_dtype,
             scores_prompts=self.runner.max_scored > 0,
             adapters=self.adapters,
@@ -97,7 +100,9 @@ class Stage:
         self, emit: Callable[[list[DecodeEvent]], None], metrics: DecodeMetrics | None = None
     ) -> DecodeEngine:
         seqs = self.options.max_num_seqs
-        return self.decode_engine(self.runner, self.pool, seqs, REPLAY_BUDGET, emit, self.prefix, metrics)
+        return self.decode_engine(
+            self.runner, self.pool, seqs, REPLAY_BUDGET, emit, self.prefix, metrics, self.returns_kv
+        )
 
     def with_empty_pool(self) -> Stage:
         self.runner.synchronize()

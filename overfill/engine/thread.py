@@ -6,12 +6,14 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from overfill.engine.device import use_device, use_threads
 from overfill.engine.protocol import EngineCore
+from overfill.engine.sequence import Lend
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +31,41 @@ _LOAD_GAP = 0.02
 than a step may spare, and no worker reports more often."""
 
 
+@runtime_checkable
+class _LendsInSteps(Protocol):
+    """A core that asks for new loans within its steps."""
+
+    new_loans: Callable[[], Sequence[Lend]]
+
+
+class _Mailbox:
+    """Messages to a core, in order. Only the engine's thread takes them."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[object | None] = queue.SimpleQueue()
+        self._postponed: deque[object | None] = deque()  # taken within a step, to be delivered after it
+        self.put = self._queue.put
+
+    def get(self, *, block: bool = False, timeout: float | None = None) -> object | None:
+        """Takes the oldest message. Raises ``queue.Empty`` if none has come within ``timeout`` seconds."""
+        return self._postponed.popleft() if self._postponed else self._queue.get(block, timeout)
+
+    def take_loans(self) -> list[Lend]:
+        """Takes each ``Lend`` that has arrived during the step."""
+        loans = []
+        while not self._queue.empty():
+            message = self._queue.get()
+            if isinstance(message, Lend):
+                loans.append(message)
+            else:
+                self._postponed.append(message)
+        return loans
+
+
 class EngineThread:
     """Delivers messages to a core between its steps, and steps the core while it has work.
+
+    A core may take ``Lend`` within a step too, because a step may last a second.
 
     After a second without work, and at the end, the thread calls the core's ``check``. A lost block ends the thread,
     and with it the worker, as every broken invariant does.
@@ -69,7 +104,9 @@ class EngineThread:
         self._num_steps = 0
         self._on_stuck = on_stuck
         self._step_began: float | None = None
-        self._mailbox: queue.SimpleQueue[object | None] = queue.SimpleQueue()
+        self._mailbox = _Mailbox()
+        if isinstance(core, _LendsInSteps):
+            core.new_loans = self._mailbox.take_loans
         self._threads = threads
         self._cores = cores
         self._on_load_change = on_load_change
@@ -156,7 +193,7 @@ class EngineThread:
         while message is not None:
             self._core.handle(message)
             try:
-                message = self._mailbox.get_nowait()
+                message = self._mailbox.get()
             except queue.Empty:
                 return True
         return False

@@ -10,9 +10,13 @@ import hashlib
 import struct
 import time
 from collections.abc import Iterator, Sequence
+from copy import copy
 
 TOKEN_BYTES = 4
 """Bytes of a token id in ``token_bytes``."""
+
+_LOSSY = "/"
+"""Between codec and tenant in a namespace of ``codec_namespace``."""
 
 _BLOCKS_AT_ONCE = 128
 """Blocks that are hashed before the thread yields to others."""
@@ -26,6 +30,19 @@ def root_key(identity: str, cache_namespace: str) -> int:
 def block_key(parent: int, block: bytes) -> int:
     """64-bit key of a full block, given as ``token_bytes``, that follows the block or root with key ``parent``."""
     return _hash64(parent.to_bytes(8, "little") + block)
+
+
+def codec_namespace(cache_namespace: str, codec: str) -> str:
+    """The namespace of a tenant's KV that has travelled in ``codec``; for ``raw`` it is the tenant's own.
+
+    A lossy codec changes the KV. Tenants' namespaces are hexadecimal digits, so that no tenant has another's.
+    """
+    return cache_namespace if codec == "raw" else f"{codec}{_LOSSY}{cache_namespace}"
+
+
+def is_raw(namespace: str) -> bool:
+    """True if ``namespace`` holds KV as it was computed: the inverse of ``codec_namespace``."""
+    return _LOSSY not in namespace
 
 
 def token_bytes(tokens: Sequence[int]) -> bytes:
@@ -52,8 +69,22 @@ class PromptBlocks:
         self.cache_namespace = cache_namespace
         self.tokens: list[bytes] = []
         self.keys: list[int] = []
-        if root is None:
+        self._block_size = block_size
+        self._root = root
+        self._append(tokens)
+
+    def followed_by(self, tokens: Sequence[int]) -> PromptBlocks:
+        """A copy with the full blocks of ``tokens`` behind the full blocks of the prompt. Hashes only ``tokens``."""
+        longer = copy(self)
+        longer.tokens, longer.keys = list(self.tokens), list(self.keys)
+        longer._append(tokens)
+        return longer
+
+    def _append(self, tokens: Sequence[int]) -> None:
+        if self._root is None:
             return
+        key = self.keys[-1] if self.keys else self._root
+        block_size = self._block_size
         end, step = len(tokens) - len(tokens) % block_size, block_size * _BLOCKS_AT_ONCE
         for start in range(0, end, step):
             group = tokens[start : min(start + step, end)]
@@ -61,9 +92,9 @@ class PromptBlocks:
             for index in range(0, len(data), width):
                 block = data[index : index + width]
                 hash(block)
-                root = block_key(root, block)
+                key = block_key(key, block)
                 self.tokens.append(block)
-                self.keys.append(root)
+                self.keys.append(key)
             if start + step < end:
                 time.sleep(0)  # the engine's thread may be waiting for the interpreter lock
 

@@ -1,8 +1,9 @@
 """The prefix cache: blocks that hold the start of a prompt. Sequences share them, and they stay cached afterwards.
 
-It holds only full blocks of prompts, computed by the full model. They form a trie: a block is found below its parent
-by its tokens. Tokens are compared one by one, so that a hash collision cannot serve another prompt's KV. Integers only;
-the tensors are in ``kv.cache``. Routers know a block by its 64-bit key, which depends on all blocks along its path.
+It holds only full blocks that the full model computed: of prompts, and of answers where the decoder is the full model.
+They form a trie: a block is found below its parent by its tokens. Tokens are compared one by one, so that a hash
+collision cannot serve another prompt's KV. Integers only; the tensors are in ``kv.cache``. Routers know a block by its
+64-bit key, which depends on all blocks along its path.
 
 Eviction is GreedyDual (Young 1994; Cao and Irani 1997). A block's worth is the cost of computing it again, which grows
 with its position, plus a level that rises with every eviction. The leaf with the lowest worth is evicted first; among
@@ -51,7 +52,7 @@ class _Holder:
     """The blocks of one owner.
 
     Attributes:
-        table: blocks of the prompt, in order.
+        table: all blocks, in order.
         own: private blocks.
         path: referenced nodes, from the root down. A node's block is not in ``table`` if another owner published the
             same tokens first.
@@ -175,6 +176,18 @@ class PrefixCache:
         self.tokens_found += cached
         return BlockAllocation(blocks, cached)
 
+    def lend(self, owner: str, prompt: PromptBlocks) -> BlockAllocation:
+        """Gives ``owner`` a reference on the cached blocks with the start of ``prompt``, until ``release``.
+
+        All of the prompt's full blocks may be among them. Nothing is allocated, and the counts of lookups stay.
+        """
+        root = self._roots.get(prompt.cache_namespace)
+        path = list(self._walk(root, prompt, 0, len(prompt.tokens)))
+        for node in path:
+            self._reference(node)
+        self._holders[owner] = _Holder(prompt, [node.block for node in path], set(), path, len(path))
+        return self.allocation(owner)
+
     def extend_cached_prefix(self, owner: str) -> BlockAllocation | None:
         """Replaces blocks of ``owner`` by cached ones if more of its prompt has been published since ``acquire``.
 
@@ -226,11 +239,22 @@ class PrefixCache:
         if count > self.num_available:
             return None
         blocks = self._take(owner, count)
-        self._holders[owner].own.update(blocks)
+        holder = self._holders[owner]
+        holder.own.update(blocks)
+        holder.table += blocks
         return blocks
 
+    def num_publishable(self, owner: str) -> int:
+        """Number of tokens in the full blocks of ``owner``'s prompt and of what was appended to it."""
+        return len(self._holders[owner].prompt.tokens) * self.pool.block_size
+
+    def append(self, owner: str, tokens: Sequence[int]) -> None:
+        """Lets ``publish`` take full blocks of ``tokens``, which follow the first ``num_publishable`` tokens."""
+        holder = self._holders[owner]
+        holder.prompt = holder.prompt.followed_by(tokens)
+
     def publish(self, owner: str, num_tokens: int, max_blocks: int | None = None) -> int:
-        """Lets other owners share the first ``num_tokens`` tokens of ``owner``'s prompt, whose KV is complete.
+        """Lets other owners share the first ``num_tokens`` tokens of ``owner``, whose KV is complete.
 
         Args:
             max_blocks: limit on blocks of this call; the next call continues after them. None means no limit.

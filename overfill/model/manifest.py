@@ -165,6 +165,18 @@ class Pair:
             identity.decoder_quantize = "" if self.quantize == "none" else self.quantize
         return identity
 
+    def returns_kv(self, kv_cache_dtype: KvCacheDtype = "auto") -> bool:
+        """True if the decoder is the reader, so that its KV of an answer is what the reader would compute of it.
+
+        Weights, quantisation, config and layers must be the same, and the KV must be stored as it travels. With an
+        adapter, a decoder is never the reader.
+        """
+        own = self.model_identity("decoder", kv_cache_dtype)
+        same_weights = (own.decoder_digest, own.decoder_quantize) == (own.reader_digest, own.reader_quantize)
+        same_config = config_digest(self.decoder_config) == self.config_digest
+        every_layer = self.layer_map == tuple(range(self.full_config.num_layers))
+        return same_weights and same_config and every_layer and not own.kv_cache_dtype
+
     def kv_identity(self, dtype: DTypeName) -> KvIdentity:
         """Identity of the full model's KV with elements of ``dtype``."""
         kv = self.full_config.kv_spec(dtype)

@@ -12,6 +12,7 @@ from overfill.engine.protocol import ServedHalf
 from overfill.engine.sequence import AdapterChanged, DecodeEvent, DecodeSequence, Lent, StepSampled, StopRule
 from overfill.errors import InvalidRequest, OverfillError, PromptTooLong, Unavailable
 from overfill.kv.cut_blocks import CutBlocks
+from overfill.kv.keys import codec_namespace
 from overfill.kv.peers import PeerPool, PrefillPeer
 from overfill.kv.puller import LocalPuller
 from overfill.kv.receiver import Handoff, PromptPull
@@ -185,11 +186,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
         )
 
     def _cache_namespace(self, start: decode_pb2.StartDecode) -> str:
-        """Returns the namespace within which prompts share cached prefixes: the codec and the tenant.
-
-        The codec is part of it because a lossy codec changes the KV that the full model computed.
-        """
-        return f"{CODEC_NAMES.get(start.codec or self._codec, '')}/{start.cache_namespace}"
+        """Returns the namespace within which prompts share cached prefixes; of raw KV, that of prefill workers too."""
+        return codec_namespace(start.cache_namespace, CODEC_NAMES[start.codec or self._codec])
 
     def send(self, message: object) -> None:
         """Sends a message to the engine."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,6 +19,7 @@ class CountingRunner:
     Attributes:
         steps: new tokens and the position of the first of them, by step and sequence.
         fail_next: error that the next step raises, once.
+        on_layer: called in each layer.
         spoilt: rows of logits that hold one number, by their index in each step.
         max_scored, mixes_lengths: as of every runner.
     """
@@ -31,6 +32,7 @@ class CountingRunner:
         self.token_layer_bytes = 64
         self.steps: list[list[tuple[list[int], int]]] = []
         self.fail_next: Exception | None = None
+        self.on_layer: Callable[[int], object] = lambda layer: None
         self.spoilt: dict[int, float] = {}
         self._num_layers = num_layers
         self._block_size = block_size
@@ -58,6 +60,7 @@ class CountingRunner:
             raise error
         for layer in range(self._num_layers):
             hooks.layer_start(layer)
+            self.on_layer(layer)
             hooks.kv_written(layer)
         read = []
         for work in works:

@@ -14,10 +14,12 @@ import pytest
 import torch
 from engine_conformance import BLOCK_SIZE, LENGTHS, MAX_NUM_SEQS, SAMPLING, EngineConformance, prompt, sampling
 from engine_drivers import DecodeDriver, Decoding
+from prefill_conformance import keys_of, present_keys
 from sampled_reference import Request, assert_same_tokens
 
 from overfill.engine.sequence import FinishReason, Release, Share, Start, Yielded
 from overfill.errors import InternalError, InvalidRequest
+from overfill.kv.keys import codec_namespace
 from overfill.model.processors import LogitProcessor
 from overfill.request.params import Grammar, SamplingParams
 
@@ -88,6 +90,74 @@ class DroppedLayersDecodeConformance(_AnswerTests):
     """Tests a decoder with fewer layers than the full model."""
 
     pair_fixture = "conformance_pair_with_dropped_layers"
+
+
+class ReturnsDecodeConformance(_AnswerTests):
+    """Tests a decoder that is the reader: its answers are cached and lent like prompts, but for adapters."""
+
+    pair_fixture = "conformance_pair_of_one_model"
+
+    def test_the_next_turn_finds_the_answer_of_the_turn_before(self, driver):
+        turn, before = prompt(45), 0
+        for number in range(3):
+            request = Request(turn, sampling("greedy", 2 * BLOCK_SIZE + 9, ignore_eos=True))
+            (decoding,) = driver.answer(request)
+            assert_right(driver, decoding)
+            assert decoding.held_tokens == before
+            turn += tuple(token.token_id for token in decoding.tokens)
+            before = (len(turn) - 1) // BLOCK_SIZE * BLOCK_SIZE  # the last token's KV is not computed
+            turn += prompt(11, number)
+
+    def test_what_the_answer_left_is_lent_and_named_as_a_router_knows_it(self, driver):
+        feed = driver.served.prefix_keys.feed()
+        present_keys(feed)
+        (decoding,) = driver.answer(Request(prompt(45), sampling("greedy", 2 * BLOCK_SIZE, ignore_eos=True)))
+        whole = decoding.request.prompt + tuple(token.token_id for token in decoding.tokens)
+        loan = driver.lend(whole)
+        assert loan.tokens == 3 * BLOCK_SIZE
+        kv = driver.reference.kv(whole[: loan.tokens])
+        tolerance = 10 * driver.kv_tolerance  # the answer was computed token by token
+        torch.testing.assert_close(driver.lent_kv(loan), kv, rtol=tolerance, atol=tolerance)
+        assert set(keys_of(driver, whole[: loan.tokens])) <= present_keys(feed)
+        feed.close()
+
+    def test_an_answer_that_is_cancelled_leaves_what_was_computed(self, driver):
+        request = Request(prompt(20), sampling("greedy", 200, ignore_eos=True))
+        (decoding,) = driver.begin(request)
+        driver.run_until(lambda: len(decoding.tokens) > 50)
+        driver.release(decoding)
+        loan = driver.lend(request.prompt + tuple(token.token_id for token in decoding.tokens))
+        assert loan.tokens == 2 * BLOCK_SIZE
+
+    def test_replayed_tokens_are_returned_too(self, driver):
+        request = Request(prompt(20), sampling("greedy", 150, ignore_eos=True), emitted=prompt(100, 1))
+        (decoding,) = driver.begin(request)
+        driver.run_until(lambda: len(decoding.tokens) > 1)
+        driver.release(decoding)
+        assert driver.lend(request.prompt + request.emitted).tokens == 3 * BLOCK_SIZE
+
+    def test_nothing_is_returned_behind_kv_of_a_lossy_codec(self, driver):
+        driver.namespace = codec_namespace(driver.namespace, "int8")
+        (decoding,) = driver.answer(Request(prompt(45), sampling("greedy", 2 * BLOCK_SIZE, ignore_eos=True)))
+        whole = decoding.request.prompt + tuple(token.token_id for token in decoding.tokens)
+        assert driver.lend(whole).tokens == BLOCK_SIZE, "the prompt's"
+
+    def test_an_answer_that_fails_leaves_nothing(self, driver):
+        request = Request(prompt(45), sampling("greedy", 2 * BLOCK_SIZE, ignore_eos=True), emitted=prompt(50, 1))
+        failing = driver.reserve(request)
+        driver.write(failing, torch.full_like(driver.reference.kv(request.prompt), torch.nan))
+        driver.start(failing)
+        driver.run()
+        assert isinstance(failing.error, InternalError)
+        driver.release(failing)
+        assert driver.lend(request.prompt + request.emitted).tokens == 0
+
+    def test_loans_take_the_place_of_no_sequence(self, driver):
+        (decoding,) = driver.answer(Request(prompt(70), sampling("greedy", 5)))
+        loans = [driver.lend(prompt(70)) for _ in range(2 * MAX_NUM_SEQS)]
+        assert {loan.tokens for loan in loans} == {2 * BLOCK_SIZE}
+        assert (driver.load.blocks_used, driver.load.running, driver.load.waiting) == (2, 0, 0)
+        assert_right(driver, decoding, *driver.answer(Request(prompt(70, 1), sampling("greedy", 5))))
 
 
 class DecodeConformance(_AnswerTests):
@@ -280,6 +350,7 @@ class DecodeConformance(_AnswerTests):
         assert_right(driver, again)
 
     def test_the_next_turns_of_a_chat_never_find_kv_that_the_decoder_wrote(self, driver):
+        assert not driver.served.lends_kv
         turn, written_by_the_full_model = prompt(45), 0
         for number in range(4):
             request = Request(turn, sampling("greedy", 2 * BLOCK_SIZE + 9, ignore_eos=True))
@@ -480,6 +551,29 @@ class SmallDecodeConformance(DecodeEngineConformance):
         requests = [Request(prompt(100, number), sampling("greedy", 9)) for number in range(6)]
         for request in itertools.chain(requests, requests):
             assert_right(driver, *driver.answer(request))
+
+
+class SmallReturnsDecodeConformance(DecodeEngineConformance):
+    """Tests a decode engine that has too few blocks for its sequences while some are lent."""
+
+    pair_fixture = "conformance_pair_of_one_model"
+    num_blocks = 10
+    max_model_len = 256
+
+    def test_a_sequence_that_needs_lent_blocks_goes_on_when_they_are_given_back(self, driver):
+        total, tokens = driver.load.blocks_total, prompt(3 * BLOCK_SIZE + 1)
+        driver.answer(Request(tokens, sampling("greedy", 2)))
+        loan = driver.lend(tokens)
+        length = (total - 4) * BLOCK_SIZE - 9
+        request = Request(prompt(length), sampling("temperature", self.max_model_len - length, ignore_eos=True))
+        (decoding,) = driver.begin(request)
+        driver.run()
+        assert decoding.finish is None
+        kv = driver.reference.kv(tokens)[:, :, : loan.tokens]
+        torch.testing.assert_close(driver.lent_kv(loan), kv, rtol=driver.kv_tolerance, atol=driver.kv_tolerance)
+        driver.end_loan(loan)
+        driver.run()
+        assert_right(driver, decoding)
 
 
 class FailedStepDecodeConformance(DecodeEngineConformance):

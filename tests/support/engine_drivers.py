@@ -6,7 +6,7 @@ An engine may emit the answer to a message inside ``handle`` or in a later step;
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,14 @@ from sequence_events import by_sequence
 
 from overfill.engine.protocol import LoadedEngine
 from overfill.engine.sequence import (
+    AwaitingImport,
     ChunkComputed,
     DecodeSequence,
     FinishReason,
+    Imported,
     KvWritten,
+    Lend,
+    Lent,
     Preempted,
     PrefillEvent,
     PrefillHere,
@@ -61,6 +65,7 @@ class _Driver:
         namespace: cache namespace of the sequences that are submitted from now on.
         kv_tolerance: as ``EngineConformance.kv_tolerance``.
         dead: True after a step has raised, which ends a worker; the core must not be used any more.
+        loans: what the engine has lent and not got back, by the loan's id.
     """
 
     def __init__(self, loaded: LoadedEngine, reference: SampledReference, metrics: EngineMetrics) -> None:
@@ -70,6 +75,7 @@ class _Driver:
         self.namespace = ""
         self.kv_tolerance = 0.0
         self.dead = False
+        self.loans: dict[str, Lent] = {}
         self._faults: list[Exception] = []
         self._num_steps = 0
         self.core = loaded.new_core(self._emit, metrics)
@@ -105,6 +111,21 @@ class _Driver:
             self.step()
         assert condition(), f"not within {_ANSWER_STEPS} steps"
 
+    def lend(self, tokens: tuple[int, ...]) -> Lent:
+        """Asks for the cached blocks with the start of ``tokens``."""
+        id = next(self._ids)
+        self.core.handle(Lend(id, self.served.blocks_of(tokens, self.namespace)))
+        self.until(lambda: id in self.loans)
+        return self.loans[id]
+
+    def end_loan(self, loan: Lent) -> None:
+        self.core.handle(Release(self.loans.pop(loan.id).id))
+
+    def lent_kv(self, loan: Lent) -> torch.Tensor:
+        """Reads what was lent. [2, layers, tokens, kv_heads, head_dim]"""
+        layers = range(self.served.kv.num_layers)
+        return torch.cat([self._read(loan.blocks, layer, 0, loan.tokens, loan.event) for layer in layers], 1)
+
     def assert_empty(self) -> None:
         """Checks that no sequence and no block is left."""
         load = self.load
@@ -115,7 +136,10 @@ class _Driver:
     def _emit(self, events: list[Any]) -> None:
         for event in by_sequence(events):
             try:
-                self._take(event)
+                if isinstance(event, Lent):
+                    self.loans[event.id] = event
+                else:
+                    self._take(event)
             except Exception as fault:  # raised inside a step, it would look like the engine's own error
                 self._faults.append(fault)
 
@@ -127,6 +151,41 @@ class _Driver:
 
     def _transfer(self, layers: tuple[int, ...], start: int, end: int) -> TransferSpec:
         return TransferSpec(bytes(16), 0, self.served.kv, layers, (start, end))
+
+    def _read(self, blocks: list[int], layer: int, start: int, end: int, event: DeviceEvent | None) -> torch.Tensor:
+        """Reads a layer's KV of a sequence's positions, as the sender does. [2, 1, end - start, kv_heads, head_dim]"""
+        heads = self.served.kv.num_kv_heads
+        spec = self._transfer((layer,), start, end)
+        kv_range = KvRange(layer, layer + 1, start, end, 0, heads)
+        chunk: Chunk = new_chunk(spec, kv_range, memoryview(bytearray(spec.raw_bytes(kv_range))))
+        self.served.store.read(blocks, [chunk], {layer: event})
+        assert not is_damaged(chunk)
+        return torch.from_numpy(np.frombuffer(chunk.payload, np.float32).copy()).view(2, 1, end - start, heads, -1)
+
+    def _write(
+        self, blocks: list[int], kv: torch.Tensor, start: int, end: int, layer_map: Sequence[int], *, damaged: bool
+    ) -> tuple[int, int]:
+        """Writes a prompt's ``kv`` to its positions, as the receiver does; returns the chunks written, and all.
+
+        A chunk is one layer, up to or from a position in the middle of a block.
+        """
+        layers = tuple(sorted(set(layer_map)))
+        spec = self._transfer(layers, start, end)
+        targets = {layer: [i for i, source in enumerate(layer_map) if source == layer] for layer in layers}
+        middle = min(end, start + self.block_size + 3)
+        chunks = []
+        for layer, (begin, stop) in itertools.product(layers, ((start, middle), (middle, end))):
+            if begin == stop:
+                continue
+            payload = memoryview(kv[:, layer : layer + 1, begin:stop].contiguous().numpy().tobytes())
+            chunk = new_chunk(spec, KvRange(layer, layer + 1, begin, stop, 0, spec.kv.num_kv_heads), payload)
+            chunk.checksum = digest(chunk.header, payload) ^ damaged
+            chunks.append(chunk)
+        return self.served.store.write(blocks, LayerTargets(targets), chunks), len(chunks)
+
+    def _end_loans(self) -> None:
+        for loan in list(self.loans.values()):
+            self.end_loan(loan)
 
 
 @dataclass(eq=False)
@@ -251,32 +310,20 @@ class DecodeDriver(_Driver):
         self.core.handle(Release(decoding.id))
 
     def release_all(self) -> None:
+        self._end_loans()
         for decoding in self.sequences.values():
             if not decoding.released:
                 self.release(decoding)
         self.sequences.clear()
 
     def write(self, decoding: Decoding, kv: torch.Tensor, *, damaged: bool = False) -> int:
-        """Writes a prompt's ``kv`` behind the held tokens, as the receiver does; returns the chunks written.
-
-        A chunk is one layer, up to or from a position in the middle of a block.
-        """
+        """Writes a prompt's ``kv`` behind the held tokens, as the receiver does; returns the chunks written."""
+        end = len(decoding.request.prompt)
         layer_map = self.served.pair.layer_map
-        layers = tuple(sorted(set(layer_map)))
-        start, end = decoding.held_tokens, len(decoding.request.prompt)
-        spec = self._transfer(layers, start, end)
-        targets = {layer: [i for i, source in enumerate(layer_map) if source == layer] for layer in layers}
-        middle = min(end, start + self.block_size + 3)
-        chunks = []
-        for layer, (begin, stop) in itertools.product(layers, ((start, middle), (middle, end))):
-            if begin == stop:
-                continue
-            payload = memoryview(kv[:, layer : layer + 1, begin:stop].contiguous().numpy().tobytes())
-            chunk = new_chunk(spec, KvRange(layer, layer + 1, begin, stop, 0, spec.kv.num_kv_heads), payload)
-            chunk.checksum = digest(chunk.header, payload) ^ damaged
-            chunks.append(chunk)
-        written = self.served.store.write(decoding.reserved[-1].blocks, LayerTargets(targets), chunks)
-        assert damaged or written == len(chunks)
+        written, count = self._write(
+            decoding.reserved[-1].blocks, kv, decoding.held_tokens, end, layer_map, damaged=damaged
+        )
+        assert damaged or written == count
         return written
 
     def start(self, decoding: Decoding) -> None:
@@ -408,6 +455,7 @@ class Prefilling:
     sequence: PrefillSequence
     kv: torch.Tensor
     read: list[int]
+    awaiting: AwaitingImport | None = None
     scheduled: PrefillScheduled | None = None
     chunks: list[tuple[int, int]] = field(default_factory=list)
     computed: PromptComputed | None = None
@@ -437,7 +485,7 @@ class PrefillDriver(_Driver):
         self.prompts: dict[str, Prefilling] = {}
         self.on_kv: Callable[[Prefilling], object] = lambda prefilling: None
 
-    def submit(self, request: Request, *, sample_first_token: bool = True) -> Prefilling:
+    def submit(self, request: Request, *, sample_first_token: bool = True, imports: bool = False) -> Prefilling:
         prompt = list(request.prompt)
         sequence = PrefillSequence(
             id=next(self._ids),
@@ -448,6 +496,7 @@ class PrefillDriver(_Driver):
             processor=self._processor(request),
             cache_namespace=self.namespace,
             prompt_blocks=self.served.blocks_of(prompt, self.namespace),
+            imports=imports,
         )
         kv = self.served.kv
         shape = (2, kv.num_layers, len(prompt), kv.num_kv_heads, kv.head_dim)
@@ -463,6 +512,15 @@ class PrefillDriver(_Driver):
                 return
         raise AssertionError(f"the engine is not idle after {_MAX_STEPS} steps")
 
+    def import_kv(self, prefilling: Prefilling, kv: torch.Tensor, tokens: int) -> None:
+        """Writes ``kv`` of the prompt's first ``tokens`` tokens to its blocks, and sends ``Imported``."""
+        self.until(lambda: prefilling.awaiting)
+        assert prefilling.awaiting is not None
+        blocks, start = prefilling.awaiting.blocks, prefilling.awaiting.cached_tokens
+        written, count = self._write(blocks, kv, start, tokens, range(self.served.kv.num_layers), damaged=False)
+        assert written == count
+        self.core.handle(Imported(prefilling.id, tokens))
+
     def compute(self, *requests: Request) -> list[Prefilling]:
         """Computes all ``requests``, submitted together, and keeps their KV."""
         prompts = [self.submit(request) for request in requests]
@@ -474,6 +532,7 @@ class PrefillDriver(_Driver):
         self.core.handle(Release(prefilling.id))
 
     def release_all(self) -> None:
+        self._end_loans()
         for prefilling in self.prompts.values():
             if not prefilling.released:
                 self.cancel(prefilling)
@@ -486,14 +545,8 @@ class PrefillDriver(_Driver):
         if start >= end:
             return
         assert prefilling.scheduled is not None
-        heads = self.served.kv.num_kv_heads
-        spec = self._transfer((layer,), start, end)
-        kv_range = KvRange(layer, layer + 1, start, end, 0, heads)
-        chunk: Chunk = new_chunk(spec, kv_range, memoryview(bytearray(spec.raw_bytes(kv_range))))
-        self.served.store.read(prefilling.scheduled.blocks, [chunk], {layer: event})
-        assert not is_damaged(chunk)
-        found = torch.from_numpy(np.frombuffer(chunk.payload, np.float32).copy())
-        prefilling.kv[:, layer, start:end] = found.view(2, end - start, heads, -1)
+        found = self._read(prefilling.scheduled.blocks, layer, start, end, event)
+        prefilling.kv[:, layer : layer + 1, start:end] = found
         prefilling.read[layer] = end
 
     def _take(self, event: PrefillEvent) -> None:
@@ -502,6 +555,10 @@ class PrefillDriver(_Driver):
             return
         length = len(prefilling.request.prompt)
         match event:
+            case AwaitingImport(cached_tokens=cached):
+                assert prefilling.awaiting is prefilling.scheduled is None
+                assert cached + self.block_size < length, "nothing is left to import"
+                prefilling.awaiting = event
             case PrefillScheduled(cached_tokens=cached, event=ready):
                 assert prefilling.scheduled is None, "scheduled twice"
                 prefilling.scheduled = event

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,15 +12,16 @@ from engine_conformance import (
     BLOCK_SIZE,
     LENGTHS,
     MAX_NUM_BATCHED_TOKENS,
+    MAX_NUM_SEQS,
     SAMPLING,
     EngineConformance,
     prompt,
     sampling,
 )
-from engine_drivers import PrefillDriver, Prefilling
+from engine_drivers import DecodeDriver, PrefillDriver, Prefilling
 from sampled_reference import Request, assert_same_tokens
 
-from overfill.engine.sequence import Release
+from overfill.engine.sequence import Imported, Release
 from overfill.kv.journal import KeyFeed
 from overfill.kv.keys import PromptKeys, root_key
 from overfill.model.processors import LogitProcessor
@@ -37,7 +39,7 @@ def assert_computed(driver: PrefillDriver, *prompts: Prefilling) -> None:
         torch.testing.assert_close(prefilling.kv, kv, rtol=driver.kv_tolerance, atol=driver.kv_tolerance)
 
 
-def keys_of(driver: PrefillDriver, tokens: tuple[int, ...]) -> list[int]:
+def keys_of(driver: PrefillDriver | DecodeDriver, tokens: tuple[int, ...]) -> list[int]:
     """The keys of the prompt's full blocks as a router computes them."""
     root = root_key(driver.served.kv_identity.cache_key, driver.namespace)
     return list(PromptKeys(root, tokens)(driver.block_size))
@@ -151,6 +153,93 @@ class PrefillConformance(EngineConformance):
         assert driver.served.blocks_of(tokens, driver.namespace).keys == keys
         assert present_keys(feed) == set(keys)
         feed.close()
+
+    @pytest.mark.parametrize("blocks", [0, 1, 3])
+    def test_what_is_imported_is_not_computed_and_found_later(self, driver, blocks):
+        request = greedy(3 * BLOCK_SIZE + 5)
+        prefilling = driver.submit(request, imports=True)
+        driver.import_kv(prefilling, driver.reference.kv(request.prompt), blocks * BLOCK_SIZE)
+        driver.run()
+        assert prefilling.awaiting.cached_tokens == 0
+        assert prefilling.chunks[0][0] == prefilling.cached_tokens == blocks * BLOCK_SIZE
+        assert_computed(driver, prefilling)
+        (again,) = driver.compute(request)
+        assert again.cached_tokens == 3 * BLOCK_SIZE
+        assert_computed(driver, again)
+
+    def test_a_prompt_imports_what_the_cache_lacks(self, driver):
+        request = greedy(3 * BLOCK_SIZE + 5)
+        driver.compute(replace(request, prompt=request.prompt[: BLOCK_SIZE + 1]))
+        prefilling = driver.submit(request, imports=True)
+        driver.import_kv(prefilling, driver.reference.kv(request.prompt), 2 * BLOCK_SIZE)
+        driver.run()
+        assert prefilling.awaiting.cached_tokens == BLOCK_SIZE
+        assert prefilling.cached_tokens == 2 * BLOCK_SIZE
+        assert_computed(driver, prefilling)
+
+    def test_the_rest_is_computed_on_the_kv_that_was_imported(self, driver):
+        request = greedy(2 * BLOCK_SIZE + 5)
+        prefilling = driver.submit(request, imports=True)
+        foreign = driver.reference.kv(prompt(2 * BLOCK_SIZE + 5, 1))
+        driver.import_kv(prefilling, foreign, 2 * BLOCK_SIZE)
+        driver.run()
+        torch.testing.assert_close(prefilling.kv[:, :, : 2 * BLOCK_SIZE], foreign[:, :, : 2 * BLOCK_SIZE])
+
+    def test_other_prompts_are_computed_while_one_is_imported(self, driver):
+        first = driver.submit(greedy(2 * BLOCK_SIZE + 5), imports=True)
+        (other,) = driver.compute(greedy(70, 1))
+        assert first.awaiting is not None
+        assert first.scheduled is None
+        assert_computed(driver, other)
+        driver.import_kv(first, driver.reference.kv(first.request.prompt), BLOCK_SIZE)
+        driver.run()
+        assert_computed(driver, first)
+
+    @pytest.mark.parametrize("length", [BLOCK_SIZE - 1, BLOCK_SIZE, 2 * BLOCK_SIZE])
+    def test_a_prompt_that_lacks_no_full_block_is_computed_at_once(self, driver, length):
+        """The last token is always computed."""
+        if length == 2 * BLOCK_SIZE:
+            driver.compute(greedy(length))
+        prefilling = driver.submit(greedy(length), imports=True)
+        driver.run()
+        assert prefilling.awaiting is None
+        assert_computed(driver, prefilling)
+
+    def test_release_of_a_prompt_that_is_being_imported(self, driver):
+        prefilling = driver.submit(greedy(2 * BLOCK_SIZE + 5), imports=True)
+        driver.until(lambda: prefilling.awaiting)
+        assert driver.load.blocks_used == 3
+        driver.cancel(prefilling)
+        driver.assert_empty()
+        driver.core.handle(Imported(prefilling.id, BLOCK_SIZE))  # was on its way
+        (again,) = driver.compute(prefilling.request)
+        assert again.cached_tokens == 0
+        assert_computed(driver, again)
+
+    def test_cached_blocks_are_lent(self, driver):
+        tokens = prompt(3 * BLOCK_SIZE + 5)
+        (prefilling,) = driver.compute(Request(tokens, sampling("greedy")))
+        driver.cancel(prefilling)
+        loan = driver.lend((*tokens, 9))
+        assert (loan.tokens, len(loan.blocks)) == (3 * BLOCK_SIZE, 3)
+        kv = driver.reference.kv(tokens)[:, :, : loan.tokens]
+        torch.testing.assert_close(driver.lent_kv(loan), kv, rtol=driver.kv_tolerance, atol=driver.kv_tolerance)
+        assert (driver.load.blocks_used, driver.load.running, driver.load.waiting) == (3, 0, 0)
+        assert driver.lend(tokens[: 2 * BLOCK_SIZE]).tokens == 2 * BLOCK_SIZE, "no token is left to compute"
+        driver.core.check()
+
+    def test_what_is_not_cached_in_the_namespace_is_not_lent(self, driver):
+        driver.compute(greedy(70))
+        assert driver.lend(prompt(70, 1)).tokens == 0
+        driver.namespace += "/other"
+        assert (loan := driver.lend(prompt(70))).tokens == 0
+        assert not loan.blocks
+
+    def test_loans_take_the_place_of_no_prompt(self, driver):
+        driver.compute(greedy(70))
+        for _ in range(2 * MAX_NUM_SEQS):
+            assert driver.lend(prompt(70)).tokens == 2 * BLOCK_SIZE
+        assert_computed(driver, *driver.compute(greedy(70), greedy(90, 1)))
 
     def test_load_counts_blocks_and_tokens_from_the_submission_to_the_release(self, driver):
         prefilling = driver.submit(greedy(3 * BLOCK_SIZE + 5))
@@ -271,6 +360,23 @@ class SmallPrefillConformance(EngineConformance):
         driver.cancel(second)
         driver.cancel(first)
         driver.assert_empty()
+
+    def test_lent_blocks_are_not_evicted(self, driver):
+        tokens = prompt(3 * BLOCK_SIZE + 1)
+        (lent,) = driver.compute(Request(tokens, sampling("greedy")))
+        driver.cancel(lent)
+        loan = driver.lend(tokens)
+        for seed in range(4):
+            (prefilling,) = driver.compute(greedy(4 * BLOCK_SIZE, seed))
+            assert_computed(driver, prefilling)
+            driver.cancel(prefilling)
+        kv = driver.reference.kv(tokens)[:, :, : 3 * BLOCK_SIZE]
+        torch.testing.assert_close(driver.lent_kv(loan), kv, rtol=driver.kv_tolerance, atol=driver.kv_tolerance)
+        (waiting,) = driver.compute(greedy((driver.load.blocks_total - 3) * BLOCK_SIZE + 1, 9))
+        assert waiting.computed is None, "it needs a lent block"
+        driver.end_loan(loan)
+        driver.run()
+        assert_computed(driver, waiting)
 
     def test_the_journal_reports_what_is_evicted(self, driver):
         """The next equal prompt finds exactly the leading blocks whose keys are present."""

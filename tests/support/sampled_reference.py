@@ -24,11 +24,12 @@ from overfill.request.params import SamplingParams
 _SHAPE = {"num_layers": 3, "head_dim": 32, "vocab_size": 288, "max_positions": 1024}
 
 
-def make_conformance_pair(folder: Path, *, drop_layers: bool = False) -> Path:
+def make_conformance_pair(folder: Path, *, drop_layers: bool = False, one_model: bool = False) -> Path:
     """Writes a tiny pair of a geometry that every engine runs, and returns its folder.
 
     Args:
         drop_layers: True gives the decoder two layers, which read the full model's layers 0 and 2.
+        one_model: True makes the full model the decoder.
     """
     make_tiny_pair(folder, **_SHAPE)
     if drop_layers:
@@ -37,6 +38,8 @@ def make_conformance_pair(folder: Path, *, drop_layers: bool = False) -> Path:
         shutil.move(shallow / "decoder", folder / "decoder")
         shutil.rmtree(shallow)
         write_manifest(folder, layer_map=[0, 2])
+    if one_model:
+        write_manifest(folder, decoder="full")
     return folder
 
 

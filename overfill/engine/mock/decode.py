@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from overfill.engine.decode import DecodeEngine
 from overfill.engine.mock.runner import MockRunner
+from overfill.engine.sequence import DecodeSequence
 
 
 class MockDecodeEngine(DecodeEngine):
@@ -36,6 +38,10 @@ class MockDecodeEngine(DecodeEngine):
         computed = super().step()
         self._began_ns = time.monotonic_ns()
         return computed
+
+    def _append(self, sequence: DecodeSequence, start: int, tokens: Sequence[int]) -> None:
+        self._mock.cache.put(sequence.blocks, tokens, start)  # no step writes an answer's KV
+        super()._append(sequence, start, tokens)
 
     def _count_step(self, started_ns: int, sequences: int, tokens: int, replayed: int) -> None:
         super()._count_step(self._began_ns, sequences, tokens, replayed)

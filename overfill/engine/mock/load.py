@@ -33,6 +33,7 @@ def load_mock(pair: Pair, half: Half, options: EngineOptions) -> Stage:
         InvalidPair: the tokenizer is damaged.
     """
     mock = MockOptions.of(options.engine_args)
+    returns_kv = half == "decoder" and options.prefix_cache and pair.returns_kv()
     # No model reads this KV, no cache mixes it with a model's, and no answer of a model continues here.
     pair = replace(pair, reader="mock")
     config = pair.config(half)
@@ -68,4 +69,5 @@ def load_mock(pair: Pair, half: Half, options: EngineOptions) -> Stage:
         (common_pb2.KV_CODEC_RAW,),
         MockDecodeEngine,
         adapters,
+        returns_kv,
     )

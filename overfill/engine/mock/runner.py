@@ -82,15 +82,14 @@ class MockRunner:
         """Does nothing: a failed step leaves nothing behind."""
 
     def _prefill(self, works: Sequence[Work], hooks: LayerHooks) -> None:
-        """Waits for the prompts' tokens, and writes their KV."""
-        hooks.layer_start(0)
-        tokens = sum(len(work.tokens) for work in works)
-        time.sleep(self._options.base + self._options.per_token * tokens)
+        """Writes the prompts' KV, and waits for their tokens, in each layer for the same time."""
         for work in works:
             self.cache.put(work.blocks, work.tokens, work.start)
-        hooks.kv_written(0)
-        for layer in range(1, self.cache.spec.num_layers):
+        num_layers, began = self.cache.spec.num_layers, time.monotonic()
+        seconds = self._options.base + self._options.per_token * sum(len(work.tokens) for work in works)
+        for layer in range(num_layers):
             hooks.layer_start(layer)
+            time.sleep(max(0.0, began + seconds * (layer + 1) / num_layers - time.monotonic()))
             hooks.kv_written(layer)
 
     def _check_prompt(self, work: Work, sequence: DecodeSequence) -> None:

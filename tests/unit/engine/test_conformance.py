@@ -36,7 +36,15 @@ class TestDecodeWithDroppedLayers(OverFill, decode.DroppedLayersDecodeConformanc
     pass
 
 
+class TestDecodeOfTheReader(OverFill, decode.ReturnsDecodeConformance):
+    pass
+
+
 class TestDecodeWithFewBlocks(OverFill, decode.SmallDecodeConformance):
+    pass
+
+
+class TestDecodeOfTheReaderWithFewBlocks(OverFill, decode.SmallReturnsDecodeConformance):
     pass
 
 

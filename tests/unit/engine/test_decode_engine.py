@@ -1,14 +1,16 @@
 """Tests the decode engine: continuous batching, preemption and resumption, without a lost block."""
 
 import gc
+import itertools
 import math
 
 import pytest
 import torch
+from counting import CountingRunner
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
-from scheduling import GREEDY, EngineMachine
+from scheduling import GREEDY, EngineMachine, evict_all
 from sequence_events import by_sequence
 
 from overfill.engine import decode
@@ -17,6 +19,8 @@ from overfill.engine.sequence import (
     ChangeAdapter,
     DecodeSequence,
     DecodeState,
+    Lend,
+    Lent,
     Preempted,
     Refused,
     Release,
@@ -30,6 +34,7 @@ from overfill.engine.sequence import (
 )
 from overfill.errors import InternalError, InvalidRequest
 from overfill.kv.blocks import BlockPool
+from overfill.kv.keys import codec_namespace
 from overfill.kv.prefix import PrefixCache
 from overfill.request.params import SamplingParams
 from overfill.v1 import common_pb2
@@ -380,14 +385,140 @@ def test_a_prompt_whose_publication_takes_several_steps_is_held_at_once_from_ans
     prefix.check_integrity()
 
 
+def answered(prefix, events, prompt, **options):
+    """Answers ``prompt`` with ten tokens in an engine with blocks of 4 tokens; returns prompt and answer."""
+    returns_kv = options.pop("returns_kv", True)
+    engine = DecodeEngine(CountingRunner(), prefix.pool, 8, 16, events.extend, prefix, returns_kv=returns_kv)
+    if options.get("adapter") is not None:
+        engine.handle(ChangeAdapter(options["adapter"], object()))
+    answering = DecodeSequence("a", list(prompt), [], GREEDY, StopRule(frozenset(), 10), **options)
+    start(engine, answering, None if answering.answer_start else 20)
+    finish(engine)
+    prefix.check_integrity()
+    assert prefix.num_used == 0
+    return [*prompt, *answering.emitted]
+
+
+def lent_tokens(prefix, tokens, namespace=""):
+    loan = prefix.lend("loan", prefix.blocks_of(tokens, namespace))
+    prefix.release("loan")
+    return loan.cached_tokens
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 6, 8])
+def test_a_decoder_that_is_the_reader_leaves_its_answer_in_the_cache(events, length):
+    prefix = PrefixCache(BlockPool(32, 4))
+    whole = answered(prefix, events, range(length))
+    assert len(whole) == length + 10
+    assert lent_tokens(prefix, whole) == (len(whole) - 1) // 4 * 4, "the last token's KV is not computed"
+
+
+def test_what_the_reader_computes_of_a_prompt_without_an_adapter_is_returned_too(events):
+    prefix = PrefixCache(BlockPool(32, 4))
+    whole = answered(prefix, events, range(11), answer_start=6)
+    assert lent_tokens(prefix, whole) == 20
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"returns_kv": False}, {"adapter": 0}, {"cache_namespace": codec_namespace("t", "int8")}],
+    ids=["pruned", "adapter", "lossy"],
+)
+def test_the_answer_of_another_decoder_an_adapter_or_behind_lossy_kv_is_never_published(events, options):
+    prefix = PrefixCache(BlockPool(32, 4))
+    whole = answered(prefix, events, range(6), **options)
+    assert lent_tokens(prefix, whole, options.get("cache_namespace", "")) == 4, "the prompt's block"
+    assert prefix.num_cached == 1
+
+
+def test_an_answer_that_is_cancelled_or_preempted_leaves_what_was_computed_and_a_failed_one_nothing(runner, events):
+    prefix = PrefixCache(BlockPool(32, 4))
+    engine = DecodeEngine(runner, prefix.pool, 8, 16, events.extend, prefix, returns_kv=True)
+    for name, token in (("cancelled", 0), ("preempted", 1), ("failed", 2)):
+        running = DecodeSequence(name, [token] * 6, [], GREEDY, StopRule(frozenset(), 30))
+        start(engine, running, 20)
+        for _ in range(7):
+            engine.step()
+        whole = [*running.prompt, *running.emitted]
+        assert lent_tokens(prefix, whole) == 12, "a block is published when it is full"
+        if name == "failed":
+            runner.fail_next = MemoryError("no room")
+            engine.step()
+        elif name == "preempted":
+            running.state = DecodeState.YIELDING
+            engine.handle(Yielded(name))
+        engine.handle(Release(name))
+        assert lent_tokens(prefix, whole) == (0 if name == "failed" else 12)
+        prefix.check_integrity()
+
+
+def test_a_preempted_answer_takes_no_returned_block_for_its_prompt(runner, pool, events):
+    """It resumes with its prompt's blocks only, and replays its answer."""
+    prefix = PrefixCache(pool)
+    engine = DecodeEngine(runner, pool, 8, 64, lambda new: events.extend(by_sequence(new)), prefix, returns_kv=True)
+    start(engine, sequence("a", prompt=6, max_tokens=12), 20)
+    for _ in range(7):
+        engine.step()
+    engine._preempt_youngest([])
+    engine.handle(Yielded("a"))
+    engine.step()
+    assert [e.held_tokens for e in events if isinstance(e, Reserved)] == [0, 4]
+    engine.handle(Start("a", None))
+    finish(engine)
+    assert tokens(events, "a") == list(range(21, 32))
+    prefix.check_integrity()
+    evict_all(prefix)
+
+
+def test_returned_blocks_count_against_the_quota_between_two_steps(runner, events, monkeypatch):
+    monkeypatch.setattr("overfill.engine.decode._MAX_PUBLISHED_BLOCKS", 3)
+    prefix = PrefixCache(BlockPool(64, 4))
+    engine = DecodeEngine(runner, prefix.pool, 8, 100, events.extend, prefix, returns_kv=True)
+    running = sequence("a", prompt=5, emitted=range(38), max_tokens=100)
+    start(engine, running, None)
+    counts = []
+    for _ in range(24):
+        engine.step()
+        counts.append(prefix._num_nodes)
+    assert max(after - before for before, after in itertools.pairwise([1, *counts])) == 3
+    assert counts[-1] == (running.computed - 1) // 4, "later steps catch up"
+    engine.handle(Release("a"))
+    assert prefix.num_cached == running.computed // 4
+    prefix.check_integrity()
+
+
+def test_a_sequence_whose_blocks_are_lent_to_others_is_preempted_and_resumes(runner, pool, events):
+    prefix = PrefixCache(pool)
+    engine = DecodeEngine(runner, pool, 8, 64, lambda new: events.extend(by_sequence(new)), prefix)
+    start(engine, DecodeSequence("before", [9] * 17, [], GREEDY, StopRule(frozenset(), 2)), 20)
+    finish(engine)
+    engine.handle(Lend("loan", prefix.blocks_of([9] * 17)))
+    assert (events[-1].tokens, engine.load().blocks_used, engine.load().running) == (16, 4, 0)
+    start(engine, sequence("a", prompt=10, max_tokens=12), 20)
+    run_until_preempted(engine, events)
+    engine.handle(Yielded("a"))
+    assert not engine.step()
+    engine.check()
+    engine.handle(Release("loan"))
+    engine.step()
+    engine.handle(Start("a", None))
+    finish(engine)
+    assert tokens(events, "a") == list(range(21, 32))
+    engine.check()
+    evict_all(prefix)
+
+
 class DecodeMachine(EngineMachine):
     """Runs arrivals, steps, late answers and cancellations in any order: all tokens are right, no block is lost."""
 
     memory_error = torch.OutOfMemoryError
+    returns_kv = False
 
     def __init__(self):
         super().__init__()
-        self.engine = DecodeEngine(self.runner, self.prefix.pool, 4, 16, self.take, self.prefix)
+        prefix, returns_kv = self.prefix, self.returns_kv
+        self.engine = DecodeEngine(self.runner, prefix.pool, 4, 16, self.take, prefix, returns_kv=returns_kv)
+        self.lent: set[str] = set()
         self.first: dict[str, int] = {}
         self.answer: dict[str, list[int]] = {}
         self.receiving: set[str] = set()
@@ -397,6 +528,8 @@ class DecodeMachine(EngineMachine):
     def take(self, events):
         for event in by_sequence(events):
             match event:
+                case Lent(id=id):
+                    self.lent.add(id)
                 case Reserved(id=id):
                     self.receiving.add(id)
                 case Refused(id=id):
@@ -452,11 +585,27 @@ class DecodeMachine(EngineMachine):
     def cancelled(self, data):
         self.release(data.draw(st.sampled_from(sorted(self.answer))))
 
+    @rule(prompt=st.integers(1, 16), first=st.integers(0, 19), answer=st.integers(0, 12))
+    def lend(self, prompt, first, answer):
+        name = f"loan{self.new_number()}"
+        tokens = [*[0] * prompt, *range(first, first + answer)]
+        self.engine.handle(Lend(name, self.prefix.blocks_of(tokens)))
+        assert name in self.lent
+
+    @precondition(lambda self: self.lent)
+    @rule(data=st.data())
+    def end_loan(self, data):
+        name = data.draw(st.sampled_from(sorted(self.lent)))
+        self.lent.remove(name)
+        self.engine.handle(Release(name))
+
     def release(self, name):
         self.forget(name)
         self.engine.handle(Release(name))
 
     def teardown(self):
+        for name in self.lent:
+            self.engine.handle(Release(name))
         for _ in range(2000):
             if not self.answer:
                 break
@@ -479,6 +628,13 @@ class CachingDecodeMachine(DecodeMachine):
     caches = True
 
 
+class ReturningDecodeMachine(CachingDecodeMachine):
+    """Publishes answers too."""
+
+    returns_kv = True
+
+
 TestDecodeMachine = DecodeMachine.TestCase
 TestCachingDecodeMachine = CachingDecodeMachine.TestCase
+TestReturningDecodeMachine = ReturningDecodeMachine.TestCase
 TestDecodeMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -4,7 +4,9 @@ import threading
 from dataclasses import replace
 
 from overfill.engine import thread
+from overfill.engine.sequence import Lend, Release
 from overfill.engine.thread import EngineThread
+from overfill.kv.keys import PromptBlocks
 from overfill.telemetry.engine_load import EngineLoad
 
 
@@ -52,6 +54,32 @@ def test_steps_in_a_row_look_at_the_load_rarely_and_the_last_one_always(core, mo
     assert core.checked.acquire(timeout=10)
     engine.stop()
     assert looks[:3] == [4, 4, 0], "at first, after the message, and after the step that ends the work"
+
+
+def test_loans_are_delivered_within_a_step_and_other_messages_behind_it_in_order(core):
+    loans = [Lend(name, PromptBlocks([], 4, None, "")) for name in "ab"]
+    handled, steps = [], []
+    core.new_loans = tuple
+    core.handle = handled.append
+
+    def step():
+        if steps:
+            return False
+        steps.append(1)
+        for message in (Release("x"), loans[0], Release("a"), loans[1], "last"):
+            engine.send(message)
+        assert list(core.new_loans()) == loans
+        assert not core.new_loans()
+        return True
+
+    core.step = step
+    engine = EngineThread(core, "e", 1)
+    engine.start()
+    engine.send("first")
+    assert core.checked.acquire(timeout=10), "the thread is idle"
+    engine.stop()
+    assert engine.failure is None
+    assert handled == ["first", Release("x"), Release("a"), "last"]
 
 
 def test_a_lost_block_ends_the_engine(core):

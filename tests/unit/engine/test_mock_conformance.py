@@ -112,6 +112,15 @@ class TestMockAdapters(Mock, decode.DecodeEngineConformance):
             driver.served.adapters.stage(0, LoraAdapter(replace(records[0], rank=5), {}))
 
 
+class TestMockDecodeOfTheReader(Mock, decode.ReturnsDecodeConformance):
+    # The script has no logits that could fail.
+    test_an_answer_that_fails_leaves_nothing = None  # type: ignore[assignment]
+
+
+class TestMockDecodeOfTheReaderWithFewBlocks(Mock, decode.SmallReturnsDecodeConformance):
+    pass
+
+
 class TestMockDecodeWithFewBlocks(Mock, decode.SmallDecodeConformance):
     test_emitted_tokens_and_grammar_survive_the_loss_of_blocks = None  # type: ignore[assignment]
 

@@ -10,11 +10,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from scheduling import GREEDY, EngineMachine, evict_all
 
+from overfill.engine import prefill
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import (
+    AwaitingImport,
     ChunkComputed,
+    Imported,
     KvWritten,
     LayerStarted,
+    Lend,
+    Lent,
     PrefillScheduled,
     PrefillSequence,
     PromptComputed,
@@ -261,14 +266,208 @@ def test_a_failed_step_leaves_nothing_in_the_cache(runner, pool, events):
     prefix.check_integrity()
 
 
+def test_an_importing_prompt_waits_while_others_are_computed_and_computes_the_rest(runner, events):
+    prefix = PrefixCache(BlockPool(100, 4))
+    engine = PrefillEngine(runner, prefix.pool, 64, 8, events.extend, prefix)
+    other = PrefillSequence("other", [77] * 9, GREEDY)
+    for sequence in (prompt("a", 18, imports=True), other):
+        engine.handle(Submit(sequence))
+    assert [s.id for s in engine.queue()] == ["a", "other"]
+    engine.step()
+    (awaiting,) = of(AwaitingImport, events)
+    assert (awaiting.id, len(awaiting.blocks), awaiting.cached_tokens) == ("a", 5, 0)
+    assert [e.id for e in of(PromptComputed, events)] == ["other"]
+    assert not engine.step(), "nothing is computed until the import ends"
+    assert not list(engine.queue())
+    engine.handle(Imported("a", 12))
+    assert engine.step()
+    scheduled = of(PrefillScheduled, events)[-1]
+    assert (scheduled.id, scheduled.blocks, scheduled.cached_tokens) == ("a", awaiting.blocks, 12)
+    assert [len(t) for t, _ in runner.steps[-1]] == [6]
+    assert [e.id for e in of(PromptComputed, events)] == ["other", "a"]
+    release(engine, ("a", "other"))
+    prefix.check_integrity()
+    assert prefix.acquire("again", prefix.blocks_of(range(18)), 5).cached_tokens == 16, "what was imported is shared"
+    prefix.release("again")
+    evict_all(prefix)
+
+
+@pytest.mark.parametrize(("length", "cached"), [(3, 0), (4, 0), (12, 8), (11, 8)])
+def test_a_prompt_of_which_no_full_block_is_missing_imports_nothing(runner, events, length, cached):
+    """One token is always computed."""
+    prefix = PrefixCache(BlockPool(100, 4))
+    engine = PrefillEngine(runner, prefix.pool, 64, 8, events.extend, prefix)
+    if cached:
+        engine.handle(Submit(prompt("before", cached + 1)))
+        engine.step()
+    engine.handle(Submit(prompt("a", length, imports=True)))
+    engine.step()
+    assert not of(AwaitingImport, events)
+    assert of(PromptComputed, events)[-1].id == "a"
+    release(engine, ("before", "a"))
+    evict_all(prefix)
+
+
+def test_a_prompt_without_a_prefix_cache_or_with_scores_imports_nothing(runner, pool, events):
+    off = new_engine(runner, pool, events, max_num_batched_tokens=16)
+    off.handle(Submit(prompt("a", 12, imports=True)))
+    off.step()
+    prefix = PrefixCache(BlockPool(100, 4))
+    on = PrefillEngine(runner, prefix.pool, 64, 8, events.extend, prefix)
+    on.handle(Submit(scored("b", list(range(5)), imports=True)))
+    on.step()
+    assert [e.id for e in of(PromptComputed, events)] == ["a", "b"]
+    assert not of(AwaitingImport, events)
+    off.handle(Release("a"))
+    on.handle(Release("b"))
+
+
+def test_prompts_wait_for_blocks_that_another_imports_and_then_import_their_own(runner, events):
+    prefix = PrefixCache(BlockPool(100, 4))
+    engine = PrefillEngine(runner, prefix.pool, 64, 8, events.extend, prefix)
+    same, longer = prompt("same", 13, imports=True), prompt("longer", 21, imports=True)
+    for sequence in (prompt("first", 13, imports=True), same, longer):
+        engine.handle(Submit(sequence))
+    assert not engine.step()
+    assert [e.id for e in of(AwaitingImport, events)] == ["first"]
+    engine.handle(Imported("first", 8))
+    engine.step()
+    assert [e.id for e in of(AwaitingImport, events)] == ["first"], "its third block is computed by this step"
+    engine.step()
+    awaiting = of(AwaitingImport, events)[-1]
+    assert (awaiting.id, awaiting.cached_tokens) == ("longer", 12), "same has no full block left to import"
+    engine.handle(Imported("longer", 12))
+    engine.step()
+    cached = {e.id: e.cached_tokens for e in of(PrefillScheduled, events)}
+    assert cached == {"first": 8, "same": 12, "longer": 12}
+    prefix.check_integrity()
+    release(engine, ("first", "same", "longer"))
+    evict_all(prefix)
+
+
+def test_blocks_of_an_importing_prompt_are_never_replaced_by_published_ones(runner, events):
+    prefix = PrefixCache(BlockPool(100, 4))
+    engine = PrefillEngine(runner, prefix.pool, 64, 8, events.extend, prefix)
+    engine.handle(Submit(prompt("a", 13, imports=True)))
+    engine.step()
+    (awaiting,) = of(AwaitingImport, events)
+    before = list(awaiting.blocks)
+    assert prefix.acquire("same", prefix.blocks_of(range(13)), 4) is not None
+    prefix.publish("same", 12)
+    engine.step()
+    assert awaiting.blocks == before == engine._running["a"].blocks
+    engine.handle(Imported("a", 8))
+    engine.step()
+    scheduled = of(PrefillScheduled, events)[-1]
+    assert scheduled.blocks[:2] == before[:2], "its own blocks hold what it imported"
+    assert scheduled.blocks[2] == prefix.allocation("same").blocks[2]
+    assert scheduled.cached_tokens == 12
+    prefix.release("same")
+    release(engine, "a")
+    prefix.check_integrity()
+    evict_all(prefix)
+
+
+def test_a_prompt_that_ends_while_it_imports_frees_its_blocks_and_lets_others_go_on(runner, events):
+    prefix = PrefixCache(BlockPool(100, 4))
+    engine = PrefillEngine(runner, prefix.pool, 64, 8, events.extend, prefix)
+    leaving = prompt("leaving", 13, imports=True)
+    for sequence in (leaving, prompt("same", 13, imports=True)):
+        engine.handle(Submit(sequence))
+    engine.step()
+    leaving.cancelled = True
+    engine.step()
+    assert [e.id for e in of(AwaitingImport, events)] == ["leaving", "same"]
+    engine.handle(Release("leaving"))
+    engine.handle(Imported("leaving", 12))  # was on its way
+    assert prefix.num_used == 4, "the other's blocks"
+    engine.handle(Release("same"))
+    engine.check()
+    assert prefix.num_used == prefix.num_cached == 0, "nothing is published that was not imported"
+
+
+def test_cached_blocks_are_lent_between_two_layers_of_a_step(events):
+    prefix = PrefixCache(BlockPool(100, 4))
+    engine = PrefillEngine(CountingRunner(num_layers=3), prefix.pool, 64, 8, events.extend, prefix)
+    engine.handle(Submit(prompt("a", 9)))
+    engine.step()
+    release(engine, "a")
+    asked = [[], [], [Lend("loan", prefix.blocks_of(range(18)))]]
+    engine.new_loans = lambda: asked.pop(0)
+    events.clear()
+    engine.handle(Submit(PrefillSequence("b", [77] * 9, GREEDY)))
+    engine.step()
+    assert [type(event) for event in events] == [PrefillScheduled, Lent, KvWritten, ChunkComputed, PromptComputed]
+    (lent,) = of(Lent, events)
+    assert (lent.id, lent.tokens, len(lent.blocks), lent.event) == ("loan", 8, 2, None)
+    assert not asked
+    engine.new_loans = tuple
+    release(engine, "b")
+    engine.check()
+    assert (engine.load().running, engine.load().blocks_used) == (0, 2), "a loan is no sequence"
+    engine.handle(Release("loan"))
+    engine.check()
+    assert engine.load().blocks_used == 0
+    evict_all(prefix)
+
+
+def test_a_prompt_waits_for_lent_blocks_and_starts_when_they_are_given_back(runner, pool, events):
+    prefix = PrefixCache(pool)
+    engine = PrefillEngine(runner, pool, 64, 4, events.extend, prefix)
+    engine.handle(Submit(prompt("a", 9)))
+    engine.step()
+    release(engine, "a")
+    engine.handle(Lend("loan", prefix.blocks_of(range(9))))
+    engine.handle(Submit(PrefillSequence("large", [77] * 32, GREEDY)))
+    assert not engine.step()
+    engine.handle(Release("loan"))
+    assert engine.step()
+    assert of(PromptComputed, events)[-1].id == "large"
+    release(engine, ["large"])
+    evict_all(prefix)
+
+
+def test_the_load_names_the_cost_of_a_token_as_measured_lately(pool, events, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(prefill.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(prefill, "_HALF_LIFE", 8)
+    runner = CountingRunner()
+    engine = new_engine(runner, pool, events)
+
+    def cost_after(seconds, tokens=8, **options):
+        """Token cost after a step of ``seconds``."""
+
+        def take(layer):
+            clock[0] += seconds / 2
+
+        monkeypatch.setattr(runner, "on_layer", take)
+        engine.handle(Submit(prompt("a", tokens, **options)))
+        engine.step()
+        engine.handle(Release("a"))
+        return engine.load().token_seconds
+
+    assert engine.load().token_seconds == 0, "unknown"
+    assert cost_after(0.8) == pytest.approx(0.1)
+    assert cost_after(1.6) == pytest.approx((0.4 + 1.6) / (4 + 8)), "the step before counts half"
+    runner.fail_next = MemoryError("no room")
+    before = engine.load().token_seconds
+    assert cost_after(9.9) == before
+    monkeypatch.setattr(prefill, "on_cpu", lambda device: False)
+    assert cost_after(0.01, sample_first_token=False) == before, "its kernels may still run"
+    both = cost_after(1.59)
+    assert both == pytest.approx((1.6 + 0.25 * 2.0) / (16 + 0.25 * 12))
+
+
 class PrefillMachine(EngineMachine):
-    """Runs prompts, steps, failures and releases in any order: every prompt is computed, no block is lost."""
+    """Runs prompts, imports, steps, failures and releases in any order: all prompts are computed, no block is lost."""
 
     def __init__(self):
         super().__init__()
         self.engine = PrefillEngine(self.runner, self.prefix.pool, 7, 3, self.take, self.prefix)
         self.sequences: dict[str, PrefillSequence] = {}
         self.computed: dict[str, int] = {}
+        self.importing: dict[str, AwaitingImport] = {}
+        self.lent: set[str] = set()
         self.ended: set[str] = set()
 
     def take(self, events):
@@ -277,8 +476,15 @@ class PrefillMachine(EngineMachine):
 
     def take_one(self, event):
         match event:
+            case AwaitingImport(id=id, blocks=blocks, cached_tokens=cached):
+                assert self.caches
+                assert cached + 4 < len(self.sequences[id].prompt)
+                self.importing[id] = AwaitingImport(id, list(blocks), cached)
+            case Lent(id=id):
+                self.lent.add(id)
             case PrefillScheduled(id=id, cached_tokens=cached):
                 assert cached == 0 or self.caches
+                assert id not in self.importing
                 self.computed[id] = cached
             case ChunkComputed(id=id, token_start=start, token_end=end):
                 assert start == self.computed[id]
@@ -290,10 +496,10 @@ class PrefillMachine(EngineMachine):
             case SequenceFailed(id=id):
                 self.ended.add(id)
 
-    @rule(length=st.integers(1, 40))
-    def arrive(self, length):
+    @rule(length=st.integers(1, 40), imports=st.booleans())
+    def arrive(self, length, imports):
         name = f"p{self.new_number()}"
-        self.sequences[name] = prompt(name, length)
+        self.sequences[name] = prompt(name, length, imports=imports)
         self.computed[name] = 0
         self.engine.handle(Submit(self.sequences[name]))
 
@@ -307,17 +513,46 @@ class PrefillMachine(EngineMachine):
     def release(self, data):
         self.forget(data.draw(st.sampled_from(sorted(self.sequences))))
 
+    @precondition(lambda self: self.importing)
+    @rule(data=st.data())
+    def imported(self, data):
+        awaiting = self.importing[data.draw(st.sampled_from(sorted(self.importing)))]
+        most = (len(self.sequences[awaiting.id].prompt) - 1) // 4
+        self.end_import(awaiting.id, 4 * data.draw(st.integers(awaiting.cached_tokens // 4, most)))
+
+    def end_import(self, name, tokens):
+        assert self.sequences[name].blocks == self.importing.pop(name).blocks, "a block was replaced under its writer"
+        self.engine.handle(Imported(name, tokens))
+
+    @rule(length=st.integers(1, 40))
+    def lend(self, length):
+        name = f"loan{self.new_number()}"
+        self.engine.handle(Lend(name, self.prefix.blocks_of(range(length))))
+        assert name in self.lent
+
+    @precondition(lambda self: self.lent)
+    @rule(data=st.data())
+    def end_loan(self, data):
+        name = data.draw(st.sampled_from(sorted(self.lent)))
+        self.lent.remove(name)
+        self.engine.handle(Release(name))
+
     def forget(self, name):
         self.sequences.pop(name).cancelled = True
+        self.importing.pop(name, None)
         self.ended.discard(name)
         self.engine.handle(Release(name))
 
     def teardown(self):
+        for name in self.lent:
+            self.engine.handle(Release(name))
         for _ in range(1000):
             if not self.sequences:
                 break
             for name in [n for n, s in self.sequences.items() if n in self.ended or s.cancelled]:
                 self.forget(name)
+            for awaiting in list(self.importing.values()):
+                self.end_import(awaiting.id, awaiting.cached_tokens)
             self.engine.step()
         assert not self.sequences, "a prompt was never computed"
         assert self.prefix.num_used == 0

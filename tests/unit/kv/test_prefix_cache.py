@@ -170,6 +170,40 @@ def test_forgotten_blocks_are_found_no_more_and_freed_with_their_last_owner():
     assert compute(cache, "again", prompt) == 16
 
 
+def test_lent_blocks_are_neither_evicted_nor_counted_as_looked_up():
+    cache = new_cache(num_blocks=4)
+    compute(cache, "a", list(range(9)))
+    loan = cache.lend("loan", cache.blocks_of(range(12)))
+    assert loan.cached_tokens == 8
+    assert cache.lend("none", cache.blocks_of([9] * 8)).blocks == []
+    assert cache.lend("whole", cache.blocks_of(range(8))).blocks == loan.blocks, "no token is left to compute"
+    assert (cache.num_used, cache.num_available, cache.tokens_looked_up) == (2, 2, 9)
+    assert cache.acquire("b", cache.blocks_of([7] * 12), 3) is None
+    assert not set(cache.acquire("c", cache.blocks_of([7] * 8), 2).blocks) & set(loan.blocks)
+    cache.check_integrity()
+    for owner in ("loan", "none", "whole"):
+        cache.check_owners({"c", "loan", "none", "whole"} if owner == "loan" else cache._holders)
+        cache.release(owner)
+    cache.check_owners({"c"})
+    assert cache.acquire("d", cache.blocks_of([7] * 8), 2) is not None
+    cache.check_integrity()
+
+
+def test_forgotten_blocks_stay_with_the_loan_that_has_them():
+    cache = new_cache()
+    cache.acquire("a", cache.blocks_of(range(9)), 3)
+    cache.publish("a", 9)
+    loan = cache.lend("loan", cache.blocks_of(range(9)))
+    cache.forget("a")
+    cache.release("a")
+    cache.check_integrity()
+    assert cache.num_used == len(loan.blocks) == 2
+    assert cache.lend("later", cache.blocks_of(range(9))).blocks == []
+    cache.release("loan")
+    cache.release("later")
+    assert cache.num_available == cache.pool.num_free == 8
+
+
 def test_every_reader_of_the_journal_gets_the_whole_state_and_then_changes():
     journal = KeyJournal()
     cache = new_cache(num_blocks=2, journal=journal)
@@ -195,7 +229,7 @@ def test_every_reader_of_the_journal_gets_the_whole_state_and_then_changes():
 
 
 class Machine(RuleBasedStateMachine):
-    """Sequences arrive, are computed in part or whole, grow and end. The model of a block is its tokens."""
+    """Sequences arrive, are computed in part or whole, grow, lend and end. The model of a block is its tokens."""
 
     def __init__(self):
         super().__init__()
@@ -230,6 +264,16 @@ class Machine(RuleBasedStateMachine):
         for block in fresh:
             self.written.pop(block, None)
         self.live[owner] = [namespace, tokens, allocation.cached_tokens, allocation.blocks]
+
+    @rule(tokens=st.lists(st.sampled_from([1, 2]), max_size=20), namespace=st.sampled_from(["", "t"]))
+    def lend(self, tokens, namespace):
+        self.number += 1
+        owner, before = str(self.number), self.cache.pool.num_free
+        loan = self.cache.lend(owner, self.cache.blocks_of(tokens, namespace))
+        assert self.cache.pool.num_free == before
+        for index, block in enumerate(loan.blocks):
+            assert self.written[block] == (namespace, tuple(tokens[: (index + 1) * BLOCK]))
+        self.live[owner] = [namespace, tokens[: loan.cached_tokens], loan.cached_tokens, loan.blocks]
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())

@@ -172,4 +172,4 @@ async def test_a_decode_worker_hashes_prompts_before_it_reserves_blocks(prefix, 
     serving.cancel()
     await asyncio.wait([serving])
     check(found[0], hashed)
-    assert found[0].prompt_blocks.cache_namespace == found[0].cache_namespace == "raw/tenant"
+    assert found[0].prompt_blocks.cache_namespace == found[0].cache_namespace == "tenant"
