@@ -23,7 +23,6 @@ from vllm_engines import OnVllm
 from overfill.engine.load import load_engine
 from overfill.engine.protocol import EngineOptions, LoadedEngine
 from overfill.engine.sequence import Imported
-from overfill.errors import InternalError
 from overfill.model.manifest import Half, Pair
 
 # Importing and loading vLLM warns of deprecated uses of torch, which are not ours.
@@ -54,6 +53,10 @@ class TestImports(OnVllm, EngineConformance):
         driver.run()
         assert driver.load.prefix_tokens_found - before.prefix_tokens_found == BLOCK_SIZE
         assert driver.load.prefix_tokens_looked_up - before.prefix_tokens_looked_up == LENGTH
+
+    def test_load_has_the_cost_of_a_computed_token(self, driver: Any) -> None:
+        driver.compute(greedy(70))
+        assert driver.load.token_seconds > 0
 
     def test_no_step_touches_a_block_that_is_being_written(self, driver: Any) -> None:
         importing = driver.submit(greedy(LENGTH), imports=True)

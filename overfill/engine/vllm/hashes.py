@@ -61,10 +61,7 @@ def block_hasher(prompt: PromptBlocks | None, num_shared: int, block_size: int) 
 
     def hash_new_blocks(request: Any) -> list[bytes]:
         begin, end = len(request.block_hashes), request.num_tokens // block_size
-        return [
-            shared[index] if index < len(shared) else _secret_hash(secret + index)
-            for index in range(begin, end)
-        ]
+        return [shared[index] if index < len(shared) else _secret_hash(secret + index) for index in range(begin, end)]
 
     return hash_new_blocks
 

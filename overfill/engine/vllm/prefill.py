@@ -3,8 +3,8 @@
 - **Blocks.** vLLM gives a prompt blocks chunk by chunk, and would preempt a prompt whose next block is missing, while a
   stream reads the others. So this engine queues prompts itself: it hands vLLM a prompt when all of its blocks are free
   beside those that running prompts still need.
-- **Imports.** A prompt whose KV may come from elsewhere gets the blocks for it from vLLM, which waits until ``Imported``
-  as it waits for KV that a connector loads. Prompts that need one of these blocks next wait with it.
+- **Imports.** vLLM waits for the KV of a prompt that is imported as it waits for what a connector loads. From
+  ``AwaitingImport`` to ``Imported`` the prompt has blocks that no step touches. Prompts that need one of them wait.
 - **End.** A request ends with its first token. Its blocks stay until ``Release``, for the streams that read them.
 """
 
@@ -35,6 +35,7 @@ from overfill.engine.sequence import (
     SequenceFailed,
     Submit,
 )
+from overfill.engine.token_cost import TokenCost
 from overfill.engine.vllm.engine import VllmEngine
 from overfill.engine.vllm.hashes import block_hasher, hashes_of
 from overfill.engine.vllm.internals import Request, VllmCore
@@ -97,6 +98,7 @@ class VllmPrefillEngine(VllmEngine):
         self._awaiting_release: dict[str, PrefillSequence] = {}  # computed and leased to the decode worker, or failed
         self._importing: dict[str, frozenset[bytes]] = {}  # running ones, and hashes of the blocks that others write
         self._imported: dict[str, int] = {}  # running ones that have not started: tokens that an import has brought
+        self._token_cost = TokenCost()
         self._chunks: list[_Chunk] = []
         self._reports = LayerReports([], token_layer_bytes, device)
         self._events: list[PrefillEvent] = []  # not yet emitted
@@ -124,6 +126,7 @@ class VllmPrefillEngine(VllmEngine):
             prefix_tokens_found=self.tokens_found,
             blocks_reserved=sum(-(-tokens // self._vllm.block_size) for tokens in running),
             blocks_leaked=self._leaked,
+            token_seconds=self._token_cost.seconds,
         )
 
     def handle(self, message: Submit | Imported | Lend | Release) -> None:
@@ -156,7 +159,9 @@ class VllmPrefillEngine(VllmEngine):
             if (sequence := self._running.get(output.request_id)) and output.new_token_ids:
                 events.append(self._finish(sequence, output.new_token_ids[0], now))
         if executed:
-            self._metrics.step(time.monotonic() - started, *self.step_shape)
+            seconds = time.monotonic() - started
+            self._metrics.step(seconds, *self.step_shape)
+            self._token_cost.add(self.step_shape[1], seconds, ended=True)
         if events:
             self._emit(events)
         return executed
