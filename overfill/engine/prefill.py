@@ -38,6 +38,7 @@ from overfill.engine.sequence import (
     SequenceFailed,
     Submit,
 )
+from overfill.engine.token_cost import TokenCost
 from overfill.engine.work import Runner, Scoring, Work, new_scoring, score_error
 from overfill.errors import InvalidRequest
 from overfill.kv.blocks import BlockPool
@@ -48,33 +49,9 @@ from overfill.telemetry.metrics import PrefillMetrics
 
 log = logging.getLogger(__name__)
 
-_HALF_LIFE = 4096
-"""Tokens after which a measured duration has half of its weight."""
-
 
 class _Abandoned(Exception):
     """Raised between two layers when all requests of the step are cancelled."""
-
-
-class _TokenCost:
-    """Seconds per computed prompt token, over all tokens; a token counts half when ``_HALF_LIFE`` others followed."""
-
-    def __init__(self) -> None:
-        self._tokens = self._seconds = 0.0
-        self._launched = (0, 0.0)  # tokens and seconds of steps that a device may still compute
-
-    def add(self, tokens: int, seconds: float, *, ended: bool) -> None:
-        """Notes a step; ``ended`` is False if it only launched kernels, for which a later step will wait."""
-        tokens, seconds = tokens + self._launched[0], seconds + self._launched[1]
-        self._launched = (0, 0.0) if ended else (tokens, seconds)
-        if ended:
-            kept = 0.5 ** (tokens / _HALF_LIFE)
-            self._tokens, self._seconds = kept * self._tokens + tokens, kept * self._seconds + seconds
-
-    @property
-    def seconds(self) -> float:
-        """0 if no step has been noted."""
-        return self._seconds / self._tokens if self._tokens else 0.0
 
 
 class PrefillEngine:
@@ -115,7 +92,7 @@ class PrefillEngine:
         self._emit = emit
         self._loans = Loans(self._prefix, runner.device)
         self.new_loans: Callable[[], Sequence[Lend]] = tuple
-        self._token_cost = _TokenCost()
+        self._token_cost = TokenCost()
         self._step_ended = True  # not only launched
         self.tokens_computed = 0
         self.step_shape = (0, 0)

@@ -74,6 +74,14 @@ class TestDecodeWithFewBlocks(OnVllm, decode.SmallDecodeConformance):
     pass
 
 
+class TestReturns(OnVllm, decode.ReturnsDecodeConformance):
+    pass
+
+
+class TestReturnsWithFewBlocks(OnVllm, decode.SmallReturnsDecodeConformance):
+    pass
+
+
 class TestFailedDecodeStep(OnVllm, decode.FailedStepDecodeConformance):
     pass
 

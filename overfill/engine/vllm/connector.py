@@ -52,9 +52,9 @@ class OverfillConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     # The scheduler's calls
 
-    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         missing = 0 if hub.hooks is None else hub.hooks.tokens_to_load(request.request_id, num_computed_tokens)
-        return missing, missing > 0
+        return missing, bool(missing)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if hub.hooks is not None and num_external_tokens:

@@ -10,6 +10,8 @@ answer, and with ``answer_start`` the prompt's tokens from there on, after which
   When it allocates anew, it asks for the shared prompt's KV again, and the engine emits another ``Reserved``.
 - **Whose KV.** Blocks with tokens that the decoder computes are never shared (``hashes``). A step that would compute a
   token of the shared prompt fails its sequence and is counted.
+- **Returned answers.** A decoder that is the reader computes the KV of its answer as the full model would. Such an
+  engine publishes the full blocks of an answer when it ends, so that the next turn finds them.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from overfill.engine.sequence import (
     DecodeEvent,
     DecodeSequence,
     DecodeState,
+    Lend,
     Refused,
     Release,
     Reserve,
@@ -37,11 +40,13 @@ from overfill.engine.sequence import (
 )
 from overfill.engine.vllm.adapters import VllmAdapters
 from overfill.engine.vllm.engine import VllmEngine
-from overfill.engine.vllm.hashes import block_hasher
+from overfill.engine.vllm.hashes import block_hasher, hashes_of
 from overfill.engine.vllm.internals import VllmCore
 from overfill.engine.vllm.ranks.steps import RankStep
 from overfill.engine.work import Sampled, always_plain
 from overfill.errors import InternalError
+from overfill.kv.journal import KeyJournal
+from overfill.kv.keys import is_raw
 from overfill.model.adapter import LoraAdapter
 from overfill.telemetry.engine_load import EngineLoad
 from overfill.telemetry.metrics import DecodeMetrics
@@ -73,7 +78,9 @@ class VllmDecodeEngine(VllmEngine):
     Args:
         max_num_seqs: maximum number of sequences that hold or wait for blocks.
         emit: takes lists of events; a step calls it before vLLM computes, and after.
+        journal: as in ``VllmEngine``.
         adapters: slots of adapters; None without any.
+        returns_kv: whether the decoder is the reader (``Pair.returns_kv``).
     """
 
     _metrics: DecodeMetrics
@@ -84,8 +91,11 @@ class VllmDecodeEngine(VllmEngine):
         max_num_seqs: int,
         emit: Callable[[list[DecodeEvent]], None],
         metrics: DecodeMetrics,
+        journal: KeyJournal,
         adapters: VllmAdapters | None = None,
+        returns_kv: bool = False,
     ) -> None:
+        self._returns_kv = returns_kv
         self._adapters = adapters
         self._max_num_seqs = max_num_seqs
         self._emit = emit
@@ -98,7 +108,7 @@ class VllmDecodeEngine(VllmEngine):
         self._early: list[DecodeEvent] = []  # events of the step that need not wait for its end
         self._plan = _Plan()
         self._changed = False  # a message has come since the last step
-        super().__init__(vllm)
+        super().__init__(vllm, journal)
 
     def load(self) -> EngineLoad:
         """A snapshot of the load; ``waiting`` counts sequences without blocks or without complete prompt KV."""
@@ -121,7 +131,7 @@ class VllmDecodeEngine(VllmEngine):
         if self._adapters is not None:
             self._adapters.close()
 
-    def handle(self, message: Reserve | Share | Start | Yielded | Release | ChangeAdapter) -> None:
+    def handle(self, message: Reserve | Share | Start | Yielded | Lend | Release | ChangeAdapter) -> None:
         self._changed = True
         match message:
             case Reserve(sequence):
@@ -133,8 +143,11 @@ class VllmDecodeEngine(VllmEngine):
             case Start(id, first):
                 if (started := self._sequences.get(id)) and (failed := self._start(started, first)):
                     self._emit([failed])
+            case Lend():
+                self._lend(message)
             case Release(id):
-                self._end(id)
+                if not self._end_loan(id):
+                    self._end(id)
             case ChangeAdapter(slot, adapter):
                 self._emit([AdapterChanged(slot, self._change_adapter(slot, adapter))])
             case Yielded():
@@ -186,7 +199,9 @@ class VllmDecodeEngine(VllmEngine):
         request = self._vllm.new_request(
             sequence.id,
             sequence.prompt + (sequence.emitted or [_PLACEHOLDER] * self._awaits_first(sequence)),
-            max(1, sequence.stop.max_tokens - max(self._awaits_first(sequence), len(sequence.emitted))),
+            # One more where answers are returned: this engine then ends each, once it has checked the last token.
+            max(1, sequence.stop.max_tokens - max(self._awaits_first(sequence), len(sequence.emitted)))
+            + self._returns_kv,
             block_hasher(sequence.prompt_blocks, self._num_shared(sequence), self._vllm.block_size),
             always_plain(sequence),
             self._row(sequence),
@@ -256,6 +271,9 @@ class VllmDecodeEngine(VllmEngine):
             1 if s.state is DecodeState.RUNNING else max(1, 1 + self._blocks_for(s.num_tokens + 1) - len(s.blocks))
             for s in self._sequences.values()
         )
+
+    def _num_kept(self) -> int:
+        return self._num_growing()
 
     def _start(self, sequence: DecodeSequence, first: int | None) -> SequenceFailed | None:
         if sequence.state is not DecodeState.RECEIVING or sequence.id in self._asked:
@@ -329,8 +347,29 @@ class VllmDecodeEngine(VllmEngine):
     def ending(self, request_id: str) -> bool:
         # No later sequence can find the blocks of an answer, so they must not take the place of cached prompts.
         sequence = self._sequences[request_id]
-        self._vllm.forget(self._vllm.blocks(request_id)[self._num_shared(sequence) :])
+        begin = self._num_shared(sequence)
+        self._vllm.forget(self._vllm.blocks(request_id)[begin:])
+        if sequence.prompt_blocks is not None and self._returns(sequence):
+            known = len(sequence.prompt_blocks.tokens) * self._vllm.block_size
+            answer = self._vllm.computed_tokens(request_id, known)
+            self._vllm.publish_answer(request_id, begin, hashes_of(sequence.prompt_blocks.followed_by(answer)))
         return False
+
+    def _returns(self, sequence: DecodeSequence) -> bool:
+        """Whether the blocks of a sequence that ends hold what the reader would compute of its tokens.
+
+        An adapter changes the KV, and so does a lossy codec of the prompt's. Where vLLM ends a sequence itself, because
+        its context is full, its last token has not been checked.
+        """
+        return (
+            self._returns_kv
+            and sequence.adapter is None
+            and is_raw(sequence.cache_namespace)
+            and sequence.state is DecodeState.RUNNING
+            and sequence.id not in self._preempted
+            and not sequence.failed
+            and self._vllm.aborted(sequence.id)
+        )
 
     def _sampled(self, id: str) -> Sampled | None:
         return None if id in self._plan.replaying else self._sequences[id]

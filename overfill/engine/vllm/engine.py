@@ -1,4 +1,4 @@
-"""What the two vLLM engine cores have in common: their sampling and their load."""
+"""What the two vLLM engine cores have in common: their sampling, their loans and their load."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-from overfill.engine.sequence import SequenceFailed
+from overfill.engine.sequence import Lend, Lent, SequenceFailed
+from overfill.engine.vllm.hashes import NO_KEY, hashes_of
 from overfill.engine.vllm.hooks import Hooks, hub
 from overfill.engine.vllm.internals import VllmCore
 from overfill.engine.vllm.ranks.steps import RankExtras, RowSpec
 from overfill.engine.vllm.sampler import StepSampler
 from overfill.engine.work import Sampled
+from overfill.kv.journal import KeyJournal
 from overfill.telemetry.metrics import EngineMetrics
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,9 @@ _RECOUNT = 10.0
 
 class VllmEngine(Hooks):
     """A vLLM engine whose requests are OverFill's sequences, by id. Subclasses are engine cores.
+
+    Args:
+        journal: receives the keys of the blocks in vLLM's prefix cache, where vLLM reports them.
 
     Attributes:
         step_shape: sequences and tokens in the latest step that vLLM has planned.
@@ -38,8 +43,10 @@ class VllmEngine(Hooks):
 
     delay = 0.0
 
-    def __init__(self, vllm: VllmCore) -> None:
+    def __init__(self, vllm: VllmCore, journal: KeyJournal) -> None:
         self._vllm = vllm
+        self._journal = journal
+        self._loans: dict[str, list[Any]] = {}  # vLLM's blocks
         self._sampler = StepSampler()
         self._cached = 0
         self._leaked = 0
@@ -59,7 +66,7 @@ class VllmEngine(Hooks):
         ids = self._live()
         if extra := self._vllm.num_requests() - sum(map(self._vllm.known, ids)):
             raise AssertionError(f"vLLM holds {extra} requests that no sequence has")
-        if leaked := self._num_used - self._vllm.count_blocks(ids)[0]:
+        if leaked := self._num_used - self._vllm.count_blocks(ids, self._loans.values())[0]:
             raise AssertionError(f"{leaked} blocks are in use, and no sequence has them")
 
     def _row(self, sequence: Sampled) -> RowSpec | None:
@@ -68,6 +75,25 @@ class VllmEngine(Hooks):
             return None
         processor = "" if sequence.processor is None else sequence.processor.key
         return RowSpec(sequence.sampling, sequence.sample_index, len(sequence.prompt), processor)
+
+    def _lend(self, message: Lend) -> None:
+        """Answers with the cached blocks that can be held, without those that sequences still need."""
+        loan = self._vllm.hold(hashes_of(message.prompt), self._num_kept())
+        self._loans[message.id] = loan
+        blocks = [block.block_id for block in loan]
+        # No event: a step has ended on the device when it returns, because vLLM waits for its tokens.
+        self._emit([Lent(message.id, blocks, len(blocks) * self._vllm.block_size, None)])
+
+    def _end_loan(self, id: str) -> bool:
+        """Gives a loan's blocks back. Returns False if there is no such loan."""
+        loan = self._loans.pop(id, None)
+        if loan is not None:
+            self._vllm.drop(loan)
+        return loan is not None
+
+    def _num_kept(self) -> int:
+        """Free blocks that live sequences will need."""
+        raise NotImplementedError
 
     def _live(self) -> list[str]:
         """Ids of the sequences that vLLM may know."""
@@ -97,7 +123,7 @@ class VllmEngine(Hooks):
         """Counts cached and leaked blocks again when the last count is too old."""
         now = time.monotonic()
         if now - self._counted > _RECOUNT:
-            owned, self._cached = self._vllm.count_blocks(self._live())
+            owned, self._cached = self._vllm.count_blocks(self._live(), self._loans.values())
             self._leaked = self._num_used - owned
             self._counted = now
 
@@ -105,6 +131,16 @@ class VllmEngine(Hooks):
 
     def scheduled(self, num_tokens: Mapping[str, int], preempted: Collection[str]) -> None:
         self.step_shape = (len(num_tokens), sum(num_tokens.values()))
+
+    def blocks_stored(self, hashes: Iterable[int]) -> None:
+        for key in hashes:
+            if key != NO_KEY:
+                self._journal.add(key)
+
+    def blocks_removed(self, hashes: Iterable[int]) -> None:
+        for key in hashes:
+            if key != NO_KEY:
+                self._journal.remove(key)
 
     def sampled_by_ranks(self, extras: RankExtras) -> None:
         self._sampler.details |= extras.details

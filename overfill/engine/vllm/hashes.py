@@ -3,7 +3,8 @@
 vLLM would hash every full block by its tokens, answers included. A later turn of a chat contains the answer in its
 prompt, and would be given KV that the *decoder* wrote. Here only blocks before ``answer_start`` have a hash that
 others can have; each block that holds a token that the decoder computes has one that no other sequence has. So no
-sequence reads KV of another adapter.
+sequence reads KV of another adapter. Where the decoder is the reader, the engine gives an answer's blocks the hashes of
+a prompt with the same tokens when the answer ends (``HashedPrompt.followed_by``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from overfill.kv.keys import PromptBlocks
 
 _HASH_BYTES = 32
 _KEY_BYTES = 8
+NO_KEY = 0
+"""What vLLM reports in place of a key for a block that no other sequence can share."""
 
 
 class HashedPrompt(PromptBlocks):
@@ -28,12 +31,22 @@ class HashedPrompt(PromptBlocks):
     """
 
     def __init__(self, tokens: Sequence[int], block_size: int, root: int | None, cache_namespace: str) -> None:
-        super().__init__(tokens, block_size, root, cache_namespace)
-        chain = hashlib.sha256(cache_namespace.encode()).digest()
         self.hashes: list[bytes] = []
-        for block, key in zip(self.tokens, self.keys, strict=True):
-            chain = hashlib.sha256(chain + block).digest()
-            self.hashes.append(chain[:-_KEY_BYTES] + key.to_bytes(_KEY_BYTES, "big"))
+        self._chain = hashlib.sha256(cache_namespace.encode()).digest()
+        super().__init__(tokens, block_size, root, cache_namespace)
+
+    def _append(self, tokens: Sequence[int]) -> None:
+        super()._append(tokens)
+        begin = len(self.hashes)
+        self.hashes = list(self.hashes)  # the prompt that this one follows keeps its own
+        for block, key in zip(self.tokens[begin:], self.keys[begin:], strict=True):
+            self._chain = hashlib.sha256(self._chain + block).digest()
+            self.hashes.append(self._chain[:-_KEY_BYTES] + key.to_bytes(_KEY_BYTES, "big"))
+
+
+def hashes_of(prompt: PromptBlocks | None) -> list[bytes]:
+    """The hashes under which vLLM may share a prompt's full blocks; none if the servicer did not hash the prompt."""
+    return prompt.hashes if isinstance(prompt, HashedPrompt) else []
 
 
 def block_hasher(prompt: PromptBlocks | None, num_shared: int, block_size: int) -> Callable[[Any], list[bytes]]:
@@ -43,14 +56,15 @@ def block_hasher(prompt: PromptBlocks | None, num_shared: int, block_size: int) 
         prompt: the prompt as the servicer hashed it; None shares nothing.
         num_shared: number of leading blocks that other requests may share.
     """
-    shared = prompt.hashes[:num_shared] if isinstance(prompt, HashedPrompt) else []
-    secret = secrets.randbits(8 * _HASH_BYTES - 1)  # the index is added to it
+    shared = hashes_of(prompt)[:num_shared]
+    secret = secrets.randbits(8 * (_HASH_BYTES - _KEY_BYTES) - 1)  # the index is added to it
 
     def hash_new_blocks(request: Any) -> list[bytes]:
         begin, end = len(request.block_hashes), request.num_tokens // block_size
-        return [
-            shared[index] if index < len(shared) else (secret + index).to_bytes(_HASH_BYTES, "big")
-            for index in range(begin, end)
-        ]
+        return [shared[index] if index < len(shared) else _secret_hash(secret + index) for index in range(begin, end)]
 
     return hash_new_blocks
+
+
+def _secret_hash(secret: int) -> bytes:
+    return secret.to_bytes(_HASH_BYTES - _KEY_BYTES, "big") + NO_KEY.to_bytes(_KEY_BYTES, "big")

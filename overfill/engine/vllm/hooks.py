@@ -47,8 +47,8 @@ class RunnerHooks:
 class Hooks(RunnerHooks):
     """What vLLM asks and tells an engine of OverFill's while it takes a step, on the engine's thread."""
 
-    def tokens_to_load(self, request_id: str, held: int) -> int:
-        """Tokens behind the first ``held`` ones whose KV comes from outside."""
+    def tokens_to_load(self, request_id: str, held: int) -> int | None:
+        """Tokens behind the first ``held`` ones whose KV comes from outside. None: vLLM asks again in the next step."""
         return 0
 
     def allocated(self, request_id: str) -> None:

@@ -5,8 +5,9 @@ promises nothing about the rest. Used here:
 
 - ``EngineCore`` in this process: its constructor, ``step_fn``, ``post_step``, ``abort_requests``, ``shutdown``;
 - ``Request`` with a block hasher of our own, and its lists of tokens;
-- of the scheduler: ``add_request``, ``requests``, ``_update_from_kv_xfer_finished``, ``kv_event_publisher``, and the
-  KV cache manager's ``get_computed_blocks``, ``cache_blocks``, ``get_block_ids``, ``evict_blocks`` and ``block_pool``;
+- of the scheduler: ``add_request``, ``requests``, ``_update_from_kv_xfer_finished``, ``failed_recving_kv_req_ids``,
+  ``kv_event_publisher``, and the KV cache manager's ``get_computed_blocks``, ``cache_blocks``, ``get_block_ids``,
+  ``evict_blocks`` and ``block_pool``, of which ``get_cached_block``, ``cache_full_blocks``, ``touch``, ``free_blocks``;
 - the model runner's ``lora_manager``, its modules and the adapters that it holds;
 - ``static_forward_context``, whose attention layers can write into a cache (``impl.do_kv_cache_update``).
 
@@ -171,9 +172,37 @@ class VllmCore:
         self._scheduler.requests[id].num_computed_tokens = num_computed
         self._end_loading(id)
 
+    def received_nothing(self, id: str) -> None:
+        """Says that no KV of a waiting request has come; the next step gives it other blocks and may schedule it."""
+        request = self._scheduler.requests[id]
+        request.num_computed_tokens = 0
+        self._scheduler.failed_recving_kv_req_ids.add(id)
+        self._end_loading(id)
+
     def publish(self, id: str, num_computed: int) -> None:
         """Lets the prefix cache share a waiting request's full blocks, which have the KV of ``num_computed`` tokens."""
         self._manager.cache_blocks(self._scheduler.requests[id], num_computed)
+
+    def publish_answer(self, id: str, begin: int, hashes: list[bytes]) -> None:
+        """Lets the prefix cache share an ending request's blocks from index ``begin`` on, which it has forgotten.
+
+        Args:
+            hashes: hashes of the first blocks; those that other blocks have already are left out.
+        """
+        request = self._scheduler.requests[id]
+        request.block_hashes = hashes
+        new = [self._pool.get_cached_block(key, [0]) is None for key in hashes[begin:]]
+        table = self._manager.get_blocks(id).blocks[0]
+        self._pool.cache_full_blocks(request, table, begin, len(hashes), self.block_size, 0, new)
+
+    def computed_tokens(self, id: str, begin: int) -> list[int]:
+        """The tokens of a request from position ``begin`` on whose KV its blocks hold."""
+        request = self._scheduler.requests[id]
+        return list(request.all_token_ids[begin : request.num_computed_tokens])
+
+    def aborted(self, id: str) -> bool:
+        """Whether a request that ends is ended by ``abort``, and not by vLLM within a step."""
+        return bool(self._scheduler.requests[id].status == RequestStatus.FINISHED_ABORTED)
 
     def sent(self, id: str) -> None:
         """Frees the blocks of an ended request. The caller has joined every stream that reads them."""
@@ -221,6 +250,24 @@ class VllmCore:
         computed, _, _ = self._manager.get_computed_blocks(request)
         return sum(block.ref_cnt > 0 for block in computed.blocks[0])
 
+    def hold(self, hashes: Iterable[bytes], spare: int) -> list[Any]:
+        """Takes a reference on the cached blocks with ``hashes``, up to the first one that is missing.
+
+        They stay as they are until ``drop``. At least ``spare`` blocks stay free, or as many as before.
+        """
+        held: list[Any] = []
+        for key in hashes:
+            found = self._pool.get_cached_block(key, [0])
+            if found is None or (found[0].ref_cnt == 0 and self.num_free <= spare):
+                break
+            self._pool.touch(found)
+            held += found
+        return held
+
+    def drop(self, held: list[Any]) -> None:
+        """Gives back the references of ``hold``."""
+        self._pool.free_blocks(reversed(held))  # the last blocks are evicted first
+
     def forget(self, blocks: Iterable[int]) -> None:
         """Takes blocks out of the prefix cache; those in use stay in use."""
         self._manager.evict_blocks(set(blocks))
@@ -236,11 +283,11 @@ class VllmCore:
         alone = [block for block in spoilt if self._pool.blocks[block].ref_cnt <= 1]
         self.executor.collective_rpc(_clear_blocks, args=(alone,))
 
-    def count_blocks(self, ids: Iterable[str]) -> tuple[int, int]:
-        """Blocks of the live requests, which are ``ids``; and other blocks that hold a cached prefix."""
+    def count_blocks(self, ids: Iterable[str], held: Iterable[list[Any]] = ()) -> tuple[int, int]:
+        """Blocks of the live requests, which are ``ids``, or ``held``; and other blocks that hold a cached prefix."""
         requests = self._scheduler.requests
-        held = (self._manager.get_blocks(id).blocks[0] for id in ids if id in requests)
-        owned = {block.block_id: block for blocks in held for block in blocks}
+        tables = (self._manager.get_blocks(id).blocks[0] for id in ids if id in requests)
+        owned = {block.block_id: block for blocks in (*tables, *held) for block in blocks}
         cached = len(self._pool.cached_block_hash_to_block)  # of equal blocks, it counts one
         return len(owned), max(0, cached - sum(block.block_hash is not None for block in owned.values()))
 

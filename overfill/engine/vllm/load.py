@@ -76,6 +76,8 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
     spec = config.kv_spec(dtype)
     refusals = Refusals(pair.path(half), half, options, spec)
     arguments = _arguments(str(pair.path(half)), half, options, dtype, config.longest(options.max_model_len))
+    lends = options.prefix_cache and (half == "full" or _returns_kv(pair, options))
+    arguments["kv_events_config"] = KVEventsConfig(enable_kv_cache_events=lends, publisher="null")
     has_adapters = half == "decoder" and options.max_adapters > 0
     if has_adapters:
         arguments |= lora_arguments(config, options)
@@ -121,7 +123,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
         grammars=Grammars(*tokenizer, options.grammars),
         new_processor=new_processor if group is None else group.new_processor,
         blocks_of=partial(_blocks_of, pair.kv_identity(dtype).cache_key, vllm.block_size, options.prefix_cache),
-        prefix_keys=journal if half == "full" else None,
+        prefix_keys=journal if lends else None,
         ranks=None if group is None else group.ranks,
         adapters=adapters,
     )
@@ -140,7 +142,7 @@ def load_vllm(pair: Pair, half: Half, options: EngineOptions) -> LoadedEngine:
                 metrics,
             )
         assert isinstance(metrics, DecodeMetrics)
-        return VllmDecodeEngine(vllm, options.max_num_seqs, emit, metrics, adapters)
+        return VllmDecodeEngine(vllm, options.max_num_seqs, emit, metrics, journal, adapters, lends)
 
     return LoadedEngine(served, new_core)
 
@@ -169,13 +171,16 @@ def _arguments(folder: str, half: Half, options: EngineOptions, dtype: DTypeName
         "use_tqdm_on_load": False,
         "async_scheduling": False,  # the sampler needs each token before the next step
         "logits_processors": [OverfillSampler],
-        "kv_events_config": KVEventsConfig(
-            enable_kv_cache_events=half == "full" and options.prefix_cache, publisher="null"
-        ),
     }
     if (utilization := vllm_utilization(options)) is not None:
         arguments["gpu_memory_utilization"] = utilization
     return arguments
+
+
+def _returns_kv(pair: Pair, options: EngineOptions) -> bool:
+    """Whether a decoder's KV of an answer is the reader's, and this process can lend it."""
+    plain = not options.engine_args.keys() & {"quantization", "hf_overrides"}
+    return plain and options.tensor_parallel_size == 1 and pair.returns_kv()
 
 
 def _check(options: EngineOptions) -> None:

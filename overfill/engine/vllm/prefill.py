@@ -3,6 +3,8 @@
 - **Blocks.** vLLM gives a prompt blocks chunk by chunk, and would preempt a prompt whose next block is missing, while a
   stream reads the others. So this engine queues prompts itself: it hands vLLM a prompt when all of its blocks are free
   beside those that running prompts still need.
+- **Imports.** vLLM waits for the KV of a prompt that is imported as it waits for what a connector loads. From
+  ``AwaitingImport`` to ``Imported`` the prompt has blocks that no step touches. Prompts that need one of them wait.
 - **End.** A request ends with its first token. Its blocks stay until ``Release``, for the streams that read them.
 """
 
@@ -19,9 +21,12 @@ import torch
 from overfill.engine.device import record_event
 from overfill.engine.layers import LayerReports
 from overfill.engine.sequence import (
+    AwaitingImport,
     ChunkComputed,
+    Imported,
     KvWritten,
     LayerStarted,
+    Lend,
     PrefillEvent,
     PrefillScheduled,
     PrefillSequence,
@@ -30,8 +35,9 @@ from overfill.engine.sequence import (
     SequenceFailed,
     Submit,
 )
+from overfill.engine.token_cost import TokenCost
 from overfill.engine.vllm.engine import VllmEngine
-from overfill.engine.vllm.hashes import block_hasher
+from overfill.engine.vllm.hashes import block_hasher, hashes_of
 from overfill.engine.vllm.internals import Request, VllmCore
 from overfill.engine.vllm.ranks.steps import RankChunk, RankStep
 from overfill.engine.work import Sampled, always_plain
@@ -64,7 +70,7 @@ class VllmPrefillEngine(VllmEngine):
         max_num_seqs: maximum number of prompts that hold blocks.
         num_layers: layers of the model.
         token_layer_bytes: bytes of one token's keys and values in one layer.
-        journal: receives the keys of the blocks in vLLM's prefix cache.
+        journal: as in ``VllmEngine``.
         emit: takes lists of events; a step calls it several times.
     """
 
@@ -85,18 +91,20 @@ class VllmPrefillEngine(VllmEngine):
         self._max_num_seqs = max_num_seqs
         self._num_layers = num_layers
         self._token_layer_bytes = token_layer_bytes
-        self._journal = journal
         self._emit = emit
         self._metrics = metrics
         self._waiting: deque[PrefillSequence] = deque()
         self._running: dict[str, PrefillSequence] = {}  # in order of arrival
         self._awaiting_release: dict[str, PrefillSequence] = {}  # computed and leased to the decode worker, or failed
+        self._importing: dict[str, frozenset[bytes]] = {}  # running ones, and hashes of the blocks that others write
+        self._imported: dict[str, int] = {}  # running ones that have not started: tokens that an import has brought
+        self._token_cost = TokenCost()
         self._chunks: list[_Chunk] = []
         self._reports = LayerReports([], token_layer_bytes, device)
         self._events: list[PrefillEvent] = []  # not yet emitted
         self._silent = False  # vLLM has left out calls for layers
         self._next: Request | None = None  # of the first waiting prompt, once it has been made
-        super().__init__(vllm)
+        super().__init__(vllm, journal)
 
     def load(self) -> EngineLoad:
         """A snapshot of the load; ``running`` counts prompts that hold blocks until their ``Release``.
@@ -118,12 +126,17 @@ class VllmPrefillEngine(VllmEngine):
             prefix_tokens_found=self.tokens_found,
             blocks_reserved=sum(-(-tokens // self._vllm.block_size) for tokens in running),
             blocks_leaked=self._leaked,
+            token_seconds=self._token_cost.seconds,
         )
 
-    def handle(self, message: Submit | Release) -> None:
+    def handle(self, message: Submit | Imported | Lend | Release) -> None:
         match message:
             case Submit(sequence):
                 self._waiting.append(sequence)
+            case Imported(id, tokens):
+                self._take_import(id, tokens)
+            case Lend():
+                self._lend(message)
             case Release(id):
                 self._release(id)
 
@@ -146,7 +159,9 @@ class VllmPrefillEngine(VllmEngine):
             if (sequence := self._running.get(output.request_id)) and output.new_token_ids:
                 events.append(self._finish(sequence, output.new_token_ids[0], now))
         if executed:
-            self._metrics.step(time.monotonic() - started, *self.step_shape)
+            seconds = time.monotonic() - started
+            self._metrics.step(seconds, *self.step_shape)
+            self._token_cost.add(self.step_shape[1], seconds, ended=True)
         if events:
             self._emit(events)
         return executed
@@ -185,7 +200,27 @@ class VllmPrefillEngine(VllmEngine):
         """Blocks that running prompts will need and do not have yet."""
         return sum(self._blocks_for(s) - len(s.blocks) for s in self._running.values())
 
+    def _num_kept(self) -> int:
+        return self._num_promised()
+
+    def _take_import(self, id: str, tokens: int) -> None:
+        """Lets vLLM publish the blocks below ``tokens`` and compute the rest."""
+        if self._importing.pop(id, None) is None:
+            return
+        sequence = self._running[id]
+        self._imported[id] = tokens - sequence.cached_tokens
+        sequence.computed = sequence.cached_tokens = tokens
+        if tokens:
+            self._vllm.received(id, tokens)
+        else:
+            sequence.blocks = []
+            self._vllm.received_nothing(id)
+
     def _release(self, id: str) -> None:
+        if self._end_loan(id):
+            return
+        self._importing.pop(id, None)
+        self._imported.pop(id, None)
         sequence = self._running.pop(id, None) or self._awaiting_release.pop(id, None)
         if sequence is None:
             self._waiting = deque(s for s in self._waiting if s.id != id)
@@ -197,12 +232,34 @@ class VllmPrefillEngine(VllmEngine):
 
     # What vLLM asks and tells while it plans and takes a step
 
+    def tokens_to_load(self, request_id: str, held: int) -> int | None:
+        sequence = self._running[request_id]
+        missing = self._missing(sequence, held)
+        if missing and any(missing[0] in imported for imported in self._importing.values()):
+            return None
+        if not missing or not sequence.imports:
+            return 0
+        sequence.computed = sequence.cached_tokens = held
+        return len(missing) * self._vllm.block_size
+
+    def allocated(self, request_id: str) -> None:
+        sequence = self._running[request_id]
+        sequence.imports = False
+        sequence.blocks = self._vllm.blocks(request_id)
+        self._importing[request_id] = frozenset(self._missing(sequence, sequence.cached_tokens))
+        self._events.append(AwaitingImport(request_id, sequence.blocks, sequence.cached_tokens))
+
+    def _missing(self, sequence: PrefillSequence, held: int) -> list[bytes]:
+        """Hashes of the full blocks behind the first ``held`` tokens; at least one token is left to compute."""
+        size = self._vllm.block_size
+        return hashes_of(sequence.prompt_blocks)[held // size : (len(sequence.prompt) - 1) // size]
+
     def scheduled(self, num_tokens: Mapping[str, int], preempted: Collection[str]) -> None:
         if preempted or not num_tokens.keys() <= self._running.keys():
             # Before anything is computed: a stream may be reading the blocks that a prompt has lost.
             raise AssertionError("vLLM preempted a prompt, or computes one that has no lease")
         super().scheduled(num_tokens, preempted)
-        events: list[PrefillEvent] = []
+        events, self._events = self._events, []
         now = time.monotonic_ns()
         starts = dict(zip(num_tokens, self._vllm.num_computed(num_tokens), strict=True))
         blocks = {id: self._vllm.blocks(id) for id in num_tokens}
@@ -211,14 +268,17 @@ class VllmPrefillEngine(VllmEngine):
         unwritten = {b for id, count in num_tokens.items() for b in blocks[id][starts[id] // size :]}
         for id, count in num_tokens.items():
             sequence, start = self._running[id], starts[id]
-            first_chunk, ready, first_block = not sequence.blocks, start, len(sequence.blocks)
+            first_chunk, ready = sequence.computed == sequence.cached_tokens, start
+            if first_chunk:
+                sequence.blocks = []  # vLLM may have replaced those of an import
+            first_block = len(sequence.blocks)
             new = blocks[id][first_block:]
-            sequence.blocks += new
+            sequence.blocks += new  # the lease has this list
             if first_chunk:
                 ready = next((n for n in range(start // size) if sequence.blocks[n] in unwritten), start // size) * size
                 sequence.computed = sequence.cached_tokens = start
                 self.tokens_looked_up += len(sequence.prompt)
-                self.tokens_found += start
+                self.tokens_found += start - self._imported.pop(id, 0)
                 event = record_event(self._device) if ready else None
                 events.append(PrefillScheduled(id, sequence.blocks, ready, event, now))
             self._chunks.append(_Chunk(sequence, ready if first_chunk else start, start + count, first_block, new))
@@ -245,14 +305,6 @@ class VllmPrefillEngine(VllmEngine):
 
     def ending(self, request_id: str) -> bool:
         return True  # until its Release: streams read the blocks
-
-    def blocks_stored(self, hashes: Iterable[int]) -> None:
-        for key in hashes:
-            self._journal.add(key)
-
-    def blocks_removed(self, hashes: Iterable[int]) -> None:
-        for key in hashes:
-            self._journal.remove(key)
 
     def _sampled(self, id: str) -> Sampled | None:
         finishing = (c.sequence for c in self._chunks if c.end == len(c.sequence.prompt))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from scheduling import GREEDY, EngineMachine, evict_all
 
-from overfill.engine import prefill
+from overfill.engine import prefill, token_cost
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.sequence import (
     AwaitingImport,
@@ -430,7 +430,7 @@ def test_a_prompt_waits_for_lent_blocks_and_starts_when_they_are_given_back(runn
 def test_the_load_names_the_cost_of_a_token_as_measured_lately(pool, events, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(prefill.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(prefill, "_HALF_LIFE", 8)
+    monkeypatch.setattr(token_cost, "_HALF_LIFE", 8)
     runner = CountingRunner()
     engine = new_engine(runner, pool, events)
 
