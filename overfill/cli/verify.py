@@ -60,10 +60,17 @@ class AskedWriter:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Tokens of a prompt, of which the last ``generation_prompt`` are the chat template's generation prompt."""
+    """Tokens of a prompt.
+
+    Attributes:
+        generation_prompt: how many at the end are the chat template's generation prompt; 0 if the stack got tokens.
+        question, turn: numbers of the question and of the turn, from 1.
+    """
 
     ids: Sequence[int]
     generation_prompt: int
+    question: int
+    turn: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +79,12 @@ class JudgedWriter:
 
     Attributes:
         name: of the tier or adapter.
+        prompts: one for each judged answer.
         usage: sums of the answers' counts of prompt tokens.
     """
 
     name: str
+    prompts: Sequence[Prompt]
     judged: Sequence[JudgedAnswer]
     usage: common_pb2.Usage
 
@@ -117,6 +126,13 @@ class JudgedWriter:
     help="Adapter that the stack has loaded; repeat for several.",
 )
 @adapters_option
+@click.option(
+    "--turns",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Turns of each question: a further prompt has the one before, its answer and the file's next question.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Ask only the first N questions.  [default: all]")
 @click.option(
     "--concurrency", type=click.IntRange(min=1), default=4, show_default=True, help="Number of questions in flight."
@@ -131,6 +147,7 @@ def verify_command(
     chosen: tuple[str, ...],
     adapter_names: tuple[str, ...],
     adapters: Path | None,
+    turns: int,
     limit: int | None,
     concurrency: int,
     as_json: bool,
@@ -141,6 +158,9 @@ def verify_command(
     Asks the questions with greedy decoding. An answer is correct if an independent reference chooses the
     same tokens. A token within 0.001 of the largest logit is a tie, which counts as the same. The last line counts
     correct answers.
+
+    With --turns, further turns are asked as token ids, so that a stack can use all KV that it has of the turns before.
+    Each answer is judged after all tokens of its prompt, which the reference computes anew.
 
     With --tier, asks every question in each tier, one tier after the other. A line per tier counts its correct
     answers, and the prompt tokens whose KV the prefix cache had. If another tier goes on with an answer, each part is
@@ -162,7 +182,7 @@ def verify_command(
     several = bool(tiers or adapter_names)
     names_tiers = bool(tiers)
     tiers = _check_tiers(pair, tiers, chosen, adapter_names)
-    prompts = read_questions(questions)[:limit]
+    texts = read_questions(questions)[:limit]
     with show_progress() as report:
         tiers = resolve_tiers(tiers, report)
         pairs = {tier.name: tier_pair(tier) for tier in tiers}
@@ -171,35 +191,44 @@ def verify_command(
         for of_tier in folders.values():
             writers += [AskedWriter(name, name, frozenset({name}), record) for name, (_, record) in of_tier.items()]
         asked = [writer for writer in writers if not chosen or writer.name in chosen]
+        tokenizer = load_tokenizer(pairs[tiers[0].name].full_path)
+        first = [
+            Prompt(chat_token_ids(tokenizer, text), generation_prompt_tokens(tokenizer, text), number)
+            for number, text in enumerate(texts, 1)
+        ]
         with connection.client() as client:
             check_stack(client.status(), pairs)
             together = [asked] if adapter_names else [[writer] for writer in asked]
             answers = [
                 answers
                 for group in together
-                for answers in ask(client, prompts, max_tokens, concurrency, report, [one.asked for one in group])
+                for answers in ask(client, texts, max_tokens, concurrency, report, [one.asked for one in group])
             ]
+            prompts = [[*first] for _ in asked]
+            for turn in range(2, turns + 1):
+                for writer, of_writer, got in zip(asked, prompts, answers, strict=True):
+                    more = next_turn(of_writer, got, first, turn)
+                    tokens = [prompt.ids for prompt in more]
+                    got += ask(client, tokens, max_tokens, concurrency, report, [writer.asked])[0]
+                    of_writer += more
         references = load_references(tiers)
         for tier, of_tier in folders.items():
             references |= references[tier].with_adapters({name: folder for name, (folder, _) in of_tier.items()})
-        tokenizer = load_tokenizer(references[tiers[0].name].pair.full_path)
-        tokenized = [
-            Prompt(chat_token_ids(tokenizer, text), generation_prompt_tokens(tokenizer, text)) for text in prompts
-        ]
         results = [
-            judge_writer(references, writer, tokenized, of_writer, max_tokens, report)
-            for writer, of_writer in zip(asked, answers, strict=True)
+            judge_writer(references, writer, of_writer, got, max_tokens, report)
+            for writer, of_writer, got in zip(asked, prompts, answers, strict=True)
         ]
     passed = all(result.summary.passed for result in results)
     total = JudgedWriter(
         "",
+        [prompt for result in results for prompt in result.prompts],
         [answer for result in results for answer in result.judged],
         _total(result.usage for result in results),
     )
     rows = [
         ({"tier": result.name} if several else {}) | row
         for result in results
-        for row in failures(result.judged, tokenizer.decode)
+        for row in failures(result, tokenizer.decode)
     ]
     if as_json:
         of_tiers = {"tiers": [{"tier": result.name} | _figures(result) for result in results]} if several else {}
@@ -208,7 +237,7 @@ def verify_command(
         if rows:
             _print_table(rows)
         width = max(len(result.name) for result in results)
-        for result in results if several else ():
+        for result in results if several or turns > 1 else ():
             usage = result.usage
             cached = (
                 f"{usage.cached_tokens} of {usage.prompt_tokens} prompt tokens from the prefix cache{sources(usage)}"
@@ -347,7 +376,7 @@ def _check_worker(worker: WorkerStatus, pairs: Mapping[str, Pair]) -> None:
 
 def ask(
     client: Client,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     max_tokens: int,
     concurrency: int,
     report: Report,
@@ -356,15 +385,17 @@ def ask(
     """Asks ``prompts`` and returns, by writer and in their order, the greedy answers or the errors.
 
     Args:
+        prompts: texts, each as the only message of a chat, or token ids.
         writers: tiers and adapters; each prompt is asked of all before the next one. Empty means the stack's default.
     """
     from overfill.client import Message, SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
 
-    def answer(prompt: str, writer: str) -> Answer | OverfillError:
+    def answer(prompt: str | Sequence[int], writer: str) -> Answer | OverfillError:
+        asked = [Message("user", prompt)] if isinstance(prompt, str) else prompt
         try:
-            return client.generate([Message("user", prompt)], sampling=sampling, tier=writer)
+            return client.generate(asked, sampling=sampling, tier=writer)
         except OverfillError as error:
             return error
 
@@ -373,6 +404,26 @@ def ask(
         for done, _ in enumerate(as_completed(futures), 1):
             report(f"Asking {', '.join(filter(None, writers))}".strip(), done, len(futures))
     return [[future.result() for future in futures[number :: len(writers)]] for number in range(len(writers))]
+
+
+def next_turn(
+    prompts: Sequence[Prompt], answers: Sequence[Answer | OverfillError], first: Sequence[Prompt], turn: int
+) -> list[Prompt]:
+    """Returns the prompts of turn ``turn``: each of the turn before, its answer, and another question of the file.
+
+    A question without an answer has no further turn.
+
+    Args:
+        prompts, answers: all before.
+        first: the prompts of the first turn, in the order of the questions.
+    """
+    found = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if prompt.turn == turn - 1 and not isinstance(answer, OverfillError):
+            question = first[(prompt.question + turn - 2) % len(first)]
+            ids = [*prompt.ids, *answer.token_ids, *question.ids]
+            found.append(Prompt(ids, 0, prompt.question, turn))
+    return found
 
 
 def judge_writer(
@@ -394,7 +445,7 @@ def judge_writer(
         judged.append(replace(one, problem=one.problem or problem or None))
         report(f"Judging {writer.name}", len(judged), len(answers))
     usages = (answer.usage for answer in answers if not isinstance(answer, OverfillError))
-    return JudgedWriter(writer.name, judged, _total(usages))
+    return JudgedWriter(writer.name, prompts, judged, _total(usages))
 
 
 def _total(usages: Iterable[Any]) -> common_pb2.Usage:
@@ -450,16 +501,17 @@ def judge_answer(
     return judge_parts(references, parts, prompt_ids, answer.token_ids, reason, max_tokens, answer_start=answer_start)
 
 
-def failures(judged: Sequence[JudgedAnswer], decode: Callable[[list[int]], Any]) -> list[dict[str, Any]]:
-    """Returns one row per incorrect answer, with its first wrong token; questions count from 1."""
+def failures(result: JudgedWriter, decode: Callable[[list[int]], Any]) -> list[dict[str, Any]]:
+    """Returns one row per incorrect answer, with its first wrong token; questions and turns count from 1."""
     rows: list[dict[str, Any]] = []
-    for number, answer in enumerate(judged, 1):
+    for prompt, answer in zip(result.prompts, result.judged, strict=True):
+        where = {"question": prompt.question, "turn": prompt.turn}
         if answer.problem is not None:
-            rows.append({"question": number, "problem": answer.problem})
+            rows.append(where | {"problem": answer.problem})
         elif (error := answer.first_error) is not None:
             rows.append(
-                {
-                    "question": number,
+                where
+                | {
                     "problem": "wrong token",
                     "index": error.index,
                     "token_id": error.token_id,
@@ -479,9 +531,9 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from overfill.cli.output import console
 
     tier = ["tier"] if "tier" in rows[0] else []
-    table = Table(*tier, "question", "problem", "index", "token", "reference", "margin", box=None)
+    table = Table(*tier, "question", "turn", "problem", "index", "token", "reference", "margin", box=None)
     for row in rows:
-        cells = [*(row[name] for name in tier), str(row["question"]), row["problem"]]
+        cells = [*(row[name] for name in tier), str(row["question"]), str(row["turn"]), row["problem"]]
         if "index" in row:
             cells += [str(row["index"]), f"{row['token_id']} {row['token']!r}"]
             cells += [f"{row['reference_id']} {row['reference']!r}", f"{row['margin']:.4f}"]

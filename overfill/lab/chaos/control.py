@@ -21,6 +21,8 @@ STAGE_OF: dict[Phase, str] = {
     "handoff": "decode",
     "decode": "decode",
     "finishing": "decode",
+    "lending": "prefill",
+    "saving": "prefill",
 }
 """Phase -> the stage whose processes report that a request is in it."""
 

@@ -13,11 +13,16 @@ from typing import Any, Literal, get_args
 FaultName = Literal[
     "kill", "drain", "freeze", "partition", "delay", "loss", "bandwidth", "corrupt", "clock", "disk", "slow", "vanish"
 ]
-Phase = Literal["queued", "reserving", "prefill", "handoff", "decode", "finishing"]
+Phase = Literal["queued", "reserving", "prefill", "handoff", "decode", "finishing", "lending", "saving"]
 Target = Literal["router", "prefill", "decode", "client"]
 
 FAULTS: tuple[FaultName, ...] = get_args(FaultName)
-PHASES: tuple[Phase, ...] = get_args(Phase)
+PHASES: tuple[Phase, ...] = ("queued", "reserving", "prefill", "handoff", "decode", "finishing")
+"""Phases of every request."""
+
+KV_PHASES: tuple[Phase, ...] = ("lending", "saving")
+"""Phases that some requests cause in other processes: a worker lends KV that another pulls, or writes KV to disk. The
+process with the loan or the file counts as the one that prefills."""
 
 TARGETS: dict[FaultName, tuple[Target, ...]] = {
     **dict.fromkeys(FAULTS, ("router", "prefill", "decode")),
@@ -62,6 +67,7 @@ class PlannedFault:
         jump: Seconds by which the clock is set forward (positive) or back (negative).
         after: Seconds of rest before the fault. 0 means as soon as possible.
         ranks: Ranks of the worker that are hit in place of its own process.
+        worker: Name of the process to hit; empty means one that works for the request.
     """
 
     number: int
@@ -72,6 +78,7 @@ class PlannedFault:
     jump: float = 0.0
     after: float = 0.0
     ranks: tuple[int, ...] = ()
+    worker: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the fields for a report, in which ``kind`` is called "fault"."""
@@ -127,6 +134,14 @@ def matrix(
     ]
     rng.shuffle(cells)
     return [_make(rng, number, *cell, num_ranks) for number, cell in enumerate(cells)]
+
+
+def rolling_restart(workers: Sequence[str], pause: float) -> list[PlannedFault]:
+    """Drains each prefill worker of ``workers`` once, with ``pause`` seconds of rest after each is back."""
+    return [
+        PlannedFault(number, "drain", "prefill", "prefill", after=pause, worker=worker)
+        for number, worker in enumerate(workers)
+    ]
 
 
 def read_report(report: Path) -> list[PlannedFault]:

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -51,6 +52,8 @@ class RequestResult:
         told_parts: The same for those parts that began while the answer streamed, as the stream told them.
         longest_pause: Longest time without a new token, in seconds, including the wait for the first one.
         slow: True if the client read slowly.
+        sent: When the request was sent, as of ``time.monotonic``.
+        cached_tokens, peer_tokens, disk_tokens: As of ``Usage``.
     """
 
     request: str
@@ -69,6 +72,10 @@ class RequestResult:
     migrations: int = 0
     longest_pause: float = 0.0
     slow: bool = False
+    sent: float = 0.0
+    cached_tokens: int = 0
+    peer_tokens: int = 0
+    disk_tokens: int = 0
 
     @property
     def changed_tier(self) -> bool:
@@ -98,6 +105,8 @@ class LoadGenerator:
         fallback_share: Share of the requests that allow the next tier in ``tiers`` to go on with the answer.
         sampled_share: Share of the requests that are sampled; the others are greedy.
         api_key: Key that is sent with every request; None means no key.
+        turns: Maximum turns of a chat. After an answer, another request goes on with its tokens and a further prompt.
+        longest: Maximum tokens of a prompt with its answer.
     """
 
     def __init__(
@@ -112,6 +121,8 @@ class LoadGenerator:
         sampled_share: float = 0.0,
         api_key: str | None = None,
         adapters: Sequence[str] = (),
+        turns: int = 1,
+        longest: int = 512,
     ) -> None:
         self._addresses = addresses
         self._tls = tls
@@ -124,6 +135,9 @@ class LoadGenerator:
         self._fallback_share = fallback_share
         self._sampled_share = sampled_share
         self._api_key = api_key
+        self._turns = turns
+        self._longest = longest
+        self._chats: deque[tuple[int, Sequence[int]]] = deque()  # number of turns, and their tokens
         self._numbers = itertools.count()
         self._idle: list[AsyncClient] = []
         self._running: dict[str, tuple[AsyncClient, RequestResult]] = {}
@@ -138,6 +152,7 @@ class LoadGenerator:
         number = next(self._numbers)
         client = self._idle.pop() if self._idle else self._connect(number)
         result = self.request(number)
+        turn = self._continue(result)
         self._running[result.request] = client, result
         try:
             await self._read(client, result)
@@ -154,6 +169,8 @@ class LoadGenerator:
             await client.close()
         else:
             self._idle.append(client)
+        if result.ending == "answered" and turn < self._turns:
+            self._chats.append((turn, [*result.prompt, *result.token_ids]))
         self.results.append(result)
         return result
 
@@ -210,8 +227,18 @@ class LoadGenerator:
             sample_index,
         )
 
+    def _continue(self, result: RequestResult) -> int:
+        """Makes the request the next turn of a chat that waits for one, if it fits. Returns the number of the turn."""
+        if not self._chats:
+            return 1
+        turn, tokens = self._chats.popleft()
+        if len(tokens) + len(result.prompt) + self._max_tokens > self._longest:
+            return 1
+        result.prompt = [*tokens, *result.prompt]
+        return turn + 1
+
     async def _read(self, client: AsyncClient, result: RequestResult) -> None:
-        last = time.monotonic()
+        last = result.sent = time.monotonic()
         options: Options = {"sampling": result.sampling, "request_id": result.request, "timeout": _TIMEOUT}
         options |= {"tier": result.tier, "fallback": result.fallback, "sample_index": result.sample_index}
         async with client.stream(result.prompt, **options) as stream:
@@ -229,6 +256,9 @@ class LoadGenerator:
             result.sampling = replace(result.sampling, seed=answer.seed)
         result.parts = tuple((part.tier, part.first_index) for part in answer.parts)
         result.migrations = answer.migrations
+        usage = answer.usage
+        result.cached_tokens = usage.cached_tokens
+        result.peer_tokens, result.disk_tokens = getattr(usage, "peer_tokens", 0), getattr(usage, "disk_tokens", 0)
         result.answer_start = (answer.identity.answer_start if answer.identity else 0) or None
 
     def _connect(self, number: int) -> AsyncClient:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import importlib
+import io
 import os
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any
 
 from overfill.lab.chaos.probe import Probe, damage_received, damage_sent
@@ -137,7 +139,52 @@ def _watch_prefill_service(probe: Probe) -> _Scheduling:
 
     servicer._accept = accept_and_tell
     damage_sent(probe)
+    _watch_loans(probe)
+    _watch_disk(probe)
     return scheduling
+
+
+def _watch_loans(probe: Probe) -> None:
+    """Holds loans before a message of their KV. Every import pays: a tiny model would compute sooner."""
+    imports: Any = importlib.import_module("overfill.kv.imports")
+    lender = importlib.import_module("services.lending").Lender
+    check, pull = lender._check, lender.pull
+    requests: dict[bytes, str] = {}  # transfer -> request
+
+    def check_and_note(self: Any, start: Any) -> None:
+        check(self, start)
+        requests[start.transfer_id] = start.request_id
+        if len(requests) > 10_000:
+            requests.pop(next(iter(requests)))
+
+    async def pull_held(self: Any, request: Any) -> AsyncIterator[Any]:
+        async with aclosing(pull(self, request)) as messages:
+            async for message in messages:
+                await probe.hold("lending", requests.get(request.transfer_id, ""), quiet=True)
+                yield message
+
+    lender._check, lender.pull = check_and_note, pull_held
+    imports.Importer._pays = lambda self, tokens, *costs: tokens > 0
+
+
+def _watch_disk(probe: Probe) -> None:
+    """Holds the disk tier's writer when half of a file is written."""
+    disk_files: Any = importlib.import_module("overfill.kv.disk_files")
+
+    class HeldFile(io.BufferedWriter):
+        def write(self, content: Any) -> int:
+            if not probe.waits_for("saving"):
+                return super().write(content)
+            half = super().write(content[: len(content) // 2])
+            self.flush()
+            probe.hold_thread("saving", f"a block of {os.getpid()}")
+            return half + super().write(content[half:])
+
+    def open_held(path: Any, mode: str, *rest: Any, **how: Any) -> Any:
+        file: Any = open(path, mode, *rest, **how)  # noqa: SIM115  # the caller closes it
+        return HeldFile(file.detach()) if mode == "wb" else file
+
+    disk_files.open = open_held
 
 
 def watch_decode(probe: Probe) -> None:

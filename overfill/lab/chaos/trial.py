@@ -56,6 +56,7 @@ class Trial:
         fallback_share: Share of the requests that allow another tier to go on with the answer.
         sampled_share: Share of the requests that are sampled; the others are greedy.
         adapters: Adapters that requests ask, besides the stack's tiers.
+        turns, longest: As of ``LoadGenerator``.
     """
 
     faults: Iterable[PlannedFault]
@@ -71,6 +72,8 @@ class Trial:
     fallback_share: float = 0.0
     sampled_share: float = 0.0
     adapters: Sequence[str] = ()
+    turns: int = 1
+    longest: int = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,7 @@ class TrialResult:
         rate: Requests per second sent during the faults; None if ``streams`` set the pace.
         unavailable: Faults that this machine cannot inject.
         engines: Stage -> engines of its workers.
+        calm_from: When the last fault was over, as of ``time.monotonic``.
     """
 
     results: list[RequestResult] = field(default_factory=list)
@@ -130,6 +134,7 @@ class TrialResult:
     rate: float | None = None
     unavailable: list[str] = field(default_factory=list)
     engines: dict[str, str] = field(default_factory=dict)
+    calm_from: float = 0.0
 
     @property
     def tier_problems(self) -> list[str]:
@@ -149,6 +154,18 @@ class TrialResult:
         hit = {one.request for one in self.injected}
         calm = [o for o in self.ended("answered") if not o.migrations and not o.slow and o.request not in hit]
         return median([o.longest_pause for o in calm] or [0.0])
+
+    def cached_shares(self, since: float = 0.0) -> dict[str, float]:
+        """Returns the share of the prompt tokens that came from memory, peers and disk.
+
+        Args:
+            since: Answers to requests that were sent before are left out.
+        """
+        answered = [one for one in self.ended("answered") if one.sent >= since]
+        prompts = sum(len(one.prompt) for one in answered) or 1
+        peer, disk = sum(one.peer_tokens for one in answered), sum(one.disk_tokens for one in answered)
+        memory = sum(one.cached_tokens for one in answered) - peer - disk
+        return {"memory": memory / prompts, "peer": peer / prompts, "disk": disk / prompts}
 
     def delays(self) -> list[float]:
         """Returns the delay of each migrated answer in seconds, ascending: its longest pause minus the usual one."""
@@ -242,6 +259,8 @@ class _TrialRun:
             trial.sampled_share,
             stack.placed.api_key,
             trial.adapters,
+            trial.turns,
+            trial.longest,
         )
         self._result = TrialResult(results=self._load.results)
         self._down: set[str] = set()  # processes that a fault holds
@@ -266,6 +285,7 @@ class _TrialRun:
                 for work in self._load_tasks():
                     group.create_task(work)
                 await injecting
+                self._result.calm_from = time.monotonic()
                 await self._wait_for_requests()
                 self._load_ended.set()
             self._result.freed_after = await self._wait_until_free(time.monotonic())
@@ -296,7 +316,9 @@ class _TrialRun:
         self._result.rate = load_fraction * self._result.capacity
 
     async def _wait_for_requests(self) -> None:
-        while len(self._result.results) < self._trial.requests:
+        """Waits for all requests, a quarter of which come after the last fault."""
+        wanted = max(self._trial.requests, len(self._result.results) + self._trial.requests // 4)
+        while len(self._result.results) < wanted:
             if time.monotonic() - self._began > self._trial.time_limit:
                 return
             await asyncio.sleep(_POLL)
@@ -370,6 +392,8 @@ class _TrialRun:
 
         If none is known, returns a random process of the stage. None means that no such process may be hit.
         """
+        if fault.worker:
+            return fault.worker if self._may_hit(fault, fault.worker) else None
         known = None if held is None else self._control.processes_of(held.request).get(fault.target)
         if known is not None:
             return known if self._may_hit(fault, known) else None

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from overfill.lab.chaos.fault_plan import FAULTS, PHASES
+from overfill.lab.chaos.fault_plan import FAULTS, KV_PHASES, PHASES
 from overfill.lab.chaos.load import RequestResult
 from overfill.lab.chaos.memory import lifetimes
 from overfill.lab.chaos.trial import InjectedFault, TrialResult
@@ -18,6 +18,8 @@ from overfill.routing.tier import NO_FALLBACK
 
 FREED_WITHIN = 2.0
 """Maximum seconds from the last answer until every block is free."""
+
+_ALL_PHASES = (*PHASES, *KV_PHASES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,24 +30,38 @@ class TrialReport:
         summary: Comparison of all answers with the reference.
         wrong: Requests whose answers are wrong.
         settings: Options of the command.
+        needed: Sources of KV, "peer" and "disk", without which the trial proves nothing.
     """
 
     result: TrialResult
     summary: Summary
     wrong: set[str]
     settings: dict[str, Any]
+    needed: Sequence[str] = ()
+
+    @property
+    def unused(self) -> list[str]:
+        """The needed sources from which no token came."""
+        shares = self.result.cached_shares()
+        return [source for source in self.needed if not shares[source]]
 
     @property
     def passed(self) -> bool:
         """True if every request was answered right or refused with a reason, and the stack ended clean.
 
         No answer may have changed its tier unasked. Clean means: all blocks were free within 2 s, no worker leaked or
-        is missing, every process exited as it should.
+        is missing, every process exited as it should. KV came from all needed sources.
         """
         result = self.result
         freed = result.freed_after is not None and result.freed_after <= FREED_WITHIN
         whole = freed and not result.leaked and not result.unclean_exits
-        return self.summary.passed and not result.ended("failed") and not result.tier_problems and whole
+        return (
+            self.summary.passed
+            and not result.ended("failed")
+            and not result.tier_problems
+            and whole
+            and not self.unused
+        )
 
     def cells(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Returns fault -> phase -> counts of the faults and of the requests held for them."""
@@ -54,7 +70,7 @@ class TrialReport:
         for one in self.result.injected:
             found.setdefault(one.fault.kind, {}).setdefault(one.fault.phase, []).append(one)
         return {
-            fault: {phase: self._cell(found[fault][phase], by_id) for phase in PHASES if phase in found[fault]}
+            fault: {phase: self._cell(found[fault][phase], by_id) for phase in _ALL_PHASES if phase in found[fault]}
             for fault in FAULTS
             if fault in found
         }
@@ -119,6 +135,9 @@ class TrialReport:
             "blocks_freed_after": _round(result.freed_after),
             "leaked": result.leaked,
             "unclean_exits": result.unclean_exits,
+            "cached_shares": _rounded(result.cached_shares()),
+            "cached_shares_after_faults": _rounded(result.cached_shares(result.calm_from)),
+            "unused_sources": self.unused,
             "tiers": self.tiers(),
             "tier_problems": result.tier_problems,
             "cells": self.cells(),
@@ -158,10 +177,11 @@ class TrialReport:
     def _matrix(self) -> Table:
         table = Table(title="faults: right/held requests, longest delay in seconds", title_justify="left")
         table.add_column("fault")
-        for phase in PHASES:
+        shown = (*PHASES, *(one for one in KV_PHASES if any(one in phases for phases in self.cells().values())))
+        for phase in shown:
             table.add_column(phase, justify="right")
         for fault, phases in self.cells().items():
-            table.add_row(fault, *(_in_words(phases.get(phase)) for phase in PHASES))
+            table.add_row(fault, *(_in_words(phases.get(phase)) for phase in shown))
         return table
 
     def _tier_table(self) -> list[Table]:
@@ -198,6 +218,10 @@ class TrialReport:
 def quantile(ordered: Sequence[float], share: float) -> float | None:
     """Returns the ``share`` quantile (0 to 1) of ascending values. None if there are no values."""
     return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))] if ordered else None
+
+
+def _rounded(shares: dict[str, float]) -> dict[str, float]:
+    return {source: round(share, 3) for source, share in shares.items()}
 
 
 def _round(value: float | None) -> float | None:

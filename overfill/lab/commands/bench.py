@@ -9,6 +9,7 @@ from overfill.lab.commands.bench_fan_out import fan_out_command
 from overfill.lab.commands.bench_handoff import handoff_command
 from overfill.lab.commands.bench_router import router_command
 from overfill.lab.commands.bench_serve import serve_command
+from overfill.lab.commands.bench_sessions import sessions_command
 from overfill.lab.commands.bench_tasks import tasks_command
 from overfill.lab.commands.bench_vllm import vllm_command
 
@@ -25,6 +26,7 @@ for command in (
     handoff_command,
     router_command,
     serve_command,
+    sessions_command,
     tasks_command,
     vllm_command,
 ):

@@ -18,6 +18,7 @@ from overfill.cli.output import console, print_json
 from overfill.lab.chaos.fault_plan import (
     FAULTS,
     HOST_TARGETS,
+    KV_PHASES,
     NO_RANKS,
     PHASES,
     TARGETS,
@@ -28,6 +29,7 @@ from overfill.lab.chaos.fault_plan import (
     draw,
     matrix,
     read_report,
+    rolling_restart,
 )
 from overfill.settings.tiers import TierSpec, check_tiers
 from overfill.settings.values import EngineChoice
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from overfill.stack.placed import PlacedStack
     from overfill.telemetry.progress import Report
 
+_LONGEST = 1024  # tokens of a prompt with its answer, unless the workers have a limit
 _TIME_LIMIT = 3600.0  # seconds after which no new fault begins
 _CONCURRENT_FAULTS = 2
 _SOAK_LOAD = 0.7  # rate of a soak's requests, as a share of the capacity
@@ -70,8 +73,9 @@ _ENGINE = click.Choice(get_args(EngineChoice))
     help="Fault to inject; repeat for several.  [default: all]",
 )
 @click.option(
-    "--phase", "phases", type=click.Choice(PHASES), multiple=True,
-    help="Phase of a request in which a fault is injected; repeat for several.  [default: all]",
+    "--phase", "phases", type=click.Choice([*PHASES, *KV_PHASES]), multiple=True,
+    help="Phase of a request in which a fault is injected; repeat for several.  [default: all; lending with --turns, "
+    "saving with --kv-disk]",
 )  # fmt: skip
 @click.option(
     "--target", "targets", type=click.Choice(get_args(Target)), multiple=True,
@@ -92,6 +96,7 @@ _ENGINE = click.Choice(get_args(EngineChoice))
     help="Inject random faults for this many minutes, instead of a fixed number. Requests arrive at 0.7 of the "
     "capacity, which is measured first.",
 )
+@click.option("--rolling-restart", "rolling", is_flag=True, help="Drain each prefill worker once, one after the other.")
 @click.option(
     "--replay",
     type=FILE,
@@ -133,6 +138,15 @@ _ENGINE = click.Choice(get_args(EngineChoice))
 @click.option(
     "--max-tokens", type=click.IntRange(1), default=48, show_default=True, help="Maximum tokens of an answer."
 )
+@click.option(
+    "--turns",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Maximum turns of a chat. With several, prompts are spread over the prefill workers, every import of KV is "
+    "tried, and the run fails unless KV came from a peer, or from disk with --kv-disk.",
+)
+@click.option("--kv-disk", is_flag=True, help="Give the prefill workers a disk tier, in a temporary folder.")
 @click.option(
     "--grace-period",
     default=1.0,
@@ -185,6 +199,7 @@ def chaos_command(
     num_faults: int,
     times: int | None,
     soak: float | None,
+    rolling: bool,
     replay: Path | None,
     seed: int,
     pause: float,
@@ -196,6 +211,8 @@ def chaos_command(
     requests: int,
     streams: int,
     max_tokens: int,
+    turns: int,
+    kv_disk: bool,
     grace_period: float,
     max_num_seqs: int,
     kv_memory: str | None,
@@ -242,7 +259,10 @@ def chaos_command(
     ranks = {stage: num_ranks for stage, engine in engines.items() if engine == "vllm"} if num_ranks > 1 else NO_RANKS
     if num_ranks > 1 and not ranks:
         raise click.UsageError(f"--tensor-parallel-size {num_ranks}: give --prefill-engine or --decode-engine vllm")
-    among = (faults or FAULTS, phases or PHASES, targets or None)
+    if rolling and (times is not None or soak is not None or replay is not None):
+        raise click.UsageError("--rolling-restart chooses the faults: leave out --matrix, --soak and --replay")
+    caused = [phase for phase, does in zip(KV_PHASES, (turns > 1, kv_disk), strict=True) if does]
+    among = (faults or FAULTS, phases or (*PHASES, *caused), targets or None)
     chosen = _choose_faults(*among, num_faults, times, soak, replay, seed, pause, hosts, ranks)
     trial_settings = {
         "grace_period": grace_period,
@@ -252,12 +272,19 @@ def chaos_command(
         "decode_engine": decode_engine,
         "engine_args": engine_args,
     } | {f"{stage}_tensor_parallel_size": str(count) for stage, count in ranks.items()}
+    if turns > 1:
+        trial_settings["prefill_policy"] = "round-robin"
     with ExitStack() as exits:
         report = exits.enter_context(show_progress())
+        if kv_disk:
+            disk = exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-kv-"))
+            trial_settings["kv_disk"] = disk
         if num_adapters:
             folder = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-adapters-")))
             trial_settings |= {"adapters": str(folder), "max_adapters": str(num_adapters)}
         plan, prompts = prepare(pair, tiers, counts, routers, exits, report, trial_settings)
+        if rolling:
+            chosen = rolling_restart([w.id for w in plan.workers if "prefill" in w.kind.stages], pause)
         first = plan.tiers[0]
         adapters = make_adapters(tier_pair(first), folder, num_adapters) if num_adapters else {}
         trial = Trial(
@@ -274,12 +301,15 @@ def chaos_command(
             fallback_share=_FALLBACK_SHARE,
             sampled_share=_SAMPLED_SHARE,
             adapters=tuple(adapters),
+            turns=turns,
+            longest=plan.workers[0].config.max_model_len or _LONGEST,
         )
         result = asyncio.run(run_trial(plan, trial, report, hosts))
         references = load_references(plan.tiers)
         references |= references[first.name].with_adapters(adapters)
         summary, wrong = result.judge(references, max_tokens, report)
-    judged = TrialReport(result, summary, wrong, {key: _plain(value) for key, value in settings.items()})
+    needed = ("disk",) if kv_disk else ("peer",) if turns > 1 else ()
+    judged = TrialReport(result, summary, wrong, {key: _plain(value) for key, value in settings.items()}, needed)
     if report_file is not None:
         report_file.write_text(json.dumps(judged.as_dict(), indent=1) + "\n", encoding="utf-8")
     if as_json:

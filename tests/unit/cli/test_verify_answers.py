@@ -37,6 +37,7 @@ class Stack:
         self.starts: dict[str, Callable[[list[int]], int]] = {}  # of adapters: where the decoder takes over
         self.digests: dict[str, str] = {}
         self.asked: list[str] = []
+        self.further: list[list[int]] = []  # prompts after the first turn
         self.tamper: Callable[[int, SimpleNamespace], SimpleNamespace] = lambda index, answer: answer
         self.processes = [self.process("prefill", None), self.process("decode", "raw")]
 
@@ -60,11 +61,11 @@ class Stack:
         ]
         return SimpleNamespace(workers=workers)
 
-    def generate(self, messages: list[Any], sampling: Any, tier: str) -> SimpleNamespace:
+    def generate(self, prompt: list[Any], sampling: Any, tier: str) -> SimpleNamespace:
         assert sampling.greedy
         self.asked.append(tier)
-        prompt = messages[0].content
-        ids = chat_token_ids(self.tokenizer, prompt)
+        question = None if isinstance(prompt[0], int) else QUESTIONS.index(prompt[0].content)
+        ids = prompt if question is None else chat_token_ids(self.tokenizer, prompt[0].content)
         start = self.starts[tier](ids) if tier in self.starts else None
         token_ids = self.tiers[tier].generate(ids, sampling.max_tokens, start)
         answer = SimpleNamespace(
@@ -79,7 +80,9 @@ class Stack:
                 disk_tokens=1 if tier == "fast" else 0,
             ),
         )
-        return self.tamper(QUESTIONS.index(prompt), answer)
+        if question is None:
+            self.further.append(ids)
+        return self.tamper(len(QUESTIONS) if question is None else question, answer)
 
 
 @pytest.fixture
@@ -164,6 +167,34 @@ def test_an_answer_that_is_missing_or_not_to_this_prompt_fails(
     result = run()
     assert result.return_value == 1
     assert last_line(result) == "2/3 correct (2 identical, 0 ties)"
+
+
+def test_further_turns_go_on_with_the_served_tokens_and_are_judged(stack: Stack, run: Callable[..., Any]) -> None:
+    first = [chat_token_ids(stack.tokenizer, question) for question in QUESTIONS]
+    answers = [stack.reference.generate(ids, MAX_TOKENS) for ids in first]
+    result = run("--turns", "3", "--concurrency", "1")
+    assert result.return_value == 0, result.output
+    assert last_line(result) == "9/9 correct (9 identical, 0 ties)"
+    assert stack.further[:3] == [[*first[i], *answers[i], *first[(i + 1) % 3]] for i in range(3)]
+    for before, after in zip(stack.further[:3], stack.further[3:], strict=True):
+        assert after[: len(before)] == before
+
+    def changed_later(index: int, answer: SimpleNamespace) -> SimpleNamespace:
+        if index == len(QUESTIONS) and len(stack.further) == 5:  # the third turn of the second question
+            answer.token_ids = ((answer.token_ids[0] + 1) % 512, *answer.token_ids[1:])
+        return answer
+
+    stack.tamper = changed_later
+    stack.further.clear()
+    report = json.loads(run("--turns", "3", "--concurrency", "1", "--json").stdout)
+    assert [(row["question"], row["turn"], row["index"]) for row in report["failures"]] == [(2, 3, 0)]
+
+
+def test_a_lost_answer_has_no_further_turn(stack: Stack, run: Callable[..., Any]) -> None:
+    stack.tamper = lost
+    result = run("--turns", "2")
+    assert result.return_value == 1
+    assert last_line(result) == "4/5 correct (4 identical, 0 ties)"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -13,6 +14,23 @@ from overfill.errors import OverfillError
 from overfill.lab.traffic import openai
 from overfill.lab.traffic.outcome import RequestFailed
 from overfill.rpc.tls import ClientTls
+
+
+@dataclass(slots=True)
+class Received:
+    """What one answer brings besides the times of its tokens. A target fills it while it streams the answer.
+
+    Attributes:
+        token_ids: the answer's tokens.
+        prompt_tokens, cached_tokens: tokens of the prompt, and those that no worker computed for this request.
+        peer_tokens, disk_tokens: parts of ``cached_tokens`` that came from another worker and from disk.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    peer_tokens: int = 0
+    disk_tokens: int = 0
 
 
 class OpenAiTarget:
@@ -53,8 +71,12 @@ class OpenAiTarget:
         if self._session is not None:
             await self._session.close()
 
-    async def stream(self, prompt: Sequence[int], max_tokens: int) -> AsyncIterator[int]:
-        body = openai.completion_body(self._model, prompt, max_tokens, extensions=self._extensions)
+    async def stream(
+        self, prompt: Sequence[int], max_tokens: int, received: Received | None = None
+    ) -> AsyncIterator[int]:
+        """As of ``Target``. Only vLLM's server fills ``received``: ours sends token ids over gRPC alone."""
+        asks = {} if received is None else {"return_token_ids": True}
+        body = openai.completion_body(self._model, prompt, max_tokens, extensions=self._extensions, **asks)
         if self._session is None:
             raise RequestFailed("the target is not open")
         events = openai.CompletionEvents()
@@ -67,6 +89,9 @@ class OpenAiTarget:
         except (aiohttp.ClientError, ValueError, KeyError, TypeError) as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
         events.end()
+        if received is not None:
+            received.token_ids = events.token_ids
+            received.prompt_tokens, received.cached_tokens = events.prompt_tokens, events.cached_tokens
 
     async def _first_model(self, session: aiohttp.ClientSession) -> str:
         try:
@@ -96,7 +121,10 @@ class GrpcTarget:
         if self._client is not None:
             await self._client.close()
 
-    async def stream(self, prompt: Sequence[int], max_tokens: int) -> AsyncIterator[int]:
+    async def stream(
+        self, prompt: Sequence[int], max_tokens: int, received: Received | None = None
+    ) -> AsyncIterator[int]:
+        """As of ``Target``; fills ``received``."""
         if self._client is None:
             raise RequestFailed("the target is not open")
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
@@ -106,5 +134,12 @@ class GrpcTarget:
                 async for delta in stream:
                     tokens += len(delta.token_ids)
                     yield tokens
+                answer = stream.answer
         except OverfillError as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
+        if received is not None:
+            usage = answer.usage
+            received.token_ids = list(answer.token_ids)
+            received.prompt_tokens, received.cached_tokens = usage.prompt_tokens, usage.cached_tokens
+            received.peer_tokens = getattr(usage, "peer_tokens", 0)
+            received.disk_tokens = getattr(usage, "disk_tokens", 0)

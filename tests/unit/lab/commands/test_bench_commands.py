@@ -48,5 +48,5 @@ def test_the_router_is_measured_beside_bare_servers_over_http_and_grpc(tiny_pair
 
 
 def test_these_are_the_subcommands():
-    names = ["decode", "prefill", "fan-out", "handoff", "router", "serve", "tasks", "vllm"]
+    names = ["decode", "prefill", "fan-out", "handoff", "router", "serve", "sessions", "tasks", "vllm"]
     assert list(bench_group.commands) == names

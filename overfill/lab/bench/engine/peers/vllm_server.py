@@ -17,6 +17,7 @@ from overfill.stack.ports import free_ports
 _START_SECONDS = 600.0  # vLLM compiles kernels at its first start
 _POLL_SECONDS = 0.5
 _GRACE = 20.0
+_KV_MEMORY = 4 << 30  # bytes
 _MAX_NUM_SEQS, _MAX_NUM_BATCHED_TOKENS = 64, 2048
 
 
@@ -27,6 +28,7 @@ def vllm_server(
     max_model_len: int,
     adapters: Mapping[str, Path] | None = None,
     prefix_cache: bool = False,
+    kv_memory: int | None = None,
 ) -> Iterator[str]:
     """Starts the server and yields its URL, including ``/v1``, once it answers. Call it on the main thread only.
 
@@ -38,6 +40,7 @@ def vllm_server(
             Their ranks are at most 16, vLLM's default.
             On CPUs, requests without an adapter get wrong tokens beside others: vLLM adds the last place's product.
         prefix_cache: whether vLLM keeps KV of prompts; it keys them by adapter.
+        kv_memory: bytes of its KV cache; None means 4 GiB.
 
     Raises:
         PeerFailed: The server did not start.
@@ -49,7 +52,8 @@ def vllm_server(
     command += ["--enable-prefix-caching" if prefix_cache else "--no-enable-prefix-caching"]
     command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(_MAX_NUM_SEQS)]
     command += ["--max-num-batched-tokens", str(max(_MAX_NUM_BATCHED_TOKENS, max_model_len))]
-    command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
+    command += ["--disable-log-stats", "--disable-uvicorn-access-log", "--enable-prompt-tokens-details"]
+    command += ["--kv-cache-memory-bytes", str(_KV_MEMORY if kv_memory is None else kv_memory)]
     if adapters:
         command += ["--enable-lora", "--max-loras", str(len(adapters))]
         command += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
@@ -57,11 +61,11 @@ def vllm_server(
     environment = os.environ | {
         "OMP_NUM_THREADS": str(len(cores)),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-        "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
     }
     environment.pop("PYTHONPATH", None)
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would replace the argument
     # The server has child processes. It ends them on SIGTERM, but not when it is killed.
     server = Child("vllm", command, environment, lambda name, line: None, orphaned=signal.SIGTERM)
     try:
