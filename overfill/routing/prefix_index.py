@@ -30,7 +30,7 @@ PROMISED_BLOCKS = 64
 MAX_PROMISES = 1 << 16
 """Maximum number of promised blocks that are kept."""
 
-MAX_WORKER_KEYS = 1 << 20
+MAX_WORKER_KEYS = 1 << 18
 """Maximum number of blocks in memory that are kept for each worker, and of blocks on disk. Others are ignored."""
 
 BlockKeys: TypeAlias = Callable[[int], Iterator[int]]
