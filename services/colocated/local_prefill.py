@@ -154,7 +154,7 @@ class LocalPrefill:
         prefills, session = self._prefills, self._session
         sequence = await prefills.sequence(session)
         importer = prefills.importer
-        sequence.imports = importer is not None and not sequence.scores_all and importer.may_import(self._holder)
+        sequence.imports = importer is not None and importer.may_import(self._holder)
         events = prefills.events[sequence.id] = asyncio.Queue()
         computed = False
         try:

@@ -208,7 +208,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         if start.sample_first_token:
             eos_ids = self._half.config.eos_token_ids
             processor = await self._half.prepare_processor(sampling, prompt, eos_ids, start.cache_namespace)
-        sequence = PrefillSequence(
+        return PrefillSequence(
             id=start.transfer_id.hex(),
             prompt=prompt,
             sampling=sampling,
@@ -220,10 +220,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             trace=start.trace,
             scores=self._half.new_scores(sampling),
             follower=rest[0] if rest else None,
+            imports=self.importer is not None and self.importer.may_import(_holder_of(start)),
         )
-        if self.importer is not None and not sequence.scores_all:
-            sequence.imports = self.importer.may_import(_holder_of(start))
-        return sequence
 
     def _accept(self, start: prefill_pb2.StartPrefill, sequence: PrefillSequence) -> Lease:
         """Registers a lease and submits its prompt. Raises if it cannot be accepted now."""

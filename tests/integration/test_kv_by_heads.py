@@ -14,13 +14,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from overfill.engine.sequence import ChunkComputed, KvWritten, PrefillScheduled, PromptComputed, Release, Submit
+from overfill.engine.sequence import (
+    ChunkComputed,
+    KvWritten,
+    Lend,
+    Lent,
+    PrefillScheduled,
+    PromptComputed,
+    Release,
+    Submit,
+)
 from overfill.errors import TransferFailed, Unavailable
 from overfill.kv import puller as kv_puller
 from overfill.kv import stall
+from overfill.kv.borrowing import Borrower
 from overfill.kv.cache import KvCache
 from overfill.kv.chunks import Chunk
 from overfill.kv.handshake import KvIdentity
+from overfill.kv.keys import PromptBlocks
 from overfill.kv.peers import PeerPool
 from overfill.kv.puller import DataChannels, LocalPuller
 from overfill.kv.ranges import Coverage, KvRange
@@ -36,12 +47,13 @@ from overfill.request.names import CODECS
 from overfill.request.params import SamplingParams
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.server import RpcServer
-from overfill.v1 import common_pb2, decode_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
+from overfill.v1 import common_pb2, decode_pb2, kv_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
 from services.prefill.servicer import PrefillServicer
 
 KV = KvSpec(num_layers=4, num_kv_heads=6, head_dim=8, dtype="float32", rope=RopeSpec())
 ALL = (0, 6)
 LAYER_MAP = [0, 1, 3]
+NUM_MAPPED = len(LAYER_MAP)
 PROMPT = list(range(1, 46))
 SENT_FROM, PUT_INTO = [2, 0, 3], [1, 3, 0]  # blocks
 
@@ -102,7 +114,7 @@ class PrefillWorker:
         self.releases = 0
         served = SimpleNamespace(
             store=self.whole,
-            blocks_of=lambda prompt, namespace: None,
+            blocks_of=lambda prompt, namespace: PromptBlocks(prompt, 16, None, namespace),
             kv=KV,
             max_model_len=64,
             config=SimpleNamespace(vocab_size=64, num_layers=KV.num_layers, eos_token_ids=()),
@@ -112,7 +124,7 @@ class PrefillWorker:
             ranks=self if shares else None,
         )
         self.hello = registry_pb2.Hello(worker_id="p", incarnation=7, wire_version=WIRE_VERSION, kv=KV.to_proto())
-        self.service = PrefillServicer(served, self.hello, executor, 4)
+        self.service = PrefillServicer(served, self.hello, executor, 4, max_loans=4)
         self.service.engine = SimpleNamespace(send=self.handle, load=SimpleNamespace(waiting=0))
         self.service.host = SimpleNamespace(draining=False)
         self.server = RpcServer()
@@ -138,6 +150,9 @@ class PrefillWorker:
         if isinstance(message, Release):
             assert not any(streams._readers for rank in self.ranks for _, streams in rank.transfers.values())
             self.releases += 1
+        elif isinstance(message, Lend):
+            lent = Lent(message.id, SENT_FROM[:2], 32, None)
+            asyncio.get_running_loop().call_soon(self.service.on_events, [lent])
         elif isinstance(message, Submit):
             asyncio.get_running_loop().call_soon(self.compute, message.sequence)
 
@@ -179,7 +194,7 @@ async def workers(executor, monkeypatch):
     monkeypatch.setattr(kv_puller, "_STREAM_BYTES", 1)  # two streams to each address
     async with AsyncExitStack() as stack:
 
-        async def start(prefill_shares, decode_shares):
+        async def start(prefill_shares, decode_shares, num_layers=NUM_MAPPED):
             worker = PrefillWorker(prefill_shares, executor)
             kv = torch.randn(2, KV.num_layers, len(PROMPT), *ALL[1:], KV.head_dim)
             for store in (worker.whole, *(rank.store for rank in worker.ranks)):
@@ -188,7 +203,7 @@ async def workers(executor, monkeypatch):
             stack.push_async_callback(worker.stop)
             peers = PeerPool(KvIdentity(WIRE_VERSION, "", "", KV), 2, None, shm=False)
             stack.push_async_callback(peers.close)
-            stores = [HeadStore(heads, len(LAYER_MAP)) for heads in decode_shares or [ALL]]
+            stores = [HeadStore(heads, num_layers) for heads in decode_shares or [ALL]]
             pullers = []
             for store in stores:
                 channels = DataChannels(2, None)
@@ -369,6 +384,51 @@ async def test_a_cancelled_handoff_ends_in_every_rank(workers):
             await asyncio.sleep(0.005)
     running.cancel()
     await asyncio.wait([running])
+    writes = [store.writes for store in workers.stores]
+    await freed(workers)
+    assert [store.writes for store in workers.stores] == writes
+
+
+async def borrow(workers):
+    """Borrows the prompt as a prefill worker with the receiving stores would. Returns the tokens in place."""
+    target, store = workers.prefill.target, workers.stores[0]
+
+    def new_puller(peer):
+        return workers.ranks or LocalPuller(store, workers.executor, peer.data)
+
+    holder = kv_pb2.KvHolder(
+        worker_id="p", incarnation=7, address=target.address, data_addresses=target.data_addresses, tokens=32
+    )
+    start = prefill_pb2.StartLend(prompt_token_ids=PROMPT)
+    return await Borrower(workers.peers, KV, 16, new_puller).borrow(holder, start, PUT_INTO)
+
+
+@pytest.mark.parametrize(("lends", "borrows"), [(2, 3), ("unequal", None), (None, "replicas"), (None, None)])
+async def test_loans_move_between_workers_with_different_ranks(workers, lends, borrows):
+    workers = await workers(SHARES[lends], SHARES[borrows], KV.num_layers)
+    assert await borrow(workers) == 32
+    for store in workers.stores:
+        slots = store.cache.slots(PUT_INTO, 0, len(PROMPT))
+        for layer in range(KV.num_layers):
+            for half, of_layer in zip(store.cache.layer(layer), workers.kv[:, layer], strict=True):
+                assert torch.equal(half[slots[:32]], of_layer[:32, slice(*store.heads)])
+                assert not half[slots[32:]].any(), "nothing else is written"
+    await freed(workers)
+
+
+async def test_a_rank_of_the_holder_that_dies_ends_the_loan_and_nothing_is_written_afterwards(workers, monkeypatch):
+    monkeypatch.setattr(kv_puller, "_REPEAT_DELAY", 0.0)
+    workers = await workers(SHARES[3], SHARES[2], KV.num_layers)
+
+    async def die(messages):
+        async for _ in messages:
+            raise Unavailable("the rank has gone")
+        yield b""
+
+    workers.prefill.ranks[2].spoil = die
+    workers.prefill.ranks[0].spoil = hang
+    with pytest.raises((Unavailable, TransferFailed)):
+        await borrow(workers)
     writes = [store.writes for store in workers.stores]
     await freed(workers)
     assert [store.writes for store in workers.stores] == writes

@@ -134,7 +134,7 @@ async def test_a_frozen_holder_costs_one_bounded_wait_and_then_the_prompt_is_com
     for known in (prompt, other):
         await spare.prefill(known)
     named = holder_of(spare.hello)
-    assert (await workers.alike.prefill(prompt[:40], named)).peer == 32  # both are connected
+    assert (await workers.alike.prefill(prompt[:40], named)).peer == 32  # it is connected
     os.kill(spare.hello.pid, signal.SIGSTOP)
     try:
         frozen = await workers.alike.prefill(prompt, named)
@@ -160,6 +160,20 @@ async def test_a_holder_that_is_gone_or_restarted_is_a_miss(workers, spare):
     restarted = await workers.large.prefill(prompt, holder_of(workers.holder.hello, incarnation=5))
     for one in (gone, restarted):
         assert (one.cached, one.peer, one.token) == (0, 0, computed.token)
+
+
+@pytest.mark.parametrize("spare_hello", [["--kv-memory=512KiB"]], indirect=True)
+async def test_a_holder_that_has_evicted_the_prompt_is_a_miss(workers, spare):
+    prompts = [prompt_of(seed) for seed in range(100, 106)]
+    computed = [await spare.prefill(prompt) for prompt in prompts]
+    for prompt, one in zip(prompts, computed, strict=True):
+        got = await workers.alike.prefill(prompt, holder_of(spare.hello))
+        assert got.peer == got.cached
+        assert got.token == one.token
+    latest = await workers.large.prefill(prompts[-1], holder_of(spare.hello))
+    assert latest.peer == 128
+    first = await workers.large.prefill(prompts[0], holder_of(spare.hello))
+    assert first.peer < 128, "32 blocks hold three of the prompts"
 
 
 @pytest.mark.parametrize("spare_hello", [["--grace-period=30"]], indirect=True)

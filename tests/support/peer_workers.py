@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from concurrent.futures import Executor
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from overfill.model.manifest import Pair
 from overfill.rpc.channel import open_channel
 from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2, kv_pb2, registry_pb2
 
+_numbers = itertools.count()
+
 LENGTH = 150
 """Tokens of a prompt: nine blocks of 16, and six tokens."""
 
@@ -25,8 +28,13 @@ def prompt_of(seed: int, length: int = LENGTH) -> list[int]:
 
 
 def holder_of(hello: registry_pb2.Hello, tokens: int = LENGTH, **changes: Any) -> kv_pb2.KvHolder:
-    """Returns what a router says of a worker that has ``tokens`` tokens of a prompt."""
-    known = {"worker_id": hello.worker_id, "incarnation": hello.incarnation, "address": hello.address}
+    """Returns what a router says of a worker that has ``tokens`` tokens of a prompt.
+
+    Each call names the worker differently, so that a borrower has measured nothing and asks. Otherwise it may find that
+    computing with a tiny model is sooner.
+    """
+    name = f"{hello.worker_id}-{next(_numbers)}"
+    known = {"worker_id": name, "incarnation": hello.incarnation, "address": hello.address}
     return kv_pb2.KvHolder(**known | {"tokens": tokens} | changes)
 
 
