@@ -22,7 +22,7 @@ def test_tiers_that_are_killed_in_mid_write_leave_whole_files_and_nothing_grows(
     assert found["whole"] >= rounds
     assert found["most bytes"] <= found["size"]
     assert found["most others"] <= 2  # a lock, and what the last one has not finished
-    assert rounds < 100 or found["unfinished"] > 10
+    assert rounds < 100 or found["unfinished"] >= rounds // 10
 
 
 def test_on_a_full_and_on_a_read_only_file_system_what_is_there_is_read(tmp_path: Path) -> None:
