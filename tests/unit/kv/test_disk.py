@@ -151,6 +151,7 @@ async def test_prompts_are_dropped_when_too_many_wait(new_worker: NewWorker, mon
     worker.tier.save(worker.prompt(100))
     await worker.counts.until(lambda number: number["dropped"] == 8 and number["written"] == 8)
     assert worker.tier.known(worker.prompt(100), 0) == 0
+    await worker.save(worker.prompt(200))  # there is room again
 
 
 # What is not the KV of its name ----------------------------------------------------------------------------------
