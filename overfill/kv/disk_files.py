@@ -148,9 +148,7 @@ class DiskFiles:
                 if isinstance(error, BlockingIOError):  # its process lives
                     continue
                 raise
-            self._part = self._folder / f"writer-{number}.part"
-            self._part.unlink(missing_ok=True)
-            self._held = held
+            self._part, self._held = self._folder / f"writer-{number}.part", held
             return
 
 

@@ -24,13 +24,13 @@ from overfill.kv.keys import PromptBlocks, root_key
 from overfill.kv.spec import KvSpec, RopeSpec
 from tests.support.disk_workers import DiskWorker, equal_blocks, identity_of, random_store
 
-KV = KvSpec(16, 8, 64, "float32", RopeSpec())
+KV = KvSpec(32, 8, 64, "float32", RopeSpec())
 BLOCK_SIZE = 16
 BLOCKS = 4  # of a prompt
 FIRST = range(0, 64_000, 1000)
 """First tokens of the prompts."""
-SIZE = 20 * ((1 << 20) + (1 << 12))
-"""Bytes of the folder: for 20 of the 256 blocks, each of 1 MiB."""
+SIZE = 40 * ((1 << 21) + (1 << 12))
+"""Bytes of the folder: for 40 of the 256 blocks, each of 2 MiB."""
 
 
 def worker(folder: Path, seed: int = 0) -> DiskWorker:

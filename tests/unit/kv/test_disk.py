@@ -136,12 +136,12 @@ async def test_a_slow_disk_gets_no_more_than_its_bandwidth(
     async def note(seconds: float) -> None:
         waited.append(seconds)
 
-    worker = new_worker(bandwidth=1000.0)
+    worker = new_worker(bandwidth=1.0)
     monkeypatch.setattr(disk.asyncio, "sleep", note)
     await worker.save(worker.prompt(0, 2))
     await worker.save(worker.prompt(100, 1))  # after the wait for the first
     num_bytes = sum(path.stat().st_size for path in worker.paths(worker.prompt(0, 2)))
-    assert num_bytes / 1000 - 1 < waited[0] < num_bytes / 1000
+    assert num_bytes - 180 < waited[0] < num_bytes  # less what the test took
 
 
 async def test_prompts_are_dropped_when_too_many_wait(new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +151,7 @@ async def test_prompts_are_dropped_when_too_many_wait(new_worker: NewWorker, mon
     worker.tier.save(worker.prompt(100))
     await worker.counts.until(lambda number: number["dropped"] == 8 and number["written"] == 8)
     assert worker.tier.known(worker.prompt(100), 0) == 0
+    await worker.save(worker.prompt(200))  # there is room again
 
 
 # What is not the KV of its name ----------------------------------------------------------------------------------
@@ -439,12 +440,12 @@ async def test_a_read_that_hangs_is_given_up_and_writes_nothing_afterwards(
     untouched = after.store.k.clone()
     timeout = 0.01 if gives_up == "timeout" else None
     reading = asyncio.create_task(after.tier.read(prompt, after.table, 0, 8, timeout))
-    await asyncio.to_thread(stuck.hangs.wait)
     if gives_up == "timeout":
         assert await reading == 0
         await after.counts.until(lambda number: number["read failed"] == 1)
         assert after.tier.seconds_per_token * 32 >= 0.01
     else:
+        await asyncio.to_thread(stuck.hangs.wait)
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reading
