@@ -71,16 +71,16 @@ class PromptBlocks:
         self.keys: list[int] = []
         self._block_size = block_size
         self._root = root
-        self._append(tokens)
+        self.append(tokens)
 
-    def followed_by(self, tokens: Sequence[int]) -> PromptBlocks:
-        """A copy with the full blocks of ``tokens`` behind the full blocks of the prompt. Hashes only ``tokens``."""
-        longer = copy(self)
-        longer.tokens, longer.keys = list(self.tokens), list(self.keys)
-        longer._append(tokens)
-        return longer
+    def copy(self) -> PromptBlocks:
+        """A copy to which more can be appended; nothing is hashed again."""
+        other = copy(self)
+        other.tokens, other.keys = list(self.tokens), list(self.keys)
+        return other
 
-    def _append(self, tokens: Sequence[int]) -> None:
+    def append(self, tokens: Sequence[int]) -> None:
+        """Adds the full blocks of ``tokens``, which follow the last full block. No other thread may use ``self``."""
         if self._root is None:
             return
         key = self.keys[-1] if self.keys else self._root

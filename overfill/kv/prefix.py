@@ -57,6 +57,7 @@ class _Holder:
         path: referenced nodes, from the root down. A node's block is not in ``table`` if another owner published the
             same tokens first.
         max_cached: limit on blocks of the prompt that may come from the cache.
+        appended: whether ``prompt`` is the holder's own copy, with more behind the prompt.
     """
 
     prompt: PromptBlocks
@@ -64,6 +65,7 @@ class _Holder:
     own: set[int]
     path: list[_Node]
     max_cached: int
+    appended: bool = False
 
     @property
     def behind_forgotten(self) -> bool:
@@ -251,7 +253,9 @@ class PrefixCache:
     def append(self, owner: str, tokens: Sequence[int]) -> None:
         """Lets ``publish`` take full blocks of ``tokens``, which follow the first ``num_publishable`` tokens."""
         holder = self._holders[owner]
-        holder.prompt = holder.prompt.followed_by(tokens)
+        if not holder.appended:
+            holder.prompt, holder.appended = holder.prompt.copy(), True
+        holder.prompt.append(tokens)
 
     def publish(self, owner: str, num_tokens: int, max_blocks: int | None = None) -> int:
         """Lets other owners share the first ``num_tokens`` tokens of ``owner``, whose KV is complete.

@@ -14,10 +14,13 @@ from overfill.engine.decode import DecodeEngine
 from overfill.engine.prefill import PrefillEngine
 from overfill.engine.runner import ModelRunner
 from overfill.engine.sequence import (
+    AwaitingImport,
     ChunkComputed,
     DecodeSequence,
+    Imported,
     KvWritten,
     LayerStarted,
+    Lend,
     Preempted,
     PrefillHere,
     PrefillScheduled,
@@ -178,6 +181,32 @@ def test_a_prompt_computed_here_is_answered_on_the_full_model_s_kv(length):
     assert computed.first.token_id == last + 1
     assert worker.start(sequence) == [last + 2, last + 3, last + 4]
     worker.handle(Release(prompt.id))
+    worker.assert_empty()
+
+
+def test_a_prompt_of_this_worker_is_imported_beside_running_answers_and_then_lent():
+    worker = Worker()
+    other = worker.reserve("other", [1, 2, 3], max_tokens=50)
+    worker.handle(Start("other", 4))
+    sequence = worker.reserve("a", PROMPT)
+    prompt = worker.prefill(sequence, imports=True)
+    for _ in range(4):
+        worker.step()
+    assert len(other.emitted) > 2
+    (awaiting,) = worker.of(AwaitingImport, prompt.id)
+    slots = worker.full.cache.slots(awaiting.blocks, 0, 8)
+    for layer in range(3):
+        kv = torch.tensor(PROMPT[:8], dtype=torch.float32).view(-1, 1, 1) + 100 * layer
+        worker.full.cache.put(layer, slots, kv, -kv)
+    worker.handle(Imported(prompt.id, 8))
+    while not worker.of(PromptComputed, prompt.id):
+        worker.step()
+    assert [step for step in worker.full.steps if step] == [[(PROMPT[8:], 8)]]
+    assert worker.kv(sequence) == kv_of(PROMPT)
+    worker.handle(Lend("loan", worker.full_prefix.blocks_of(PROMPT)))
+    assert [(lent.id, lent.tokens) for lent in worker.told_others] == [("loan", 8)]
+    assert worker.engine.load().prefill.blocks_used == 2
+    worker.handle(Release("loan"), Release("a"), Release("other"))
     worker.assert_empty()
 
 

@@ -452,6 +452,19 @@ def test_an_answer_that_is_cancelled_or_preempted_leaves_what_was_computed_and_a
         prefix.check_integrity()
 
 
+def test_a_failed_answer_of_which_nothing_was_published_leaves_nothing(runner, events):
+    prefix = PrefixCache(BlockPool(32, 4))
+    engine = DecodeEngine(runner, prefix.pool, 8, 16, events.extend, prefix, returns_kv=True)
+    failing = sequence("a", prompt=3, emitted=range(8), max_tokens=20)
+    start(engine, failing, None)
+    engine.step()
+    assert (failing.computed, prefix.num_cached) == (11, 0)
+    runner.fail_next = MemoryError("no room")
+    engine.step()
+    engine.handle(Release("a"))
+    assert prefix.num_available == prefix.pool.num_free == 32
+
+
 def test_a_preempted_answer_takes_no_returned_block_for_its_prompt(runner, pool, events):
     """It resumes with its prompt's blocks only, and replays its answer."""
     prefix = PrefixCache(pool)
@@ -474,16 +487,21 @@ def test_returned_blocks_count_against_the_quota_between_two_steps(runner, event
     monkeypatch.setattr("overfill.engine.decode._MAX_PUBLISHED_BLOCKS", 3)
     prefix = PrefixCache(BlockPool(64, 4))
     engine = DecodeEngine(runner, prefix.pool, 8, 100, events.extend, prefix, returns_kv=True)
-    running = sequence("a", prompt=5, emitted=range(38), max_tokens=100)
+    running, beside = (
+        sequence(name, prompt=5, emitted=range(n, n + 38), max_tokens=100) for n, name in enumerate("ab")
+    )
     start(engine, running, None)
+    start(engine, beside, None)
     counts = []
     for _ in range(24):
         engine.step()
         counts.append(prefix._num_nodes)
     assert max(after - before for before, after in itertools.pairwise([1, *counts])) == 3
-    assert counts[-1] == (running.computed - 1) // 4, "later steps catch up"
-    engine.handle(Release("a"))
-    assert prefix.num_cached == running.computed // 4
+    whole = [*running.prompt, *running.emitted]
+    assert lent_tokens(prefix, whole) == (running.computed - 1) // 4 * 4, "later steps catch up"
+    for name in "ab":
+        engine.handle(Release(name))
+    assert prefix.num_used == 0
     prefix.check_integrity()
 
 

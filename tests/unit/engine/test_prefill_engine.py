@@ -328,8 +328,9 @@ def test_prompts_wait_for_blocks_that_another_imports_and_then_import_their_own(
     same, longer = prompt("same", 13, imports=True), prompt("longer", 21, imports=True)
     for sequence in (prompt("first", 13, imports=True), same, longer):
         engine.handle(Submit(sequence))
-    assert not engine.step()
-    assert [e.id for e in of(AwaitingImport, events)] == ["first"]
+    for _ in range(2):
+        assert not engine.step()
+        assert [e.id for e in of(AwaitingImport, events)] == ["first"]
     engine.handle(Imported("first", 8))
     engine.step()
     assert [e.id for e in of(AwaitingImport, events)] == ["first"], "its third block is computed by this step"
@@ -343,6 +344,19 @@ def test_prompts_wait_for_blocks_that_another_imports_and_then_import_their_own(
     prefix.check_integrity()
     release(engine, ("first", "same", "longer"))
     evict_all(prefix)
+
+
+def test_no_earlier_step_touches_blocks_that_are_imported(events):
+    """The servicer's writes do not wait for what the device still computes, such as a cancelled prompt's step."""
+    runner, done = CountingRunner(), []
+    runner.synchronize = lambda: done.append(len(events))
+    prefix = PrefixCache(BlockPool(100, 4))
+    engine = PrefillEngine(runner, prefix.pool, 64, 8, events.extend, prefix)
+    engine.handle(Submit(prompt("a", 13, imports=True)))
+    engine.step()
+    assert done == [0]
+    assert of(AwaitingImport, events)
+    release(engine, "a")
 
 
 def test_blocks_of_an_importing_prompt_are_never_replaced_by_published_ones(runner, events):

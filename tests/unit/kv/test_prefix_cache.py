@@ -170,6 +170,26 @@ def test_forgotten_blocks_are_found_no_more_and_freed_with_their_last_owner():
     assert compute(cache, "again", prompt) == 16
 
 
+def test_what_is_appended_to_a_prompt_is_published_without_hashing_the_prompt_again(monkeypatch):
+    cache = new_cache()
+    prompt = cache.blocks_of(range(10))
+    cache.acquire("a", prompt, 3)
+    hashed = []
+    monkeypatch.setattr(keys, "block_key", lambda parent, block: hashed.append(block) or block_key(parent, block))
+    assert cache.num_publishable("a") == 8
+    cache.append("a", range(8, 15))
+    cache.extend("a", 1)
+    cache.append("a", range(12, 16))
+    assert hashed == [token_bytes(range(8, 12)), token_bytes(range(12, 16))]
+    assert cache.publish("a", 16) == 4
+    assert len(prompt.keys) == 2, "other threads have it"
+    feed = cache.journal.feed()
+    cache.release("a")
+    assert compute(cache, "b", list(range(17))) == 16
+    assert set(feed.take().added) == set(PromptKeys(root_key("digest", ""), range(16))(4))
+    cache.check_integrity()
+
+
 def test_lent_blocks_are_neither_evicted_nor_counted_as_looked_up():
     cache = new_cache(num_blocks=4)
     compute(cache, "a", list(range(9)))
