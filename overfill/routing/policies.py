@@ -10,7 +10,7 @@ from overfill.routing.policy import LeastLoad, MostFreeKv, Policy, PowerOfTwo, R
 from overfill.routing.sessions import SessionAffinity
 
 DecodePolicyName = Literal["session-affinity", "least-load", "power-of-two", "most-free-kv", "round-robin"]
-"""Decode workers do not report the prefixes that they cache, so prefix affinity is for prefill only."""
+"""Few decode workers report the prefixes that they cache, so prefix affinity is for prefill only."""
 
 PolicyName = Literal[
     "conditional", "prefix-affinity", "session-affinity", "least-load", "power-of-two", "most-free-kv", "round-robin"

@@ -30,7 +30,7 @@ PROMISED_BLOCKS = 64
 MAX_PROMISES = 1 << 16
 """Maximum number of promised blocks that are kept."""
 
-MAX_WORKER_KEYS = 1 << 20
+MAX_WORKER_KEYS = 1 << 18
 """Maximum number of blocks in memory that are kept for each worker, and of blocks on disk. Others are ignored."""
 
 BlockKeys: TypeAlias = Callable[[int], Iterator[int]]
@@ -249,19 +249,17 @@ class PrefixIndex:
 
     def _expected(self, job: Job, workers: Iterable[Worker]) -> Iterator[tuple[Worker, ExpectedKv]]:
         known, prompt = self._known(job), job.prompt_tokens
-        importable, lenders = job.importable_tokens, self._lenders(job) if known else []
+        importable, lender = job.importable_tokens, self._lender(job) if known else None
         for worker in workers:
             size = worker.block_size
             levels = known.get((kind_of(worker), size), NO_LEVELS)
             blocks = _depth(levels.memory, worker)
             memory = on_disk = at_peer = blocks * size
-            lender = None
             if levels.disk:
                 on_disk = max(memory, min(_depth(levels.disk, worker, blocks), importable // size) * size)
-            if lenders and size and worker.info.lends_kv:
-                lender = lenders[0] if lenders[0].worker is not worker else lenders[1] if len(lenders) > 1 else None
-                if lender is not None:
-                    at_peer = max(memory, min(lender.tokens, importable) // size * size)
+            # The lender itself has as much in memory, so it borrows nothing.
+            if lender is not None and size and worker.info.lends_kv and lender.worker is not worker:
+                at_peer = max(memory, min(lender.tokens, importable) // size * size)
             if worker.disk_cost <= worker.peer_cost:  # as the worker does, first from where it is cheaper
                 disk, peer = on_disk - memory, max(0, at_peer - on_disk)
             else:
@@ -272,17 +270,16 @@ class PrefixIndex:
             else:
                 yield worker, ExpectedKv(memory, peer, disk, max(1, cost), lender.worker, lender.tokens)
 
-    def _lenders(self, job: Job) -> list[_Lender]:
-        """Returns workers from which the prompt's longest prefixes can be borrowed now, the best first.
+    def _lender(self, job: Job) -> _Lender | None:
+        """Returns a worker from which the prompt's longest prefix can be borrowed now; None without one.
 
-        There are at least two if two have any, because a worker does not borrow from itself. Among those with equally
-        long prefixes, a prefill worker goes before a decode worker, whose steps the loan may delay; then the one with
-        the least load does.
+        Among those with equally long prefixes, a prefill worker goes before a decode worker, whose steps the loan may
+        delay. Then the one with the least load does.
         """
         found: dict[Worker, int] = {}
         for (_, size), levels in self._known(job).items():
             for blocks, level in islice(_steps(levels.memory), MAX_HOLDERS):
-                if len(found) > 1 and sorted(found.values())[-2] >= blocks * size:
+                if found and max(found.values()) > blocks * size:
                     break
                 for worker in islice(level, MAX_HOLDERS):
                     if worker.lends and worker not in found and worker.seat not in job.avoid:
@@ -294,7 +291,8 @@ class PrefixIndex:
         def rank(worker: Worker) -> tuple[int, bool, int]:
             return -min(found[worker], most), worker.info.stage == DECODE, worker.requests + worker.named
 
-        return [_Lender(worker, found[worker]) for worker in sorted(found, key=rank)]
+        best = min(found, key=rank, default=None)
+        return None if best is None else _Lender(best, found[best])
 
 
 def kind_of(worker: Worker) -> int:

@@ -215,6 +215,38 @@ def test_an_invalid_hello_is_refused_by_field(change, field):
     assert caught.value.field == field
 
 
+IDENTITY = common_pb2.ModelIdentity(full_digest="f", reader_digest="f", decoder_digest="f")
+
+
+@pytest.mark.parametrize(
+    ("change", "is_reader"),
+    [
+        ({}, True),
+        ({"decoder_quantize": "none", "kv_cache_dtype": "auto"}, True),
+        ({"decoder_quantize": "int8", "reader_quantize": "int8"}, True),
+        ({"decoder_digest": "pruned"}, False),
+        ({"decoder_quantize": "int8"}, False),
+        ({"kv_cache_dtype": "int8"}, False),
+        ({"reader_digest": "", "decoder_digest": ""}, False),
+    ],
+)
+def test_only_a_decoder_that_is_the_reader_lends_its_kv(change, is_reader):
+    model = common_pb2.ModelIdentity()
+    model.CopyFrom(IDENTITY)
+    for name, value in change.items():
+        setattr(model, name, value)
+    kv = KvSpec(4, 2, 16, "float32", RopeSpec()).to_proto()
+    hello = registry_pb2.Hello(worker_id="w", stages=[DECODE], address="h:1", kv=kv, model=model, lends_kv=True)
+    if is_reader:
+        assert [info.lends_kv for info in WorkerInfo.from_hello(hello)] == [True]
+    else:
+        with pytest.raises(Incompatible, match="only if its decoder is the reader") as caught:
+            WorkerInfo.from_hello(hello)
+        assert caught.value.fields == ("hello.lends_kv",)
+    hello.stages.append(PREFILL)
+    assert [info.lends_kv for info in WorkerInfo.from_hello(hello)] == [True, False], "the prefill stage lends"
+
+
 def hello_with_addresses(*ranges):
     addresses = [
         kv_pb2.DataAddress(address=f"h:{first}", first_kv_head=first, num_kv_heads=count) for first, count in ranges

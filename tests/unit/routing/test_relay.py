@@ -2,7 +2,7 @@
 
 import asyncio
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest.mock import Mock
 
 import pytest
@@ -17,6 +17,7 @@ from overfill.errors import (
     TransferFailed,
     Unavailable,
 )
+from overfill.kv.keys import PromptKeys
 from overfill.routing import attempt
 from overfill.routing.answer import AnswerDelta
 from overfill.routing.async_dispatcher import AsyncDispatcher
@@ -28,7 +29,7 @@ from overfill.routing.stream import Receive
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.routing.worker import PREFILL
 from overfill.telemetry import tracing
-from overfill.v1 import common_pb2, decode_pb2
+from overfill.v1 import common_pb2, decode_pb2, kv_pb2, registry_pb2
 
 NEED = decode_pb2.NeedPrefill
 STOP = common_pb2.FINISH_REASON_STOP
@@ -110,17 +111,19 @@ class Stack:
         assert self.dispatcher.num_jobs == self.dispatcher.num_waiting == 0
 
     @asynccontextmanager
-    async def request(self, *, emitted=(), max_tokens=4, timeout=None, max_attempts=3, grammar=None):
+    async def request(
+        self, *, emitted=(), max_tokens=4, timeout=None, max_attempts=3, grammar=None, prompt=(1, 2, 3), **more
+    ):
         now = asyncio.get_running_loop().time()
         start = decode_pb2.StartDecode(
             request_id="r",
-            prompt_token_ids=(1, 2, 3),
+            prompt_token_ids=prompt,
             sampling=common_pb2.SamplingParams(seed=1, max_tokens=max_tokens, grammar=grammar),
             eos_token_ids=(0,),
             emitted_token_ids=emitted,
         )
         deadline = None if timeout is None else now + timeout
-        request = Job(start=start, prompt_token_ids=(1, 2, 3), received=now, deadline=deadline)
+        request = Job(start=start, prompt_token_ids=prompt, received=now, deadline=deadline, **more)
         relay = Relay(request, self.async_dispatcher, self, max_attempts=max_attempts)
         relay.start()
         try:
@@ -281,6 +284,30 @@ async def test_what_an_adapter_wrote_without_being_asked_is_refused_by_name(stac
             await relay.answer.next()
         assert caught.value.fields == ("adapter_digest",)
         stack.assert_nothing_in_flight()
+
+
+@pytest.mark.parametrize("with_start", [True, False])
+async def test_an_assignment_names_the_worker_from_which_to_borrow_kv(stack, with_start):
+    now = asyncio.get_running_loop().time()
+    for worker in stack.roster.prefill:
+        worker.info = replace(worker.info, lends_kv=True)
+        stack.report(worker.id, credits=0)
+    holder, keys = stack.roster.prefill.get("p1"), PromptKeys(7, range(100))
+    report = registry_pb2.Report(ready=True, prefix=registry_pb2.PrefixDelta(added=list(keys(16))))
+    report.load.block_size, report.load.kv_blocks_total = 16, 100
+    stack.roster.prefill.report(holder, report, now)
+    grammar = None if with_start else common_pb2.Grammar(regex="a*")
+    stack.report("p0", credits=1)
+    async with stack.request(grammar=grammar, block_keys=keys, prompt=range(100)):
+        stream = await stack.stream()
+        start = await stream.start()
+        stream.say(reserved=decode_pb2.Reserved(blocks=1))
+        assert start.HasField("assign_prefill") is with_start
+        assigned = start.assign_prefill if with_start else await stream.assigned()
+    assert assigned.worker_id == "p0"
+    assert assigned.holder == kv_pb2.KvHolder(
+        worker_id="p1", incarnation=1, address="p1:1", data_addresses=holder.info.data_addresses, tokens=96
+    )
 
 
 @pytest.mark.parametrize("wrote", ["", "other"])

@@ -72,8 +72,9 @@ class ManualLoop(asyncio.SelectorEventLoop):
 class Stream:
     """One attempt on a simulated decode worker, which holds blocks from Reserved until the stream ends."""
 
-    def __init__(self, worker, receive, adapters):
+    def __init__(self, worker, receive, adapters, roster):
         self.worker = worker
+        self._roster = roster
         self._adapters = adapters
         self._receive = receive
         self.start = None
@@ -88,6 +89,12 @@ class Stream:
             self.said = len(message.start.emitted_token_ids)
         else:
             self.assigned = True
+        assigned = message.assign_prefill if self.assigned else message.start.assign_prefill
+        if assigned.HasField("holder"):
+            holders = {worker.process: worker for worker in self._roster.workers() if worker.info.lends_kv}
+            process = assigned.holder.worker_id, assigned.holder.incarnation
+            assert process != (assigned.worker_id, assigned.incarnation)
+            assert holders[process].ready
 
     def close(self, number):
         self.closed = self.ended = True
@@ -144,7 +151,7 @@ class Routing(RuleBasedStateMachine):
     def open(self, worker, receive):
         decode = self.roster.decode[worker.tier].get(worker.id)
         digests = {adapter.digest for adapter in decode.adapters.values()}
-        stream = Stream((worker.id, worker.incarnation), receive, digests)
+        stream = Stream((worker.id, worker.incarnation), receive, digests, self.roster)
         self.streams.append(stream)
         return stream, 1
 
@@ -178,16 +185,17 @@ class Routing(RuleBasedStateMachine):
     def join(self, name, incarnation):
         """Returns the worker in each of its pools."""
         decode = worker_info(name, DECODE, incarnation, tier=TIERS.get(name[0], ""), colocated=name[0] == "b")
-        prefill = replace(decode, stage=PREFILL, tier="")
+        prefill = replace(decode, stage=PREFILL, tier="", lends_kv=name != "p1")
+        decode = replace(decode, lends_kv=name == "d0")
         workers = self.roster.join_all({"p": [prefill], "b": [prefill, decode]}.get(name[0], [decode]))
         self.workers += workers
         return workers
 
-    def report(self, workers, credits=3, *, total=40, used=0, ready=True, draining=False, prefix=None, adapters=None):
+    def report(self, workers, credits=3, *, total=40, used=0, ready=True, draining=False, adapters=None, **kv):
         for worker in workers:
             load = decode_pb2.WorkerLoad(kv_blocks_total=total, kv_blocks_used=used, block_size=BLOCK)
             load.running = worker.in_flight
-            report = registry_pb2.Report(load=load, credits=credits, ready=ready, draining=draining, prefix=prefix)
+            report = registry_pb2.Report(load=load, credits=credits, ready=ready, draining=draining, **kv)
             if adapters is not None and worker.info.stage == DECODE:
                 report.adapters.adapters.extend(adapters)
             self.async_dispatcher.report(worker, report)
@@ -251,12 +259,18 @@ class Routing(RuleBasedStateMachine):
             self.roster.pool_of(worker).remove(worker)
         self.act(self.async_dispatcher.poll)
 
-    @rule(name=st.sampled_from(["p0", "p1", "b0"]), keys=st.sets(st.integers(0, 9)), replaces=st.booleans())
-    def prefix_cache_changes(self, name, keys, replaces):
-        if (worker := self.roster.prefill.get(name)) is not None:
-            added = [key for key in keys if key not in worker.prefix_keys or replaces]
-            delta = registry_pb2.PrefixDelta(added=added, removed=keys & worker.prefix_keys, replaces=replaces)
-            self.act(self.report, [worker], prefix=delta)
+    @rule(
+        name=st.sampled_from(["p0", "p1", "b0", "d0"]),
+        keys=st.sets(st.integers(0, 9)),
+        replaces=st.booleans(),
+        disk=st.booleans(),
+    )
+    def cached_kv_changes(self, name, keys, replaces, disk):
+        if workers := self.roster.find_all(name):
+            known = workers[0].disk_keys if disk else workers[0].prefix_keys
+            added = [key for key in keys if key not in known or replaces]
+            delta = registry_pb2.PrefixDelta(added=added, removed=keys & known, replaces=replaces)
+            self.act(self.report, workers[:1], **{"disk" if disk else "prefix": delta})
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 4.0]))
     def time_passes(self, seconds):

@@ -7,12 +7,14 @@ import pytest
 from jobs import make_job
 
 from overfill.errors import Incompatible, InvalidRequest, OverfillError
+from overfill.kv.journal import MAX_KEYS
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.pool import Roster
+from overfill.routing.pool_invariant import check_prefixes
 from overfill.routing.tier import Tier
-from overfill.routing.worker import DECODE, PREFILL, WorkerInfo
+from overfill.routing.worker import DECODE, DEFAULT_IMPORT_COST, PREFILL, WorkerInfo
 from overfill.rpc import certificates
 from overfill.rpc.access import Role
 from overfill.rpc.constants import WIRE_VERSION
@@ -261,6 +263,8 @@ async def test_a_worker_with_both_stages_is_a_member_of_two_pools_and_leaves_bot
     report.load.kv_blocks_total, report.load.block_size = 20, 16
     report.prefill_load.kv_blocks_total, report.prefill_load.block_size = 30, 16
     report.prefix.added.append(7)
+    report.disk.added.append(8)
+    report.costs.compute_ns, report.costs.peer_ns = 100, 30
     stream.said.put_nowait(registry_pb2.JoinRequest(report=report))
     await settled()
     prefill, decode = roster.find_all("d")
@@ -269,12 +273,39 @@ async def test_a_worker_with_both_stages_is_a_member_of_two_pools_and_leaves_bot
         (DECODE, True, 320),
     ]
     assert (prefill.prefix_keys, decode.prefix_keys) == ({7}, set()), "only prefill reads the prefix cache"
+    assert (prefill.disk_keys, decode.disk_keys) == ({8}, set())
+    assert (prefill.peer_cost, decode.peer_cost) == (0.3, DEFAULT_IMPORT_COST)
     assert prefill.process == decode.process
     assert servicer.targets() == [{"targets": ["h:9"], "labels": {"stage": "prefill+decode", "worker": "d"} | TIER}]
     stream.said.put_nowait(None)
     await joining
     assert roster.workers() == servicer.targets() == []
     assert [info.stage for info in lost] == [PREFILL, DECODE]
+
+
+@pytest.mark.parametrize(
+    ("report", "field"),
+    [
+        (registry_pb2.Report(prefix=registry_pb2.PrefixDelta(added=range(MAX_KEYS), removed=[1])), "report.prefix"),
+        (registry_pb2.Report(disk=registry_pb2.PrefixDelta(added=range(MAX_KEYS + 1))), "report.disk"),
+        (registry_pb2.Report(costs=registry_pb2.KvCosts(peer_ns=61 * 10**9)), "report.costs.peer_ns"),
+    ],
+)
+async def test_a_worker_that_reports_what_it_may_not_leaves_with_its_keys(report, field):
+    roster, stream = Roster(), Stream()
+    servicer = RegistryServicer("r", roster, AsyncDispatcher(Dispatcher(roster)), Connector())
+    good = registry_pb2.Report(prefix=registry_pb2.PrefixDelta(added=range(MAX_KEYS)))
+    for message in (
+        registry_pb2.JoinRequest(hello=changed(stages=[PREFILL])),
+        registry_pb2.JoinRequest(report=good),
+        registry_pb2.JoinRequest(report=report),
+    ):
+        stream.said.put_nowait(message)
+    with pytest.raises(InvalidRequest) as caught:
+        await servicer.Join(stream.messages(), stream)
+    assert caught.value.field == field
+    assert not roster.workers()
+    check_prefixes(roster.prefixes, ())
 
 
 async def test_a_worker_that_returns_with_other_stages_leaves_its_earlier_pools():
