@@ -8,11 +8,11 @@ from typing import Any
 
 from rich.table import Table
 
-from overfill.cli.output import sources
 from overfill.lab.simulate.options import SimulationOptions
 from overfill.lab.simulate.result import SimulationResult
 from overfill.lab.simulate.sizing import Size
 from overfill.lab.traffic.outcome import Objective
+from overfill.request.names import KV_SOURCES
 
 
 def title(result: SimulationResult) -> str:
@@ -44,7 +44,8 @@ def run_table(result: SimulationResult, objective: Objective) -> Table:
         (f"met {objective}", _share(figures["attainment"])),
         ("goodput", f"{figures['goodput'] or 0:.2f} requests/s"),
         ("output", f"{figures['output_tokens'] or 0:,.0f} tokens/s"),
-        ("prompt tokens cached", _share(figures["cached"]) + sources(result.counters, result.counters.prompt_tokens)),
+        ("prompt tokens cached", _share(figures["cached"])),
+        ("from memory, peers, disk", " / ".join(_share(figures[f"cached_{source}"]) for source in KV_SOURCES)),
         ("prompt tokens computed per new one", f"{figures['computed_per_new'] or 0:.2f}"),
         ("prompts computed where their answer is written", _share(figures["local"])),
         ("prefill workers busy", _share(figures["prefill_utilisation"])),
