@@ -190,15 +190,36 @@ class TestReturnedAnswers(OnVllm, DecodeEngineConformance):
         assert [token.token_id for token in decoding.tokens] == expected
         assert driver.lend(request.prompt + tuple(expected)).tokens == 7 * BLOCK_SIZE
 
+    def test_what_has_not_arrived_is_not_returned(self, driver: DecodeDriver) -> None:
+        tokens = prompt(3 * BLOCK_SIZE)
+        driver.answer(Request(tokens[:70], sampling("greedy", 2)))
+        driver.release(driver.reserve(Request(tokens, sampling("greedy", 9))))
+        assert driver.lend(tokens).tokens == 2 * BLOCK_SIZE
+
+    def test_no_block_of_an_answer_that_fails_is_published(self, driver: Any) -> None:
+        """Without those before it, it could not be found now, but after the next turn has brought them."""
+        feed = driver.served.prefix_keys.feed()
+        present_keys(feed)
+        request = Request(prompt(45), sampling("greedy", 2 * BLOCK_SIZE, ignore_eos=True), emitted=prompt(50, 1))
+        failing = driver.reserve(request)
+        driver.write(failing, torch.full_like(driver.reference.kv(request.prompt), torch.nan))
+        driver.start(failing)
+        driver.run()
+        assert failing.error is not None
+        driver.release(failing)
+        driver.step()
+        assert present_keys(feed) == set()
+        feed.close()
+
     def test_a_preempted_sequence_returns_nothing_and_the_next_one_is_right(self, driver: Any) -> None:
-        requests = [Request(prompt(150, n), sampling("greedy", 160, ignore_eos=True)) for n in range(6)]
+        requests = [Request(prompt(5 * BLOCK_SIZE, n), sampling("greedy", 150, ignore_eos=True)) for n in range(5)]
         decodings = driver.begin(*requests)
         driver.run_until(lambda: driver.core._preempted)
-        (lost, *_) = driver.core._preempted
-        driver.release(driver.sequences[lost])
+        lost = next(decoding for decoding in decodings if decoding.id in driver.core._preempted)
+        driver.release(lost)
         driver.run()
-        assert_right(driver, *(d for d in decodings if d.id != lost))
-        assert_right(driver, *driver.answer(requests[int(lost, 16) % 6]))
+        assert_right(driver, *(decoding for decoding in decodings if decoding is not lost))
+        assert_right(driver, *driver.answer(lost.request))
 
 
 class TestReturnedAnswersWithAdapters(OnVllm, DecodeEngineConformance):
