@@ -22,7 +22,7 @@ from vllm_engines import OnVllm
 
 from overfill.engine.load import load_engine
 from overfill.engine.protocol import EngineOptions, LoadedEngine
-from overfill.engine.sequence import Imported
+from overfill.engine.sequence import Imported, Lend
 from overfill.model.manifest import Half, Pair
 
 # Importing and loading vLLM warns of deprecated uses of torch, which are not ours.
@@ -139,6 +139,27 @@ class TestImports(OnVllm, EngineConformance):
         assert driver.lend(prompt(LENGTH)).tokens == 3 * BLOCK_SIZE
         assert present_keys(feed) == set(keys_of(driver, prompt(LENGTH)))
         feed.close()
+
+    def test_a_loan_begins_between_two_layers_and_has_no_block_of_the_running_step(self, driver: Any) -> None:
+        driver.compute(greedy(LENGTH))
+        running = driver.submit(Request(prompt(LENGTH) + prompt(LENGTH, 1), sampling("greedy")))
+        chunks = []
+
+        def new_loans() -> list[Lend]:
+            if "in a step" in driver.loans:
+                return []
+            chunks.append(len(running.chunks))
+            return [Lend("in a step", driver.served.blocks_of(running.request.prompt, driver.namespace))]
+
+        driver.core.new_loans = new_loans
+        driver.run()
+        driver.core.new_loans = tuple
+        loan = driver.loans["in a step"]
+        assert (chunks, loan.tokens) == ([0], 3 * BLOCK_SIZE)
+        kv = driver.reference.kv(prompt(LENGTH))[:, :, : loan.tokens]
+        torch.testing.assert_close(driver.lent_kv(loan), kv, rtol=1e-4, atol=1e-4)
+        assert_computed(driver, running)
+        assert driver.lend(running.request.prompt).tokens == len(running.request.prompt) // BLOCK_SIZE * BLOCK_SIZE
 
 
 class TestImportsWithFewBlocks(OnVllm, EngineConformance):
