@@ -112,6 +112,18 @@ FEATURES = (
         mixed=("test_kv_is_the_full_model_s_in_every_turn_of_a_chat_with_mixed_engines",),
     ),
     Feature(
+        "KV of a prompt is imported instead of computed, and cached KV is lent to other workers",
+        both=("test_what_is_imported_is_not_computed_and_found_later", "test_cached_blocks_are_lent"),
+        vllm=("test_borrowed_kv_is_the_holders_and_the_next_token_is_the_same",),
+        mixed=("test_a_chat_on_mixed_engines_goes_on_with_returned_answers",),
+    ),
+    Feature(
+        "KV of answers is found by the next turn, where the decoder is the full model",
+        both=("test_the_next_turn_finds_the_answer_of_the_turn_before",),
+        vllm=("test_a_chat_on_vllm_goes_on_with_returned_answers",),
+        mixed=("test_a_chat_on_mixed_engines_goes_on_with_returned_answers",),
+    ),
+    Feature(
         "migration: emitted tokens pass through the decoder again",
         both=("test_emitted_tokens_are_replayed_and_neither_sampled_nor_reported_again",),
         vllm=("test_a_killed_decode_worker_s_answers_continue_on_another",),

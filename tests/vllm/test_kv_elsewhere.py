@@ -22,7 +22,7 @@ from vllm_engines import OnVllm
 
 from overfill.engine.load import load_engine
 from overfill.engine.protocol import EngineOptions, LoadedEngine
-from overfill.engine.sequence import Imported
+from overfill.engine.sequence import Imported, Lend
 from overfill.model.manifest import Half, Pair
 
 # Importing and loading vLLM warns of deprecated uses of torch, which are not ours.
@@ -140,6 +140,27 @@ class TestImports(OnVllm, EngineConformance):
         assert present_keys(feed) == set(keys_of(driver, prompt(LENGTH)))
         feed.close()
 
+    def test_a_loan_begins_between_two_layers_and_has_no_block_of_the_running_step(self, driver: Any) -> None:
+        driver.compute(greedy(LENGTH))
+        running = driver.submit(Request(prompt(LENGTH) + prompt(LENGTH, 1), sampling("greedy")))
+        chunks = []
+
+        def new_loans() -> list[Lend]:
+            if "in a step" in driver.loans:
+                return []
+            chunks.append(len(running.chunks))
+            return [Lend("in a step", driver.served.blocks_of(running.request.prompt, driver.namespace))]
+
+        driver.core.new_loans = new_loans
+        driver.run()
+        driver.core.new_loans = tuple
+        loan = driver.loans["in a step"]
+        assert (chunks, loan.tokens) == ([0], 3 * BLOCK_SIZE)
+        kv = driver.reference.kv(prompt(LENGTH))[:, :, : loan.tokens]
+        torch.testing.assert_close(driver.lent_kv(loan), kv, rtol=1e-4, atol=1e-4)
+        assert_computed(driver, running)
+        assert driver.lend(running.request.prompt).tokens == len(running.request.prompt) // BLOCK_SIZE * BLOCK_SIZE
+
 
 class TestImportsWithFewBlocks(OnVllm, EngineConformance):
     half = "full"
@@ -190,15 +211,36 @@ class TestReturnedAnswers(OnVllm, DecodeEngineConformance):
         assert [token.token_id for token in decoding.tokens] == expected
         assert driver.lend(request.prompt + tuple(expected)).tokens == 7 * BLOCK_SIZE
 
+    def test_what_has_not_arrived_is_not_returned(self, driver: DecodeDriver) -> None:
+        tokens = prompt(3 * BLOCK_SIZE)
+        driver.answer(Request(tokens[:70], sampling("greedy", 2)))
+        driver.release(driver.reserve(Request(tokens, sampling("greedy", 9))))
+        assert driver.lend(tokens).tokens == 2 * BLOCK_SIZE
+
+    def test_no_block_of_an_answer_that_fails_is_published(self, driver: Any) -> None:
+        """Without those before it, it could not be found now, but after the next turn has brought them."""
+        feed = driver.served.prefix_keys.feed()
+        present_keys(feed)
+        request = Request(prompt(45), sampling("greedy", 2 * BLOCK_SIZE, ignore_eos=True), emitted=prompt(50, 1))
+        failing = driver.reserve(request)
+        driver.write(failing, torch.full_like(driver.reference.kv(request.prompt), torch.nan))
+        driver.start(failing)
+        driver.run()
+        assert failing.error is not None
+        driver.release(failing)
+        driver.step()
+        assert present_keys(feed) == set()
+        feed.close()
+
     def test_a_preempted_sequence_returns_nothing_and_the_next_one_is_right(self, driver: Any) -> None:
-        requests = [Request(prompt(150, n), sampling("greedy", 160, ignore_eos=True)) for n in range(6)]
+        requests = [Request(prompt(5 * BLOCK_SIZE, n), sampling("greedy", 150, ignore_eos=True)) for n in range(5)]
         decodings = driver.begin(*requests)
         driver.run_until(lambda: driver.core._preempted)
-        (lost, *_) = driver.core._preempted
-        driver.release(driver.sequences[lost])
+        lost = next(decoding for decoding in decodings if decoding.id in driver.core._preempted)
+        driver.release(lost)
         driver.run()
-        assert_right(driver, *(d for d in decodings if d.id != lost))
-        assert_right(driver, *driver.answer(requests[int(lost, 16) % 6]))
+        assert_right(driver, *(decoding for decoding in decodings if decoding is not lost))
+        assert_right(driver, *driver.answer(lost.request))
 
 
 class TestReturnedAnswersWithAdapters(OnVllm, DecodeEngineConformance):

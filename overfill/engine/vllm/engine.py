@@ -47,6 +47,7 @@ class VllmEngine(Hooks):
         self._vllm = vllm
         self._journal = journal
         self._loans: dict[str, list[Any]] = {}  # vLLM's blocks
+        self._unwritten: Collection[int] = ()  # blocks that the running step computes
         self._sampler = StepSampler()
         self._cached = 0
         self._leaked = 0
@@ -78,10 +79,10 @@ class VllmEngine(Hooks):
 
     def _lend(self, message: Lend) -> None:
         """Answers with the cached blocks that can be held, without those that sequences still need."""
-        loan = self._vllm.hold(hashes_of(message.prompt), self._num_kept())
+        loan = self._vllm.hold(hashes_of(message.prompt), self._num_kept(), self._unwritten)
         self._loans[message.id] = loan
         blocks = [block.block_id for block in loan]
-        # No event: a step has ended on the device when it returns, because vLLM waits for its tokens.
+        # No event: an earlier step has ended on the device, too, because vLLM waits for its tokens.
         self._emit([Lent(message.id, blocks, len(blocks) * self._vllm.block_size, None)])
 
     def _end_loan(self, id: str) -> bool:

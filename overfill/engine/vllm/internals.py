@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 # Before vLLM is imported, which reads them once. There is one process per engine, vLLM sends no usage statistics, and
@@ -250,15 +250,20 @@ class VllmCore:
         computed, _, _ = self._manager.get_computed_blocks(request)
         return sum(block.ref_cnt > 0 for block in computed.blocks[0])
 
-    def hold(self, hashes: Iterable[bytes], spare: int) -> list[Any]:
-        """Takes a reference on the cached blocks with ``hashes``, up to the first one that is missing.
+    def hold(self, hashes: Iterable[bytes], spare: int, unwritten: Container[int]) -> list[Any]:
+        """Takes a reference on the cached blocks with ``hashes``, up to the first one that is missing or unwritten.
 
         They stay as they are until ``drop``. At least ``spare`` blocks stay free, or as many as before.
+
+        Args:
+            unwritten: blocks that the running step computes; vLLM caches them when it plans the step.
         """
         held: list[Any] = []
         for key in hashes:
             found = self._pool.get_cached_block(key, [0])
-            if found is None or (found[0].ref_cnt == 0 and self.num_free <= spare):
+            if found is None or found[0].block_id in unwritten:
+                break
+            if found[0].ref_cnt == 0 and self.num_free <= spare:
                 break
             self._pool.touch(found)
             held += found

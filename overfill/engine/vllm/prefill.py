@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,9 @@ class VllmPrefillEngine(VllmEngine):
         token_layer_bytes: bytes of one token's keys and values in one layer.
         journal: as in ``VllmEngine``.
         emit: takes lists of events; a step calls it several times.
+
+    Attributes:
+        new_loans: returns the loans that have been asked for since the step began; set by the engine's thread.
     """
 
     _metrics: PrefillMetrics
@@ -93,6 +96,7 @@ class VllmPrefillEngine(VllmEngine):
         self._token_layer_bytes = token_layer_bytes
         self._emit = emit
         self._metrics = metrics
+        self.new_loans: Callable[[], Sequence[Lend]] = tuple
         self._waiting: deque[PrefillSequence] = deque()
         self._running: dict[str, PrefillSequence] = {}  # in order of arrival
         self._awaiting_release: dict[str, PrefillSequence] = {}  # computed and leased to the decode worker, or failed
@@ -150,6 +154,7 @@ class VllmPrefillEngine(VllmEngine):
         self._reports = LayerReports([], self._token_layer_bytes, self._device)
         outputs, executed = self._step()
         now = time.monotonic_ns()
+        self._unwritten = ()
         events, self._events = self._events, []
         events += self._unreported()
         for chunk in self._chunks:
@@ -265,7 +270,7 @@ class VllmPrefillEngine(VllmEngine):
         blocks = {id: self._vllm.blocks(id) for id in num_tokens}
         size = self._vllm.block_size
         # vLLM lets a prompt share blocks that another one computes in this very step.
-        unwritten = {b for id, count in num_tokens.items() for b in blocks[id][starts[id] // size :]}
+        self._unwritten = unwritten = {b for id in num_tokens for b in blocks[id][starts[id] // size :]}
         for id, count in num_tokens.items():
             sequence, start = self._running[id], starts[id]
             first_chunk, ready = sequence.computed == sequence.cached_tokens, start
@@ -288,6 +293,8 @@ class VllmPrefillEngine(VllmEngine):
             self._emit(events)
 
     def layer_started(self, layer: int) -> None:
+        for message in self.new_loans():
+            self._lend(message)
         if traced := [chunk.sequence for chunk in self._chunks if chunk.sequence.trace]:
             now = time.monotonic_ns()
             self._events += [LayerStarted(sequence.id, layer, now) for sequence in traced]
