@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from overfill.lab.bench.serve.targets import Received
+from overfill.lab.bench.serve.targets import ReceivedAnswer
 from overfill.lab.bench.sessions import (
     KnownTokens,
     MachineRates,
@@ -117,7 +117,7 @@ async def test_a_failed_turn_is_counted_and_its_chat_goes_on():
 def played(number: int, first: float, cached: int, *, peer: int = 0, disk: int = 0, gap: float = 0.1) -> PlayedTurn:
     """A turn with a prompt of 100 tokens, 10 of which are new."""
     turn = Turn(0, number, [1] * 10, 10, 2, later=number > 1)
-    return PlayedTurn(turn, Outcome(0.0, (first, first + gap)), Received([5, 6], 100, cached, peer, disk), 10)
+    return PlayedTurn(turn, Outcome(0.0, (first, first + gap)), ReceivedAnswer([5, 6], 100, cached, peer, disk), 10)
 
 
 def row(name: str, firsts: list[float], cached: int, *, restarted: int = 0, **more) -> SessionRow:
