@@ -6,14 +6,14 @@ Short forms of the runs of ``overfill chaos`` in docs/explanation/failure.md.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from overfill.lab.chaos.clock import Clocks
-from overfill.lab.chaos.fault_plan import FAULTS, PHASES, PlannedFault, matrix
+from overfill.lab.chaos.fault_plan import FAULTS, PHASES, PlannedFault, matrix, rolling_restart
 from overfill.lab.chaos.trial import Trial, run_trial
 from overfill.lab.chaos.trial_report import TrialReport
 from overfill.pair.reference import load_references
@@ -33,6 +33,8 @@ def broken(
     *,
     of_each: int = 2,
     workers: Mapping[str, Any] = {},
+    kv: Mapping[str, Any] = {},
+    needed: Sequence[str] = (),
     tiers: tuple[TierSpec, ...] = (),
     **more: object,
 ) -> TrialReport:
@@ -40,16 +42,19 @@ def broken(
 
     Args:
         workers: other numbers of workers, by argument of ``describe``.
+        kv: other settings of the stack.
+        needed: sources from which KV must have come.
     """
-    settings = SETTINGS | {"log_level": "error"}
+    settings = SETTINGS | {"log_level": "error"} | kv
     counts = {"prefill": of_each, "decode": of_each} | workers
     plan = place(describe(pair or "", routers=of_each, threads=1, settings=settings, tiers=tiers, **counts))
     load: dict[str, Any] = {"requests": 40, "streams": 8, "max_tokens": MAX_TOKENS, "sampled_share": 0.75}
     trial = Trial(faults, PROMPTS, **load, **more)  # type: ignore[arg-type]
     result = asyncio.run(run_trial(plan, trial, silent))
-    report = TrialReport(result, *result.judge(load_references(plan.tiers), MAX_TOKENS, silent), {})
+    report = TrialReport(result, *result.judge(load_references(plan.tiers), MAX_TOKENS, silent), {}, needed)
     # As text, because pytest shortens other values.
     reasons = ("endings", "errors", "blocks_freed_after", "leaked", "unclean_exits", "tier_problems", "missed")
+    reasons += ("unused_sources",)
     assert report.passed, str({key: report.as_dict()[key] for key in reasons})
     if isinstance(faults, list):  # a soak draws faults without end
         assert len(result.injected) + len(result.unavailable) >= len(faults)
@@ -127,6 +132,42 @@ def test_a_wall_clock_that_is_set_costs_no_request(tiny_pair: Path, tmp_path: Pa
     result = broken(tiny_pair, faults, of_each=1, concurrent_faults=3).result
     assert [fault.as_dict() for fault in result.injected if not fault.request] == []  # each fault found its phase
     assert [(request.request, request.error) for request in result.results if request.ending != "answered"] == []
+
+
+SPREAD = {"prefill_policy": "round-robin"}
+"""The next turn of a chat meets another prefill worker than the last one, which imports its KV."""
+
+
+def test_a_worker_that_lends_kv_may_die_freeze_or_drain_in_mid_pull(tiny_pair: Path) -> None:
+    faults = [
+        PlannedFault(0, "kill", "lending", "prefill"),
+        PlannedFault(1, "freeze", "lending", "prefill", seconds=3.0),
+        PlannedFault(2, "corrupt", "lending", "prefill"),
+        PlannedFault(3, "drain", "lending", "prefill"),
+        PlannedFault(4, "kill", "lending", "decode"),
+    ]
+    result = broken(tiny_pair, faults, kv=SPREAD, needed=["peer"], turns=4).result
+    assert [fault.as_dict() for fault in result.injected if not fault.request] == []  # each hit a loan
+    assert result.ended("answered")
+
+
+def test_a_rolling_restart_of_the_prefill_workers_fails_no_request(tiny_pair: Path) -> None:
+    faults = rolling_restart(["prefill-0", "prefill-1"], 1.0)
+    result = broken(tiny_pair, faults, kv=SPREAD, needed=["peer"], turns=4).result
+    assert [fault.victim for fault in result.injected] == ["prefill-0", "prefill-1"]
+    assert [(request.request, request.error) for request in result.results if request.ending != "answered"] == []
+    assert sum(result.cached_shares(result.calm_from).values()) > 0
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+def test_a_worker_that_dies_while_it_writes_to_disk_leaves_no_wrong_kv(
+    kills: int, tiny_pair: Path, tmp_path: Path
+) -> None:
+    """Each kill finds a file half written; the next process reads the folder, and every answer is judged."""
+    faults = [PlannedFault(number, "kill", "saving", "prefill") for number in range(kills)]
+    kv = SPREAD | {"kv_disk": tmp_path / "kv", "kv_peers": False}
+    result = broken(tiny_pair, faults, kv=kv, needed=["disk"], turns=4).result
+    assert [fault.as_dict() for fault in result.injected if not fault.request] == []  # each hit a write
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ import numpy as np
 
 from overfill.kv.spec import DTypeName
 from overfill.lab.bench.measurement import Measurement
-from overfill.lab.bench.serve.targets import GrpcTarget, OpenAiTarget, Received
+from overfill.lab.bench.serve.targets import GrpcTarget, OpenAiTarget, ReceivedAnswer
 from overfill.lab.traffic.outcome import Outcome, RequestFailed, samples
 from overfill.lab.traffic.traces import TraceRequest
 from overfill.settings.worker_kinds import WorkerSettings
@@ -143,7 +143,7 @@ class PlayedTurn:
 
     turn: Turn
     outcome: Outcome
-    received: Received
+    received: ReceivedAnswer
     new_tokens: int
 
     @property
@@ -155,7 +155,9 @@ class PlayedTurn:
 class SessionTarget(Protocol):
     """A server that says what it answered."""
 
-    def stream(self, prompt: Sequence[int], max_tokens: int, received: Received | None = None) -> AsyncIterator[int]:
+    def stream(
+        self, prompt: Sequence[int], max_tokens: int, received: ReceivedAnswer | None = None
+    ) -> AsyncIterator[int]:
         """As of ``Target``; fills ``received``."""
 
 
@@ -176,7 +178,7 @@ class SessionPlayer:
     async def play(self, target: SessionTarget, turns: Sequence[Turn], report: Progress) -> list[PlayedTurn]:
         """Plays ``turns`` in their order. Each waits for the turn before it in its chat."""
         locks = defaultdict[int, asyncio.Lock](asyncio.Lock)
-        found: dict[int, tuple[list[int], Outcome, Received]] = {}
+        found: dict[int, tuple[list[int], Outcome, ReceivedAnswer]] = {}
         waiting = iter(enumerate(turns))
 
         async def work() -> None:
@@ -202,8 +204,8 @@ class SessionPlayer:
         return played
 
 
-async def _answer(target: SessionTarget, prompt: list[int], max_tokens: int) -> tuple[Outcome, Received]:
-    received, due, times = Received(), time.perf_counter(), list[float]()
+async def _answer(target: SessionTarget, prompt: list[int], max_tokens: int) -> tuple[Outcome, ReceivedAnswer]:
+    received, due, times = ReceivedAnswer(), time.perf_counter(), list[float]()
     error = None
     try:
         async with asyncio.timeout(_TIMEOUT):

@@ -17,7 +17,7 @@ from overfill.rpc.tls import ClientTls
 
 
 @dataclass(slots=True)
-class Received:
+class ReceivedAnswer:
     """What one answer brings besides the times of its tokens. A target fills it while it streams the answer.
 
     Attributes:
@@ -72,7 +72,7 @@ class OpenAiTarget:
             await self._session.close()
 
     async def stream(
-        self, prompt: Sequence[int], max_tokens: int, received: Received | None = None
+        self, prompt: Sequence[int], max_tokens: int, received: ReceivedAnswer | None = None
     ) -> AsyncIterator[int]:
         """As of ``Target``. Only vLLM's server fills ``received``: ours sends token ids over gRPC alone."""
         asks = {} if received is None else {"return_token_ids": True}
@@ -122,7 +122,7 @@ class GrpcTarget:
             await self._client.close()
 
     async def stream(
-        self, prompt: Sequence[int], max_tokens: int, received: Received | None = None
+        self, prompt: Sequence[int], max_tokens: int, received: ReceivedAnswer | None = None
     ) -> AsyncIterator[int]:
         """As of ``Target``; fills ``received``."""
         if self._client is None:

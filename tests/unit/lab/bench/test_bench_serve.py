@@ -158,12 +158,13 @@ def test_a_server_gets_a_place_for_each_adapter(tmp_path):
     adapters = {"a": Path("/tasks/a"), "b": Path("/tasks/b")}
     with (
         pytest.raises(PeerFailed) as caught,
-        vllm_server(python, Path("model"), 64, adapters, prefix_cache=True),
+        vllm_server(python, Path("model"), 64, adapters, prefix_cache=True, kv_memory=12345),
     ):
         pass
     asked = " ".join(caught.value.__notes__)
     assert "--enable-lora --max-loras 2 --lora-modules a=/tasks/a b=/tasks/b" in asked
     assert "--enable-prefix-caching" in asked
+    assert "--kv-cache-memory-bytes 12345" in asked
 
 
 class BarrierTarget:

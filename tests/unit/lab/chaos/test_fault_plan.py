@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from overfill.lab.chaos.fault_plan import FAULTS, PHASES, TARGETS, PlannedFault, draw, matrix, read_report
+from overfill.lab.chaos.fault_plan import (
+    FAULTS,
+    PHASES,
+    TARGETS,
+    PlannedFault,
+    draw,
+    matrix,
+    read_report,
+    rolling_restart,
+)
 from overfill.lab.chaos.trial import InjectedFault
 from overfill.lab.commands.chaos import chaos_command
 
@@ -46,6 +55,19 @@ def test_the_faults_of_a_report_are_those_that_were_injected(tmp_path: Path) -> 
     injected = [InjectedFault(fault, 1.0, "decode-0", "chaos-1", 2.0).as_dict() for fault in faults]
     report.write_text(json.dumps({"strikes": injected}), encoding="utf-8")
     assert read_report(report) == faults
+
+
+def test_a_rolling_restart_drains_each_worker_once_in_their_order(tmp_path: Path) -> None:
+    faults = rolling_restart(["prefill-0", "prefill-1"], 2.0)
+    assert [(f.kind, f.target, f.worker, f.after) for f in faults] == [
+        ("drain", "prefill", "prefill-0", 2.0), ("drain", "prefill", "prefill-1", 2.0),
+    ]  # fmt: skip
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"strikes": [fault.as_dict() for fault in faults]}), encoding="utf-8")
+    assert read_report(report) == faults
+    refused = CliRunner().invoke(chaos_command, ["--rolling-restart", "--matrix=1"])
+    assert refused.exit_code == 2
+    assert "--rolling-restart chooses the faults" in refused.output
 
 
 def test_faults_hit_a_worker_one_of_its_ranks_or_all_of_them(tmp_path: Path) -> None:
