@@ -11,6 +11,7 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from copy import copy
+from typing import Self
 
 TOKEN_BYTES = 4
 """Bytes of a token id in ``token_bytes``."""
@@ -73,7 +74,7 @@ class PromptBlocks:
         self._root = root
         self.append(tokens)
 
-    def copy(self) -> PromptBlocks:
+    def copy(self) -> Self:
         """A copy to which more can be appended; nothing is hashed again."""
         other = copy(self)
         other.tokens, other.keys = list(self.tokens), list(self.keys)

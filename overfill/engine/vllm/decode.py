@@ -351,8 +351,9 @@ class VllmDecodeEngine(VllmEngine):
         self._vllm.forget(self._vllm.blocks(request_id)[begin:])
         if sequence.prompt_blocks is not None and self._returns(sequence):
             known = len(sequence.prompt_blocks.tokens) * self._vllm.block_size
-            answer = self._vllm.computed_tokens(request_id, known)
-            self._vllm.publish_answer(request_id, begin, hashes_of(sequence.prompt_blocks.followed_by(answer)))
+            whole = sequence.prompt_blocks.copy()
+            whole.append(self._vllm.computed_tokens(request_id, known))
+            self._vllm.publish_answer(request_id, begin, hashes_of(whole))
         return False
 
     def _returns(self, sequence: DecodeSequence) -> bool:

@@ -4,7 +4,7 @@ vLLM would hash every full block by its tokens, answers included. A later turn o
 prompt, and would be given KV that the *decoder* wrote. Here only blocks before ``answer_start`` have a hash that
 others can have; each block that holds a token that the decoder computes has one that no other sequence has. So no
 sequence reads KV of another adapter. Where the decoder is the reader, the engine gives an answer's blocks the hashes of
-a prompt with the same tokens when the answer ends (``HashedPrompt.followed_by``).
+a prompt with the same tokens when the answer ends (``HashedPrompt.append``).
 """
 
 from __future__ import annotations
@@ -35,10 +35,14 @@ class HashedPrompt(PromptBlocks):
         self._chain = hashlib.sha256(cache_namespace.encode()).digest()
         super().__init__(tokens, block_size, root, cache_namespace)
 
-    def _append(self, tokens: Sequence[int]) -> None:
-        super()._append(tokens)
+    def copy(self) -> HashedPrompt:
+        other = super().copy()
+        other.hashes = list(self.hashes)
+        return other
+
+    def append(self, tokens: Sequence[int]) -> None:
+        super().append(tokens)
         begin = len(self.hashes)
-        self.hashes = list(self.hashes)  # the prompt that this one follows keeps its own
         for block, key in zip(self.tokens[begin:], self.keys[begin:], strict=True):
             self._chain = hashlib.sha256(self._chain + block).digest()
             self.hashes.append(self._chain[:-_KEY_BYTES] + key.to_bytes(_KEY_BYTES, "big"))
