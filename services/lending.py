@@ -24,7 +24,7 @@ from overfill.rpc.worker import fill_description
 from overfill.telemetry import logs
 from overfill.telemetry.metrics import EngineMetrics
 from overfill.v1 import prefill_pb2, prefill_pb2_grpc, registry_pb2
-from services.loans import Loans
+from services.loans import EngineLoans
 from services.prompt_hasher import PromptHasher
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Lender:
         self,
         served: ServedHalf,
         hello: registry_pb2.Hello,
-        loans: Loans,
+        loans: EngineLoans,
         executor: Executor,
         max_loans: int,
         shm_server: ShmServer,

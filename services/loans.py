@@ -14,7 +14,7 @@ from overfill.engine.sequence import Lend, Lent, Release
 from overfill.kv.keys import PromptBlocks
 
 
-class Loans:
+class EngineLoans:
     """Asks an engine to lend blocks, and gives each loan back. Call it on the event loop.
 
     Args:

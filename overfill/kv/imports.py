@@ -104,7 +104,7 @@ class ImportRequest:
     holder: kv_pb2.KvHolder | None
 
 
-class Rate:
+class SourceCost:
     """Seconds per token of a source: an average that weighs imports by their tokens, and fades."""
 
     def __init__(self) -> None:
@@ -150,8 +150,8 @@ class Importer:
         self._borrow = borrow
         self._disk = disk
         self._metrics = metrics
-        self._of_peers = Rate()
-        self._rates: dict[Holder, Rate] = {}
+        self._of_peers = SourceCost()
+        self._rates: dict[Holder, SourceCost] = {}
         self._failed: dict[Holder, float] = {}  # until this time.monotonic()
 
     def may_import(self, holder: kv_pb2.KvHolder | None) -> bool:
@@ -194,7 +194,7 @@ class Importer:
         holder, key = request.holder, self._may_ask(request.holder)
         if holder is None or key is None or self._borrow is None:
             return
-        rate = self._rates.get(key) or Rate()
+        rate = self._rates.get(key) or SourceCost()
         hoped = min(wanted, holder.tokens // self._block_size * self._block_size) - done.tokens
         if not self._pays(hoped, rate.seconds_per_token, LOAN_OVERHEAD):
             return

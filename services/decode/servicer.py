@@ -29,7 +29,7 @@ from services.decode.adapters import WorkerAdapters
 from services.decode.sequence_session import SequenceSession
 from services.decode.shared_transfers import SharedTransfer
 from services.hosting import EnginePort
-from services.loans import Loans
+from services.loans import EngineLoans
 from services.messages import worker_load
 from services.prompt_hasher import PromptHasher
 
@@ -92,7 +92,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServicer):
             self.cut_blocks = CutBlocks(served.store, served.kv, served.config.num_layers, executor)
         self.own_prefills: OwnPrefills | None = None
         self.adapters: WorkerAdapters | None = None
-        self.loans = Loans(self.send)
+        self.loans = EngineLoans(self.send)
         self._sessions: dict[str, SequenceSession] = {}
 
     @property

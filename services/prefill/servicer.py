@@ -47,7 +47,7 @@ from overfill.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
 from services.hosting import EnginePort
 from services.importing import import_prompt
 from services.lending import Lender, describe
-from services.loans import Loans
+from services.loans import EngineLoans
 from services.messages import first_token_to_proto
 from services.prefill.lease import Lease
 from services.prompt_hasher import PromptHasher
@@ -91,7 +91,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         self._max_leases = max_leases
         self._hello = hello
         self._executor = executor
-        self.loans = Loans(lambda message: self.engine.send(message))
+        self.loans = EngineLoans(lambda message: self.engine.send(message))
         self.importer: Importer | None = None
         self._lender = Lender(served, hello, self.loans, executor, max_loans, self._shm_server, self._metrics)
         self._leases: dict[str, Lease] = {}  # by the id of the sequence, the transfer's in hexadecimal digits

@@ -14,7 +14,7 @@ from overfill.kv.journal import KeyJournal
 from overfill.v1 import registry_pb2
 
 
-class Link:
+class SharedLink:
     """A network link or a disk: moves the KV of one prompt after the other.
 
     Attributes:
@@ -38,7 +38,7 @@ class KvSource(Protocol):
     """KV that prefill workers may import, and the link over which it comes."""
 
     @property
-    def link(self) -> Link: ...
+    def link(self) -> SharedLink: ...
 
     def leading(self, keys: Sequence[int], begin: int) -> int:
         """Returns how many leading blocks of a prompt the importer has after an import; it has ``begin`` before."""
@@ -52,7 +52,7 @@ class KeptBlocks:
     """
 
     def __init__(self, room: Callable[[], int]) -> None:
-        self.link = Link()
+        self.link = SharedLink()
         self._room = room
         self._keys: OrderedDict[int, None] = OrderedDict()
         self._journal = KeyJournal()

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from overfill.lab.simulate.blocks import Blocks
 from overfill.lab.simulate.clock import Clock, Event
-from overfill.lab.simulate.imports import KeptBlocks, KvSource, Link
+from overfill.lab.simulate.imports import KeptBlocks, KvSource, SharedLink
 from overfill.lab.simulate.profiles import Profile
 
 
@@ -93,7 +93,7 @@ class SimPrefill:
         self._importing: dict[str, Ticket] = {}
         self._step: Event | None = None
         self._disk = disk
-        self.link = Link()
+        self.link = SharedLink()
         self.on_ready: Callable[[], object] = self.begin_step
 
     @property

@@ -235,7 +235,7 @@ async def test_a_worker_tells_what_kv_costs_it():
 
 
 def test_a_large_import_weighs_more_than_a_small_one():
-    rate = imports.Rate()
+    rate = imports.SourceCost()
     rate.note(0.1, 1000)
     rate.note(0.1, 10)
     assert rate.seconds_per_token == pytest.approx(0.18 / 810)

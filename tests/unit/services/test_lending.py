@@ -23,7 +23,7 @@ from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import kv_pb2, prefill_pb2, registry_pb2
 from services import lending
 from services.lending import Lender, LendingServicer
-from services.loans import Loans
+from services.loans import EngineLoans
 
 KV = KvSpec(2, 1, 4, "float32", RopeSpec())
 PREFIX = PrefixCache(BlockPool(4, 4))
@@ -61,7 +61,7 @@ class Bench:
             codecs=(),
             ranks=ranks,
         )
-        self.loans = Loans(self.send)
+        self.loans = EngineLoans(self.send)
         self.hello = registry_pb2.Hello(worker_id="w", incarnation=7)
         self.shm = ShmServer(enabled=False)
         self.lender = Lender(self.served, self.hello, self.loans, executor, max_loans, self.shm, self.metrics)

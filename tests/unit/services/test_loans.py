@@ -8,14 +8,14 @@ import pytest
 
 from overfill.engine.sequence import Lend, Lent, Release
 from overfill.kv.keys import PromptBlocks, root_key
-from services.loans import Loans
+from services.loans import EngineLoans
 
 PROMPT = PromptBlocks(list(range(8)), 4, root_key("full", ""), "")
 
 
 async def test_a_loan_is_given_back_after_the_context() -> None:
     sent: list[object] = []
-    loans = Loans(sent.append)
+    loans = EngineLoans(sent.append)
 
     async def borrow() -> Lent:
         async with loans.lend(PROMPT) as lent:
@@ -37,7 +37,7 @@ async def test_a_loan_is_given_back_after_the_context() -> None:
 
 async def test_a_borrower_that_is_cancelled_gives_back_what_the_engine_has_not_lent_yet() -> None:
     sent: list[object] = []
-    loans = Loans(sent.append)
+    loans = EngineLoans(sent.append)
 
     async def borrow() -> None:
         async with loans.lend(PROMPT):
@@ -57,7 +57,7 @@ async def test_a_borrower_that_is_cancelled_gives_back_what_the_engine_has_not_l
 
 async def test_each_loan_has_an_id_of_its_own() -> None:
     sent: list[object] = []
-    loans = Loans(sent.append)
+    loans = EngineLoans(sent.append)
     tasks = [asyncio.create_task(loans.lend(PROMPT).__aenter__()) for _ in range(2)]
     await asyncio.sleep(0)
     ids = [asked.id for asked in sent if isinstance(asked, Lend)]
