@@ -36,6 +36,13 @@ _ROWS = ("before", "peers", "disk", "restart", "identity", "vllm")
     "--message-tokens", type=click.IntRange(1), default=600, show_default=True, help="New tokens of the user per turn."
 )
 @click.option("--answer-tokens", type=click.IntRange(1), default=16, show_default=True, help="Length of an answer.")
+@click.option(
+    "--identity-answer-tokens",
+    type=click.IntRange(1),
+    default=160,
+    show_default=True,
+    help="The same in the row identity, which is about the KV of answers.",
+)
 @click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True, help="Turns at a time.")
 @click.option("--trace", type=FILE, help="Play Mooncake's JSON lines in place of the chats, a request after the other.")
 @click.option(
@@ -64,6 +71,7 @@ def sessions_command(
     system_tokens: int,
     message_tokens: int,
     answer_tokens: int,
+    identity_answer_tokens: int,
     concurrency: int,
     trace: Path | None,
     requests: int,
@@ -103,13 +111,13 @@ def sessions_command(
     found = load_pair(pair)
     config = found.full_config
     if trace is None:
-        sizes = system_tokens, message_tokens, answer_tokens
-        load = chat_turns(sessions, turns, *sizes, config.vocab_size)
+        new_chats = partial(chat_turns, sessions, turns, system_tokens, message_tokens, vocab_size=config.vocab_size)
+        load, own = new_chats(answer_tokens), new_chats(identity_answer_tokens)
     else:
         longest = config.max_positions - 16
         load = trace_turns(scale_lengths(read_trace(trace, requests), length_scale, longest), config.vocab_size)
+        own = load
     token_bytes = config.kv_spec(DTYPE).token_bytes
-    memory = SessionMemory.of(load, token_bytes)
     before, rates, code = None, None, 0
     with ExitStack() as exits:
         report = exits.enter_context(show_progress())
@@ -121,19 +129,22 @@ def sessions_command(
             raise InvalidRequest("vllm", f"vLLM is {NOT_INSTALLED}, or name the other rows with --row")
         for name in chosen:
             progress = partial(report, f"Turns, {name}")
+            played = own if name == "identity" else load
+            memory = SessionMemory.of(played, token_bytes)
             if name == "vllm":
                 assert python is not None
-                server = vllm_server(
-                    python, found.full_path, longest_chat(load) + 16, prefix_cache=True, kv_memory=2 * memory.prefill
-                )
-                with server as url:
+                longest = longest_chat(load) + 16
+                with vllm_server(
+                    python, found.full_path, longest, prefix_cache=True, kv_memory=2 * memory.prefill
+                ) as url:
                     row = play_on_vllm(url, load, concurrency, progress)
             else:
                 served = load_pair(identity) if name == "identity" else found
-                with session_stack(name, served.folder, load, memory, disks / name, log_line) as stack:
+                with session_stack(name, served.folder, played, memory, disks / name, log_line) as stack:
                     if rates is None:
                         rates = measure_rates(stack.addresses[0], load, token_bytes, config.vocab_size, disks)
-                    row = play_on_stack(name, stack, load, concurrency, progress)
+                    row = play_on_stack(name, stack, played, concurrency, progress)
             before = row if name == "before" else before
-            code |= print_measurements(measurements_of(row, before, rates), as_json)
+            compared = before if played is load else None
+            code |= print_measurements(measurements_of(row, compared, rates), as_json)
     return code
