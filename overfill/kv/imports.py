@@ -268,8 +268,7 @@ class Importer:
 
     def _time_limit(self, tokens: int) -> float:
         """Seconds that an import of ``tokens`` tokens may take."""
-        computing = tokens * self._token_seconds()
-        return min(MAX_IMPORT_TIME, max(MIN_IMPORT_TIME, 2 * computing)) if computing else MAX_IMPORT_TIME
+        return min(MAX_IMPORT_TIME, max(MIN_IMPORT_TIME, 2 * tokens * self._token_seconds()))
 
     @property
     def _disk_seconds(self) -> float:

@@ -258,7 +258,7 @@ class LoadGenerator:
         result.migrations = answer.migrations
         usage = answer.usage
         result.cached_tokens = usage.cached_tokens
-        result.peer_tokens, result.disk_tokens = getattr(usage, "peer_tokens", 0), getattr(usage, "disk_tokens", 0)
+        result.peer_tokens, result.disk_tokens = usage.peer_tokens, usage.disk_tokens
         result.answer_start = (answer.identity.answer_start if answer.identity else 0) or None
 
     def _connect(self, number: int) -> AsyncClient:

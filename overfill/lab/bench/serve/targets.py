@@ -141,5 +141,5 @@ class GrpcTarget:
             usage = answer.usage
             received.token_ids = list(answer.token_ids)
             received.prompt_tokens, received.cached_tokens = usage.prompt_tokens, usage.cached_tokens
-            received.peer_tokens = getattr(usage, "peer_tokens", 0)
-            received.disk_tokens = getattr(usage, "disk_tokens", 0)
+            received.peer_tokens = usage.peer_tokens
+            received.disk_tokens = usage.disk_tokens
