@@ -18,6 +18,10 @@ Workers choose the element type, and what reads prompts: the full model or the m
 """
 
 
+MOCK_READER = "mock"
+"""Reader digest of the mock engine, in place of its full model's: no model reads its KV."""
+
+
 @dataclass(frozen=True, slots=True)
 class KvIdentity:
     """Properties that must be equal for one worker to use another's KV. It has nothing of a decoder or an adapter.

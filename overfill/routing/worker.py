@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from google.protobuf.message import Message
 
 from overfill.errors import Incompatible, InvalidRequest
-from overfill.kv.handshake import KvIdentity, data_address_fault
+from overfill.kv.handshake import MOCK_READER, KvIdentity, data_address_fault
 from overfill.kv.spec import DTYPE_FROM_PROTO
 from overfill.routing.tier import Adapter
 from overfill.rpc.constants import MAX_NAME_LENGTH, MAX_STARTUP
@@ -129,7 +129,9 @@ def _check_bounds(hello: registry_pb2.Hello) -> None:
 
 def _check_lent(model: common_pb2.ModelIdentity) -> None:
     """Raises Incompatible unless a decode worker computes what the reader would."""
-    same_weights = model.decoder_digest == model.reader_digest
+    same_weights = model.decoder_digest == (
+        model.full_digest if model.reader_digest == MOCK_READER else model.reader_digest
+    )
     same_precision = (model.decoder_quantize or "none") == (model.reader_quantize or "none")
     if not (model.decoder_digest and same_weights and same_precision and model.kv_cache_dtype in ("", "auto")):
         raise Incompatible("a decode worker lends KV only if its decoder is the reader of prompts", ["hello.lends_kv"])

@@ -15,6 +15,7 @@ from overfill.engine.mock.store import MockKvStore
 from overfill.engine.protocol import EngineOptions
 from overfill.engine.stage import Stage, new_prefix_cache
 from overfill.kv.blocks import BlockPool
+from overfill.kv.handshake import MOCK_READER
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE
 from overfill.model.manifest import Half, Pair
 from overfill.request.grammar import Grammars
@@ -35,7 +36,7 @@ def load_mock(pair: Pair, half: Half, options: EngineOptions) -> Stage:
     mock = MockOptions.of(options.engine_args)
     returns_kv = half == "decoder" and options.prefix_cache and pair.returns_kv()
     # No model reads this KV, no cache mixes it with a model's, and no answer of a model continues here.
-    pair = replace(pair, reader="mock")
+    pair = replace(pair, reader=MOCK_READER)
     config = pair.config(half)
     dtype = options.dtype or "float32"
     spec, block_size = config.kv_spec(dtype), options.block_size or DEFAULT_BLOCK_SIZE
