@@ -26,6 +26,7 @@ from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import PromptBlocks
 from overfill.kv.shielded import shielded
 from overfill.kv.store import DeviceEvent, KvStore
+from overfill.telemetry.metrics import DiskMetrics
 
 _GROUP_BYTES = 8 << 20
 """Bytes that are read or written at once, in host memory."""
@@ -57,21 +58,6 @@ class Loan(Protocol):
 
     @property
     def event(self) -> DeviceEvent | None: ...
-
-
-class DiskCounts(Protocol):
-    """Where the tier counts. Any thread may call."""
-
-    def read(self, nbytes: int) -> None: ...
-
-    def written(self, nbytes: int) -> None: ...
-
-    def dropped(self, blocks: int) -> None: ...
-
-    def evicted(self, blocks: int) -> None: ...
-
-    def failed(self, kind: str) -> None:
-        """``kind`` is "folder", "read", "write" or "damaged"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +92,7 @@ class DiskTier:
         store: KvStore,
         lend: Callable[[PromptBlocks], AbstractAsyncContextManager[Loan]],
         executor: Executor,
-        counts: DiskCounts,
+        counts: DiskMetrics,
     ) -> None:
         self.keys = KeyJournal()
         self.used_bytes = 0
