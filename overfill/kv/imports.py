@@ -127,9 +127,13 @@ class Importer:
         self._rates: dict[Holder, SourceCost] = {}
         self._failed: dict[Holder, float] = {}  # until this time.monotonic()
 
-    def may_import(self, holder: kv_pb2.KvHolder | None) -> bool:
-        """Whether a prompt that is assigned with this holder may find KV to import."""
-        return self._disk is not None or self._may_ask(holder) is not None
+    def may_import(self, holder: kv_pb2.KvHolder | None, prompt: PromptBlocks) -> bool:
+        """Whether a prompt that is assigned with this holder may find KV to import. If not, the engine need not wait.
+
+        Any block on disk counts: those before it may be in memory.
+        """
+        on_disk = self._disk is not None and any(key in self._disk.keys for key in prompt.keys)
+        return on_disk or self._may_ask(holder) is not None
 
     @property
     def costs(self) -> registry_pb2.KvCosts:

@@ -195,6 +195,7 @@ class PrefillServicer(LendingServicer):
         if start.sample_first_token:
             eos_ids = self._half.config.eos_token_ids
             processor = await self._half.prepare_processor(sampling, prompt, eos_ids, start.cache_namespace)
+        blocks = await self._hasher.blocks_of(prompt, start.cache_namespace)
         return PrefillSequence(
             id=start.transfer_id.hex(),
             prompt=prompt,
@@ -203,11 +204,11 @@ class PrefillServicer(LendingServicer):
             sample_first_token=start.sample_first_token,
             processor=processor,
             cache_namespace=start.cache_namespace,
-            prompt_blocks=await self._hasher.blocks_of(prompt, start.cache_namespace),
+            prompt_blocks=blocks,
             trace=start.trace,
             scores=self._half.new_scores(sampling),
             follower=rest[0] if rest else None,
-            imports=self.importer is not None and self.importer.may_import(_holder_of(start)),
+            imports=self.importer is not None and self.importer.may_import(_holder_of(start), blocks),
         )
 
     def _accept(self, start: prefill_pb2.StartPrefill, sequence: PrefillSequence) -> Lease:

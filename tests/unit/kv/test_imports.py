@@ -26,7 +26,7 @@ class Bench:
 
     def __init__(self, disk=True, peers=True):
         self.asked, self.lends, self.on_disk, self.disk_hangs = [], 40, 0, False
-        self.token_seconds = 0.0
+        self.token_seconds, self.prompt = 0.0, PromptBlocks(PROMPT, BLOCK, root_key("full", "tenant"), "tenant")
         self.metrics = PrefillMetrics()
         self.importer = Importer(
             ("me", 1),
@@ -44,6 +44,10 @@ class Bench:
             raise self.lends
         return self.lends if isinstance(self.lends, int) else await self.lends()
 
+    @property
+    def keys(self):
+        return {self.prompt.keys[index] for index in range(self.on_disk)}
+
     def known(self, prompt, begin):
         return max(0, self.on_disk - begin)
 
@@ -59,9 +63,8 @@ class Bench:
         self.asked.append("save")
 
     async def run(self, cached=0, holder="other", incarnation=1, tokens=40):
-        blocks = PromptBlocks(PROMPT, BLOCK, root_key("full", "tenant"), "tenant")
         named = kv_pb2.KvHolder(worker_id=holder, incarnation=incarnation, tokens=tokens) if holder else None
-        return await self.importer.run(ImportRequest("r", PROMPT, blocks, list(range(11)), cached, named))
+        return await self.importer.run(ImportRequest("r", PROMPT, self.prompt, list(range(11)), cached, named))
 
     def count(self, source, outcome):
         labels = {"source": source, "outcome": outcome}
@@ -158,9 +161,19 @@ async def test_a_holder_that_has_evicted_the_prompt_has_not_failed():
 async def test_without_a_holder_or_with_this_worker_as_the_holder_nothing_is_asked(holder):
     bench = Bench(disk=False)
     named = kv_pb2.KvHolder(worker_id=holder, incarnation=1, tokens=40) if holder else None
-    assert not bench.importer.may_import(named)
+    assert not bench.importer.may_import(named, bench.prompt)
     assert (await bench.run(holder=holder)).tokens == 0
     assert bench.asked == []
+
+
+@pytest.mark.parametrize("disk", [True, False])
+def test_the_engine_waits_only_for_a_prompt_of_which_something_may_be_elsewhere(disk):
+    bench = Bench(disk)
+    other = PromptBlocks(PROMPT, BLOCK, root_key("full", "another"), "another")
+    assert not bench.importer.may_import(None, bench.prompt)
+    bench.on_disk = 1
+    assert [bench.importer.may_import(None, prompt) for prompt in (bench.prompt, other)] == [disk, False]
+    assert bench.importer.may_import(kv_pb2.KvHolder(worker_id="h", tokens=40), other)
 
 
 @pytest.mark.parametrize(("hint", "asked"), [(11, []), (12, ["peer"]), (2**32 - 1, ["peer"])])
