@@ -24,7 +24,7 @@ from overfill.rpc.worker import fill_description
 from overfill.telemetry import logs
 from overfill.telemetry.metrics import EngineMetrics
 from overfill.v1 import prefill_pb2, prefill_pb2_grpc, registry_pb2
-from services.loans import EngineLoans
+from services.engine_loans import EngineLoans
 from services.prompt_hasher import PromptHasher
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class Lender:
 
 
 class LendingServicer(prefill_pb2_grpc.PrefillServicer):
-    """The part of the Prefill service that a decode worker serves: it lends, and computes no prompts."""
+    """What each worker that lends serves of the Prefill service. A decode worker serves nothing else of it."""
 
     def __init__(self, lender: Lender, served: ServedHalf, hello: registry_pb2.Hello, shm_server: ShmServer) -> None:
         self._lender = lender
@@ -166,7 +166,8 @@ class LendingServicer(prefill_pb2_grpc.PrefillServicer):
     async def Describe(
         self, request: prefill_pb2.DescribePrefillRequest, context: Context
     ) -> prefill_pb2.DescribePrefillResponse:
-        return describe(self._half, self._hello, self._shm_server)
+        description = prefill_pb2.DescribePrefillResponse(codecs=self._half.codecs, shm=self._shm_server.offer)
+        return fill_description(description, self._hello)
 
     async def Lend(
         self, request_iterator: AsyncIterator[prefill_pb2.LendRequest], context: Context
@@ -180,14 +181,6 @@ class LendingServicer(prefill_pb2_grpc.PrefillServicer):
         async with aclosing(self._lender.pull(request)) as messages:
             async for message in messages:
                 yield message
-
-
-def describe(
-    served: ServedHalf, hello: registry_pb2.Hello, shm_server: ShmServer
-) -> prefill_pb2.DescribePrefillResponse:
-    """Returns what a worker that serves KV says of itself."""
-    description = prefill_pb2.DescribePrefillResponse(codecs=served.codecs, shm=shm_server.offer)
-    return fill_description(description, hello)
 
 
 async def _end_of(requests: AsyncIterator[prefill_pb2.LendRequest]) -> None:

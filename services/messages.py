@@ -42,7 +42,6 @@ def new_hello(worker_id: str, halves: Sequence[ServedHalf], tier: str = "") -> r
         pid=os.getpid(),
         engine=last.engine_version,
         tier=tier,
-        lends_kv=halves[0].lends_kv,
     )
 
 

@@ -117,7 +117,7 @@ class Usage:
     Attributes:
         prompt_tokens: Number of tokens in the prompt.
         completion_tokens: Number of tokens in the answer, those of ``resume_token_ids`` included.
-        cached_tokens: Number of prompt tokens whose KV came from a prefix cache when the prompt was first computed.
+        cached_tokens: Number of prompt tokens that the full model did not compute when the prompt was first computed.
         reasoning_tokens: Number of tokens of the answer with which the model thought; part of ``completion_tokens``.
         peer_tokens: Part of ``cached_tokens`` that the prefill worker took from another worker. Unknown, and therefore
             0, after another router has finished the answer.

@@ -161,7 +161,7 @@ class DecodeEngine:
                     self._free(yielding)
                     yielding.state = DecodeState.PREEMPTED
             case Lend():
-                events.append(self._loans.lend(message))
+                events.append(self._loans.lend(message, self._num_growing()))
             case Release(id):
                 if not self._loans.end(id) and (released := self._sequences.pop(id, None)):
                     self._free(released)

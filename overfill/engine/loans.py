@@ -24,9 +24,9 @@ class Loans:
         self._prefix = prefix
         self._device = device
 
-    def lend(self, message: Lend) -> Lent:
-        """Begins a loan, which lasts until ``end``."""
-        loan = self._prefix.lend(message.id, message.prompt)
+    def lend(self, message: Lend, spare: int = 0) -> Lent:
+        """Begins a loan, which lasts until ``end``. Live sequences will need ``spare`` of the available blocks."""
+        loan = self._prefix.lend(message.id, message.prompt, spare=spare)
         self.ids.add(message.id)
         # Earlier steps, which compute these blocks, may still be running on the device.
         event = record_event(self._device) if loan.blocks else None

@@ -26,6 +26,7 @@ from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import PromptBlocks
 from overfill.kv.shielded import shielded
 from overfill.kv.store import DeviceEvent, KvStore
+from overfill.telemetry.metrics import DiskMetrics
 
 _GROUP_BYTES = 8 << 20
 """Bytes that are read or written at once, in host memory."""
@@ -38,9 +39,6 @@ _RETRY = 30.0
 
 _WARNING_GAP = 60.0
 """Minimum seconds between two warnings of one kind."""
-
-_RATE_AGE = 60.0
-"""Seconds after which the measured cost of reads counts as unknown, so that a disk that was slow is tried again."""
 
 _THREADS = 3
 """A read from a disk that hangs takes one for ever."""
@@ -60,21 +58,6 @@ class Loan(Protocol):
 
     @property
     def event(self) -> DeviceEvent | None: ...
-
-
-class DiskCounts(Protocol):
-    """Where the tier counts. Any thread may call."""
-
-    def read(self, nbytes: int) -> None: ...
-
-    def written(self, nbytes: int) -> None: ...
-
-    def dropped(self, blocks: int) -> None: ...
-
-    def evicted(self, blocks: int) -> None: ...
-
-    def failed(self, kind: str) -> None:
-        """``kind`` is "folder", "read", "write" or "damaged"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +92,7 @@ class DiskTier:
         store: KvStore,
         lend: Callable[[PromptBlocks], AbstractAsyncContextManager[Loan]],
         executor: Executor,
-        counts: DiskCounts,
+        counts: DiskMetrics,
     ) -> None:
         self.keys = KeyJournal()
         self.used_bytes = 0
@@ -128,13 +111,8 @@ class DiskTier:
         self._queue: asyncio.Queue[PromptBlocks] = asyncio.Queue()
         self._num_queued = 0  # blocks
         self._saving: asyncio.Task[None] | None = None
-        self._paused_until = self._rated_at = self._rate = 0.0
+        self._paused_until = 0.0
         self._warned: dict[str, float] = {}
-
-    @property
-    def seconds_per_token(self) -> float:
-        """Seconds that reading a token's KV takes, as measured lately; 0 means unknown."""
-        return self._rate if time.monotonic() - self._rated_at < _RATE_AGE else 0.0
 
     def start(self) -> None:
         """Finds what is in the folder, in the background, and then saves prompts."""
@@ -164,20 +142,14 @@ class DiskTier:
         Returns:
             Number of blocks, from ``begin``, that are in place.
         """
-        started, placed, names = time.monotonic(), 0, list[str]()
+        placed, names = 0, list[str]()
         try:
             async with asyncio.timeout(timeout):
                 names = await self._on_thread(self._format.names, prompt, end)
                 async for number in self._read_groups(names, blocks, begin):
                     placed += number
-        except (TimeoutError, asyncio.CancelledError) as error:
-            self._note_rate(time.monotonic() - started, end - begin, complete=False)
-            if not isinstance(error, TimeoutError):
-                raise
+        except TimeoutError:
             self._warn("read", "reads from --kv-disk take too long; prompts are computed")
-        else:
-            if placed:
-                self._note_rate(time.monotonic() - started, placed, complete=True)
         self._threads.submit(self._files.touch, names[: begin + placed])
         return placed
 
@@ -312,10 +284,3 @@ class DiskTier:
         if now - self._warned.get(kind, -_WARNING_GAP) >= _WARNING_GAP:
             self._warned[kind] = now
             logger.warning("%s", text)
-
-    def _note_rate(self, seconds: float, num_blocks: int, *, complete: bool) -> None:
-        """Takes a read into account; of one that was given up, only that it takes at least ``seconds``."""
-        latest, known = seconds / (num_blocks * self._format.block_size), self.seconds_per_token
-        if complete or latest > known:
-            self._rate = 0.8 * known + 0.2 * latest if known and complete else latest
-            self._rated_at = time.monotonic()

@@ -11,9 +11,9 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from overfill.errors import OverfillError
+from overfill.kv.disk import DiskTier
 from overfill.kv.keys import PromptBlocks
 from overfill.kv.ranks import RankLost
 from overfill.rpc.constants import MAX_IMPORT_TIME
@@ -40,33 +40,6 @@ Holder = tuple[str, int]
 """Worker id and incarnation."""
 
 logger = logging.getLogger(__name__)
-
-
-class KvDisk(Protocol):
-    """KV of prompts on disk, as an import uses it (``kv.disk.DiskTier``). It raises no errors: each is a miss."""
-
-    @property
-    def seconds_per_token(self) -> float:
-        """Seconds that reading a token's KV takes, as measured lately; 0 means unknown."""
-        ...
-
-    def known(self, prompt: PromptBlocks, begin: int) -> int:
-        """Number of consecutive blocks from index ``begin`` that are on disk."""
-        ...
-
-    async def read(
-        self, prompt: PromptBlocks, blocks: Sequence[int], begin: int, end: int, timeout: float | None = None
-    ) -> int:
-        """Reads the prompt's blocks ``begin..end`` into ``blocks``, and returns how many of them are in place.
-
-        Stops at the first that is missing or damaged, and after ``timeout`` seconds. After its end, also by a
-        cancellation, nothing writes.
-        """
-        ...
-
-    def save(self, prompt: PromptBlocks) -> None:
-        """Queues the prompt's blocks, which the prefix cache holds, to be written."""
-        ...
 
 
 Borrow = Callable[[kv_pb2.KvHolder, prefill_pb2.StartLend, Sequence[int]], Awaitable[int]]
@@ -141,7 +114,7 @@ class Importer:
         block_size: int,
         token_seconds: Callable[[], float],
         borrow: Borrow | None,
-        disk: KvDisk | None,
+        disk: DiskTier | None,
         metrics: PrefillMetrics,
     ) -> None:
         self._itself = itself
@@ -150,18 +123,23 @@ class Importer:
         self._borrow = borrow
         self._disk = disk
         self._metrics = metrics
-        self._of_peers = SourceCost()
+        self._of_peers, self._of_disk = SourceCost(), SourceCost()
         self._rates: dict[Holder, SourceCost] = {}
         self._failed: dict[Holder, float] = {}  # until this time.monotonic()
 
-    def may_import(self, holder: kv_pb2.KvHolder | None) -> bool:
-        """Whether a prompt that is assigned with this holder may find KV to import."""
-        return self._disk is not None or self._may_ask(holder) is not None
+    def may_import(self, holder: kv_pb2.KvHolder | None, prompt: PromptBlocks) -> bool:
+        """Whether a prompt that is assigned with this holder may find KV to import. If not, the engine need not wait.
+
+        Any block on disk counts: those before it may be in memory.
+        """
+        on_disk = self._disk is not None and any(key in self._disk.keys for key in prompt.keys)
+        return on_disk or self._may_ask(holder) is not None
 
     @property
     def costs(self) -> registry_pb2.KvCosts:
         """What KV of a token costs, computed and imported."""
-        seconds = self._token_seconds(), self._of_peers.seconds_per_token, self._disk_seconds
+        sources = self._of_peers.seconds_per_token, self._of_disk.seconds_per_token
+        seconds = self._token_seconds(), *sources
         compute, peer, disk = (round(1e9 * each) for each in seconds)
         return registry_pb2.KvCosts(compute_ns=compute, peer_ns=peer, disk_ns=disk)
 
@@ -184,9 +162,10 @@ class Importer:
         deadline = asyncio.get_running_loop().time() + self._time_limit(wanted - done.tokens)
         peer = self._may_ask(request.holder)
         peer_seconds = self._rates[peer].seconds_per_token if peer in self._rates else 0.0
-        sources = [self._read, self._ask] if self._disk_seconds <= peer_seconds else [self._ask, self._read]
-        for source in sources:
-            await source(request, done, wanted, deadline)
+        disk_first = self._of_disk.seconds_per_token <= peer_seconds
+        for source in [self._read, self._ask] if disk_first else [self._ask, self._read]:
+            if asyncio.get_running_loop().time() < deadline:  # else the second source would count as too slow
+                await source(request, done, wanted, deadline)
         return done
 
     async def _ask(self, request: ImportRequest, done: Imports, wanted: int, deadline: float) -> None:
@@ -226,15 +205,22 @@ class Importer:
             return
         begin = done.tokens // self._block_size
         end = min(wanted // self._block_size, begin + self._disk.known(request.prompt_blocks, begin))
-        if not self._pays((end - begin) * self._block_size, self._disk_seconds, 0.0):
+        hoped = (end - begin) * self._block_size
+        if not self._pays(hoped, self._of_disk.seconds_per_token, 0.0):
             return
         began = time.monotonic()
         left = deadline - asyncio.get_running_loop().time()
         read = self._disk.read(request.prompt_blocks, request.blocks, begin, end, left)
         outcome, blocks = await self._bounded("disk", read, None)  # it keeps what it has read until then
-        done.tokens += blocks * self._block_size
-        done.disk_tokens += blocks * self._block_size
-        self._metrics.imported("disk", outcome, blocks * self._block_size, time.monotonic() - began)
+        gained, took = blocks * self._block_size, time.monotonic() - began
+        if took >= left and took > hoped * self._of_disk.seconds_per_token:
+            self._of_disk = SourceCost()  # reads were quicker before; this one was given up, and would take longer
+            self._of_disk.note(took, hoped)
+        elif gained:
+            self._of_disk.note(took, gained)
+        done.tokens += gained
+        done.disk_tokens += gained
+        self._metrics.imported("disk", outcome, gained, took)
 
     async def _bounded(self, source: str, fetching: Awaitable[int], deadline: float | None) -> tuple[str, int]:
         """Awaits ``fetching``, until ``deadline`` if any. Returns its outcome and its result: 0 if it failed."""
@@ -269,7 +255,3 @@ class Importer:
     def _time_limit(self, tokens: int) -> float:
         """Seconds that an import of ``tokens`` tokens may take."""
         return min(MAX_IMPORT_TIME, max(MIN_IMPORT_TIME, 2 * tokens * self._token_seconds()))
-
-    @property
-    def _disk_seconds(self) -> float:
-        return 0.0 if self._disk is None else self._disk.seconds_per_token

@@ -26,7 +26,7 @@ class KeyJournal:
     def remove(self, key: int) -> None:
         self._change(key, False)
 
-    def __contains__(self, key: int) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self._keys
 
     def become(self, keys: Set[int]) -> None:

@@ -275,7 +275,7 @@ class SessionActivity:
         id: Digest of its name.
         turns: Number of complete answers.
         prompt_tokens: Prompt tokens of these answers.
-        cached_tokens: Those of them that came from a prefix cache.
+        cached_tokens: Those of them that the full model did not compute for these turns.
     """
 
     id: str
@@ -285,7 +285,7 @@ class SessionActivity:
 
     @property
     def cached_share(self) -> float | None:
-        """Share of the prompt tokens that came from a prefix cache; None before the first answer."""
+        """Share of the prompt tokens that were cached; None before the first answer."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
 
     @classmethod

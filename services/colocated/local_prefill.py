@@ -153,8 +153,9 @@ class LocalPrefill:
     async def _run(self, on_first_token: Callable[[decode_pb2.Tokens], None]) -> None:
         prefills, session = self._prefills, self._session
         sequence = await prefills.sequence(session)
-        importer = prefills.importer
-        sequence.imports = importer is not None and importer.may_import(self._holder)
+        importer, blocks = prefills.importer, sequence.prompt_blocks
+        if importer is not None and blocks is not None:
+            sequence.imports = importer.may_import(self._holder, blocks)
         events = prefills.events[sequence.id] = asyncio.Queue()
         computed = False
         try:
@@ -176,8 +177,8 @@ class LocalPrefill:
                     case PromptComputed(first=first, time_ns=now, scores=scores):
                         computed = True
                         prefills.metrics.computed((now - scheduled_ns) / 1e9)
-                        if importer is not None and sequence.prompt_blocks is not None:
-                            importer.note_computed(sequence.prompt_blocks)
+                        if importer is not None and blocks is not None:
+                            importer.note_computed(blocks)
                         tracing.current().past("prefill.compute", scheduled_ns, now)
                         self.stats.first_kv_ns = self.stats.last_kv_ns = now - self.stats.started_ns
                         if first is not None or scores is not None or session.sequence.answer_start is not None:

@@ -28,8 +28,8 @@ from overfill.v1 import common_pb2, decode_pb2, decode_pb2_grpc, kv_pb2, prefill
 from services.decode.adapters import WorkerAdapters
 from services.decode.sequence_session import SequenceSession
 from services.decode.shared_transfers import SharedTransfer
+from services.engine_loans import EngineLoans
 from services.hosting import EnginePort
-from services.loans import EngineLoans
 from services.messages import worker_load
 from services.prompt_hasher import PromptHasher
 

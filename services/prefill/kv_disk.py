@@ -8,10 +8,11 @@ from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager
 
 from overfill.engine.protocol import ServedHalf
-from overfill.kv.disk import DiskCounts, DiskLimits, DiskTier, Loan
+from overfill.kv.disk import DiskLimits, DiskTier, Loan
 from overfill.kv.disk_files import DiskFiles
 from overfill.kv.keys import PromptBlocks
 from overfill.settings.config import PrefillingConfig
+from overfill.telemetry.metrics import DiskMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ def open_disk(
     served: ServedHalf,
     lend: Callable[[PromptBlocks], AbstractAsyncContextManager[Loan]],
     executor: Executor,
-    counts: DiskCounts,
+    counts: DiskMetrics,
 ) -> DiskTier | None:
     """Opens ``--kv-disk`` and begins to save what ``DiskTier.save`` gets. The caller closes it.
 

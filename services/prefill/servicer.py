@@ -43,11 +43,11 @@ from overfill.rpc.worker import WorkerHost, check_start, shared_tokens
 from overfill.telemetry import logs, tracing
 from overfill.telemetry.metrics import PrefillMetrics
 from overfill.telemetry.outcomes import outcome_of
-from overfill.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc, registry_pb2
+from overfill.v1 import kv_pb2, prefill_pb2, registry_pb2
+from services.engine_loans import EngineLoans
 from services.hosting import EnginePort
 from services.importing import import_prompt
-from services.lending import Lender, describe
-from services.loans import EngineLoans
+from services.lending import Lender, LendingServicer
 from services.messages import first_token_to_proto
 from services.prefill.lease import Lease
 from services.prompt_hasher import PromptHasher
@@ -55,7 +55,7 @@ from services.prompt_hasher import PromptHasher
 logger = logging.getLogger(__name__)
 
 
-class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
+class PrefillServicer(LendingServicer):
     """Serves the RPCs of a prefill worker. The process sets ``engine`` and ``host`` before the server starts.
 
     Args:
@@ -85,15 +85,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
     ) -> None:
         self._metrics = metrics or PrefillMetrics()
         self._limits = limits
-        self._half = served
         self._hasher = PromptHasher(served.blocks_of)
-        self._shm_server = shm_server or ShmServer(enabled=False)
         self._max_leases = max_leases
-        self._hello = hello
         self._executor = executor
         self.loans = EngineLoans(lambda message: self.engine.send(message))
         self.importer: Importer | None = None
-        self._lender = Lender(served, hello, self.loans, executor, max_loans, self._shm_server, self._metrics)
+        shm_server = shm_server or ShmServer(enabled=False)
+        lender = Lender(served, hello, self.loans, executor, max_loans, shm_server, self._metrics)
+        super().__init__(lender, served, hello, shm_server)
         self._leases: dict[str, Lease] = {}  # by the id of the sequence, the transfer's in hexadecimal digits
         self._releases: set[asyncio.Task[None]] = set()
 
@@ -113,11 +112,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
                 self.loans.on_event(event)
             elif lease := self._leases.get(event.id):
                 lease.on_event(event)
-
-    async def Describe(
-        self, request: prefill_pb2.DescribePrefillRequest, context: Context
-    ) -> prefill_pb2.DescribePrefillResponse:
-        return describe(self._half, self._hello, self._shm_server)
 
     async def Prefill(
         self,
@@ -187,13 +181,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             async for message in messages:
                 yield message
 
-    async def Lend(
-        self, request_iterator: AsyncIterator[prefill_pb2.LendRequest], context: Context
-    ) -> AsyncIterator[prefill_pb2.LendResponse]:
-        async with aclosing(self._lender.serve(request_iterator)) as responses:
-            async for response in responses:
-                yield response
-
     async def _parse(self, start: prefill_pb2.StartPrefill) -> PrefillSequence:
         """Returns the prompt that ``start`` asks for, as the engine takes it.
 
@@ -208,6 +195,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
         if start.sample_first_token:
             eos_ids = self._half.config.eos_token_ids
             processor = await self._half.prepare_processor(sampling, prompt, eos_ids, start.cache_namespace)
+        blocks = await self._hasher.blocks_of(prompt, start.cache_namespace)
         return PrefillSequence(
             id=start.transfer_id.hex(),
             prompt=prompt,
@@ -216,11 +204,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServicer):
             sample_first_token=start.sample_first_token,
             processor=processor,
             cache_namespace=start.cache_namespace,
-            prompt_blocks=await self._hasher.blocks_of(prompt, start.cache_namespace),
+            prompt_blocks=blocks,
             trace=start.trace,
             scores=self._half.new_scores(sampling),
             follower=rest[0] if rest else None,
-            imports=self.importer is not None and self.importer.may_import(_holder_of(start)),
+            imports=self.importer is not None and self.importer.may_import(_holder_of(start), blocks),
         )
 
     def _accept(self, start: prefill_pb2.StartPrefill, sequence: PrefillSequence) -> Lease:

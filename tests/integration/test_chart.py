@@ -350,8 +350,11 @@ def test_other_workers_take_part_in_a_stack_of_workers_with_both_stages() -> Non
     worker = settings_of(found["colocated-default"], ColocatedConfig)
     assert (worker.tier, worker.pair, worker.itl_objective) == ("default", "/pair/default", 0.1)
     policies = of_kind(objects, "NetworkPolicy")
-    assert peers(policies["overfill-prefill"]) == {7601: {"router", "decode", "colocated"}}
-    assert {port["port"] for port in policies["overfill-decode"]["spec"]["egress"][1]["ports"]} == {7600, 7601, 7603}
+    assert peers(policies["overfill-prefill"]) == {7601: {"router", "prefill", "decode", "colocated"}}
+    assert peers(policies["overfill-decode"]) == {7602: {"router", "prefill", "colocated"}}
+    reached = {name: {p["port"] for p in one["spec"]["egress"][1]["ports"]} for name, one in policies.items()}
+    assert reached["overfill-decode"] == {7600, 7601, 7603}
+    assert reached["overfill-prefill"] == reached["overfill-colocated"] == {7600, 7601, 7602, 7603}
 
 
 def test_each_tier_is_a_pool_with_its_own_pair_size_and_settings() -> None:
@@ -500,17 +503,21 @@ def test_network_policies_admit_the_stack_and_refuse_others() -> None:
 
     assert callers("overfill-router", 7600) == {"prefill", "decode", "test", "gateway"}
     assert callers("overfill-router", 8000) == {"gateway"}
-    assert callers("overfill-prefill", 7601) == {"router", "decode"}
-    assert callers("overfill-decode", 7602) == {"router"}
+    assert callers("overfill-prefill", 7601) == {"router", "prefill", "decode"}
+    assert callers("overfill-decode", 7602) == {"router", "prefill"}, "a decode worker may lend KV"
     assert callers("overfill-decode", 7690) == {"monitoring"}
     reach = {
         name: {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]} - {53}
         for name, policy in policies.items()
     }
-    assert reach == {"overfill-router": {7601, 7602}, "overfill-prefill": {7600}, "overfill-decode": {7600, 7601}}
+    assert reach == {
+        "overfill-router": {7601, 7602},
+        "overfill-prefill": {7600, 7601, 7602},
+        "overfill-decode": {7600, 7601},
+    }
 
 
-def test_ranks_have_a_gpu_each_shared_memory_and_ports_that_decode_workers_reach() -> None:
+def test_ranks_have_a_gpu_each_shared_memory_and_ports_that_other_workers_reach() -> None:
     own = ("decode.settings.tensor-parallel-size=2", "decode.resources.limits.nvidia\\.com/gpu=2", "decode.shmSize=1Gi")
     objects = render("values-ranks.yaml", *own)
     found = pods(objects)
@@ -540,7 +547,7 @@ def test_ranks_have_a_gpu_each_shared_memory_and_ports_that_decode_workers_reach
         for rule in policy["spec"][way]
         if data in rule["ports"]
     ]
-    assert rules == [("overfill-prefill", "ingress"), ("overfill-decode", "egress")]
+    assert rules == [("overfill-prefill", "ingress"), ("overfill-prefill", "egress"), ("overfill-decode", "egress")]
     plain = json.dumps(render("values-prod.yaml"))
     assert "7610" not in plain
     assert "/dev/shm" not in plain

@@ -289,8 +289,16 @@ def _fastest(run: Callable[[], object]) -> float:
 class SessionRow:
     """What one system did with all turns.
 
+    The systems:
+
+    * before: without KV from other workers.
+    * peers, disk: with it; with it and a disk tier.
+    * restart: as disk; both prefill workers restart after half of the turns.
+    * identity: as peers, with a decoder that is the full model, and memory of a decode worker for all chats.
+    * vllm: vLLM's server, with the memory of both prefill workers.
+
     Attributes:
-        name: one of ``ROWS``.
+        name: of the system.
         seconds: duration of the load, without starts and restarts.
         restarted: index of the first turn after a restart; 0 without one. First tokens count from there.
     """
@@ -304,16 +312,6 @@ class SessionRow:
         """Returns the turns from index ``begin`` on whose prompts had been computed in large part before."""
         return [one for one in self.played[begin:] if one.turn.later and one.outcome.ok]
 
-
-ROWS = ("before", "peers", "disk", "restart", "identity", "vllm")
-"""The systems that are measured.
-
-* before: without KV from other workers.
-* peers, disk: with it; with it and a disk tier.
-* restart: as disk; both prefill workers restart after half of the turns.
-* identity: as peers, with a decoder that is the full model, and memory of a decode worker for all chats.
-* vllm: vLLM's server, with the memory of both prefill workers.
-"""
 
 _AIMS = {
     ("disk", "computed"): 1.1,

@@ -12,7 +12,7 @@ from typing import Protocol
 from overfill.kv.blocks import BlockPool
 from overfill.kv.keys import PromptBlocks
 from overfill.kv.prefix import PrefixCache
-from overfill.lab.simulate.imports import BlocksInMemory
+from overfill.lab.simulate.imports import leading_blocks
 from overfill.v1 import registry_pb2
 
 _FIRST_UNIQUE_ID = 1 << 31
@@ -89,7 +89,6 @@ class SharedBlocks:
         self._pool = BlockPool(max(1, kv_tokens // block_size), 1)
         self._cache = PrefixCache(self._pool, enabled=enabled, attention_tokens=max(1.0, 4096 / block_size))
         self._feed = self._cache.journal.feed()
-        self._in_memory = BlocksInMemory(self._cache.journal)
         self._next = 0
         self._refused: tuple[str, PromptBlocks] | None = None  # (owner, prompt) of the last refusal
         self.tokens_looked_up = self.tokens_found = 0
@@ -139,7 +138,7 @@ class SharedBlocks:
         self._cache.release(owner)
 
     def leading(self, keys: Sequence[int], begin: int) -> int:
-        return self._in_memory.leading(keys, begin)
+        return leading_blocks(self._cache.journal, keys, begin)
 
     def delta(self) -> registry_pb2.PrefixDelta | None:
         return self._feed.take()

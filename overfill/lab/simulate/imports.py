@@ -7,7 +7,7 @@ meanwhile.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Protocol
 
 from overfill.kv.journal import KeyJournal
@@ -69,7 +69,7 @@ class KeptBlocks:
 
     def leading(self, keys: Sequence[int], begin: int) -> int:
         self._make_room()
-        return _leading(self._keys, keys, begin)
+        return leading_blocks(self._keys, keys, begin)
 
     def delta(self) -> registry_pb2.PrefixDelta | None:
         """Returns the changes since the last call, for a report."""
@@ -83,19 +83,6 @@ class KeptBlocks:
             self._journal.remove(key)
 
 
-class BlocksInMemory:
-    """A copy of the keys in a prefix cache, for lookups by key."""
-
-    def __init__(self, journal: KeyJournal) -> None:
-        self._feed = journal.feed()
-        self._keys: set[int] = set()
-
-    def leading(self, keys: Sequence[int], begin: int) -> int:
-        while (delta := self._feed.take()) is not None:
-            self._keys.difference_update(delta.removed)
-            self._keys.update(delta.added)
-        return _leading(self._keys, keys, begin)
-
-
-def _leading(known: OrderedDict[int, None] | set[int], keys: Sequence[int], begin: int) -> int:
+def leading_blocks(known: Container[int], keys: Sequence[int], begin: int) -> int:
+    """As ``KvSource.leading``, of the blocks with the keys ``known``."""
     return next((index for index in range(begin, len(keys)) if keys[index] not in known), len(keys))

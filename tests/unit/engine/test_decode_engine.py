@@ -526,6 +526,22 @@ def test_a_sequence_whose_blocks_are_lent_to_others_is_preempted_and_resumes(run
     evict_all(prefix)
 
 
+def test_blocks_that_running_sequences_will_need_are_not_lent(runner, pool, events):
+    prefix = PrefixCache(pool)
+    engine = DecodeEngine(runner, pool, 8, 64, lambda new: events.extend(by_sequence(new)), prefix)
+    start(engine, DecodeSequence("before", [9] * 17, [], GREEDY, StopRule(frozenset(), 2)), 20)
+    finish(engine)
+    start(engine, sequence("a", prompt=18, max_tokens=4), 20)
+    available = prefix.num_available
+    engine.handle(Lend("loan", prefix.blocks_of([9] * 17)))
+    assert (available, events[-1].tokens, prefix.num_available) == (3, 8, 1)
+    finish(engine)
+    assert not [event for event in events if isinstance(event, Preempted)]
+    assert tokens(events, "a") == list(range(21, 24))
+    engine.handle(Release("loan"))
+    evict_all(prefix)
+
+
 class DecodeMachine(EngineMachine):
     """Runs arrivals, steps, late answers and cancellations in any order: all tokens are right, no block is lost."""
 

@@ -40,7 +40,6 @@ from overfill.model.manifest import Pair
 from overfill.pair.store import resolve_pair
 from overfill.request.grammar import Grammars
 from overfill.request.params import Grammar, SamplingParams
-from services.messages import new_hello
 
 PROMPT = [5, 6, 7]
 
@@ -179,7 +178,7 @@ def test_a_worker_lends_what_its_reader_computed(pair):
     """The mock plays both halves of a pair whose decoder is the full model. Its decoder is the reader then."""
     pruned = replace(pair, decoder_digest="0" * 64)
     lends = [
-        new_hello("", [load_engine("mock", of, half, EngineOptions(None, prefix_cache=cached)).served]).lends_kv
+        load_engine("mock", of, half, EngineOptions(None, prefix_cache=cached)).served.lends_kv
         for of, half, cached in itertools.product((pair, pruned), ("full", "decoder"), (True, False))
     ]
     assert lends == [True, False, True, False, True, False, False, False]

@@ -75,7 +75,6 @@ async def test_a_block_comes_back_bit_by_bit_after_a_restart(
     assert equal_blocks(before.store, after.store) == []
     assert await after.read(prompt) == 8
     assert equal_blocks(before.store, after.store) == ALL
-    assert after.tier.seconds_per_token > 0
     largest = max(path.stat().st_size for path in before.paths(prompt))
     assert (largest > MAX_CHUNK_PAYLOAD) == (block_size > 90)
 
@@ -443,7 +442,6 @@ async def test_a_read_that_hangs_is_given_up_and_writes_nothing_afterwards(
     if gives_up == "timeout":
         assert await reading == 0
         await after.counts.until(lambda number: number["read failed"] == 1)
-        assert after.tier.seconds_per_token * 32 >= 0.01
     else:
         await asyncio.to_thread(stuck.hangs.wait)
         reading.cancel()

@@ -25,8 +25,8 @@ class Bench:
     """
 
     def __init__(self, disk=True, peers=True):
-        self.asked, self.lends, self.on_disk = [], 40, 0
-        self.token_seconds = self.seconds_per_token = 0.0
+        self.asked, self.lends, self.on_disk, self.disk_hangs = [], 40, 0, False
+        self.token_seconds, self.prompt = 0.0, PromptBlocks(PROMPT, BLOCK, root_key("full", "tenant"), "tenant")
         self.metrics = PrefillMetrics()
         self.importer = Importer(
             ("me", 1),
@@ -44,21 +44,27 @@ class Bench:
             raise self.lends
         return self.lends if isinstance(self.lends, int) else await self.lends()
 
+    @property
+    def keys(self):
+        return {self.prompt.keys[index] for index in range(self.on_disk)}
+
     def known(self, prompt, begin):
         return max(0, self.on_disk - begin)
 
     async def read(self, prompt, blocks, begin, end, timeout=None):
         self.asked.append("disk")
         self.read_range = begin, end
+        if self.disk_hangs:
+            await asyncio.sleep(timeout)
+            return 0
         return min(end, self.on_disk) - begin
 
     def save(self, prompt):
         self.asked.append("save")
 
     async def run(self, cached=0, holder="other", incarnation=1, tokens=40):
-        blocks = PromptBlocks(PROMPT, BLOCK, root_key("full", "tenant"), "tenant")
         named = kv_pb2.KvHolder(worker_id=holder, incarnation=incarnation, tokens=tokens) if holder else None
-        return await self.importer.run(ImportRequest("r", PROMPT, blocks, list(range(11)), cached, named))
+        return await self.importer.run(ImportRequest("r", PROMPT, self.prompt, list(range(11)), cached, named))
 
     def count(self, source, outcome):
         labels = {"source": source, "outcome": outcome}
@@ -84,7 +90,8 @@ async def test_the_cheaper_source_is_asked_first_and_the_other_for_the_rest(disk
     await bench.run()  # measures the holder
     bench.importer._rates["other", 1]._seconds = 0.1 * bench.importer._rates["other", 1]._tokens
     bench.asked.clear()
-    bench.on_disk, bench.seconds_per_token = 5, disk_seconds
+    bench.on_disk = 5
+    bench.importer._of_disk.note(disk_seconds, 1)
     done = await bench.run()
     assert bench.asked == asked
     assert (done.tokens, done.peer_tokens, done.disk_tokens) == (40, peer_tokens, 40 - peer_tokens)
@@ -96,12 +103,13 @@ async def test_a_source_that_is_slower_than_computing_is_not_asked_until_its_rat
     await bench.run()
     bench.importer._rates["other", 1].note(100.0, 40)
     bench.asked.clear()
-    bench.on_disk, bench.seconds_per_token = 5, 0.002
+    bench.on_disk = 5
+    bench.importer._of_disk.note(0.002, 1)
     assert (await bench.run()).tokens == 0
     assert bench.asked == []
     monkeypatch.setattr(imports, "RATE_LIFETIME", 0.0)
     assert (await bench.run()).tokens == 40
-    assert bench.asked == ["peer"]
+    assert bench.asked == ["disk", "peer"]
 
 
 async def test_a_few_tokens_are_not_worth_a_loan():
@@ -127,7 +135,8 @@ async def test_a_few_tokens_are_not_worth_a_loan():
 )
 async def test_a_holder_that_fails_is_a_miss_and_is_left_alone_for_a_while(monkeypatch, error, outcome):
     bench = Bench()
-    bench.on_disk, bench.seconds_per_token = 3, 1.0
+    bench.on_disk = 3
+    bench.importer._of_disk.note(1.0, 1)
     bench.lends = error
     done = await bench.run(cached=4)
     assert (done.tokens, done.peer_tokens, done.disk_tokens) == (12, 0, 8)
@@ -152,9 +161,19 @@ async def test_a_holder_that_has_evicted_the_prompt_has_not_failed():
 async def test_without_a_holder_or_with_this_worker_as_the_holder_nothing_is_asked(holder):
     bench = Bench(disk=False)
     named = kv_pb2.KvHolder(worker_id=holder, incarnation=1, tokens=40) if holder else None
-    assert not bench.importer.may_import(named)
+    assert not bench.importer.may_import(named, bench.prompt)
     assert (await bench.run(holder=holder)).tokens == 0
     assert bench.asked == []
+
+
+@pytest.mark.parametrize("disk", [True, False])
+def test_the_engine_waits_only_for_a_prompt_of_which_something_may_be_elsewhere(disk):
+    bench = Bench(disk)
+    other = PromptBlocks(PROMPT, BLOCK, root_key("full", "another"), "another")
+    assert not bench.importer.may_import(None, bench.prompt)
+    bench.on_disk = 1
+    assert [bench.importer.may_import(None, prompt) for prompt in (bench.prompt, other)] == [disk, False]
+    assert bench.importer.may_import(kv_pb2.KvHolder(worker_id="h", tokens=40), other)
 
 
 @pytest.mark.parametrize(("hint", "asked"), [(11, []), (12, ["peer"]), (2**32 - 1, ["peer"])])
@@ -201,6 +220,19 @@ async def test_a_frozen_holder_costs_one_bounded_wait(monkeypatch):
     assert bench.asked == ["peer"], "the second prompt does not wait again"
 
 
+async def test_a_disk_that_hangs_is_left_alone_and_the_holder_is_not_blamed(monkeypatch):
+    monkeypatch.setattr(imports, "MIN_IMPORT_TIME", 0.01)
+    bench = Bench()
+    bench.token_seconds, bench.on_disk, bench.disk_hangs = 0.0002, 10, True
+    bench.importer._of_disk.note(0.1, 100_000)  # it was quick before
+    bench.importer._rates["other", 1] = rate = imports.SourceCost()
+    rate.note(1e-4, 40)
+    assert (await bench.run()).tokens == 0
+    assert (bench.asked, bench.count("peer", "deadline")) == (["disk"], 0)
+    assert (await bench.run()).peer_tokens == 40
+    assert bench.asked == ["disk", "peer"]
+
+
 @pytest.mark.parametrize(("token_seconds", "limit"), [(0.0, 1.0), (0.001, 1.0), (0.1, 8.0), (1.0, 10.0)])
 def test_an_import_may_take_twice_as_long_as_computing_within_bounds(token_seconds, limit):
     bench = Bench()
@@ -228,8 +260,9 @@ async def test_the_loss_of_a_rank_is_not_a_miss_because_others_may_still_write()
 
 async def test_a_worker_tells_what_kv_costs_it():
     bench = Bench()
-    bench.token_seconds, bench.seconds_per_token = 2e-3, 5e-6
+    bench.token_seconds = 2e-3
     bench.importer._of_peers.note(4e-3, 40)
+    bench.importer._of_disk.note(5e-3, 1000)
     costs = bench.importer.costs
     assert (costs.compute_ns, costs.peer_ns, costs.disk_ns) == (2_000_000, 100_000, 5_000)
 

@@ -22,8 +22,8 @@ from overfill.kv.wire import add_lender_to_server, parse_message
 from overfill.telemetry.metrics import DecodeMetrics
 from overfill.v1 import kv_pb2, prefill_pb2, registry_pb2
 from services import lending
+from services.engine_loans import EngineLoans
 from services.lending import Lender, LendingServicer
-from services.loans import EngineLoans
 
 KV = KvSpec(2, 1, 4, "float32", RopeSpec())
 PREFIX = PrefixCache(BlockPool(4, 4))

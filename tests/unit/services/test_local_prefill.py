@@ -198,7 +198,7 @@ class Importing:
     def __init__(self):
         self.requests, self.go_on, self.writing, self.computed = [], asyncio.Event(), False, []
 
-    def may_import(self, holder):
+    def may_import(self, holder, prompt):
         return holder is not None
 
     def note_computed(self, prompt):

@@ -399,7 +399,7 @@ class Importing:
         self.requests, self.go_on, self.error = [], asyncio.Event(), None
         self.writing, self.writing_at_release, self.computed = 0, [], []
 
-    def may_import(self, holder):
+    def may_import(self, holder, prompt):
         return holder is not None and holder.worker_id == "h"
 
     def note_computed(self, prompt):

@@ -26,10 +26,6 @@ class EngineLoans:
         self._numbers = itertools.count(1)
         self._asked: dict[str, asyncio.Future[Lent]] = {}
 
-    def __len__(self) -> int:
-        """Number of loans, those that the engine has not answered included."""
-        return len(self._asked)
-
     def on_event(self, event: Lent) -> None:
         """Handles the engine's answer. Ignores one that the borrower no longer waits for."""
         asked = self._asked.get(event.id)
