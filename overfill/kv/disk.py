@@ -186,6 +186,8 @@ class DiskTier:
 
         Drops the prompt if too many wait.
         """
+        if not prompt.keys:  # the limit, which counts blocks, would not hold for such prompts
+            return
         if self._num_queued + len(prompt.keys) > _MAX_QUEUED_BLOCKS:
             self._counts.dropped(len(prompt.keys))
             return

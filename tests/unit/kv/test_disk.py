@@ -154,6 +154,13 @@ async def test_prompts_are_dropped_when_too_many_wait(new_worker: NewWorker, mon
     await worker.save(worker.prompt(200))  # there is room again
 
 
+async def test_prompts_without_a_full_block_do_not_wait_for_the_disk(new_worker: NewWorker) -> None:
+    worker = new_worker()
+    for _ in range(100):
+        worker.tier.save(PromptBlocks([1, 2, 3], 4, 1, ""))
+    assert worker.tier._queue.empty()
+
+
 # What is not the KV of its name ----------------------------------------------------------------------------------
 
 
