@@ -290,7 +290,10 @@ class DiskTier:
         It is read again when the worker has written as much, so that what other workers write and use counts too.
         """
         room = max(num_blocks * self._block_bytes, self._limits.size // 20)
-        stored = sorted(self._files.scan(), key=lambda block: block.used_ns)
+        stored = list(self._files.scan())
+        now = time.time_ns()
+        # A time in the future was given before the clock was set back. Such files would stay until the clock gets there.
+        stored.sort(key=lambda block: block.used_ns if block.used_ns <= now else 0)
         used, evicted = sum(block.num_bytes for block in stored), 0
         while evicted < len(stored) and used + room > self._limits.size:
             self._files.delete(stored[evicted].name)

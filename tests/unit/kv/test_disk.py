@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -542,6 +543,21 @@ async def test_of_a_prompt_the_last_blocks_go_first(new_worker: NewWorker) -> No
     await worker.save(worker.prompt(100, 4))
     assert 0 < worker.tier.known(prompt, 0) < 8
     assert await worker.read(prompt) == worker.tier.known(prompt, 0)
+
+
+async def test_files_of_the_future_go_first_because_the_clock_was_set_back(new_worker: NewWorker) -> None:
+    worker = new_worker(size=40 * 4096)
+    old = [worker.prompt(first) for first in range(0, 400, 100)]
+    future = (time.time_ns() + 3600 * 10**9,) * 2
+    for prompt in old:
+        await worker.save(prompt)
+        for path in worker.paths(prompt):
+            os.utime(path, ns=future)
+    new = [worker.prompt(first) for first in range(400, 800, 100)]
+    for prompt in new:
+        await worker.save(prompt)
+    assert [worker.tier.known(prompt, 0) for prompt in new] == [8, 8, 8, 8]
+    assert 0 in [worker.tier.known(prompt, 0) for prompt in old]
 
 
 async def test_other_files_in_the_folder_are_left_alone(new_worker: NewWorker, folder: Path) -> None:
