@@ -288,21 +288,31 @@ class DiskTier:
         """Reads the folder, and deletes least recently used files until ``num_blocks``, and at least 5 %, fit.
 
         It is read again when the worker has written as much, so that what other workers write and use counts too.
+        Raises OSError if too few files can be deleted.
         """
         room = max(num_blocks * self._block_bytes, self._limits.size // 20)
         stored = list(self._files.scan())
         now = time.time_ns()
-        # A time in the future was given before the clock was set back. Such files would stay until the clock gets there.
+        # A time in the future was given before the clock was set back. Such files would stay until then.
         stored.sort(key=lambda block: block.used_ns if block.used_ns <= now else 0)
-        used, evicted = sum(block.num_bytes for block in stored), 0
-        while evicted < len(stored) and used + room > self._limits.size:
-            self._files.delete(stored[evicted].name)
-            used -= stored[evicted].num_bytes
-            evicted += 1
-        self.used_bytes, self._allowance = used, room
-        self.keys.become({key_of(block.name) for block in stored[evicted:]})
+        used, evicted, failure = sum(block.num_bytes for block in stored), set[str](), None
+        for name, num_bytes, _ in stored:
+            if used + room <= self._limits.size:
+                break
+            try:
+                self._files.delete(name)
+            except OSError as error:  # others may go
+                failure = error
+            else:
+                used -= num_bytes
+                evicted.add(name)
+        self.used_bytes = used
+        self.keys.become({key_of(block.name) for block in stored if block.name not in evicted})
         if evicted:
-            self._counts.evicted(evicted)
+            self._counts.evicted(len(evicted))
+        if failure is not None and used + room > self._limits.size:
+            raise failure
+        self._allowance = room
 
     def _discard(self, name: str, reason: Exception) -> None:
         """Deletes a file that is not the KV of its name."""

@@ -417,6 +417,80 @@ async def test_a_file_that_cannot_be_read_stays_and_is_a_miss(
     assert await worker.read(prompt) == 8
 
 
+async def test_a_folder_that_is_deleted_is_made_again_and_what_it_had_is_forgotten(
+    new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = new_worker()
+    prompt = worker.prompt()
+    await worker.save(prompt)
+    shutil.rmtree(worker.folder)
+    worker.tier.save(prompt)
+    await worker.counts.until(lambda number: number["write failed"] == 1)
+    monkeypatch.setattr(worker.tier, "_paused_until", 0.0)
+    monkeypatch.setattr(worker.tier, "_allowance", 0)
+    await worker.save(worker.prompt(100))
+    assert worker.tier.known(prompt, 0) == 0
+    assert worker.folder.stat().st_mode & 0o777 == 0o700
+    assert await worker.read(worker.prompt(100)) == 8
+
+
+async def test_a_file_that_cannot_be_deleted_stays_and_others_go(
+    new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = new_worker(size=24 * 4096)  # three prompts
+    prompt = worker.prompt()
+    await worker.save(prompt)
+    names, delete = [path.name for path in worker.paths(prompt)], DiskFiles.delete
+
+    def refuse(files: DiskFiles, name: str) -> None:
+        if name in names:
+            raise OSError(errno.EPERM, "immutable")
+        delete(files, name)
+
+    monkeypatch.setattr(DiskFiles, "delete", refuse)
+    for first in range(100, 600, 100):
+        await worker.save(worker.prompt(first))
+        assert bytes_in(worker.folder) <= 24 * 4096
+    assert await worker.read(prompt) == 8
+    assert worker.counts.number["write failed"] == 0
+
+
+async def test_what_cannot_be_deleted_from_a_folder_beyond_its_size_is_read(
+    new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = new_worker()
+    prompt = before.prompt()
+    await before.save(prompt)
+
+    def refuse(files: DiskFiles, name: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(DiskFiles, "delete", refuse)
+    after = await restarted(new_worker, prompt, size=4 * 4096)
+    assert await after.read(prompt) == 8
+    await after.counts.until(lambda number: number["write failed"] == 1)
+
+
+async def test_a_subfolder_that_cannot_be_read_hides_its_own_files_only(
+    new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = new_worker()
+    prompt = before.prompt()
+    await before.save(prompt)
+    broken, scandir = before.paths(prompt)[5].parent, os.scandir
+
+    def refuse(path: object) -> object:
+        if os.fspath(path) == str(broken):  # type: ignore[call-overload]
+            raise OSError(errno.EIO, "broken")
+        return scandir(path)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    after = new_worker(seed=1)
+    await after.save(after.prompt(100))
+    assert after.tier.known(prompt, 0) == 5
+    assert after.counts.number["write failed"] == 0
+
+
 async def test_a_size_below_one_block_is_refused(folder: Path) -> None:
     with pytest.raises(OSError, match="--kv-disk-size 4095 is less than the 4096 bytes"):
         DiskWorker(folder, size=4095)
