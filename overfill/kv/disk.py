@@ -13,10 +13,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from overfill.errors import TransferFailed
 from overfill.kv.disk_files import DiskFiles, NotAFile, bytes_on_disk
@@ -128,6 +128,8 @@ class DiskTier:
         self._queue: asyncio.Queue[PromptBlocks] = asyncio.Queue()
         self._num_queued = 0  # blocks
         self._saving: asyncio.Task[None] | None = None
+        self._jobs: set[Future[Any]] = set()  # unfinished ones of the threads
+        self._hanging: set[Future[Any]] = set()  # those that ran when a read was given up
         self._paused_until = self._rated_at = self._rate = 0.0
         self._warned: dict[str, float] = {}
 
@@ -149,7 +151,13 @@ class DiskTier:
         self._files.close()
 
     def known(self, prompt: PromptBlocks, begin: int) -> int:
-        """Number of consecutive blocks, from the one with index ``begin``, that the folder seems to have."""
+        """Number of consecutive blocks, from the one with index ``begin``, that the folder seems to have.
+
+        It is 0 while the disk still owes an answer to a read that was given up: others would wait for it in vain.
+        """
+        self._hanging = {job for job in self._hanging if not job.done()}
+        if self._hanging:
+            return 0
         keys = prompt.keys[begin:]
         return next((index for index, key in enumerate(keys) if key not in self.keys), len(keys))
 
@@ -171,6 +179,7 @@ class DiskTier:
                 async for number in self._read_groups(names, blocks, begin):
                     placed += number
         except (TimeoutError, asyncio.CancelledError) as error:
+            self._hanging.update(job for job in tuple(self._jobs) if job.running())
             self._note_rate(time.monotonic() - started, end - begin, complete=False)
             if not isinstance(error, TimeoutError):
                 raise
@@ -178,7 +187,8 @@ class DiskTier:
         else:
             if placed:
                 self._note_rate(time.monotonic() - started, placed, complete=True)
-        self._threads.submit(self._files.touch, names[: begin + placed])
+        if placed:
+            self._on_thread(self._files.touch, names[: begin + placed])
         return placed
 
     def save(self, prompt: PromptBlocks) -> None:
@@ -236,7 +246,10 @@ class DiskTier:
                 return
 
     def _on_thread(self, function: Callable[..., T], *args: object) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        job: Future[Any] = self._threads.submit(function, *args)
+        self._jobs.add(job)
+        job.add_done_callback(self._jobs.discard)
+        return asyncio.wrap_future(job)
 
     # On threads ----------------------------------------------------------------------------------------------------
 

@@ -536,6 +536,22 @@ async def test_a_read_that_hangs_is_given_up_and_writes_nothing_afterwards(
     assert after.store.k.equal(untouched)
 
 
+async def test_while_a_read_hangs_no_other_is_begun(new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = new_worker()
+    prompt = worker.prompt()
+    await worker.save(prompt)
+    after = await restarted(new_worker, prompt)
+    stuck = Stuck(monkeypatch)
+    reading = asyncio.create_task(after.tier.read(prompt, after.table, 0, 8))
+    await asyncio.to_thread(stuck.hangs.wait)
+    reading.cancel()
+    await asyncio.wait([reading])
+    assert after.tier.known(prompt, 0) == 0  # a prompt that waited for the disk too would hold a thread, or its queue
+    stuck.release.set()
+    await until_known(after.tier, prompt, 8)
+    assert await after.read(prompt) == 8
+
+
 async def test_a_cancelled_read_ends_after_the_write_to_the_store(
     new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
