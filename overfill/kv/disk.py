@@ -30,6 +30,12 @@ from overfill.kv.store import DeviceEvent, KvStore
 _GROUP_BYTES = 8 << 20
 """Bytes that are read or written at once, in host memory."""
 
+_MAX_LOANS = 64
+"""Loans for a prompt that is saved. The engine's thread walks its blocks for each, so that a long prompt has larger
+groups instead of more loans, of up to ``_MAX_SAVED_BYTES``."""
+
+_MAX_SAVED_BYTES = 8 * _GROUP_BYTES
+
 _MAX_QUEUED_BLOCKS = 1 << 16
 """Limit on blocks of prompts that wait to be saved. Their tokens take 10 MiB."""
 
@@ -122,7 +128,7 @@ class DiskTier:
         self._block_bytes = bytes_on_disk(self._format.max_bytes)
         if self._block_bytes > limits.size:
             raise OSError(f"--kv-disk-size {limits.size} is less than the {self._block_bytes} bytes of a block")
-        self._group = max(1, min(_GROUP_BYTES, limits.size // 20) // self._block_bytes)  # blocks
+        self._group = self._blocks_in(_GROUP_BYTES)
         self._allowance = 0  # bytes to be written before the folder is read again
         self._threads = ThreadPoolExecutor(_THREADS, "kv-disk")
         self._queue: asyncio.Queue[PromptBlocks] = asyncio.Queue()
@@ -224,9 +230,10 @@ class DiskTier:
     async def _save(self, prompt: PromptBlocks) -> None:
         names = await self._on_thread(self._format.names, prompt, len(prompt.keys))
         missing = await self._on_thread(self._files.touch, names)
-        for start in range(0, len(missing), self._group):
-            began, group = time.monotonic(), missing[start : start + self._group]
-            async with self._lend(prompt) as loan:
+        step = max(self._group, min(-(-len(missing) // _MAX_LOANS), self._blocks_in(_MAX_SAVED_BYTES)))
+        for start in range(0, len(missing), step):
+            began, group = time.monotonic(), missing[start : start + step]
+            async with self._lend(prompt.beginning(group[-1] + 1)) as loan:
                 group = [index for index in group if (index + 1) * self._format.block_size <= loan.tokens]
                 copies = asyncio.get_running_loop().run_in_executor(self._executor, self._copy, names, group, loan)
                 contents = await shielded(copies)
@@ -244,6 +251,10 @@ class DiskTier:
             yield placed
             if placed < len(names[first:after]):
                 return
+
+    def _blocks_in(self, num_bytes: int) -> int:
+        """Blocks of a group that takes ``num_bytes``, or 5 % of the folder if that is less; at least one."""
+        return max(1, min(num_bytes, self._limits.size // 20) // self._block_bytes)
 
     def _on_thread(self, function: Callable[..., T], *args: object) -> asyncio.Future[T]:
         job: Future[Any] = self._threads.submit(function, *args)

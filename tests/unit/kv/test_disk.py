@@ -101,6 +101,23 @@ async def test_what_the_engine_no_longer_has_is_not_saved_and_each_loan_ends(new
     assert worker.tier.known(worker.prompt(100), 0) == 0
 
 
+async def test_a_long_prompt_takes_no_more_loans_than_a_shorter_one(
+    new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_GROUP_BYTES", 4096)  # a block
+    monkeypatch.setattr(disk, "_MAX_SAVED_BYTES", 3 * 4096)
+    before = new_worker(num_blocks=256)
+    prompt, short, longer = before.prompt(0, 128), before.prompt(5000, 8), before.prompt(9000, 256)
+    await before.save(short)
+    await before.save(prompt)
+    await before.save(longer)
+    loans = [list(range(step, tokens + step, step)) for tokens, step in ((32, 4), (512, 8), (1024, 12))]
+    loans[-1][-1] = 1024
+    assert before.loans == sum(loans, [])  # each of no more blocks than it needs
+    after = await restarted(new_worker, prompt, num_blocks=256)
+    assert await after.read(prompt) == 128
+
+
 async def test_blocks_that_are_on_disk_are_not_written_again(new_worker: NewWorker) -> None:
     worker, prompt = new_worker(), None
     prompt = worker.prompt(0, 6)
