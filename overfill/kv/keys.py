@@ -81,7 +81,7 @@ class PromptBlocks:
         return other
 
     def beginning(self, num_blocks: int) -> Self:
-        """A copy with the first ``num_blocks`` full blocks only."""
+        """A copy with the first ``num_blocks`` full blocks only. Nothing may be appended to it."""
         other = copy(self)
         other.tokens, other.keys = self.tokens[:num_blocks], self.keys[:num_blocks]
         other.num_tokens = min(self.num_tokens, num_blocks * self._block_size)
