@@ -627,7 +627,11 @@ def bytes_in(folder: Path) -> int:
     return 0
 
 
-async def test_the_folder_never_exceeds_its_size_and_the_least_recently_used_prompt_goes(new_worker: NewWorker) -> None:
+@pytest.mark.parametrize("sorted_at_once", [3, 4096])
+async def test_the_folder_never_exceeds_its_size_and_the_least_recently_used_prompt_goes(
+    new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch, sorted_at_once: int
+) -> None:
+    monkeypatch.setattr(disk, "_SORTED_AT_ONCE", sorted_at_once)
     worker = new_worker(size=40 * 4096)  # five prompts
     prompts = [worker.prompt(first) for first in range(0, 900, 100)]
     for prompt in prompts:
