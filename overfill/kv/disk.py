@@ -13,6 +13,7 @@ import asyncio
 import heapq
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, suppress
@@ -136,7 +137,8 @@ class DiskTier:
         self._allowance = 0  # bytes to be written before the folder is read again
         self._threads = ThreadPoolExecutor(_THREADS, "kv-disk")
         self._queue: asyncio.Queue[PromptBlocks] = asyncio.Queue()
-        self._num_queued = 0  # blocks
+        self._waiting: set[tuple[str, int]] = set()  # cache namespace and last key of the prompts in the queue
+        self._num_queued = Counter[str]()  # cache namespace -> blocks in the queue
         self._saving: asyncio.Task[None] | None = None
         self._jobs: set[Future[Any]] = set()  # unfinished ones of the threads
         self._hanging: set[Future[Any]] = set()  # those that ran when a read was given up
@@ -204,21 +206,28 @@ class DiskTier:
     def save(self, prompt: PromptBlocks) -> None:
         """Has the prompt's full blocks saved, if they are not on disk and the engine still has them by then.
 
-        Drops the prompt if too many wait.
+        Drops the prompt if too many wait. A tenant's prompts fill half of the queue at most.
         """
-        if not prompt.keys:  # the limit, which counts blocks, would not hold for such prompts
+        if not prompt.keys:  # the limits, which count blocks, would not hold for such prompts
             return
-        if self._num_queued + len(prompt.keys) > _MAX_QUEUED_BLOCKS:
+        tenant, waiting = prompt.cache_namespace, (prompt.cache_namespace, prompt.keys[-1])
+        if waiting in self._waiting:
+            return
+        others = self._num_queued.total() - self._num_queued[tenant]
+        own = self._num_queued[tenant] + len(prompt.keys)
+        if own > _MAX_QUEUED_BLOCKS // 2 or own + others > _MAX_QUEUED_BLOCKS:
             self._counts.dropped(len(prompt.keys))
             return
-        self._num_queued += len(prompt.keys)
+        self._num_queued[tenant] = own
+        self._waiting.add(waiting)
         self._queue.put_nowait(prompt)
 
     async def _keep_saving(self) -> None:
         await self._attempt(self._on_thread(self._make_room, 0))
         while True:
             prompt = await self._queue.get()
-            self._num_queued -= len(prompt.keys)
+            self._waiting.discard((prompt.cache_namespace, prompt.keys[-1]))
+            self._num_queued -= Counter({prompt.cache_namespace: len(prompt.keys)})  # without tenants that have none
             if time.monotonic() < self._paused_until:
                 self._counts.dropped(len(prompt.keys))
             else:

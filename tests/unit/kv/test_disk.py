@@ -164,7 +164,7 @@ async def test_a_slow_disk_gets_no_more_than_its_bandwidth(
 
 
 async def test_prompts_are_dropped_when_too_many_wait(new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk, "_MAX_QUEUED_BLOCKS", 10)
+    monkeypatch.setattr(disk, "_MAX_QUEUED_BLOCKS", 20)
     worker = new_worker()
     worker.tier.save(worker.prompt())
     worker.tier.save(worker.prompt(100))
@@ -178,6 +178,30 @@ async def test_prompts_without_a_full_block_do_not_wait_for_the_disk(new_worker:
     for _ in range(100):
         worker.tier.save(PromptBlocks([1, 2, 3], 4, 1, ""))
     assert worker.tier._queue.empty()
+
+
+async def test_a_prompt_that_waits_to_be_saved_is_not_queued_again(new_worker: NewWorker) -> None:
+    worker = new_worker()
+    for _ in range(100):
+        worker.tier.save(worker.prompt())
+    assert worker.tier._queue.qsize() == 1
+    await worker.counts.until(lambda number: number["written"] == 8)
+    await worker.save(worker.prompt(), 0)
+
+
+async def test_a_tenant_leaves_half_of_the_queue_to_others(
+    new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_MAX_QUEUED_BLOCKS", 40)
+    worker = new_worker()
+    for first in range(0, 5000, 100):
+        worker.tier.save(worker.prompt(first, namespace="floods"))
+    theirs = worker.prompt(100, namespace="other")
+    worker.tier.save(theirs)
+    await worker.counts.until(lambda number: number["written"] == 24)
+    assert worker.tier.known(theirs, 0) == 8
+    await worker.counts.until(lambda number: number["dropped"] == 48 * 8)
+    assert not worker.tier._num_queued
 
 
 # What is not the KV of its name ----------------------------------------------------------------------------------
