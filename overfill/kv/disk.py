@@ -10,16 +10,18 @@ given back before the write.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from overfill.errors import TransferFailed
-from overfill.kv.disk_files import DiskFiles, NotAFile, bytes_on_disk
+from overfill.kv.disk_files import DiskFiles, NotAFile, StoredBlock, bytes_on_disk
 from overfill.kv.disk_format import BlockFormat, key_of
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.journal import KeyJournal
@@ -31,8 +33,17 @@ from overfill.telemetry.metrics import DiskMetrics
 _GROUP_BYTES = 8 << 20
 """Bytes that are read or written at once, in host memory."""
 
+_MAX_LOANS = 64
+"""Loans for a prompt that is saved. The engine's thread walks its blocks for each, so that a long prompt has larger
+groups instead of more loans, of up to ``_MAX_SAVED_BYTES``."""
+
+_MAX_SAVED_BYTES = 8 * _GROUP_BYTES
+
 _MAX_QUEUED_BLOCKS = 1 << 16
 """Limit on blocks of prompts that wait to be saved. Their tokens take 10 MiB."""
+
+_SORTED_AT_ONCE = 4096
+"""Files that are sorted before the thread yields to others: 200,000 at once stop them for 0.1 s."""
 
 _RETRY = 30.0
 """Seconds for which nothing is saved after a failed write, such as to a full disk."""
@@ -105,12 +116,15 @@ class DiskTier:
         self._block_bytes = bytes_on_disk(self._format.max_bytes)
         if self._block_bytes > limits.size:
             raise OSError(f"--kv-disk-size {limits.size} is less than the {self._block_bytes} bytes of a block")
-        self._group = max(1, min(_GROUP_BYTES, limits.size // 20) // self._block_bytes)  # blocks
+        self._group = self._blocks_in(_GROUP_BYTES)
         self._allowance = 0  # bytes to be written before the folder is read again
         self._threads = ThreadPoolExecutor(_THREADS, "kv-disk")
         self._queue: asyncio.Queue[PromptBlocks] = asyncio.Queue()
-        self._num_queued = 0  # blocks
+        self._waiting: set[tuple[str, int]] = set()  # cache namespace and last key of the prompts in the queue
+        self._num_queued = Counter[str]()  # cache namespace -> blocks in the queue
         self._saving: asyncio.Task[None] | None = None
+        self._jobs: set[Future[Any]] = set()  # unfinished ones of the threads
+        self._hanging: set[Future[Any]] = set()  # those that ran when a read was given up
         self._paused_until = 0.0
         self._warned: dict[str, float] = {}
 
@@ -127,7 +141,13 @@ class DiskTier:
         self._files.close()
 
     def known(self, prompt: PromptBlocks, begin: int) -> int:
-        """Number of consecutive blocks, from the one with index ``begin``, that the folder seems to have."""
+        """Number of consecutive blocks, from the one with index ``begin``, that the folder seems to have.
+
+        It is 0 while the disk still owes an answer to a read that was given up: others would wait for it in vain.
+        """
+        self._hanging = {job for job in self._hanging if not job.done()}
+        if self._hanging:
+            return 0
         keys = prompt.keys[begin:]
         return next((index for index, key in enumerate(keys) if key not in self.keys), len(keys))
 
@@ -148,27 +168,40 @@ class DiskTier:
                 names = await self._on_thread(self._format.names, prompt, end)
                 async for number in self._read_groups(names, blocks, begin):
                     placed += number
-        except TimeoutError:
+        except (TimeoutError, asyncio.CancelledError) as error:
+            self._hanging.update(job for job in tuple(self._jobs) if job.running())
+            if not isinstance(error, TimeoutError):
+                raise
             self._warn("read", "reads from --kv-disk take too long; prompts are computed")
-        self._threads.submit(self._files.touch, names[: begin + placed])
+        if placed:
+            self._on_thread(self._files.touch, names[: begin + placed])
         return placed
 
     def save(self, prompt: PromptBlocks) -> None:
         """Has the prompt's full blocks saved, if they are not on disk and the engine still has them by then.
 
-        Drops the prompt if too many wait.
+        Drops the prompt if too many wait. A tenant's prompts fill half of the queue at most.
         """
-        if self._num_queued + len(prompt.keys) > _MAX_QUEUED_BLOCKS:
+        if not prompt.keys:  # the limits, which count blocks, would not hold for such prompts
+            return
+        tenant, waiting = prompt.cache_namespace, (prompt.cache_namespace, prompt.keys[-1])
+        if waiting in self._waiting:
+            return
+        others = self._num_queued.total() - self._num_queued[tenant]
+        own = self._num_queued[tenant] + len(prompt.keys)
+        if own > _MAX_QUEUED_BLOCKS // 2 or own + others > _MAX_QUEUED_BLOCKS:
             self._counts.dropped(len(prompt.keys))
             return
-        self._num_queued += len(prompt.keys)
+        self._num_queued[tenant] = own
+        self._waiting.add(waiting)
         self._queue.put_nowait(prompt)
 
     async def _keep_saving(self) -> None:
         await self._attempt(self._on_thread(self._make_room, 0))
         while True:
             prompt = await self._queue.get()
-            self._num_queued -= len(prompt.keys)
+            self._waiting.discard((prompt.cache_namespace, prompt.keys[-1]))
+            self._num_queued -= Counter({prompt.cache_namespace: len(prompt.keys)})  # without tenants that have none
             if time.monotonic() < self._paused_until:
                 self._counts.dropped(len(prompt.keys))
             else:
@@ -184,9 +217,10 @@ class DiskTier:
     async def _save(self, prompt: PromptBlocks) -> None:
         names = await self._on_thread(self._format.names, prompt, len(prompt.keys))
         missing = await self._on_thread(self._files.touch, names)
-        for start in range(0, len(missing), self._group):
-            began, group = time.monotonic(), missing[start : start + self._group]
-            async with self._lend(prompt) as loan:
+        step = max(self._group, min(-(-len(missing) // _MAX_LOANS), self._blocks_in(_MAX_SAVED_BYTES)))
+        for start in range(0, len(missing), step):
+            began, group = time.monotonic(), missing[start : start + step]
+            async with self._lend(prompt.beginning(group[-1] + 1)) as loan:
                 group = [index for index in group if (index + 1) * self._format.block_size <= loan.tokens]
                 copies = asyncio.get_running_loop().run_in_executor(self._executor, self._copy, names, group, loan)
                 contents = await shielded(copies)
@@ -205,8 +239,15 @@ class DiskTier:
             if placed < len(names[first:after]):
                 return
 
+    def _blocks_in(self, num_bytes: int) -> int:
+        """Blocks of a group that takes ``num_bytes``, or 5 % of the folder if that is less; at least one."""
+        return max(1, min(num_bytes, self._limits.size // 20) // self._block_bytes)
+
     def _on_thread(self, function: Callable[..., T], *args: object) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        job: Future[Any] = self._threads.submit(function, *args)
+        self._jobs.add(job)
+        job.add_done_callback(self._jobs.discard)
+        return asyncio.wrap_future(job)
 
     # On threads ----------------------------------------------------------------------------------------------------
 
@@ -258,18 +299,36 @@ class DiskTier:
         """Reads the folder, and deletes least recently used files until ``num_blocks``, and at least 5 %, fit.
 
         It is read again when the worker has written as much, so that what other workers write and use counts too.
+        Raises OSError if too few files can be deleted.
         """
         room = max(num_blocks * self._block_bytes, self._limits.size // 20)
-        stored = sorted(self._files.scan(), key=lambda block: block.used_ns)
-        used, evicted = sum(block.num_bytes for block in stored), 0
-        while evicted < len(stored) and used + room > self._limits.size:
-            self._files.delete(stored[evicted].name)
-            used -= stored[evicted].num_bytes
-            evicted += 1
-        self.used_bytes, self._allowance = used, room
-        self.keys.become({key_of(block.name) for block in stored[evicted:]})
+        stored = list(self._files.scan())
+        now = time.time_ns()
+
+        def used_at(block: StoredBlock) -> int:
+            """Takes a time in the future, given before the clock was set back, for long ago: else the file stays."""
+            return block.used_ns if block.used_ns <= now else 0
+
+        starts = range(0, len(stored), _SORTED_AT_ONCE)
+        runs = [sorted(stored[start : start + _SORTED_AT_ONCE], key=used_at) for start in starts]
+        used, evicted, failure = sum(block.num_bytes for block in stored), set[str](), None
+        for name, num_bytes, _ in heapq.merge(*runs, key=used_at):
+            if used + room <= self._limits.size:
+                break
+            try:
+                self._files.delete(name)
+            except OSError as error:  # others may go
+                failure = error
+            else:
+                used -= num_bytes
+                evicted.add(name)
+        self.used_bytes = used
+        self.keys.become({key_of(block.name) for block in stored if block.name not in evicted})
         if evicted:
-            self._counts.evicted(evicted)
+            self._counts.evicted(len(evicted))
+        if failure is not None and used + room > self._limits.size:
+            raise failure
+        self._allowance = room
 
     def _discard(self, name: str, reason: Exception) -> None:
         """Deletes a file that is not the KV of its name."""

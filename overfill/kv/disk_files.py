@@ -55,13 +55,7 @@ class DiskFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-        if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-            raise NotOurFolder(
-                f"user {os.geteuid()} must own {folder}, with mode 0700, because KV is as secret as prompts; its owner "
-                f"is {status.st_uid} and its mode {stat.S_IMODE(status.st_mode):04o}; name a new folder inside it"
-            )
+        _make_folder(folder)
         self._folder = folder
         self._held: IO[bytes] | None = None
         self._part = folder
@@ -97,6 +91,8 @@ class DiskFiles:
             self._part.rename(path)
         except OSError:
             self._part.unlink(missing_ok=True)  # a full disk needs its bytes
+            self.close()
+            self._held = None  # the next write makes the folder again if someone has deleted it
             raise
 
     def touch(self, names: Sequence[str]) -> list[int]:
@@ -119,15 +115,13 @@ class DiskFiles:
         self._path(name).unlink(missing_ok=True)
 
     def scan(self) -> Iterator[StoredBlock]:
-        """Yields all files. Raises OSError."""
+        """Yields all files, except for those in sub-folders that cannot be read. Raises OSError."""
+        if not self._folder.exists():  # someone has deleted it
+            return
         for folder in os.scandir(self._folder):
-            if not _SUBFOLDER.fullmatch(folder.name) or not folder.is_dir(follow_symlinks=False):
-                continue
-            for entry in os.scandir(folder):
-                if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                    with suppress(FileNotFoundError):  # another process has just evicted it
-                        status = entry.stat(follow_symlinks=False)
-                        yield StoredBlock(entry.name, bytes_on_disk(status.st_size), status.st_mtime_ns)
+            if _SUBFOLDER.fullmatch(folder.name) and folder.is_dir(follow_symlinks=False):
+                with suppress(OSError):
+                    yield from _scan(folder.path)
 
     def close(self) -> None:
         """Lets another process have this one's part. Nothing may be written afterwards."""
@@ -139,6 +133,7 @@ class DiskFiles:
 
     def _take_part(self) -> None:
         """Takes a file to write to before it gets its name. A later process takes over that of one that was killed."""
+        _make_folder(self._folder)
         for number in itertools.count():
             held = open(self._folder / f"writer-{number}", "wb", opener=_open)  # noqa: SIM115  # until close
             try:
@@ -150,6 +145,26 @@ class DiskFiles:
                 raise
             self._part, self._held = self._folder / f"writer-{number}.part", held
             return
+
+
+def _make_folder(folder: Path) -> None:
+    """Makes a folder if it is missing. Raises OSError if it cannot be made, or is a NotOurFolder."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise NotOurFolder(
+            f"user {os.geteuid()} must own {folder}, with mode 0700, because KV is as secret as prompts; its owner "
+            f"is {status.st_uid} and its mode {stat.S_IMODE(status.st_mode):04o}; name a new folder inside it"
+        )
+
+
+def _scan(subfolder: str) -> Iterator[StoredBlock]:
+    """Yields the files of a sub-folder. Raises OSError."""
+    for entry in os.scandir(subfolder):
+        if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+            with suppress(FileNotFoundError):  # another process has just evicted it
+                status = entry.stat(follow_symlinks=False)
+                yield StoredBlock(entry.name, bytes_on_disk(status.st_size), status.st_mtime_ns)
 
 
 def _open(path: str, flags: int) -> int:

@@ -80,6 +80,13 @@ class PromptBlocks:
         other.tokens, other.keys = list(self.tokens), list(self.keys)
         return other
 
+    def beginning(self, num_blocks: int) -> Self:
+        """A copy with the first ``num_blocks`` full blocks only. Nothing may be appended to it."""
+        other = copy(self)
+        other.tokens, other.keys = self.tokens[:num_blocks], self.keys[:num_blocks]
+        other.num_tokens = min(self.num_tokens, num_blocks * self._block_size)
+        return other
+
     def append(self, tokens: Sequence[int]) -> None:
         """Adds the full blocks of ``tokens``, which follow the last full block. No other thread may use ``self``."""
         if self._root is None:

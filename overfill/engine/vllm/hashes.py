@@ -40,6 +40,11 @@ class HashedPrompt(PromptBlocks):
         other.hashes = list(self.hashes)
         return other
 
+    def beginning(self, num_blocks: int) -> HashedPrompt:
+        other = super().beginning(num_blocks)
+        other.hashes = self.hashes[:num_blocks]
+        return other
+
     def append(self, tokens: Sequence[int]) -> None:
         super().append(tokens)
         begin = len(self.hashes)

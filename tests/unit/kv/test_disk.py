@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import shutil
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -99,6 +101,23 @@ async def test_what_the_engine_no_longer_has_is_not_saved_and_each_loan_ends(new
     assert worker.tier.known(worker.prompt(100), 0) == 0
 
 
+async def test_a_long_prompt_takes_no_more_loans_than_a_shorter_one(
+    new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_GROUP_BYTES", 4096)  # a block
+    monkeypatch.setattr(disk, "_MAX_SAVED_BYTES", 3 * 4096)
+    before = new_worker(num_blocks=256)
+    prompt, short, longer = before.prompt(0, 128), before.prompt(5000, 8), before.prompt(9000, 256)
+    await before.save(short)
+    await before.save(prompt)
+    await before.save(longer)
+    loans = [list(range(step, tokens + step, step)) for tokens, step in ((32, 4), (512, 8), (1024, 12))]
+    loans[-1][-1] = 1024
+    assert before.loans == [*itertools.chain(*loans)]  # each of no more blocks than it needs
+    after = await restarted(new_worker, prompt, num_blocks=256)
+    assert await after.read(prompt) == 128
+
+
 async def test_blocks_that_are_on_disk_are_not_written_again(new_worker: NewWorker) -> None:
     worker, prompt = new_worker(), None
     prompt = worker.prompt(0, 6)
@@ -144,13 +163,44 @@ async def test_a_slow_disk_gets_no_more_than_its_bandwidth(
 
 
 async def test_prompts_are_dropped_when_too_many_wait(new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk, "_MAX_QUEUED_BLOCKS", 10)
+    monkeypatch.setattr(disk, "_MAX_QUEUED_BLOCKS", 20)
     worker = new_worker()
     worker.tier.save(worker.prompt())
     worker.tier.save(worker.prompt(100))
     await worker.counts.until(lambda number: number["dropped"] == 8 and number["written"] == 8)
     assert worker.tier.known(worker.prompt(100), 0) == 0
     await worker.save(worker.prompt(200))  # there is room again
+
+
+async def test_prompts_without_a_full_block_do_not_wait_for_the_disk(new_worker: NewWorker) -> None:
+    worker = new_worker()
+    for _ in range(100):
+        worker.tier.save(PromptBlocks([1, 2, 3], 4, 1, ""))
+    assert worker.tier._queue.empty()
+
+
+async def test_a_prompt_that_waits_to_be_saved_is_not_queued_again(new_worker: NewWorker) -> None:
+    worker = new_worker()
+    for _ in range(100):
+        worker.tier.save(worker.prompt())
+    assert worker.tier._queue.qsize() == 1
+    await worker.counts.until(lambda number: number["written"] == 8)
+    await worker.save(worker.prompt(), 0)
+
+
+async def test_a_tenant_leaves_half_of_the_queue_to_others(
+    new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_MAX_QUEUED_BLOCKS", 40)
+    worker = new_worker()
+    for first in range(0, 5000, 100):
+        worker.tier.save(worker.prompt(first, namespace="floods"))
+    theirs = worker.prompt(100, namespace="other")
+    worker.tier.save(theirs)
+    await worker.counts.until(lambda number: number["written"] == 24)
+    assert worker.tier.known(theirs, 0) == 8
+    await worker.counts.until(lambda number: number["dropped"] == 48 * 8)
+    assert not worker.tier._num_queued
 
 
 # What is not the KV of its name ----------------------------------------------------------------------------------
@@ -408,6 +458,80 @@ async def test_a_file_that_cannot_be_read_stays_and_is_a_miss(
     assert await worker.read(prompt) == 8
 
 
+async def test_a_folder_that_is_deleted_is_made_again_and_what_it_had_is_forgotten(
+    new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = new_worker()
+    prompt = worker.prompt()
+    await worker.save(prompt)
+    shutil.rmtree(worker.folder)
+    worker.tier.save(prompt)
+    await worker.counts.until(lambda number: number["write failed"] == 1)
+    monkeypatch.setattr(worker.tier, "_paused_until", 0.0)
+    monkeypatch.setattr(worker.tier, "_allowance", 0)
+    await worker.save(worker.prompt(100))
+    assert worker.tier.known(prompt, 0) == 0
+    assert worker.folder.stat().st_mode & 0o777 == 0o700
+    assert await worker.read(worker.prompt(100)) == 8
+
+
+async def test_a_file_that_cannot_be_deleted_stays_and_others_go(
+    new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = new_worker(size=24 * 4096)  # three prompts
+    prompt = worker.prompt()
+    await worker.save(prompt)
+    names, delete = [path.name for path in worker.paths(prompt)], DiskFiles.delete
+
+    def refuse(files: DiskFiles, name: str) -> None:
+        if name in names:
+            raise OSError(errno.EPERM, "immutable")
+        delete(files, name)
+
+    monkeypatch.setattr(DiskFiles, "delete", refuse)
+    for first in range(100, 600, 100):
+        await worker.save(worker.prompt(first))
+        assert bytes_in(worker.folder) <= 24 * 4096
+    assert await worker.read(prompt) == 8
+    assert worker.counts.number["write failed"] == 0
+
+
+async def test_what_cannot_be_deleted_from_a_folder_beyond_its_size_is_read(
+    new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = new_worker()
+    prompt = before.prompt()
+    await before.save(prompt)
+
+    def refuse(files: DiskFiles, name: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(DiskFiles, "delete", refuse)
+    after = await restarted(new_worker, prompt, size=4 * 4096)
+    assert await after.read(prompt) == 8
+    await after.counts.until(lambda number: number["write failed"] == 1)
+
+
+async def test_a_subfolder_that_cannot_be_read_hides_its_own_files_only(
+    new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = new_worker()
+    prompt = before.prompt()
+    await before.save(prompt)
+    broken, scandir = before.paths(prompt)[5].parent, os.scandir
+
+    def refuse(path: object) -> object:
+        if os.fspath(path) == str(broken):  # type: ignore[call-overload]
+            raise OSError(errno.EIO, "broken")
+        return scandir(path)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    after = new_worker(seed=1)
+    await after.save(after.prompt(100))
+    assert after.tier.known(prompt, 0) == 5
+    assert after.counts.number["write failed"] == 0
+
+
 async def test_a_size_below_one_block_is_refused(folder: Path) -> None:
     with pytest.raises(OSError, match="--kv-disk-size 4095 is less than the 4096 bytes"):
         DiskWorker(folder, size=4095)
@@ -450,6 +574,22 @@ async def test_a_read_that_hangs_is_given_up_and_writes_nothing_afterwards(
     stuck.release.set()
     after.tier._threads.shutdown()  # until the thread that hung has ended
     assert after.store.k.equal(untouched)
+
+
+async def test_while_a_read_hangs_no_other_is_begun(new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = new_worker()
+    prompt = worker.prompt()
+    await worker.save(prompt)
+    after = await restarted(new_worker, prompt)
+    stuck = Stuck(monkeypatch)
+    reading = asyncio.create_task(after.tier.read(prompt, after.table, 0, 8))
+    await asyncio.to_thread(stuck.hangs.wait)
+    reading.cancel()
+    await asyncio.wait([reading])
+    assert after.tier.known(prompt, 0) == 0  # a prompt that waited for the disk too would hold a thread, or its queue
+    stuck.release.set()
+    await until_known(after.tier, prompt, 8)
+    assert await after.read(prompt) == 8
 
 
 async def test_a_cancelled_read_ends_after_the_write_to_the_store(
@@ -509,7 +649,11 @@ def bytes_in(folder: Path) -> int:
     return 0
 
 
-async def test_the_folder_never_exceeds_its_size_and_the_least_recently_used_prompt_goes(new_worker: NewWorker) -> None:
+@pytest.mark.parametrize("sorted_at_once", [3, 4096])
+async def test_the_folder_never_exceeds_its_size_and_the_least_recently_used_prompt_goes(
+    new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch, sorted_at_once: int
+) -> None:
+    monkeypatch.setattr(disk, "_SORTED_AT_ONCE", sorted_at_once)
     worker = new_worker(size=40 * 4096)  # five prompts
     prompts = [worker.prompt(first) for first in range(0, 900, 100)]
     for prompt in prompts:
@@ -533,6 +677,21 @@ async def test_of_a_prompt_the_last_blocks_go_first(new_worker: NewWorker) -> No
     await worker.save(worker.prompt(100, 4))
     assert 0 < worker.tier.known(prompt, 0) < 8
     assert await worker.read(prompt) == worker.tier.known(prompt, 0)
+
+
+async def test_files_of_the_future_go_first_because_the_clock_was_set_back(new_worker: NewWorker) -> None:
+    worker = new_worker(size=40 * 4096)
+    old = [worker.prompt(first) for first in range(0, 400, 100)]
+    future = (time.time_ns() + 3600 * 10**9,) * 2
+    for prompt in old:
+        await worker.save(prompt)
+        for path in worker.paths(prompt):
+            os.utime(path, ns=future)
+    new = [worker.prompt(first) for first in range(400, 800, 100)]
+    for prompt in new:
+        await worker.save(prompt)
+    assert [worker.tier.known(prompt, 0) for prompt in new] == [8, 8, 8, 8]
+    assert 0 in [worker.tier.known(prompt, 0) for prompt in old]
 
 
 async def test_other_files_in_the_folder_are_left_alone(new_worker: NewWorker, folder: Path) -> None:
