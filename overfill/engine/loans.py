@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     import torch
 
 
+KEPT_SHARE = 4
+"""Loans leave one block in this many to sequences, so that borrowers cannot stop a worker that has little memory."""
+
+
 class Loans:
     """The loans of one engine. Lent blocks are in use: they are neither evicted nor given to a sequence.
 
@@ -24,9 +28,15 @@ class Loans:
         self._prefix = prefix
         self._device = device
 
-    def lend(self, message: Lend) -> Lent:
-        """Begins a loan, which lasts until ``end``."""
-        loan = self._prefix.lend(message.id, message.prompt)
+    def lend(self, message: Lend, *, awaited: bool) -> Lent:
+        """Begins a loan, which lasts until ``end``.
+
+        Args:
+            awaited: whether a sequence waits for blocks. Then only blocks in use are lent, so that it gets its blocks
+                when the present loans have ended.
+        """
+        num_blocks = self._prefix.pool.num_blocks
+        loan = self._prefix.lend(message.id, message.prompt, num_blocks if awaited else num_blocks // KEPT_SHARE)
         self.ids.add(message.id)
         # Earlier steps, which compute these blocks, may still be running on the device.
         event = record_event(self._device) if loan.blocks else None

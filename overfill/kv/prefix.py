@@ -178,15 +178,21 @@ class PrefixCache:
         self.tokens_found += cached
         return BlockAllocation(blocks, cached)
 
-    def lend(self, owner: str, prompt: PromptBlocks) -> BlockAllocation:
+    def lend(self, owner: str, prompt: PromptBlocks, spare: int = 0) -> BlockAllocation:
         """Gives ``owner`` a reference on the cached blocks with the start of ``prompt``, until ``release``.
 
         All of the prompt's full blocks may be among them. Nothing is allocated, and the counts of lookups stay.
+
+        Args:
+            spare: blocks that remain available afterwards, or as many as before. Blocks in use are lent in any case.
         """
         root = self._roots.get(prompt.cache_namespace)
-        path = list(self._walk(root, prompt, 0, len(prompt.tokens)))
-        for node in path:
+        path = []
+        for node in self._walk(root, prompt, 0, len(prompt.tokens)):
+            if node.refs == 0 and self.num_available <= spare:
+                break
             self._reference(node)
+            path.append(node)
         self._holders[owner] = _Holder(prompt, [node.block for node in path], set(), path, len(path))
         return self.allocation(owner)
 
