@@ -32,11 +32,11 @@ class Loans:
         """Begins a loan, which lasts until ``end``.
 
         Args:
-            awaited: whether a sequence waits for blocks. Then only blocks in use are lent, so that it gets its blocks
-                when the present loans have ended.
+            awaited: whether a sequence waits for blocks. Then nothing is lent, not even what other loans have, so that
+                the sequence gets its blocks when the present loans have ended.
         """
-        num_blocks = self._prefix.pool.num_blocks
-        loan = self._prefix.lend(message.id, message.prompt, num_blocks if awaited else num_blocks // KEPT_SHARE)
+        prompt = self._prefix.blocks_of(()) if awaited else message.prompt
+        loan = self._prefix.lend(message.id, prompt, self._prefix.pool.num_blocks // KEPT_SHARE)
         self.ids.add(message.id)
         # Earlier steps, which compute these blocks, may still be running on the device.
         event = record_event(self._device) if loan.blocks else None

@@ -80,9 +80,9 @@ class VllmEngine(Hooks):
 
     def _lend(self, message: Lend) -> None:
         """Answers with the cached blocks that can be held, without those that sequences still need."""
-        total = self._vllm.num_blocks
-        kept = total if self._awaits_blocks() else max(self._num_kept(), total // KEPT_SHARE)
-        loan = self._vllm.hold(hashes_of(message.prompt), kept, self._unwritten)
+        kept = max(self._num_kept(), self._vllm.num_blocks // KEPT_SHARE)
+        hashes = () if self._awaits_blocks() else hashes_of(message.prompt)
+        loan = self._vllm.hold(hashes, kept, self._unwritten)
         self._loans[message.id] = loan
         blocks = [block.block_id for block in loan]
         # No event: an earlier step has ended on the device, too, because vLLM waits for its tokens.
