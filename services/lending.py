@@ -137,7 +137,7 @@ class Lender:
         prompt = await self._hasher.blocks_of(list(start.prompt_token_ids), start.cache_namespace)
         held, kv, ranks = start.already_held_tokens, self._half.kv, self._half.ranks
         async with AsyncExitStack() as stack:
-            lent = await stack.enter_async_context(self._loans.lend(prompt))
+            lent = await stack.enter_async_context(self._loans.lend(prompt, to_peer=True))
             if lent.tokens <= held:
                 yield lent.tokens
                 return

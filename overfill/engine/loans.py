@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 KEPT_SHARE = 4
-"""Loans leave one block in this many to sequences, so that borrowers cannot stop a worker that has little memory."""
+"""Loans to peers leave one block in this many to sequences, so that borrowers cannot stop a worker with little memory."""
 
 
 class Loans:
@@ -32,11 +32,11 @@ class Loans:
         """Begins a loan, which lasts until ``end``.
 
         Args:
-            awaited: whether a sequence waits for blocks. Then nothing is lent, not even what other loans have, so that
-                the sequence gets its blocks when the present loans have ended.
+            awaited: whether a sequence waits for blocks. Then peers get nothing, not even what other loans have, so
+                that the sequence gets its blocks when the present loans have ended.
         """
-        prompt = self._prefix.blocks_of(()) if awaited else message.prompt
-        loan = self._prefix.lend(message.id, prompt, self._prefix.pool.num_blocks // KEPT_SHARE)
+        prompt = self._prefix.blocks_of(()) if awaited and message.to_peer else message.prompt
+        loan = self._prefix.lend(message.id, prompt, message.to_peer * self._prefix.pool.num_blocks // KEPT_SHARE)
         self.ids.add(message.id)
         # Earlier steps, which compute these blocks, may still be running on the device.
         event = record_event(self._device) if loan.blocks else None

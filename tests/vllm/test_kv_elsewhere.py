@@ -201,13 +201,13 @@ class TestImportsWithFewBlocks(OnVllm, EngineConformance):
         total = driver.load.blocks_total
         (first,) = driver.compute(greedy(total * BLOCK_SIZE - 9, 1))
         driver.cancel(first)
-        loans = [driver.lend(first.request.prompt) for _ in range(2)]
+        loans = [driver.lend(first.request.prompt, to_peer=True) for _ in range(2)]
         assert [len(loan.blocks) for loan in loans] == [total - total // 4] * 2
         waiting = driver.submit(greedy(total * BLOCK_SIZE - 9, 2))
         driver.run()
         assert waiting.computed is None
         for loan in loans:
-            later = driver.lend(first.request.prompt)
+            later = driver.lend(first.request.prompt, to_peer=True)
             assert not later.blocks, "the loans would have no end"
             driver.end_loan(later)
             driver.end_loan(loan)

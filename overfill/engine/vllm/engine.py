@@ -80,8 +80,8 @@ class VllmEngine(Hooks):
 
     def _lend(self, message: Lend) -> None:
         """Answers with the cached blocks that can be held, without those that sequences still need."""
-        kept = max(self._num_kept(), self._vllm.num_blocks // KEPT_SHARE)
-        hashes = () if self._awaits_blocks() else hashes_of(message.prompt)
+        kept = max(self._num_kept(), message.to_peer * self._vllm.num_blocks // KEPT_SHARE)
+        hashes = () if message.to_peer and self._awaits_blocks() else hashes_of(message.prompt)
         loan = self._vllm.hold(hashes, kept, self._unwritten)
         self._loans[message.id] = loan
         blocks = [block.block_id for block in loan]

@@ -450,7 +450,7 @@ def test_loans_leave_blocks_to_prompts_and_take_none_for_which_one_waits(runner,
     whole = prefix.blocks_of(range(32))
 
     def lend(name):
-        engine.handle(Lend(name, whole))
+        engine.handle(Lend(name, whole, to_peer=name != "disk"))
         return of(Lent, events)[-1].tokens
 
     assert lend("first") == lend("second") == 24, "a quarter of the blocks is left"
@@ -460,7 +460,8 @@ def test_loans_leave_blocks_to_prompts_and_take_none_for_which_one_waits(runner,
     engine.handle(Submit(PrefillSequence("large", [78] * 32, GREEDY)))
     assert not engine.step()
     assert lend("third") == 0, "the loans would have no end"
-    for loan in ("first", "second", "third"):
+    assert lend("disk") == 24, "it keeps prompts most of all when memory is short"
+    for loan in ("first", "second", "third", "disk"):
         engine.handle(Release(loan))
     assert engine.step()
     assert of(PromptComputed, events)[-1].id == "large"
