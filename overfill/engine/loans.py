@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 KEPT_SHARE = 4
-"""Loans to peers leave one block in this many to sequences, so that borrowers cannot stop a worker with little memory."""
+"""Loans to peers leave one block in this many to sequences, so that borrowers cannot stop a worker with few blocks."""
 
 
 class Loans:
