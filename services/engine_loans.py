@@ -33,14 +33,17 @@ class EngineLoans:
             asked.set_result(event)
 
     @asynccontextmanager
-    async def lend(self, prompt: PromptBlocks) -> AsyncIterator[Lent]:
+    async def lend(self, prompt: PromptBlocks, *, to_peer: bool = False) -> AsyncIterator[Lent]:
         """Provides the blocks with the beginning of ``prompt``; ``Lent.tokens`` is 0 if the engine has none.
 
         At the end of the context, also by a cancel, the blocks are given back: by then, nothing may read them.
+
+        Args:
+            to_peer: whether another worker decides when the loan ends.
         """
         id = f"loan-{next(self._numbers)}"
         asked = self._asked[id] = asyncio.get_running_loop().create_future()
-        self._send(Lend(id, prompt))
+        self._send(Lend(id, prompt, to_peer))
         try:
             yield await asked
         finally:

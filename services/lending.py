@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
@@ -38,6 +38,7 @@ class Lender:
         executor: threads that copy KV out of the cache.
         max_loans: maximum number of loans at once; 0 means that the worker lends nothing.
         shm_server: shares memory with borrowers on this host.
+        is_lease: whether a transfer id is of a lease. Ranks know leases and loans by this id alone.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Lender:
         max_loans: int,
         shm_server: ShmServer,
         metrics: EngineMetrics,
+        is_lease: Callable[[bytes], bool] = lambda transfer_id: False,
     ) -> None:
         self._half = served
         self._hello = hello
@@ -57,6 +59,7 @@ class Lender:
         self._max_loans = max_loans
         self._shm_server = shm_server
         self._metrics = metrics
+        self._is_lease = is_lease
         self._hasher = PromptHasher(served.blocks_of)
         self._asked: set[bytes] = set()  # transfer ids of all loans
         self._streams: dict[bytes, TransferStreams] = {}  # of those whose blocks this process reads
@@ -91,6 +94,10 @@ class Lender:
         finally:
             self._asked.discard(start.transfer_id)
 
+    def lends(self, transfer_id: bytes) -> bool:
+        """True if a loan has this transfer id."""
+        return transfer_id in self._asked
+
     async def pull(self, request: prefill_pb2.PullKvRequest) -> AsyncGenerator[bytes, None]:
         """Serves ``PullKv`` of a loan: yields encoded ``KvChunk``s. Raises TransferFailed if there is no such loan."""
         if (streams := self._streams.get(request.transfer_id)) is None:
@@ -107,8 +114,8 @@ class Lender:
             raise Unavailable(f"{worker} was restarted since the router chose it")
         if len(start.transfer_id) != TRANSFER_ID_BYTES:
             raise InvalidRequest("transfer_id", f"must have {TRANSFER_ID_BYTES} bytes; got {len(start.transfer_id)}")
-        if start.transfer_id in self._asked:
-            raise InvalidRequest("transfer_id", "is in use by another loan")
+        if self.lends(start.transfer_id) or self._is_lease(start.transfer_id):
+            raise InvalidRequest("transfer_id", "is in use by another loan or lease")
         if length > self._half.max_model_len:
             raise PromptTooLong(
                 "prompt_token_ids", f"has {length} tokens; the limit here is {self._half.max_model_len}"
@@ -130,7 +137,7 @@ class Lender:
         prompt = await self._hasher.blocks_of(list(start.prompt_token_ids), start.cache_namespace)
         held, kv, ranks = start.already_held_tokens, self._half.kv, self._half.ranks
         async with AsyncExitStack() as stack:
-            lent = await stack.enter_async_context(self._loans.lend(prompt))
+            lent = await stack.enter_async_context(self._loans.lend(prompt, to_peer=True))
             if lent.tokens <= held:
                 yield lent.tokens
                 return

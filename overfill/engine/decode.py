@@ -161,7 +161,8 @@ class DecodeEngine:
                     self._free(yielding)
                     yielding.state = DecodeState.PREEMPTED
             case Lend():
-                events.append(self._loans.lend(message, self._num_growing()))
+                lent = self._loans.lend(message, awaited=self._any_preempted(), spare=self._num_growing())
+                events.append(lent)
             case Release(id):
                 if not self._loans.end(id) and (released := self._sequences.pop(id, None)):
                     self._free(released)
@@ -211,7 +212,7 @@ class DecodeEngine:
             return self._refuse(sequence, "adapter", f"slot {sequence.adapter} has no adapter")
         if len(self._sequences) >= self._max_num_seqs:
             return self._refuse(sequence, "sequences", f"{len(self._sequences)} sequences, this worker's maximum")
-        if any(s.state in (DecodeState.PREEMPTED, DecodeState.YIELDING) for s in self._sequences.values()):
+        if self._any_preempted():
             return self._refuse(sequence, "preempted", "preempted sequences resume first")
         reserved = self._acquire(sequence)
         if reserved is None:
@@ -221,6 +222,9 @@ class DecodeEngine:
             return self._refuse(sequence, "blocks", reason)
         self._sequences[sequence.id] = sequence
         return reserved
+
+    def _any_preempted(self) -> bool:
+        return any(s.state in (DecodeState.PREEMPTED, DecodeState.YIELDING) for s in self._sequences.values())
 
     def _share(self, id: str, followers: Sequence[str]) -> Iterator[Reserved]:
         """Publishes a complete prompt at once, since others wait for it, and gives them its blocks."""

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     import torch
 
 
+KEPT_SHARE = 4
+"""Loans to peers leave one block in this many to sequences, so that borrowers cannot stop a worker with few blocks."""
+
+
 class Loans:
     """The loans of one engine. Lent blocks are in use: they are neither evicted nor given to a sequence.
 
@@ -24,9 +28,17 @@ class Loans:
         self._prefix = prefix
         self._device = device
 
-    def lend(self, message: Lend, spare: int = 0) -> Lent:
-        """Begins a loan, which lasts until ``end``. Live sequences will need ``spare`` of the available blocks."""
-        loan = self._prefix.lend(message.id, message.prompt, spare=spare)
+    def lend(self, message: Lend, *, awaited: bool, spare: int = 0) -> Lent:
+        """Begins a loan, which lasts until ``end``.
+
+        Args:
+            awaited: whether a sequence waits for blocks. Then peers get nothing, not even what other loans have, so
+                that the sequence gets its blocks when the present loans have ended.
+            spare: available blocks that live sequences will need.
+        """
+        prompt = self._prefix.blocks_of(()) if awaited and message.to_peer else message.prompt
+        kept = max(spare, message.to_peer * self._prefix.pool.num_blocks // KEPT_SHARE)
+        loan = self._prefix.lend(message.id, prompt, spare=kept)
         self.ids.add(message.id)
         # Earlier steps, which compute these blocks, may still be running on the device.
         event = record_event(self._device) if loan.blocks else None

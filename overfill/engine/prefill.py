@@ -98,6 +98,7 @@ class PrefillEngine:
         self.step_shape = (0, 0)
         self._events: list[PrefillEvent] = []  # not yet emitted
         self._waiting: deque[PrefillSequence] = deque()
+        self._awaits_blocks = False  # the first waiting one
         self._running: dict[str, PrefillSequence] = {}  # in order of arrival
         self._importing: set[str] = set()  # those running ones whose servicer may write their blocks
         self._awaiting_release: dict[str, PrefillSequence] = {}  # computed and leased to the decode worker, or failed
@@ -139,7 +140,7 @@ class PrefillEngine:
             case Imported(id, tokens):
                 self._end_import(id, tokens)
             case Lend():
-                self._emit([self._loans.lend(message)])
+                self._emit([self._loans.lend(message, awaited=self._awaits_blocks)])
             case Release(id):
                 if not self._loans.end(id):
                     self._release(id)
@@ -274,6 +275,7 @@ class PrefillEngine:
 
     def _admit(self) -> None:
         """Gives blocks to waiting prompts in order of arrival, without overtaking."""
+        self._awaits_blocks = False
         while self._waiting and self._num_admitted < self._max_num_seqs:
             sequence = self._waiting[0]
             if sequence.cancelled:  # its Release will arrive
@@ -284,6 +286,7 @@ class PrefillEngine:
                 sequence.prompt_blocks = self._prefix.blocks_of(shared, sequence.cache_namespace)
             allocation = self._prefix.acquire(sequence.id, sequence.prompt_blocks, needed)
             if allocation is None:
+                self._awaits_blocks = True
                 break
             self._waiting.popleft()
             sequence.blocks, sequence.computed = allocation.blocks, allocation.cached_tokens

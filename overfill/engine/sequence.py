@@ -172,10 +172,14 @@ class Lend:
     """Asks for a reference on the cached blocks with the prompt's beginning, until ``Release``. Answered by ``Lent``.
 
     Nothing is computed or allocated, and the engine does not queue: it answers between two layers of a running step.
+
+    Attributes:
+        to_peer: whether another worker decides when the loan ends. Such loans leave blocks to sequences.
     """
 
     id: str
     prompt: PromptBlocks
+    to_peer: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,7 +184,7 @@ class PrefixCache:
         All of the prompt's full blocks may be among them. Nothing is allocated, and the counts of lookups stay.
 
         Args:
-            spare: blocks that must remain available afterwards, or as many as before if that is less.
+            spare: blocks that remain available afterwards, or as many as before. Blocks in use are lent in any case.
         """
         path: list[_Node] = []
         for node in self._walk(self._roots.get(prompt.cache_namespace), prompt, 0, len(prompt.tokens)):

@@ -282,6 +282,8 @@ class PrefixIndex:
                 if found and max(found.values()) > blocks * size:
                     break
                 for worker in islice(level, MAX_HOLDERS):
+                    if worker.block_size != size:
+                        continue  # its reports contradict each other: these keys are for another block size
                     if worker.lends and worker not in found and worker.seat not in job.avoid:
                         reported = blocks if level[worker] else _reported(levels.memory, worker)
                         if reported:

@@ -51,6 +51,7 @@ class Lease:
         self.sender = KvSender(self.spec, served.store, executor)
         self.streams = TransferStreams(self.sender)
         self.ranks = served.ranks
+        self.computed = False  # True after the engine's last event
         self.released = False  # True once the decode worker needs no more KV
         self.scheduled_ns = 0
         self.tells_times = start.HasField("answer_start")  # the decoder samples the first token
@@ -77,6 +78,7 @@ class Lease:
                     self.sender.mark_ready(layer, end, mark)
                 return
             case PromptComputed(time_ns=now):
+                self.computed = True
                 if self.trace.layer_start_ns:  # the engine reports layers
                     self.trace.layer_end_ns.append(now - self.scheduled_ns)
             case AwaitingImport() | Lent() | ChunkComputed() | SequenceFailed():

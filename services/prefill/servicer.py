@@ -52,6 +52,10 @@ from services.messages import first_token_to_proto
 from services.prefill.lease import Lease
 from services.prompt_hasher import PromptHasher
 
+_MAX_CUT_SHORT = 4096
+"""Maximum number of transfer ids that are not given to another lease. It is more than a step lasts: the engine tells
+nothing of a prompt once it has handled its release."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -91,9 +95,13 @@ class PrefillServicer(LendingServicer):
         self.loans = EngineLoans(lambda message: self.engine.send(message))
         self.importer: Importer | None = None
         shm_server = shm_server or ShmServer(enabled=False)
-        lender = Lender(served, hello, self.loans, executor, max_loans, shm_server, self._metrics)
+        lender = Lender(
+            *(served, hello, self.loans, executor, max_loans, shm_server, self._metrics),
+            is_lease=lambda transfer_id: transfer_id.hex() in self._leases,
+        )
         super().__init__(lender, served, hello, shm_server)
         self._leases: dict[str, Lease] = {}  # by the id of the sequence, the transfer's in hexadecimal digits
+        self._cut_short: dict[str, None] = {}  # ids of ended leases, of whose prompts the engine may still tell
         self._releases: set[asyncio.Task[None]] = set()
 
     @property
@@ -214,8 +222,8 @@ class PrefillServicer(LendingServicer):
     def _accept(self, start: prefill_pb2.StartPrefill, sequence: PrefillSequence) -> Lease:
         """Registers a lease and submits its prompt. Raises if it cannot be accepted now."""
         self._check_open(start)  # again: compiling a grammar takes time
-        if sequence.id in self._leases:
-            raise InvalidRequest("transfer_id", "is in use by a running transfer")
+        if sequence.id in self._leases or sequence.id in self._cut_short or self._lender.lends(start.transfer_id):
+            raise InvalidRequest("transfer_id", "is in use by a running transfer, or was lately")
         lease = self._leases[sequence.id] = Lease(start, sequence, self._half, self._executor)
         self.engine.send(Submit(sequence))
         return lease
@@ -247,6 +255,10 @@ class PrefillServicer(LendingServicer):
             return
         finally:
             del self._leases[lease.sequence.id]
+            if not lease.computed:  # another lease with this id would take its late events for its own
+                self._cut_short[lease.sequence.id] = None
+                if len(self._cut_short) > _MAX_CUT_SHORT:
+                    del self._cut_short[next(iter(self._cut_short))]
         self.engine.send(Release(lease.sequence.id))
 
     async def _serve(self, lease: Lease, trace: bool) -> AsyncIterator[prefill_pb2.PrefillResponse]:

@@ -111,10 +111,10 @@ class _Driver:
             self.step()
         assert condition(), f"not within {_ANSWER_STEPS} steps"
 
-    def lend(self, tokens: tuple[int, ...]) -> Lent:
+    def lend(self, tokens: tuple[int, ...], *, to_peer: bool = False) -> Lent:
         """Asks for the cached blocks with the start of ``tokens``."""
         id = next(self._ids)
-        self.core.handle(Lend(id, self.served.blocks_of(tokens, self.namespace)))
+        self.core.handle(Lend(id, self.served.blocks_of(tokens, self.namespace), to_peer))
         self.until(lambda: id in self.loans)
         return self.loans[id]
 

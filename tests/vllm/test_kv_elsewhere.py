@@ -197,6 +197,23 @@ class TestImportsWithFewBlocks(OnVllm, EngineConformance):
         driver.run()
         assert_computed(driver, running)
 
+    def test_loans_leave_blocks_to_prompts_and_take_none_for_which_one_waits(self, driver: Any) -> None:
+        total = driver.load.blocks_total
+        (first,) = driver.compute(greedy(total * BLOCK_SIZE - 9, 1))
+        driver.cancel(first)
+        loans = [driver.lend(first.request.prompt, to_peer=True) for _ in range(2)]
+        assert [len(loan.blocks) for loan in loans] == [total - total // 4] * 2
+        waiting = driver.submit(greedy(total * BLOCK_SIZE - 9, 2))
+        driver.run()
+        assert waiting.computed is None
+        for loan in loans:
+            later = driver.lend(first.request.prompt, to_peer=True)
+            assert not later.blocks, "the loans would have no end"
+            driver.end_loan(later)
+            driver.end_loan(loan)
+        driver.run()
+        assert_computed(driver, waiting)
+
 
 class TestReturnedAnswers(OnVllm, DecodeEngineConformance):
     pair_fixture = "conformance_pair_of_one_model"

@@ -275,6 +275,9 @@ class VllmDecodeEngine(VllmEngine):
     def _num_kept(self) -> int:
         return self._num_growing()
 
+    def _awaits_blocks(self) -> bool:
+        return bool(self._preempted)
+
     def _start(self, sequence: DecodeSequence, first: int | None) -> SequenceFailed | None:
         if sequence.state is not DecodeState.RECEIVING or sequence.id in self._asked:
             return None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from overfill.engine.loans import KEPT_SHARE
 from overfill.engine.sequence import Lend, Lent, SequenceFailed
 from overfill.engine.vllm.hashes import NO_KEY, hashes_of
 from overfill.engine.vllm.hooks import Hooks, hub
@@ -79,7 +80,9 @@ class VllmEngine(Hooks):
 
     def _lend(self, message: Lend) -> None:
         """Answers with the cached blocks that can be held, without those that sequences still need."""
-        loan = self._vllm.hold(hashes_of(message.prompt), self._num_kept(), self._unwritten)
+        kept = max(self._num_kept(), message.to_peer * self._vllm.num_blocks // KEPT_SHARE)
+        hashes = () if message.to_peer and self._awaits_blocks() else hashes_of(message.prompt)
+        loan = self._vllm.hold(hashes, kept, self._unwritten)
         self._loans[message.id] = loan
         blocks = [block.block_id for block in loan]
         # No event: an earlier step has ended on the device, too, because vLLM waits for its tokens.
@@ -94,6 +97,10 @@ class VllmEngine(Hooks):
 
     def _num_kept(self) -> int:
         """Free blocks that live sequences will need."""
+        raise NotImplementedError
+
+    def _awaits_blocks(self) -> bool:
+        """Whether a sequence waits for blocks."""
         raise NotImplementedError
 
     def _live(self) -> list[str]:

@@ -208,6 +208,9 @@ class VllmPrefillEngine(VllmEngine):
     def _num_kept(self) -> int:
         return self._num_promised()
 
+    def _awaits_blocks(self) -> bool:
+        return bool(self._waiting) and self._next is not None
+
     def _take_import(self, id: str, tokens: int) -> None:
         """Lets vLLM publish the blocks below ``tokens`` and compute the rest."""
         if self._importing.pop(id, None) is None:

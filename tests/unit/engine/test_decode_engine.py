@@ -518,6 +518,9 @@ def test_a_sequence_whose_blocks_are_lent_to_others_is_preempted_and_resumes(run
     assert not engine.step()
     engine.check()
     engine.handle(Release("loan"))
+    engine.handle(Lend("later", prefix.blocks_of([9] * 17), to_peer=True))
+    assert events[-1].tokens == 0, "the preempted sequence waits for the blocks"
+    engine.handle(Release("later"))
     engine.step()
     engine.handle(Start("a", None))
     finish(engine)

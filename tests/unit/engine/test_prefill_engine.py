@@ -441,6 +441,34 @@ def test_a_prompt_waits_for_lent_blocks_and_starts_when_they_are_given_back(runn
     evict_all(prefix)
 
 
+def test_loans_leave_blocks_to_prompts_and_take_none_for_which_one_waits(runner, pool, events):
+    prefix = PrefixCache(pool)
+    engine = PrefillEngine(runner, pool, 64, 4, events.extend, prefix)
+    engine.handle(Submit(prompt("a", 32)))
+    engine.step()
+    release(engine, "a")
+    whole = prefix.blocks_of(range(32))
+
+    def lend(name):
+        engine.handle(Lend(name, whole, to_peer=name != "disk"))
+        return of(Lent, events)[-1].tokens
+
+    assert lend("first") == lend("second") == 24, "a quarter of the blocks is left"
+    engine.handle(Submit(PrefillSequence("short", [77] * 8, GREEDY)))
+    assert engine.step()
+    release(engine, ["short"])
+    engine.handle(Submit(PrefillSequence("large", [78] * 32, GREEDY)))
+    assert not engine.step()
+    assert lend("third") == 0, "the loans would have no end"
+    assert lend("disk") == 24, "it keeps prompts most of all when memory is short"
+    for loan in ("first", "second", "third", "disk"):
+        engine.handle(Release(loan))
+    assert engine.step()
+    assert of(PromptComputed, events)[-1].id == "large"
+    release(engine, ["large"])
+    evict_all(prefix)
+
+
 def test_the_load_names_the_cost_of_a_token_as_measured_lately(pool, events, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(prefill.time, "monotonic", lambda: clock[0])

@@ -323,6 +323,15 @@ def test_keys_beyond_the_limit_of_a_worker_are_ignored(monkeypatch):
     assert stack.expected(job_of(500), "p1").peer == 160
 
 
+@pytest.mark.parametrize("block_size", [0, 32])
+def test_a_worker_that_reports_another_block_size_than_its_keys_have_is_named_no_more(block_size):
+    stack = Stack("p0", "p1", "p2")
+    stack.report("p1", 160)
+    stack.report("p2", 320)
+    stack.report("p2", block_size=block_size)
+    assert stack.roster.prefixes.place(job_of(500), stack["p0"]).holder is stack["p1"]
+
+
 def test_the_oldest_promises_end_when_there_are_too_many(monkeypatch):
     monkeypatch.setattr(prefix_index, "MAX_PROMISES", 3 * PROMISED_BLOCKS)
     stack = Stack("p0")

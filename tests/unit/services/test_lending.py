@@ -140,6 +140,7 @@ async def test_the_borrower_pulls_what_it_lacks_of_the_cached_prefix(bench):
     await borrower.call
     (lent, _) = bench.sent
     assert isinstance(lent, Lend)
+    assert lent.to_peer
     assert bench.released == [lent.id]
     assert bench.metrics.registry.get_sample_value("overfill_decode_lent_tokens_total") == 4
     with pytest.raises(TransferFailed, match="unknown transfer"):

@@ -188,6 +188,13 @@ def at_once(servicer, **options):
     return asyncio.ensure_future(servicer.PrefillAtOnce(start(**options), None))
 
 
+def lend_of(servicer, **fields):
+    async def requests():
+        yield prefill_pb2.LendRequest(start=prefill_pb2.StartLend(**fields))
+
+    return servicer.Lend(requests(), None)
+
+
 async def compute(servicer):
     """Reports the only prompt as computed."""
     await until(lambda: servicer.active)
@@ -224,6 +231,35 @@ async def test_blocks_are_released_after_kv_at_once_has_been_read(bench):
     await until(lambda: bench.releases)
     assert bench.releases == [0]
     assert answer.cancelled()
+
+
+async def test_late_events_of_a_prompt_that_was_cut_short_are_no_other_prompts(bench):
+    """A repeat of a prompt that was computed has the same id, and gets its KV again."""
+    bench.cache.go_on.set()
+    cut = at_once(bench.servicer)
+    await until(lambda: bench.servicer.active)
+    cut.cancel()
+    await until(lambda: not bench.servicer.active)
+    with pytest.raises(InvalidRequest, match="was lately"):
+        await asyncio.wait_for(at_once(bench.servicer), 5)
+    for _ in range(2):
+        answer = at_once(bench.servicer, transfer_id=b"u" * 16)
+        await compute(bench.servicer)
+        assert (await answer).kv
+        await until(lambda: not bench.servicer.active)
+
+
+async def test_a_lease_and_a_loan_never_have_the_same_id(bench):
+    accepted(bench.servicer)
+    fields = {"prompt_token_ids": [1, 2, 3], "expected_incarnation": 0}
+    bench.servicer._lender._max_loans = 1
+    with pytest.raises(InvalidRequest, match="loan or lease"):
+        await asyncio.wait_for(anext(lend_of(bench.servicer, transfer_id=b"t" * 16, **fields)), 5)
+    loan = asyncio.ensure_future(anext(lend_of(bench.servicer, transfer_id=b"u" * 16, **fields)))
+    await until(lambda: bench.servicer._lender.lends(b"u" * 16))
+    with pytest.raises(InvalidRequest, match="running transfer"):
+        accepted(bench.servicer, b"u" * 16)
+    loan.cancel()
 
 
 async def test_an_answer_of_one_token_gets_no_kv(bench, monkeypatch):
