@@ -84,11 +84,11 @@ class Lender:
         self._check(start)
         self._asked.add(start.transfer_id)
         try:
-            async with self._loan(start) as tokens:
+            # The limit is for the answer, too: a borrower may not read it.
+            async with asyncio.timeout(MAX_LOAN_TIME), self._loan(start) as tokens:
                 yield prefill_pb2.LendResponse(tokens=tokens)
                 if tokens > start.already_held_tokens:
-                    async with asyncio.timeout(MAX_LOAN_TIME):
-                        await _end_of(requests)
+                    await _end_of(requests)
         except TimeoutError:
             raise Unavailable(f"{self._hello.worker_id} lends KV for at most {MAX_LOAN_TIME:g} s") from None
         finally:

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from types import SimpleNamespace
 
 import pytest
@@ -182,6 +183,24 @@ async def test_no_borrower_holds_blocks_for_ever(bench, monkeypatch):
     borrower = Borrower(bench)
     with pytest.raises(Unavailable, match="at most"):
         await borrower.call
+    assert len(bench.released) == 1
+
+
+async def test_a_borrower_that_does_not_read_the_answer_holds_no_blocks_for_ever(bench, monkeypatch):
+    monkeypatch.setattr(lending, "MAX_LOAN_TIME", 0.05)
+
+    async def requests():
+        start = prefill_pb2.StartLend(transfer_id=ID, prompt_token_ids=range(1, 10), expected_incarnation=7)
+        yield prefill_pb2.LendRequest(start=start)
+        await asyncio.Event().wait()
+
+    async def serve():
+        async with aclosing(bench.lender.serve(requests())) as answers:
+            async for _ in answers:
+                await asyncio.Event().wait()  # as gRPC does while the borrower's window is full
+
+    done, _ = await asyncio.wait([asyncio.ensure_future(serve())], timeout=5)
+    assert done
     assert len(bench.released) == 1
 
 
