@@ -33,6 +33,9 @@ from overfill.telemetry.metrics import DiskMetrics
 _GROUP_BYTES = 8 << 20
 """Bytes that are read or written at once, in host memory."""
 
+_MAX_READS = 4
+"""Limit on prompts that are read at once. Each takes two groups of host memory, and one thread copies for all."""
+
 _MAX_LOANS = 64
 """Loans for a prompt that is saved. The engine's thread walks its blocks for each, so that a long prompt has larger
 groups instead of more loans, of up to ``_MAX_SAVED_BYTES``."""
@@ -123,6 +126,7 @@ class DiskTier:
         self._waiting: set[tuple[str, int]] = set()  # cache namespace and last key of the prompts in the queue
         self._num_queued = Counter[str]()  # cache namespace -> blocks in the queue
         self._saving: asyncio.Task[None] | None = None
+        self._reads = asyncio.Semaphore(_MAX_READS)
         self._jobs: set[Future[Any]] = set()  # unfinished ones of the threads
         self._hanging: set[Future[Any]] = set()  # those that ran when a read was given up
         self._paused_until = 0.0
@@ -164,7 +168,7 @@ class DiskTier:
         """
         placed, names = 0, list[str]()
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(timeout), self._reads:
                 names = await self._on_thread(self._format.names, prompt, end)
                 async for number in self._read_groups(names, blocks, begin):
                     placed += number

@@ -592,6 +592,20 @@ async def test_while_a_read_hangs_no_other_is_begun(new_worker: NewWorker, monke
     assert await after.read(prompt) == 8
 
 
+async def test_many_prompts_at_once_are_read_one_after_the_other(
+    new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = new_worker()
+    prompt = worker.prompt()
+    await worker.save(prompt)
+    stuck = Stuck(monkeypatch)
+    reading = [asyncio.create_task(worker.read(prompt)) for _ in range(50)]
+    await asyncio.to_thread(stuck.hangs.wait)
+    assert len(worker.tier._jobs) <= 4  # the others hold no memory
+    stuck.release.set()
+    assert await asyncio.gather(*reading) == [8] * 50
+
+
 async def test_a_cancelled_read_ends_after_the_write_to_the_store(
     new_worker: NewWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
