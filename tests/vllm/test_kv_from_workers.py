@@ -75,23 +75,28 @@ def one_model(tmp_path_factory):
     return make_tiny_pair(tmp_path_factory.mktemp("pairs") / "full", identity=True, head_dim=32)
 
 
-def check_chat(address, pair):
-    """Leads a chat, and checks its answers. Workers borrow at least once."""
-    reference, prompt, borrowed = TwoStageReference(pair), prompt_of(30, 20), 0
+def check_chats(address, pair):
+    """Leads chats in turn, and checks their answers. Workers borrow at least once.
+
+    While the others are answered, the router learns which worker has a chat's last answer.
+    """
+    reference, borrowed = TwoStageReference(pair), 0
+    chats = [prompt_of(30 + number, 20) for number in range(4)]
     with Client(address) as client:
-        for turn in range(6):
-            answer = client.generate(prompt, sampling=SamplingParams(**GREEDY, max_tokens=50))
-            assert judge(reference, prompt, answer.token_ids, answer.finish_reason, 50).correct
-            borrowed += answer.usage.peer_tokens
-            prompt += [*answer.token_ids, *prompt_of(31 + turn, 20)]
+        for turn in range(5):
+            for number, prompt in enumerate(chats):
+                answer = client.generate(prompt, sampling=SamplingParams(**GREEDY, max_tokens=50))
+                assert judge(reference, prompt, answer.token_ids, answer.finish_reason, 50).correct
+                borrowed += answer.usage.peer_tokens
+                prompt += [*answer.token_ids, *prompt_of(40 + 10 * turn + number, 20)]
     assert borrowed
 
 
 def test_a_chat_on_vllm_goes_on_with_returned_answers(one_model):
     with running_stack(one_model, prefill=2, **engines("vllm", "vllm")) as (_, address):
-        check_chat(address, one_model)
+        check_chats(address, one_model)
 
 
 def test_a_chat_on_mixed_engines_goes_on_with_returned_answers(one_model):
     with running_stack(one_model, prefill=2, **engines("overfill", "vllm")) as (_, address):
-        check_chat(address, one_model)
+        check_chats(address, one_model)
