@@ -27,7 +27,6 @@ from services.prefill.servicer import PrefillServicer
 SERVICE = "overfill.v1.Prefill"
 _READERS = 2  # threads that copy KV out of the cache
 _WRITERS = 2  # threads that check imported KV and write it to the cache
-_DISK_COPIERS = 1  # threads that copy KV between the cache and memory, from where it goes to disk
 _LOAN_STREAMS = 2  # connections to each data address of a worker that lends KV, as decode workers have by default
 
 
@@ -62,9 +61,7 @@ def prefill_stage(
         max_loans=config.max_num_seqs if config.kv_peers else 0,
     )
     hello.lends_kv = config.kv_peers and served.lends_kv
-    disk = open_disk(
-        config, served, servicer.loans.lend, device_executor(_DISK_COPIERS, "kv-disk-copy", served.device), metrics.disk
-    )
+    disk = open_disk(config, served, servicer.loans.lend, metrics.disk)
     peers = PeerPool(served.kv_identity, _LOAN_STREAMS, config.credentials(), shm)
     borrower = Borrower(peers, served.kv, served.store.block_size, _new_puller(served))
     importer = servicer.importer = Importer(

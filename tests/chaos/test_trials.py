@@ -152,7 +152,7 @@ def test_a_worker_that_lends_kv_may_die_freeze_or_drain_in_mid_pull(tiny_pair: P
     assert result.ended("answered")
 
 
-@pytest.mark.slow  # half a minute, of which `make test` has none left
+@pytest.mark.slow  # it takes half a minute, and `make test` is at its limit of time
 def test_a_rolling_restart_of_the_prefill_workers_fails_no_request(tiny_pair: Path) -> None:
     faults = rolling_restart(["prefill-0", "prefill-1"], 1.0)
     result = broken(tiny_pair, faults, kv=SPREAD, needed=["peer"], turns=4).result

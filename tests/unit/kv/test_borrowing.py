@@ -71,7 +71,7 @@ async def borrow(holder, held=0, block_size=16):
         (100, 0, 1, 99),
     ],
 )
-async def test_whole_blocks_of_this_worker_are_pulled_whatever_the_holders_are(lent, held, block_size, end):
+async def test_the_borrower_pulls_whole_blocks_of_its_own_size(lent, held, block_size, end):
     holder = Holder(lent)
     assert await borrow(holder, held, block_size) == end
     (pull,) = holder.pulls

@@ -199,7 +199,7 @@ def test_the_holder_with_the_least_load_is_named_and_equal_ones_take_turns():
 
 
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "most-free-kv"])
-def test_a_holder_is_named_whatever_the_policy_is(policy):
+def test_each_policy_names_a_holder(policy):
     stack = Stack("p0", "p1", "d0", policy=policy)
     stack.report("p1", 320, queued_tokens=100_000, running=50)
     seen = set()

@@ -16,7 +16,7 @@ from tests.support.disk_workers import BLOCK, SMALL, Counts, DiskWorker, identit
 
 
 async def opened(*flags: str, counts: Counts) -> Any:
-    served: Any = SimpleNamespace(kv_identity=identity_of(), store=random_store(SMALL, 8, BLOCK, 0))
+    served: Any = SimpleNamespace(kv_identity=identity_of(), store=random_store(SMALL, 8, BLOCK, 0), device=None)
     config = PrefillConfig.parse(["--pair", "p", *flags])
 
     @asynccontextmanager
@@ -24,8 +24,7 @@ async def opened(*flags: str, counts: Counts) -> Any:
         raise AssertionError("nothing is saved")
         yield
 
-    executor: Any = None
-    return open_disk(config, served, lend, executor, counts)
+    return open_disk(config, served, lend, counts)
 
 
 async def test_without_a_folder_there_is_no_disk() -> None:

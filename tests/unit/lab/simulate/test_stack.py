@@ -100,9 +100,7 @@ def loads(draw):
     disk=st.sampled_from([0, 30, 1000]),
     returns=st.booleans(),
 )
-def test_every_request_ends_once_and_nobody_waits_in_vain(
-    trace, policy, workers, colocated, mtbf, total, seed, peers, disk, returns
-):
+def test_every_request_ends_exactly_once(trace, policy, workers, colocated, mtbf, total, seed, peers, disk, returns):
     """Workers die, pools grow and shrink, blocks run out: all counters are checked after every event."""
     bounds = Bounds(1, 5)
     scaling = None
