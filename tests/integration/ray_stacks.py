@@ -38,7 +38,7 @@ class Up:
 
     def wait_ready(self):
         """Waits until the stack reports that it is up; raises AssertionError with its output if it ends instead."""
-        self._up.wait(170)
+        self._up.wait(360)
         assert self.ready, "\n".join(self.lines)
 
     @property
