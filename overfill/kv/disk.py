@@ -144,14 +144,17 @@ class DiskTier:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._files.close()
 
+    @property
+    def hangs(self) -> bool:
+        """True while the disk still owes an answer to a read that was given up: others would wait for it in vain."""
+        self._hanging = {job for job in self._hanging if not job.done()}
+        return bool(self._hanging)
+
     def known(self, prompt: PromptBlocks, begin: int) -> int:
         """Number of consecutive blocks, from the one with index ``begin``, that the folder seems to have.
 
-        It is 0 while the disk still owes an answer to a read that was given up: others would wait for it in vain.
+        It may have more: other workers of the machine write too, and this one reads the folder only now and then.
         """
-        self._hanging = {job for job in self._hanging if not job.done()}
-        if self._hanging:
-            return 0
         keys = prompt.keys[begin:]
         return next((index for index, key in enumerate(keys) if key not in self.keys), len(keys))
 
@@ -178,7 +181,7 @@ class DiskTier:
                 raise
             self._warn("read", "reads from --kv-disk take too long; prompts are computed")
         if placed:
-            self._on_thread(self._files.touch, names[: begin + placed])
+            self._on_thread(self._mark_used, prompt, names[: begin + placed])
         return placed
 
     def save(self, prompt: PromptBlocks) -> None:
@@ -254,6 +257,12 @@ class DiskTier:
         return asyncio.wrap_future(job)
 
     # On threads ----------------------------------------------------------------------------------------------------
+
+    def _mark_used(self, prompt: PromptBlocks, names: Sequence[str]) -> None:
+        missing = set(self._files.touch(names))
+        for index, key in enumerate(prompt.keys[: len(names)]):
+            if index not in missing:
+                self.keys.add(key)  # another worker may have written it
 
     def _contents(self, names: Sequence[str]) -> list[bytes]:
         """Contents of files, up to the first that is missing. Nothing else, because the reader may have given up."""

@@ -201,11 +201,11 @@ class Importer:
 
     async def _read(self, request: ImportRequest, done: Imports, wanted: int, deadline: float) -> None:
         """Reads what the disk has beyond ``done``, if that is sooner."""
-        if self._disk is None or done.tokens >= wanted:
+        if self._disk is None or self._disk.hangs or done.tokens >= wanted:
             return
-        begin = done.tokens // self._block_size
-        end = min(wanted // self._block_size, begin + self._disk.known(request.prompt_blocks, begin))
-        hoped = (end - begin) * self._block_size
+        begin, end = done.tokens // self._block_size, wanted // self._block_size
+        known = min(end - begin, self._disk.known(request.prompt_blocks, begin))
+        hoped = max(1, known) * self._block_size  # looking for one that another worker has written is cheap
         if not self._pays(hoped, self._of_disk.seconds_per_token, 0.0):
             return
         began = time.monotonic()
@@ -220,7 +220,8 @@ class Importer:
             self._of_disk.note(took, gained)
         done.tokens += gained
         done.disk_tokens += gained
-        self._metrics.imported("disk", outcome, gained, took)
+        if known or gained:
+            self._metrics.imported("disk", outcome, gained, took)
 
     async def _bounded(self, source: str, fetching: Awaitable[int], deadline: float | None) -> tuple[str, int]:
         """Awaits ``fetching``, until ``deadline`` if any. Returns its outcome and its result: 0 if it failed."""

@@ -48,6 +48,8 @@ class KeyJournal:
 
     def _change(self, key: int, present: bool) -> None:
         with self._lock:
+            if (key in self._keys) == present:
+                return
             (self._keys.add if present else self._keys.discard)(key)
             for feed in self._feeds:
                 feed.pending[key] = present

@@ -17,7 +17,7 @@ from overfill.client import Client, SamplingParams
 from overfill.stack.ray.connection import RayConnection, RayUnavailable
 
 # On two busy cores, Ray's first start has taken more than two minutes.
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 MOCK = ("--engine=mock", "--grace-period=1", "--log-level=info")
 SLOW_STEPS = {"OVERFILL_DECODE_ENGINE_ARGS": '{"step": 0.05, "answer_tokens": 1000000}'}

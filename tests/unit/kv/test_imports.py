@@ -22,10 +22,13 @@ class Bench:
     Attributes:
         lends: tokens that the holder lends; an error that it raises; or a function to await.
         on_disk: number of the prompt's blocks on disk.
+        unseen: the last ones of these, which another worker has just written.
+        hangs: the disk still owes an answer to an earlier read.
     """
 
     def __init__(self, disk=True, peers=True):
         self.asked, self.lends, self.on_disk, self.disk_hangs = [], 40, 0, False
+        self.hangs, self.unseen = False, 0
         self.token_seconds, self.prompt = 0.0, PromptBlocks(PROMPT, BLOCK, root_key("full", "tenant"), "tenant")
         self.metrics = PrefillMetrics()
         self.importer = Importer(
@@ -46,10 +49,10 @@ class Bench:
 
     @property
     def keys(self):
-        return {self.prompt.keys[index] for index in range(self.on_disk)}
+        return {self.prompt.keys[index] for index in range(self.on_disk - self.unseen)}
 
     def known(self, prompt, begin):
-        return max(0, self.on_disk - begin)
+        return max(0, self.on_disk - self.unseen - begin)
 
     async def read(self, prompt, blocks, begin, end, timeout=None):
         self.asked.append("disk")
@@ -57,7 +60,7 @@ class Bench:
         if self.disk_hangs:
             await asyncio.sleep(timeout)
             return 0
-        return min(end, self.on_disk) - begin
+        return max(0, min(end, self.on_disk) - begin)
 
     def save(self, prompt):
         self.asked.append("save")
@@ -178,9 +181,25 @@ def test_the_engine_waits_only_for_a_prompt_of_which_something_may_be_elsewhere(
 
 @pytest.mark.parametrize(("hint", "asked"), [(11, []), (12, ["peer"]), (2**32 - 1, ["peer"])])
 async def test_a_holder_is_asked_only_if_it_has_a_block_more(hint, asked):
-    bench = Bench()
+    bench = Bench(disk=False)
     await bench.run(cached=8, tokens=hint)
     assert bench.asked == asked
+
+
+@pytest.mark.parametrize("unseen", [2, 5])
+async def test_blocks_are_found_that_another_worker_has_just_written(unseen):
+    bench = Bench(peers=False)
+    bench.on_disk, bench.unseen, bench.token_seconds = 5, unseen, 1.0
+    assert (await bench.run()).disk_tokens == 20
+    bench.hangs = True
+    assert (await bench.run()).disk_tokens == 0
+
+
+async def test_a_look_at_the_disk_that_finds_nothing_is_no_import():
+    bench = Bench(peers=False)
+    assert (await bench.run()).disk_tokens == 0
+    assert bench.asked == ["disk"]
+    assert not bench.count("disk", "none")
 
 
 async def test_the_last_token_is_never_imported():
