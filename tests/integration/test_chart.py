@@ -6,10 +6,13 @@ import asyncio
 import base64
 import hashlib
 import json
+import os
 import re
 import subprocess
 import tomllib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from overfill.engine.build import MemoryRequirement, memory_needed
+from overfill.kv.disk_files import DiskFiles, NotOurFolder
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE
 from overfill.rpc.access import Role, roles_of
 from overfill.rpc.constants import WIRE_VERSION
@@ -54,6 +58,8 @@ ALL_ON = (
     "servedModelName=m",
     "apiKeys.secretName=keys",
     "test.apiKeySecretName=test-key",
+    "prefill.kvDisk.size=50Gi",
+    "decode.adapters.claimName=adapters",
 )
 TIERS = ("default", "fast", "full")
 FROM_HUB = ("pair.source=hub", "pair.hub.repository=a/b", "pair.hub.tokenSecretName=t")
@@ -141,7 +147,20 @@ def test_every_operators_object_is_strictly_valid(values: str, settings: tuple[s
             "tiers.a.pair=x,tiers.a.settings.tensor-parallel-size=2,decode.resources.limits.nvidia\\.com/gpu=1",
             "tiers.a.resources.limits: nvidia.com/gpu is 1",
         ),
+        ("decode.resources.limits.nvidia\\.com/gpu=2", "decode.resources.limits: nvidia.com/gpu is 2"),
+        ("prefill.settings.tensor-parallel-size=2", "prefill.resources.limits: there is no GPU"),
         ("colocated.settings.tensor-parallel-size=2", "tensor-parallel-size"),
+        ("prefill.settings.kv-disk=/x", "kv-disk"),
+        ("prefill.kvDisk.size=50GiB", "kvDisk/size"),
+        ("prefill.kvDisk.claimName=c", "prefill.kvDisk.size: how much"),
+        ("prefill.kvDisk.size=50Gi,prefill.kvDisk.claimName=c,prefill.kvDisk.storageClassName=s", "keep one of them"),
+        ("prefill.kvDisk.size=50Gi,prefill.settings.prefix-cache=false", "remove prefix-cache"),
+        (
+            "prefill.kvDisk.size=50Gi,prefill.settings.tensor-parallel-size=2,prefill.settings.device=cpu",
+            "prefill.kvDisk: with settings.tensor-parallel-size 2, ranks have the KV",
+        ),
+        ("decode.settings.adapters=/x", "'adapters'"),
+        ("tiers.a.pair=x,tiers.a.adapters.path=y", "tiers.a.adapters.claimName: which claim has the folder y"),
         ("prefill.shmSize=2", "shmSize"),
         ("tiers.A.pair=default", "'A' does not match pattern"),
         ("tiers.a.pair=default,tiers.a.replica=2", "replica"),
@@ -551,6 +570,94 @@ def test_ranks_have_a_gpu_each_shared_memory_and_ports_that_other_workers_reach(
     plain = json.dumps(render("values-prod.yaml"))
     assert "7610" not in plain
     assert "/dev/shm" not in plain
+
+
+def volume_of(pod: dict[str, Any], path: str) -> tuple[dict[str, Any], bool]:
+    """Returns the volume that the pod's container mounts at ``path``, without its name, and whether it may write."""
+    (container,) = pod["containers"]
+    (mount,) = (one for one in container["volumeMounts"] if one["mountPath"] == path)
+    (volume,) = (one for one in pod["volumes"] if one["name"] == mount["name"])
+    return {key: value for key, value in volume.items() if key != "name"}, not mount.get("readOnly", False)
+
+
+def test_a_prefill_pod_keeps_kv_on_a_volume_of_its_own_with_room_for_it() -> None:
+    own = ("prefill.kvDisk.size=200Gi", "prefill.kvDisk.storageClassName=nvme", "prefill.kvDisk.bandwidth=300Mi")
+    found = pods(render("values.yaml", *own))
+    worker = settings_of(found["prefill"], PrefillConfig)
+    assert (worker.kv_disk_size, worker.kv_disk_bandwidth) == (200 << 30, 300 << 20)
+    volume, writable = volume_of(found["prefill"], str(worker.kv_disk.parent))
+    claim = volume["ephemeral"]["volumeClaimTemplate"]
+    assert claim["metadata"]["labels"]["app.kubernetes.io/component"] == "prefill"
+    assert (claim["spec"]["storageClassName"], claim["spec"]["accessModes"]) == ("nvme", ["ReadWriteOnce"])
+    requested = int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Mi")) << 20
+    # A file system takes a few per cent for itself, and workers exceed the size for a moment.
+    assert worker.kv_disk_size * 1.08 < requested < worker.kv_disk_size * 1.2
+    assert writable
+    mounting = [
+        container["name"]
+        for pod in found.values()
+        for container in [*pod.get("initContainers", []), *pod["containers"]]
+        if any(mount["mountPath"] == str(worker.kv_disk.parent) for mount in container["volumeMounts"])
+    ]
+    assert mounting == ["prefill"], "KV is as secret as prompts"
+
+
+def test_prefill_pods_share_an_existing_claim_for_kv() -> None:
+    pod = pods(render("values.yaml", "prefill.kvDisk.size=50Gi", "prefill.kvDisk.claimName=kv"))["prefill"]
+    folder = settings_of(pod, PrefillConfig).kv_disk
+    assert volume_of(pod, str(folder.parent)) == ({"persistentVolumeClaim": {"claimName": "kv"}}, True)
+
+
+@contextmanager
+def acting_as(user: int, group: int) -> Iterator[None]:
+    before = os.getgroups()
+    os.setgroups([group])
+    os.setegid(group)
+    os.seteuid(user)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(before)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="acts as the pod's user and as another one, which needs root")
+def test_a_pod_can_write_kv_to_its_volume_and_no_other_user_can_read_it(tmp_path: Path) -> None:
+    """The kubelet gives a volume's root to the pod's group, which may write there, and so may new folders' group."""
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
+    pod = pods(render("values.yaml", "prefill.kvDisk.size=50Gi"))["prefill"]
+    context, folder = pod["securityContext"], settings_of(pod, PrefillConfig).kv_disk
+    root = tmp_path / "volume"
+    root.mkdir()
+    os.chown(root, 0, context["fsGroup"])
+    root.chmod(0o2775)
+    here = root / folder.relative_to("/kv")
+    name = f"{0:016x}-{0:064x}"
+    with acting_as(context["runAsUser"], context["runAsGroup"]):
+        store = DiskFiles(here)
+        store.write(name, b"KV")
+        store.close()
+        again = DiskFiles(here)  # a restarted container
+        assert again.read(name, 2) == b"KV"
+        with pytest.raises(NotOurFolder, match="name a new folder inside it"):
+            DiskFiles(root)
+    with acting_as(context["runAsUser"] + 1, context["runAsGroup"]), pytest.raises(PermissionError):
+        again.read(name, 2)
+
+
+def test_decode_pods_of_each_tier_read_adapters_from_its_claim() -> None:
+    own = ("decode.adapters.claimName=shared", "decode.adapters.path=lora/all/", "decode.settings.max-adapters=4")
+    own += ("tiers.fast.adapters.path=", "tiers.full.adapters.claimName=", "tiers.full.adapters.path=")
+    found = pods(render("values-tiers.yaml", *own))
+    shared = ({"persistentVolumeClaim": {"claimName": "shared", "readOnly": True}}, False)
+    for tier, folder in (("default", Path("/adapters/lora/all")), ("fast", Path("/adapters"))):
+        worker = settings_of(found[f"decode-{tier}"], DecodeConfig)
+        assert (worker.adapters, worker.max_adapters) == (folder, 4)
+        assert volume_of(found[f"decode-{tier}"], "/adapters") == shared
+    for name in ("decode-full", "prefill", "router"):
+        assert "/adapters" not in json.dumps(found[name])
 
 
 def test_secrets_are_referred_to() -> None:
