@@ -26,9 +26,11 @@ from charts import CHART, ROOT, VALUES, helm, of_kind, pods, render, tool
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from overfill.cli.pair import pair_group
 from overfill.engine.build import MemoryRequirement, memory_needed
 from overfill.kv.disk_files import DiskFiles, NotOurFolder
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE
+from overfill.making.recipe import slow_sizes
 from overfill.rpc.access import Role, roles_of
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.settings.config import SERVICES, ColocatedConfig, DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
@@ -201,12 +203,22 @@ def test_pods_have_no_rights(values: str, settings: tuple[str, ...]) -> None:
     assert not {"Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"} & {one["kind"] for one in objects}
 
 
+def volume_of(pod: dict[str, Any], path: str) -> tuple[dict[str, Any], bool]:
+    """Returns the volume that the pod's container mounts at ``path``, without its name, and whether it may write."""
+    (container,) = pod["containers"]
+    (mount,) = (one for one in container["volumeMounts"] if one["mountPath"] == path)
+    (volume,) = (one for one in pod["volumes"] if one["name"] == mount["name"])
+    return {key: value for key, value in volume.items() if key != "name"}, not mount.get("readOnly", False)
+
+
 DEVICES = {"NVIDIA-H100-80GB-HBM3": 81_559, "NVIDIA-L4": 23_034}
 """Value of the node label nvidia.com/gpu.product -> MiB of memory that the driver reports."""
 
 HALVES = {
     ("values-prod.yaml", "prefill"): (32, 15.0),
-    ("values-prod.yaml", "decode"): (28, 6.0),
+    ("values-prod.yaml", "decode"): (32, 6.0),
+    ("values-llama.yaml", "prefill"): (32, 15.0),
+    ("values-llama.yaml", "decode"): (32, 6.0),
     ("values-ranks.yaml", "prefill"): (80, 131.4),
     ("values-ranks.yaml", "decode"): (80, 48.5),
 }
@@ -235,6 +247,43 @@ def test_an_example_s_kv_and_steps_fit_the_named_gpu(values: str, stage: str) ->
     # 2 GiB remain for CUDA itself and for activations.
     free = DEVICES[pod["nodeSelector"]["nvidia.com/gpu.product"]] * 2**20 - (weights / ranks + 2) * 2**30
     assert needed <= free, f"{needed / 2**30:.1f} of {free / 2**30:.1f} GiB"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_job_makes_the_pair_that_llama_s_pods_serve(version: str) -> None:
+    objects = list(yaml.safe_load_all((CHART.parent / "llama-pair.yaml").read_text()))
+    for one in objects:
+        kubernetes_validate.validate(one, version, strict=True)
+    ((name, claim),) = of_kind(objects, "PersistentVolumeClaim").items()
+    job = of_kind(objects, "Job")["llama-pair"]["spec"]["template"]["spec"]
+    found = pods(render("values-llama.yaml"))
+    (maker,), (worker,) = job["containers"], found["prefill"]["containers"]
+
+    assert maker["image"].rpartition("/")[0] == worker["image"].rpartition("/")[0], "one registry to replace"
+    *group, subcommand = maker["command"]
+    assert group == ["overfill", "pair"]
+    options = pair_group.commands[subcommand].make_context(subcommand, list(maker["args"])).params
+    hidden, neurons = options["hidden_size"], options["intermediate_size"]
+    # Of Llama 3.1 8B: 32 heads and 8 KV heads of 128, 32 layers, 128,256 tokens with a head of their own.
+    parameters = 2 * 128_256 * hidden + 32 * (2 * 32 * 128 * hidden + 2 * 8 * 128 * hidden + 3 * hidden * neurons)
+    assert 0.9 < parameters * 2 / 2**30 / HALVES["values-llama.yaml", "decode"][1] <= 1
+    assert slow_sizes(hidden, neurons) == ""
+
+    volume, writable = volume_of(job, "/pairs")
+    assert (volume, writable) == ({"persistentVolumeClaim": {"claimName": name}}, True)
+    variables = {one["name"]: one.get("value") for one in maker["env"]}
+    assert variables["OVERFILL_HOME"] == "/pairs", "the pair links to the full model, which must be on the claim too"
+    for component in ("router", "prefill", "decode"):
+        volume, _ = volume_of(found[component], "/pair")
+        assert volume == {"persistentVolumeClaim": {"claimName": name, "readOnly": True}}
+        assert f"--pair=/pair/{options['out'].relative_to('/pairs')}" in found[component]["containers"][0]["args"]
+    # As docs/how-to/build-a-pair.md computes; and both halves, with as much for what the download leaves.
+    assert int(maker["resources"]["limits"]["memory"].removesuffix("Gi")) << 30 > 51e9
+    assert int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Gi")) > 2 * (15 + 6)
+
+    assert job["securityContext"] == found["prefill"]["securityContext"], "the pods' user reads what the Job's writes"
+    assert maker["securityContext"] == worker["securityContext"]
+    assert not job["automountServiceAccountToken"]
 
 
 def test_production_s_gpus_run_vllm_in_the_image_that_has_it() -> None:
@@ -570,14 +619,6 @@ def test_ranks_have_a_gpu_each_shared_memory_and_ports_that_other_workers_reach(
     plain = json.dumps(render("values-prod.yaml"))
     assert "7610" not in plain
     assert "/dev/shm" not in plain
-
-
-def volume_of(pod: dict[str, Any], path: str) -> tuple[dict[str, Any], bool]:
-    """Returns the volume that the pod's container mounts at ``path``, without its name, and whether it may write."""
-    (container,) = pod["containers"]
-    (mount,) = (one for one in container["volumeMounts"] if one["mountPath"] == path)
-    (volume,) = (one for one in pod["volumes"] if one["name"] == mount["name"])
-    return {key: value for key, value in volume.items() if key != "name"}, not mount.get("readOnly", False)
 
 
 def test_a_prefill_pod_keeps_kv_on_a_volume_of_its_own_with_room_for_it() -> None:
