@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 import yaml
 
-from overfill.settings.config import SERVICES, ColocatedConfig, ServiceConfig
+from overfill.settings.config import SERVICES, ColocatedConfig, DecodeConfig, PrefillConfig, ServiceConfig
 from overfill.settings.config_file import flag_name
 from overfill.settings.tiers import MAX_TIERS
 
@@ -33,8 +33,12 @@ MANAGED = {
 }  # fmt: skip
 """Settings that the chart derives from other values."""
 
-REFUSED = {(ColocatedConfig, "tensor_parallel_size")}
-"""Settings that a kind of worker has only to refuse them."""
+LEFT_OUT = {
+    (ColocatedConfig, "tensor_parallel_size"),
+    *((PrefillConfig, name) for name in ("kv_disk", "kv_disk_size", "kv_disk_bandwidth")),
+    (DecodeConfig, "adapters"),
+}
+"""Settings of one kind of worker: those that it has only to refuse them, and those that values of its pool make."""
 
 _OBJECT = {"type": "object"}
 _STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
@@ -75,6 +79,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "queuedTokens": _COUNT,
     "running": _COUNT,
     "startupSeconds": _COUNT,
+    "kvDisk.size": {"type": "string", "pattern": r"^([1-9]\d*Gi)?$"},
+    "kvDisk.bandwidth": {"type": "string", "pattern": r"^([1-9]\d*(Mi|Gi))?$"},
     "shmSize": {"type": "string", "pattern": r"^[1-9]\d*(Ki|Mi|Gi)$"},
     "kvShare": {"type": "string", "pattern": r"^0?\.\d+$|^1(\.0+)?$"},
     "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
@@ -92,7 +98,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 def settings_schema(kind: type[ServiceConfig]) -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for name, field in kind.model_fields.items():
-        if name not in MANAGED and (kind, name) not in REFUSED:
+        if name not in MANAGED and (kind, name) not in LEFT_OUT:
             kinds = (field.annotation, *get_args(field.annotation))  # itself, or one of a union
             choices = [choice for kind in kinds for choice in get_args(kind) if isinstance(choice, str)]
             described: dict[str, Any] = {"description": field.description}

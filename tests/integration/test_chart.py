@@ -6,10 +6,13 @@ import asyncio
 import base64
 import hashlib
 import json
+import os
 import re
 import subprocess
 import tomllib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,11 @@ from charts import CHART, ROOT, VALUES, helm, of_kind, pods, render, tool
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from overfill.cli.pair import pair_group
 from overfill.engine.build import MemoryRequirement, memory_needed
+from overfill.kv.disk_files import DiskFiles, NotOurFolder
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE
+from overfill.making.recipe import slow_sizes
 from overfill.rpc.access import Role, roles_of
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.settings.config import SERVICES, ColocatedConfig, DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
@@ -54,6 +60,8 @@ ALL_ON = (
     "servedModelName=m",
     "apiKeys.secretName=keys",
     "test.apiKeySecretName=test-key",
+    "prefill.kvDisk.size=50Gi",
+    "decode.adapters.claimName=adapters",
 )
 TIERS = ("default", "fast", "full")
 FROM_HUB = ("pair.source=hub", "pair.hub.repository=a/b", "pair.hub.tokenSecretName=t")
@@ -141,7 +149,20 @@ def test_every_operators_object_is_strictly_valid(values: str, settings: tuple[s
             "tiers.a.pair=x,tiers.a.settings.tensor-parallel-size=2,decode.resources.limits.nvidia\\.com/gpu=1",
             "tiers.a.resources.limits: nvidia.com/gpu is 1",
         ),
+        ("decode.resources.limits.nvidia\\.com/gpu=2", "decode.resources.limits: nvidia.com/gpu is 2"),
+        ("prefill.settings.tensor-parallel-size=2", "prefill.resources.limits: there is no GPU"),
         ("colocated.settings.tensor-parallel-size=2", "tensor-parallel-size"),
+        ("prefill.settings.kv-disk=/x", "kv-disk"),
+        ("prefill.kvDisk.size=50GiB", "kvDisk/size"),
+        ("prefill.kvDisk.claimName=c", "prefill.kvDisk.size: how much"),
+        ("prefill.kvDisk.size=50Gi,prefill.kvDisk.claimName=c,prefill.kvDisk.storageClassName=s", "keep one of them"),
+        ("prefill.kvDisk.size=50Gi,prefill.settings.prefix-cache=false", "remove prefix-cache"),
+        (
+            "prefill.kvDisk.size=50Gi,prefill.settings.tensor-parallel-size=2,prefill.settings.device=cpu",
+            "prefill.kvDisk: with settings.tensor-parallel-size 2, ranks have the KV",
+        ),
+        ("decode.settings.adapters=/x", "'adapters'"),
+        ("tiers.a.pair=x,tiers.a.adapters.path=y", "tiers.a.adapters.claimName: which claim has the folder y"),
         ("prefill.shmSize=2", "shmSize"),
         ("tiers.A.pair=default", "'A' does not match pattern"),
         ("tiers.a.pair=default,tiers.a.replica=2", "replica"),
@@ -182,12 +203,22 @@ def test_pods_have_no_rights(values: str, settings: tuple[str, ...]) -> None:
     assert not {"Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"} & {one["kind"] for one in objects}
 
 
+def volume_of(pod: dict[str, Any], path: str) -> tuple[dict[str, Any], bool]:
+    """Returns the volume that the pod's container mounts at ``path``, without its name, and whether it may write."""
+    (container,) = pod["containers"]
+    (mount,) = (one for one in container["volumeMounts"] if one["mountPath"] == path)
+    (volume,) = (one for one in pod["volumes"] if one["name"] == mount["name"])
+    return {key: value for key, value in volume.items() if key != "name"}, not mount.get("readOnly", False)
+
+
 DEVICES = {"NVIDIA-H100-80GB-HBM3": 81_559, "NVIDIA-L4": 23_034}
 """Value of the node label nvidia.com/gpu.product -> MiB of memory that the driver reports."""
 
 HALVES = {
     ("values-prod.yaml", "prefill"): (32, 15.0),
-    ("values-prod.yaml", "decode"): (28, 6.0),
+    ("values-prod.yaml", "decode"): (32, 6.0),
+    ("values-llama.yaml", "prefill"): (32, 15.0),
+    ("values-llama.yaml", "decode"): (32, 6.0),
     ("values-ranks.yaml", "prefill"): (80, 131.4),
     ("values-ranks.yaml", "decode"): (80, 48.5),
 }
@@ -216,6 +247,43 @@ def test_an_example_s_kv_and_steps_fit_the_named_gpu(values: str, stage: str) ->
     # 2 GiB remain for CUDA itself and for activations.
     free = DEVICES[pod["nodeSelector"]["nvidia.com/gpu.product"]] * 2**20 - (weights / ranks + 2) * 2**30
     assert needed <= free, f"{needed / 2**30:.1f} of {free / 2**30:.1f} GiB"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_job_makes_the_pair_that_llama_s_pods_serve(version: str) -> None:
+    objects = list(yaml.safe_load_all((CHART.parent / "llama-pair.yaml").read_text()))
+    for one in objects:
+        kubernetes_validate.validate(one, version, strict=True)
+    ((name, claim),) = of_kind(objects, "PersistentVolumeClaim").items()
+    job = of_kind(objects, "Job")["llama-pair"]["spec"]["template"]["spec"]
+    found = pods(render("values-llama.yaml"))
+    (maker,), (worker,) = job["containers"], found["prefill"]["containers"]
+
+    assert maker["image"].rpartition("/")[0] == worker["image"].rpartition("/")[0], "one registry to replace"
+    *group, subcommand = maker["command"]
+    assert group == ["overfill", "pair"]
+    options = pair_group.commands[subcommand].make_context(subcommand, list(maker["args"])).params
+    hidden, neurons = options["hidden_size"], options["intermediate_size"]
+    # Of Llama 3.1 8B: 32 heads and 8 KV heads of 128, 32 layers, 128,256 tokens with a head of their own.
+    parameters = 2 * 128_256 * hidden + 32 * (2 * 32 * 128 * hidden + 2 * 8 * 128 * hidden + 3 * hidden * neurons)
+    assert 0.9 < parameters * 2 / 2**30 / HALVES["values-llama.yaml", "decode"][1] <= 1
+    assert slow_sizes(hidden, neurons) == ""
+
+    volume, writable = volume_of(job, "/pairs")
+    assert (volume, writable) == ({"persistentVolumeClaim": {"claimName": name}}, True)
+    variables = {one["name"]: one.get("value") for one in maker["env"]}
+    assert variables["OVERFILL_HOME"] == "/pairs", "the pair links to the full model, which must be on the claim too"
+    for component in ("router", "prefill", "decode"):
+        volume, _ = volume_of(found[component], "/pair")
+        assert volume == {"persistentVolumeClaim": {"claimName": name, "readOnly": True}}
+        assert f"--pair=/pair/{options['out'].relative_to('/pairs')}" in found[component]["containers"][0]["args"]
+    # As docs/how-to/build-a-pair.md computes; and both halves, with as much for what the download leaves.
+    assert int(maker["resources"]["limits"]["memory"].removesuffix("Gi")) << 30 > 51e9
+    assert int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Gi")) > 2 * (15 + 6)
+
+    assert job["securityContext"] == found["prefill"]["securityContext"], "the pods' user reads what the Job's writes"
+    assert maker["securityContext"] == worker["securityContext"]
+    assert not job["automountServiceAccountToken"]
 
 
 def test_production_s_gpus_run_vllm_in_the_image_that_has_it() -> None:
@@ -551,6 +619,86 @@ def test_ranks_have_a_gpu_each_shared_memory_and_ports_that_other_workers_reach(
     plain = json.dumps(render("values-prod.yaml"))
     assert "7610" not in plain
     assert "/dev/shm" not in plain
+
+
+def test_a_prefill_pod_keeps_kv_on_a_volume_of_its_own_with_room_for_it() -> None:
+    own = ("prefill.kvDisk.size=200Gi", "prefill.kvDisk.storageClassName=nvme", "prefill.kvDisk.bandwidth=300Mi")
+    found = pods(render("values.yaml", *own))
+    worker = settings_of(found["prefill"], PrefillConfig)
+    assert (worker.kv_disk_size, worker.kv_disk_bandwidth) == (200 << 30, 300 << 20)
+    volume, writable = volume_of(found["prefill"], str(worker.kv_disk.parent))
+    claim = volume["ephemeral"]["volumeClaimTemplate"]
+    assert claim["metadata"]["labels"]["app.kubernetes.io/component"] == "prefill"
+    assert (claim["spec"]["storageClassName"], claim["spec"]["accessModes"]) == ("nvme", ["ReadWriteOnce"])
+    requested = int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Mi")) << 20
+    # A file system takes a few per cent for itself, and workers exceed the size for a moment.
+    assert worker.kv_disk_size * 1.08 < requested < worker.kv_disk_size * 1.2
+    assert writable
+    mounting = [
+        container["name"]
+        for pod in found.values()
+        for container in [*pod.get("initContainers", []), *pod["containers"]]
+        if any(mount["mountPath"] == str(worker.kv_disk.parent) for mount in container["volumeMounts"])
+    ]
+    assert mounting == ["prefill"], "KV is as secret as prompts"
+
+
+def test_prefill_pods_share_an_existing_claim_for_kv() -> None:
+    pod = pods(render("values.yaml", "prefill.kvDisk.size=50Gi", "prefill.kvDisk.claimName=kv"))["prefill"]
+    folder = settings_of(pod, PrefillConfig).kv_disk
+    assert volume_of(pod, str(folder.parent)) == ({"persistentVolumeClaim": {"claimName": "kv"}}, True)
+
+
+@contextmanager
+def acting_as(user: int, group: int) -> Iterator[None]:
+    before = os.getgroups()
+    os.setgroups([group])
+    os.setegid(group)
+    os.seteuid(user)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(before)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="acts as the pod's user and as another one, which needs root")
+def test_a_pod_can_write_kv_to_its_volume_and_no_other_user_can_read_it(tmp_path: Path) -> None:
+    """The kubelet gives a volume's root to the pod's group, which may write there, and so may new folders' group."""
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
+    pod = pods(render("values.yaml", "prefill.kvDisk.size=50Gi"))["prefill"]
+    context, folder = pod["securityContext"], settings_of(pod, PrefillConfig).kv_disk
+    root = tmp_path / "volume"
+    root.mkdir()
+    os.chown(root, 0, context["fsGroup"])
+    root.chmod(0o2775)
+    here = root / folder.relative_to("/kv")
+    name = f"{0:016x}-{0:064x}"
+    with acting_as(context["runAsUser"], context["runAsGroup"]):
+        store = DiskFiles(here)
+        store.write(name, b"KV")
+        store.close()
+        again = DiskFiles(here)  # a restarted container
+        assert again.read(name, 2) == b"KV"
+        with pytest.raises(NotOurFolder, match="name a new folder inside it"):
+            DiskFiles(root)
+    with acting_as(context["runAsUser"] + 1, context["runAsGroup"]), pytest.raises(PermissionError):
+        again.read(name, 2)
+
+
+def test_decode_pods_of_each_tier_read_adapters_from_its_claim() -> None:
+    own = ("decode.adapters.claimName=shared", "decode.adapters.path=lora/all/", "decode.settings.max-adapters=4")
+    own += ("tiers.fast.adapters.path=", "tiers.full.adapters.claimName=", "tiers.full.adapters.path=")
+    found = pods(render("values-tiers.yaml", *own))
+    shared = ({"persistentVolumeClaim": {"claimName": "shared", "readOnly": True}}, False)
+    for tier, folder in (("default", Path("/adapters/lora/all")), ("fast", Path("/adapters"))):
+        worker = settings_of(found[f"decode-{tier}"], DecodeConfig)
+        assert (worker.adapters, worker.max_adapters) == (folder, 4)
+        assert volume_of(found[f"decode-{tier}"], "/adapters") == shared
+    for name in ("decode-full", "prefill", "router"):
+        assert "/adapters" not in json.dumps(found[name])
 
 
 def test_secrets_are_referred_to() -> None:

@@ -50,7 +50,7 @@ class LocalCluster:
     def __init__(self, pair: Path, tls: Path, folder: Path, keys: Path | None = None) -> None:
         self._folder = folder
         self._tls = tls
-        self._words = {"/pair/link": str(pair), "0.0.0.0": "127.0.0.1"}
+        self._words = {"/pair/link": str(pair), "/kv/": f"{folder}/", "0.0.0.0": "127.0.0.1"}
         if keys is not None:
             self._words["/etc/overfill/keys/keys.json"] = str(keys)
         self._words["dns:///overfill-routers.serving.svc"] = "localhost"
@@ -121,7 +121,7 @@ HERE = tuple(
 
 
 def test_the_rendered_commands_make_a_stack(tiny_pair: Path, tls: Path, tmp_path: Path) -> None:
-    specs = pods(render("values-small.yaml", *HERE, "apiKeys.secretName=keys"))
+    specs = pods(render("values-small.yaml", *HERE, "apiKeys.secretName=keys", "prefill.kvDisk.size=1Gi"))
     keys = tmp_path / "keys.json"
     api_key = keyfile.create(keys, "test")
     machine = LocalCluster(tiny_pair, tls, tmp_path, keys)
@@ -151,8 +151,10 @@ def test_the_rendered_commands_make_a_stack(tiny_pair: Path, tls: Path, tmp_path
             with pytest.raises(PermissionDenied, match="operator or router"):
                 client.drain("decode-x7")
             wait_until(lambda: {w.id for w in client.status().workers} == {"prefill-x7", "decode-x7"}, 60, "both join")
-            answer = client.generate([20, 21, 22], sampling=SamplingParams(max_tokens=4, temperature=0.0), timeout=60)
+            prompt = [20, 21, 22] * 12
+            answer = client.generate(prompt, sampling=SamplingParams(max_tokens=4, temperature=0.0), timeout=60)
         assert len(answer.token_ids) == 4
+        wait_until(lambda: [*tmp_path.glob("overfill/*/*-*")], 60, "the prefill worker saves the prompt's KV")
         # The command of `helm test` without its prompt, because the tiny pair has no tokenizer.
         (container,) = specs["test"]["containers"]
         first = container["command"][2].partition(";")[0]
