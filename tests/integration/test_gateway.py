@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
-from charts import of_kind, pods, render
+import yaml
+from charts import ROOT, of_kind, pods, render
 from picker import ENGINE, ROLE, Load, Refused, load, members, scrape
 from stacks import mocked, running_stack, wait_until
 from test_chart import refused
@@ -99,6 +101,29 @@ def test_two_routes_on_one_listener_have_hosts_of_their_own() -> None:
     hosts = ("gateway.httpRoute.hostnames={a.example}", "gateway.grpcRoute.hostnames={b.example}")
     objects = render("values.yaml", *HTTP, *GRPC, *hosts)
     assert of_kind(objects, "GRPCRoute")["overfill"]["spec"]["hostnames"] == ["b.example"]
+
+
+def test_the_page_s_values_make_what_it_says(tmp_path: Path) -> None:
+    page = (ROOT / "docs/how-to/gateway.md").read_text()
+    blocks = re.findall(r'```yaml title="([^"]+)"\n(.*?)```', page, re.DOTALL)
+    values: dict[str, dict] = {}
+    for title, text in blocks:
+        if title.startswith("values of the chart"):
+            for key, part in yaml.safe_load(text).items():
+                values[key] = values.get(key, {}) | part
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(values))
+    objects = render(str(tmp_path / "values.yaml"))
+    assert {"InferencePool", "HTTPRoute", "GRPCRoute"} < {one["kind"] for one in objects}
+    (picker,) = (yaml.safe_load(text)["router"] for title, text in blocks if title.startswith("picker.yaml"))
+    pool = {"spec": {"selector": {"matchLabels": picker["modelServers"]["matchLabels"]}}}
+    assert members(pool, pod_labels(objects)) == {"overfill-router"}
+    (config,) = map(yaml.safe_load, picker["epp"]["pluginsCustomConfig"].values())
+    (source,) = (one["parameters"] for one in config["plugins"] if one["type"] == "metrics-data-source")
+    (container,) = pods(objects)["router"]["containers"]
+    assert {"name": "metrics", "containerPort": source["port"]} in container["ports"]
+    policy = of_kind(objects, "NetworkPolicy")["overfill-router"]["spec"]["ingress"]
+    (scrapers,) = (rule["from"] for rule in policy if [port["port"] for port in rule["ports"]] == [source["port"]])
+    assert {"podSelector": {"matchLabels": {"llm-d-router-standalone": "overfill-picker-epp"}}} in scrapers
 
 
 def certificate(folder: Path, role: Role) -> tuple[Path, Path]:
