@@ -40,6 +40,7 @@ from overfill.rpc.tls import TlsError
 from overfill.settings.config import RouterConfig
 from overfill.settings.tiers import TierSpec
 from overfill.telemetry import tracing
+from overfill.telemetry.picker import PickerGauges
 from overfill.telemetry.progress import log_steps
 from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import (
@@ -55,6 +56,7 @@ from overfill.version import __version__
 from services.router.adapter_changes import AdapterChanges
 from services.router.admin import AdminServicer
 from services.router.inference import InferenceServicer
+from services.router.kv_blocks import kv_blocks
 from services.router.limits import RequestLimits
 from services.router.port_group import Member, PortGroup
 from services.router.registry import RegistryServicer, SharedPortRegistry, worker_counts
@@ -142,6 +144,13 @@ class Router:
             lambda: worker_counts(self.roster, time.monotonic()),
             lambda: [((tier,), tier in self._in_brownout) for tier in pairs],
             lambda: self._handler.statistics.sessions.num_active(time.monotonic()),
+        )
+        self._metrics.registry.register(
+            PickerGauges(
+                lambda: sum(self.dispatcher.waiting_by_tier().values()),
+                lambda: sum(self.dispatcher.running_by_tier().values()),
+                lambda: kv_blocks([self.roster], time.monotonic()),
+            )
         )
         self._exporter: MetricsServer | None = None
         self._trials = Trials(

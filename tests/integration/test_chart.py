@@ -44,6 +44,8 @@ CUSTOM = {
     "monitoring.coreos.com/v1": ("PodMonitor", "PrometheusRule"),
     "keda.sh/v1alpha1": ("ScaledObject",),
     "cert-manager.io/v1": ("Certificate",),
+    "gateway.networking.k8s.io/v1": ("HTTPRoute", "GRPCRoute"),
+    "inference.networking.k8s.io/v1": ("InferencePool",),
 }
 """API version -> kinds of the operators' objects, which Kubernetes' own schemas do not contain."""
 
@@ -62,6 +64,15 @@ ALL_ON = (
     "test.apiKeySecretName=test-key",
     "prefill.kvDisk.size=50Gi",
     "decode.adapters.claimName=adapters",
+    "gateway.httpRoute.enabled=true",
+    "gateway.httpRoute.parentRefs[0].name=public",
+    "gateway.httpRoute.parentRefs[0].namespace=gateways",
+    "gateway.httpRoute.hostnames={api.example.org}",
+    "gateway.grpcRoute.enabled=true",
+    "gateway.grpcRoute.parentRefs[0].name=public",
+    "gateway.grpcRoute.hostnames={grpc.example.org}",
+    "gateway.inferencePool.enabled=true",
+    "gateway.inferencePool.picker.service=picker",
 )
 TIERS = ("default", "fast", "full")
 FROM_HUB = ("pair.source=hub", "pair.hub.repository=a/b", "pair.hub.tokenSecretName=t")

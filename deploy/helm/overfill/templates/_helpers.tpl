@@ -447,6 +447,11 @@ topologySpreadConstraints:
 {{- define "overfill.podMetadata" -}}
 labels:
   {{- include "overfill.labels" (dict "root" .root "component" .pool.component "tier" .pool.tier) | nindent 2 }}
+  {{- if eq .pool.component "router" }}
+  # For a gateway's endpoint picker: it may choose a router for any request, and never a worker.
+  llm-d.ai/role: prefill-decode
+  llm-d.ai/engine-type: vllm
+  {{- end }}
   {{- with .pool.values.podLabels }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
