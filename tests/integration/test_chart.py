@@ -869,6 +869,29 @@ class Cluster:
         )  # fmt: skip
         return [one for one in yaml.load_all(output, yaml.CSafeLoader) if one]
 
+    async def upgrade(self, *settings: str) -> list[dict[str, Any]]:
+        """Upgrade the release's Deployments, as Helm 3 does, and return them.
+
+        Helm renders them. kubectl merges the last manifest, this one and the live objects with the same library as Helm.
+        """
+        made = [one for one in await self.upgraded(*settings) if one["kind"] == "Deployment"]
+        await self.apply(*made)
+        return made
+
+    async def deployments(self) -> dict[str, dict[str, Any]]:
+        stored = json.loads(await self.kubectl("get", "--raw", "/apis/apps/v1/namespaces/serving/deployments"))
+        return {one["metadata"]["name"]: one for one in stored["items"]}
+
+    async def replicas(self) -> dict[str, int]:
+        """Return each Deployment's number of pods; an API server takes 1 where an object has none."""
+        return {name: one["spec"].get("replicas", 1) for name, one in (await self.deployments()).items()}
+
+    async def scale(self, replicas: int, *names: str) -> None:
+        """Do what an autoscaler does."""
+        patch = json.dumps({"spec": {"replicas": replicas}})
+        for name in names:
+            await self.kubectl("patch", "-n", "serving", "deployment", name, "--type=merge", "-p", patch)
+
     async def secrets(self) -> dict[str, dict[str, Any]]:
         """Return the secrets after an upgrade."""
         return of_kind(await self.upgraded(), "Secret")
@@ -926,18 +949,49 @@ async def test_an_upgrade_to_another_wire_version_is_refused(cluster: Cluster) -
     await upgrade({})  # of a chart that did not say its wire version
 
 
-@pytest.mark.parametrize("kind", ["hpa", "keda"])
-async def test_an_upgrade_that_turns_autoscaling_on_keeps_the_number_of_workers(kind: str, cluster: Cluster) -> None:
+KEDA = tuple(f"{pool}.autoscaling.kind=keda" for pool in ("router", "prefill", "decode"))
+
+
+async def test_no_upgrade_or_rollback_changes_the_autoscaler_s_number(cluster: Cluster) -> None:
+    """No manifest of a release that had autoscalers from the start has `replicas`."""
+    pools = ("overfill-router", "overfill-prefill", "overfill-decode")
+    first = await cluster.upgrade(*KEDA)
+    assert await cluster.replicas() == dict.fromkeys(pools, 1)
+    await cluster.scale(5, *pools)
+    await cluster.upgrade(*KEDA, "logLevel=debug")
+    assert await cluster.replicas() == dict.fromkeys(pools, 5)
+    await cluster.scale(7, *pools)
+    await cluster.apply(*first)  # a rollback: Helm applies the manifest that it stored
+    assert await cluster.replicas() == dict.fromkeys(pools, 7)
+    args = (await cluster.deployments())["overfill-decode"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert "--log-level=info" in args, "it did roll back"
+
+
+async def test_a_pool_that_had_a_fixed_number_keeps_the_autoscaler_s_at_each_upgrade(cluster: Cluster) -> None:
     """Kubernetes takes a Deployment whose `replicas` an upgrade removes as one of a single pod."""
+    await cluster.upgrade("decode.replicas=4")
+    await cluster.upgrade(*KEDA)
+    assert (await cluster.replicas())["overfill-decode"] == 4
+    await cluster.scale(6, "overfill-decode", "overfill-router")
+    await cluster.upgrade(*KEDA, "logLevel=debug")
+    assert await cluster.replicas() == {"overfill-router": 6, "overfill-prefill": 1, "overfill-decode": 6}
+    await cluster.upgrade(*KEDA, "decode.autoscaling.kind=none", "decode.replicas=3")
+    assert (await cluster.replicas())["overfill-decode"] == 3
 
-    async def replicas() -> dict[str, int | None]:
-        objects = await cluster.upgraded(f"decode.autoscaling.kind={kind}", "prefill.replicas=3")
-        return {name: one["spec"].get("replicas") for name, one in of_kind(objects, "Deployment").items()}
 
-    others = {"overfill-router": 2, "overfill-prefill": 3}
-    assert await replicas() == others | {"overfill-decode": None}, "the autoscaler sets it in a new release"
-    await cluster.apply(of_kind(render("values.yaml", "decode.replicas=6"), "Deployment")["overfill-decode"])
-    assert await replicas() == others | {"overfill-decode": 6}
+async def test_an_upgrade_without_a_rollout_to_another_revision_is_refused(cluster: Cluster) -> None:
+    """It would remove all workers before the first new one is ready."""
+    await cluster.upgrade()
+    with pytest.raises(AssertionError, match='revision: the release runs "", and an upgrade to "r2" alone'):
+        await cluster.upgraded("revision=r2")
+    await cluster.upgrade(*CANARY)
+    for settings in ((), ("revision=r2",), ("canary.revision=r3",), (*CANARY, "canary.percent=50")):
+        await cluster.upgraded(*settings)  # give up, end, start another one, change it
+    with pytest.raises(AssertionError, match='revision: the release runs ",r2", and an upgrade to "r3" alone'):
+        await cluster.upgraded("revision=r3")
+    await cluster.upgrade("revision=r2")
+    with pytest.raises(AssertionError, match="revision: the release runs"):
+        await cluster.upgraded()
 
 
 @pytest.mark.parametrize("deleted", ["overfill-first-key", "overfill-keys"])
