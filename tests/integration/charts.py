@@ -89,7 +89,7 @@ def of_kind(objects: list[dict], kind: str) -> dict[str, dict]:
 
 
 def pods(objects: list[dict]) -> dict[str, dict]:
-    """Return the pod specs of the Deployments and of the test, by component, tier and revision: ``decode-TIER-REVISION``."""
+    """Return the pod specs of the Deployments and of the test, by component, tier and revision: ``decode-fast-r2``."""
     found = {}
     for one in objects:
         if one["kind"] == "Deployment":

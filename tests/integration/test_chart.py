@@ -872,7 +872,7 @@ class Cluster:
     async def upgrade(self, *settings: str) -> list[dict[str, Any]]:
         """Upgrade the release's Deployments, as Helm 3 does, and return them.
 
-        Helm renders them. kubectl merges the last manifest, this one and the live objects with the same library as Helm.
+        Helm renders them. kubectl merges the last manifest, this one and the live objects, with the library of Helm 3.
         """
         made = [one for one in await self.upgraded(*settings) if one["kind"] == "Deployment"]
         await self.apply(*made)
