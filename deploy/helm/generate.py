@@ -30,6 +30,7 @@ MANAGED = {
     "config", "pair", "host", "port", "data_port", "http", "api_keys", "stack_secret", "served_model_name",
     "grace_period", "log_level", "threads", "tls_cert", "tls_key", "tls_ca", "tls_name", "metrics_host", "metrics_port",
     "routers", "worker_id", "advertise", "expect_prefill", "expect_decode", "share_port", "join_port", "tiers", "tier",
+    "revision", "canary_revision", "canary_pair", "canary_tiers", "canary_percent",
 }  # fmt: skip
 """Settings that the chart derives from other values."""
 
@@ -44,6 +45,7 @@ _OBJECT = {"type": "object"}
 _STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
 _OBJECTS = {"type": "array", "items": {"type": "object"}}
 _COUNT = {"type": "integer", "minimum": 1}
+_NAME = r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$"  # of tiers and revisions
 _SHARE = {"type": ["integer", "string"], "pattern": r"^(\d+%)?$", "minimum": 0}
 SPECIAL: dict[str, dict[str, Any]] = {
     "resources": {
@@ -80,13 +82,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "threads": _COUNT,
     "minReplicas": _COUNT,
     "maxReplicas": _COUNT,
-    "queuedTokens": _COUNT,
-    "running": _COUNT,
     "startupSeconds": _COUNT,
     "kvDisk.size": {"type": "string", "pattern": r"^([1-9]\d*Gi)?$"},
     "kvDisk.bandwidth": {"type": "string", "pattern": r"^([1-9]\d*(Mi|Gi))?$"},
     "shmSize": {"type": "string", "pattern": r"^[1-9]\d*(Ki|Mi|Gi)$"},
-    "kvShare": {"type": "string", "pattern": r"^0?\.\d+$|^1(\.0+)?$"},
     "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
     "whenUnsatisfiable": {"enum": ["ScheduleAnyway", "DoNotSchedule"]},
     "accessMode": {"enum": ["ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"]},
@@ -135,8 +134,8 @@ def schema(value: Any, path: tuple[str, ...], descriptions: dict[str, str]) -> d
     return made | ({"description": described} if described else {})
 
 
-def tiers_schema(decode: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of ``tiers``: a tier has the values of ``decode`` and its own."""
+def tier_schema(decode: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of one of ``tiers``: it has the values of ``decode`` and its own."""
     objective = {"type": ["number", "string"], "exclusiveMinimum": 0, "pattern": r"^\d+(\.\d+)?$"}
     own = {
         "pair": {"type": "string", "minLength": 1},
@@ -145,13 +144,24 @@ def tiers_schema(decode: dict[str, Any]) -> dict[str, Any]:
         "ttftObjective": objective,
         "itlObjective": objective,
     }
-    tier = decode | {"properties": own | decode["properties"], "required": ["pair"]}
-    return {
-        "type": "object",
-        "propertyNames": {"pattern": r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$"},
-        "additionalProperties": tier,
-        "maxProperties": MAX_TIERS,
-    }
+    return decode | {"properties": own | decode["properties"]}
+
+
+def add_tiers_and_revisions(made: dict[str, Any]) -> None:
+    """Complete the chart's schema where the defaults of ``tiers``, ``revision`` and ``canary`` do not determine it."""
+    properties = made["properties"]
+    made["definitions"] = {"tier": tier_schema(properties["decode"])}
+    tier = {"$ref": "#/definitions/tier"}
+    names = {"propertyNames": {"pattern": _NAME}, "maxProperties": MAX_TIERS}
+    properties["tiers"] |= names | {"additionalProperties": {"allOf": [tier], "required": ["pair"]}}
+    revision = {"pattern": f"^$|{_NAME}"}
+    properties["revision"] |= revision
+    canary = properties["canary"]["properties"]
+    canary["revision"] |= revision
+    canary["percent"] |= {"type": "number", "minimum": 0, "maximum": 100}
+    canary["tiers"] |= names | {"additionalProperties": tier}
+    for name in ("pair", "prefill", "decode"):
+        canary[name] = {"allOf": [{"$ref": f"#/properties/{name}"}], "description": canary[name]["description"]}
 
 
 def described(text: str) -> Iterator[tuple[str, str]]:
@@ -203,7 +213,7 @@ def outputs() -> dict[Path, str]:
     values, descriptions = yaml.safe_load(text), dict(described(text))
     made = {"$schema": "http://json-schema.org/draft-07/schema#", **schema(values, (), descriptions)}
     made["properties"]["global"] = {"type": "object"}  # Helm's own
-    made["properties"]["tiers"] |= tiers_schema(made["properties"]["decode"])
+    add_tiers_and_revisions(made)
     return {
         CHART / "values.schema.json": json.dumps(made, indent=1) + "\n",
         CHART / "README.md": readme(values, descriptions),

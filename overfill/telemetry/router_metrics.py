@@ -154,6 +154,7 @@ class RouterMetrics(MetricSet):
             for direction in ("up", "down"):
                 self._scaled.labels(stage, name, direction)
         self._targets: ScalingTargets | None = None
+        self._router_need = 0.0
         self._read(
             "scaling_target_workers",
             "gauge",
@@ -164,9 +165,10 @@ class RouterMetrics(MetricSet):
         self._read(
             "scaling_needed_workers",
             "gauge",
-            "scaling_target_workers before rounding, hysteresis and bounds. The pool needs the sum over all routers.",
-            lambda: self._scaling(lambda target: [((), target.need)]),
-            pool,
+            "scaling_target_workers before rounding, hysteresis and bounds; for the stage router, routers. "
+            "The pool needs the sum over all routers.",
+            lambda: [*self._scaling(lambda target: [((), target.need)]), (("router", ""), self._router_need)],
+            {"stage": (*STAGES, "router"), "tier": ()},
         )
         self._read(
             "scaling_input",
@@ -280,6 +282,10 @@ class RouterMetrics(MetricSet):
         for (stage, tier, was), (_, _, now) in zip(before.pools(), targets.pools(), strict=True):
             if was.workers != now.workers:
                 self._scaled.labels(stage, tier, "up" if now.workers > was.workers else "down").inc()
+
+    def router_need(self, routers: float) -> None:
+        """Sets the number of routers that this router's own load needs."""
+        self._router_need = routers
 
     def _scaling(self, values: Callable[[PoolTargetNumbers], Sampled]) -> Sampled:
         if self._targets is None:

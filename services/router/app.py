@@ -25,6 +25,7 @@ from overfill.routing.brownout import Brownout, Prediction, predict
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.policies import POLICIES
 from overfill.routing.pool import Roster
+from overfill.routing.router_need import RouterNeed
 from overfill.routing.scaling import INTERVAL
 from overfill.routing.scaling_advisor import ScalingAdvisor
 from overfill.routing.signals import Signals
@@ -418,8 +419,9 @@ class Router:
         )
 
     async def _advise(self) -> None:
-        loop, heap = asyncio.get_running_loop(), Heap()
+        loop, heap, need = asyncio.get_running_loop(), Heap(), RouterNeed()
         while True:
+            self._metrics.router_need(need.update(loop.time(), time.thread_time()))
             self._metrics.scaling(self._scaling_advisor.recommend(loop.time()))
             short = {tier: self._scaling_advisor.short_prompt(tier) for tier in self.roster.tiers}
             self.roster.prefill.policy.set_short_prompts(short)

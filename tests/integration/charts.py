@@ -90,14 +90,14 @@ def of_kind(objects: list[dict], kind: str) -> dict[str, dict]:
 
 
 def pods(objects: list[dict]) -> dict[str, dict]:
-    """Return the pod specs of the Deployments and of the test, by component, and of tiers by ``decode-TIER``."""
+    """Return the pod specs of the Deployments and of the test, by component, tier and revision: ``decode-fast-r2``."""
     found = {}
     for one in objects:
         if one["kind"] == "Deployment":
             template = one["spec"]["template"]
             labels = template["metadata"]["labels"]
-            tier = labels.get("overfill.io/tier")
-            found[labels["app.kubernetes.io/component"] + (f"-{tier}" if tier else "")] = template["spec"]
+            parts = [labels.get(f"overfill.io/{label}") for label in ("tier", "revision")]
+            found["-".join([labels["app.kubernetes.io/component"], *filter(None, parts)])] = template["spec"]
         elif one["kind"] == "Pod":
             found["test"] = one["spec"]
     assert {"router", "test"} < found.keys()  # tests look at each of them, and would pass without any

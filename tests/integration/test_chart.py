@@ -55,6 +55,7 @@ ALL_ON = (
     "monitoring.podMonitor=true",
     "monitoring.rules=true",
     "monitoring.dashboards=true",
+    "router.autoscaling.kind=hpa",
     "prefill.autoscaling.kind=hpa",
     "decode.autoscaling.kind=hpa",
     "router.priority.value=5",
@@ -77,6 +78,9 @@ ALL_ON = (
 TIERS = ("default", "fast", "full")
 FROM_HUB = ("pair.source=hub", "pair.hub.repository=a/b", "pair.hub.tokenSecretName=t")
 TWO_TIERS = ("tiers.a.pair=identity", "tiers.b.pair=fast", "tiers.b.settings.quantize=int8")
+CANARY = ("canary.revision=r2", "canary.percent=10", "canary.pair.named.name=fast", "canary.decode.replicas=1")
+ROLLOUTS = [("values.yaml", CANARY), ("values.yaml", (*ALL_ON, *CANARY, "revision=r1"))]
+ROLLOUTS += [("values-tiers.yaml", (*CANARY, "canary.tiers.fast.pair=identity")), ("values-prod.yaml", CANARY)]
 SETS = [*((values, ()) for values in VALUES)]
 SETS += [("values.yaml", settings) for settings in (ALL_ON, (*ALL_ON, *TWO_TIERS), FROM_HUB)]
 
@@ -94,7 +98,7 @@ def test_lint(values: str) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize(("values", "settings"), SETS)
+@pytest.mark.parametrize(("values", "settings"), [*SETS, *ROLLOUTS])
 def test_every_object_is_strictly_valid(values: str, settings: tuple[str, ...], version: str) -> None:
     objects = render(values, *settings)
     assert len(objects) > 15
@@ -106,7 +110,7 @@ def test_every_object_is_strictly_valid(values: str, settings: tuple[str, ...], 
 
 
 @operators.needs_definitions
-@pytest.mark.parametrize(("values", "settings"), SETS)
+@pytest.mark.parametrize(("values", "settings"), [*SETS, *ROLLOUTS])
 def test_every_operators_object_is_strictly_valid(values: str, settings: tuple[str, ...]) -> None:
     for one in render(values, *settings):
         if one["apiVersion"] in CUSTOM:
@@ -145,14 +149,6 @@ def test_every_operators_object_is_strictly_valid(values: str, settings: tuple[s
             "tiers.b.replicas: at least 1",
         ),
         (
-            "decode.autoscaling.kind=hpa,decode.autoscaling.running=59",  # 64 of 59 is within an HPA's tolerance
-            "decode.autoscaling.running: 59 is too high for max-num-seqs 64",
-        ),
-        (
-            "decode.autoscaling.kind=hpa,tiers.a.pair=x,tiers.b.pair=y,tiers.b.settings.max-num-seqs=48",
-            "tiers.b.autoscaling.running: 48 is too high for max-num-seqs 48",
-        ),
-        (
             "prefill.settings.tensor-parallel-size=4,prefill.resources.limits.nvidia\\.com/gpu=2",
             "prefill.resources.limits: nvidia.com/gpu is 2, and settings.tensor-parallel-size is 4",
         ),
@@ -175,6 +171,15 @@ def test_every_operators_object_is_strictly_valid(values: str, settings: tuple[s
         ("decode.settings.adapters=/x", "'adapters'"),
         ("tiers.a.pair=x,tiers.a.adapters.path=y", "tiers.a.adapters.claimName: which claim has the folder y"),
         ("prefill.shmSize=2", "shmSize"),
+        ("canary.percent=5", "canary.percent: needs canary.revision"),
+        ("canary.decode.replicas=2", "canary.decode: needs canary.revision"),
+        ("revision=r1,canary.revision=r1", "canary.revision: r1 is the name in `revision` too"),
+        ("canary.revision=r2,canary.tiers.a.replicas=2", "canary.tiers.a: there is no tier a in tiers"),
+        ("canary.revision=r2,canary.colocated.replicas=1", "colocated"),
+        ("canary.revision=r2,canary.decode.replica=1", "replica"),
+        ("canary.revision=R2", "canary/revision"),
+        ("canary.revision=r2,canary.percent=101", "canary/percent"),
+        ("revision=r_1", "revision"),
         ("tiers.A.pair=default", "'A' does not match pattern"),
         ("tiers.a.pair=default,tiers.a.replica=2", "replica"),
         ("tiers.a.pair=default,tiers.a.settings.kv-memroy=1GiB", "kv-memroy"),
@@ -186,13 +191,7 @@ def test_a_wrong_value_is_named(setting: str, says: str) -> None:
     assert says in refused(setting)
 
 
-def test_an_hpa_s_target_may_be_just_below_what_a_worker_can_run() -> None:
-    own = ("decode.autoscaling.kind=hpa", "decode.autoscaling.running=29", "decode.settings.max-num-seqs=32")
-    assert "overfill-decode" in of_kind(render("values.yaml", *own), "HorizontalPodAutoscaler")
-    assert DecodeConfig.model_fields["max_num_seqs"].default == 64, "the chart's templates have this default"
-
-
-@pytest.mark.parametrize(("values", "settings"), SETS)
+@pytest.mark.parametrize(("values", "settings"), [*SETS, *ROLLOUTS])
 def test_pods_have_no_rights(values: str, settings: tuple[str, ...]) -> None:
     objects = render(values, *settings)
     accounts = of_kind(objects, "ServiceAccount")
@@ -470,10 +469,7 @@ def test_each_tier_is_a_pool_with_its_own_pair_size_and_settings() -> None:
     assert {*of_kind(objects, "NetworkPolicy")} == {"overfill-router", "overfill-prefill", "overfill-decode"}
     (scaled,) = of_kind(objects, "ScaledObject").values()
     assert scaled["spec"]["scaleTargetRef"]["name"] == "overfill-decode-fast"
-    queries = [trigger["metadata"]["query"] for trigger in scaled["spec"]["triggers"]]
-    asked = [one for query in queries for one in selectors(promql_parser.parse(query))]
-    assert len(asked) == 3
-    assert all(("tier", "fast") in [(m.name, m.value) for m in one.matchers.matchers] for one in asked)
+    assert scaled_by([scaled])["overfill-decode-fast"]["tier"] == "fast"
 
 
 def test_routers_are_told_how_workers_load_the_decoder_of_one_pair() -> None:
@@ -812,15 +808,6 @@ def test_every_flag_and_variable_is_of_the_code(values: str, settings: tuple[str
                 assert field_name(argument[2:].partition("=")[0]) in kind.model_fields, argument
 
 
-def test_every_metric_is_exported() -> None:
-    exported = {spec.name for spec in declared()}
-    scalers = [*render("values-prod.yaml"), *render("values.yaml", *ALL_ON)]
-    text = json.dumps([one for one in scalers if one["kind"] in ("ScaledObject", "HorizontalPodAutoscaler")])
-    used = set(re.findall(r"overfill_\w+", text))
-    assert len(used) == 5
-    assert used <= exported
-
-
 def series_labels(objects: list[dict], component: str) -> dict[str, str]:
     """Return the labels that the release's PodMonitor gives to series of a component's pods."""
     (monitor,) = of_kind(objects, "PodMonitor").values()
@@ -842,12 +829,61 @@ def series_labels(objects: list[dict], component: str) -> dict[str, str]:
     return made
 
 
-def selectors(node: object) -> list[promql_parser.VectorSelector]:
-    """Return every selector of a parsed query."""
-    if isinstance(node, promql_parser.VectorSelector):
-        return [node]
-    parts = (getattr(node, name, None) for name in ("expr", "lhs", "rhs"))
-    return [one for part in parts if part is not None for one in selectors(part)]
+SCALED = ("overfill_router_scaling_needed_workers", ("prefill", "decode", "router"))
+"""The metric by which all pools scale, and its label ``stage``."""
+
+
+def scaled_by(objects: list[dict]) -> dict[str, dict[str, str]]:
+    """Return the labels of the series by which each Deployment scales; there is one metric, and its target is 1."""
+    found = {}
+    for one in objects:
+        if one["kind"] == "ScaledObject":
+            (trigger,) = one["spec"]["triggers"]
+            query = promql_parser.parse(trigger["metadata"]["query"])
+            assert isinstance(query, promql_parser.AggregateExpr)
+            assert str(query.op) == "sum"
+            assert isinstance(query.expr, promql_parser.VectorSelector)
+            assert trigger["metricType"] == "AverageValue"
+            # With KEDA's default, a query without a result is 0, so that a lost scrape scales a pool to its minimum.
+            assert trigger["metadata"]["ignoreNullValues"] == "false"
+            labels = {matcher.name: matcher.value for matcher in query.expr.matchers.matchers}
+            assert labels.pop("namespace") == "serving"  # a metrics adapter adds it, because an HPA has a namespace
+            name, target = query.expr.name, trigger["metadata"]["threshold"]
+        elif one["kind"] == "HorizontalPodAutoscaler":
+            (metric,) = (metric["external"] for metric in one["spec"]["metrics"])
+            selector = metric["metric"]["selector"]
+            absent = {
+                term["key"]: "" for term in selector.get("matchExpressions", []) if term["operator"] == "DoesNotExist"
+            }
+            labels = selector["matchLabels"] | absent
+            name, target = metric["metric"]["name"], metric["target"]["averageValue"]
+        else:
+            continue
+        assert (name, target) == (SCALED[0], "1")
+        assert labels["stage"] in SCALED[1]
+        found[one["spec"]["scaleTargetRef"]["name"]] = labels
+    return found
+
+
+@pytest.mark.parametrize("kind", ["keda", "hpa"])
+@pytest.mark.parametrize("revision", ["", "r1"])
+def test_each_pool_scales_by_its_own_series_alone(kind: str, revision: str) -> None:
+    """Routers hold back requests for which workers have no place, so that workers' own series do not contain them."""
+    (needed,) = (spec for spec in declared() if spec.name == SCALED[0])
+    own = [f"{pool}.autoscaling.kind={kind}" for pool in ("router", "prefill", "decode")]
+    objects = render("values-tiers.yaml", *own, *CANARY, f"revision={revision}")
+    found = scaled_by(objects)
+    assert found.keys() == of_kind(objects, "Deployment").keys()
+    release = {"app_kubernetes_io_name": "overfill", "app_kubernetes_io_instance": "overfill"}
+    suffix = f"-{revision}" if revision else ""
+    expected = {"overfill-router": {"stage": "router"}}
+    for name, end in ((revision, suffix), ("r2", "-r2")):
+        expected[f"overfill-prefill{end}"] = {"stage": "prefill", "revision": name}
+        for tier in TIERS:
+            expected[f"overfill-decode-{tier}{end}"] = {"stage": "decode", "tier": tier, "revision": name}
+    assert found == {name: release | labels for name, labels in expected.items()}
+    assert {label for labels in expected.values() for label in labels} - {"revision"} <= {*needed.labels}
+    assert set(SCALED[1]) == set(needed.labels["stage"])
 
 
 @pytest.mark.parametrize(
@@ -856,37 +892,95 @@ def selectors(node: object) -> list[promql_parser.VectorSelector]:
 def test_two_releases_in_one_namespace_scale_on_their_own_load(other_release: str, settings: tuple[str, ...]) -> None:
     ours = render("values-prod.yaml")
     theirs = render("values-prod.yaml", *settings, release=other_release)
-    queries = [
-        trigger["metadata"]["query"]
-        for scaled in of_kind(ours, "ScaledObject").values()
-        for trigger in scaled["spec"]["triggers"]
+    own, other = (series_labels(objects, "router") for objects in (ours, theirs))
+    asked = scaled_by(ours)
+    assert len(asked) == 3
+    for labels in asked.values():
+        of_routers = {name: value for name, value in labels.items() if name not in ("stage", "tier", "revision")}
+        assert {name: own.get(name) for name in of_routers} == of_routers, "it finds the release's own series"
+        assert {name: other.get(name) for name in of_routers} != of_routers, "and none of the other release"
+
+
+MOVED = (
+    ("pair.source=claim", "pair.claim.name=pairs", "pair.claim.path=v1", "prefill.threads=3", "decode.replicas=4"),
+    ("pair.claim.path=v2", "prefill.threads=1", "decode.settings.quantize=int8", "decode.resources.limits.memory=9Gi"),
+)
+"""Values of the old revision, and those that differ for the new one."""
+
+
+@pytest.mark.parametrize("revision", ["", "r1"])
+@pytest.mark.parametrize(
+    ("values", "old", "new"),
+    [
+        ("values.yaml", *MOVED),
+        ("values.yaml", FROM_HUB, ("pair.hub.revision=v2", "pair.hub.tokenSecretName=u", "decode.priority.value=7")),
+        ("values.yaml", (), ("pair.source=claim", "pair.claim.name=pairs", "prefill.replicas=3")),
+        ("values-tiers.yaml", (), ("tiers.fast.pair=identity", "tiers.full.replicas=2", "decode.threads=4")),
+        ("values-prod.yaml", (), ("pair.claim.path=v2",)),
+    ],
+)
+def test_the_upgrade_that_ends_a_rollout_restarts_no_worker_of_the_new_revision(
+    values: str, old: tuple[str, ...], new: tuple[str, ...], revision: str
+) -> None:
+    before = render(values, *old, f"revision={revision}")
+    during = render(values, *old, f"revision={revision}", "canary.revision=r2", *[f"canary.{one}" for one in new])
+    after = render(values, *old, *new, "revision=r2")
+    kept, made = set(), set()
+    for kind in ("Deployment", "PodDisruptionBudget", "ScaledObject", "PriorityClass"):
+        first, second, third = (of_kind(objects, kind) for objects in (before, during, after))
+        for name in second.keys() - {"overfill-router"}:
+            if name.endswith("-r2"):
+                made.add(kind)
+                assert second[name] == third[name], "the new revision's objects stay as they are"
+            elif not name.endswith("-router"):
+                kept.add(kind)
+                assert first[name] == second[name], "the old revision's objects stay until the rollout ends"
+                assert name not in third, "and then leave"
+    assert kept
+    assert {"Deployment", "PodDisruptionBudget"} <= made
+    workers = [one for name, one in of_kind(after, "Deployment").items() if name != "overfill-router"]
+    assert {one["spec"]["template"]["metadata"]["labels"]["overfill.io/revision"] for one in workers} == {"r2"}
+
+
+@pytest.mark.parametrize(("values", "settings"), ROLLOUTS)
+def test_no_pod_is_selected_twice(values: str, settings: tuple[str, ...]) -> None:
+    """Kubernetes neither evicts a pod of two budgets, nor scales a Deployment whose selector finds another's pods."""
+    objects = render(values, *settings)
+    deployments = of_kind(objects, "Deployment")
+    selected = 0
+    for kind in ("Deployment", "PodDisruptionBudget"):
+        for name, one in of_kind(objects, kind).items():
+            labels = one["spec"]["selector"]["matchLabels"].items()
+            found = [n for n, d in deployments.items() if labels <= d["spec"]["template"]["metadata"]["labels"].items()]
+            assert found == [name]
+            selected += 1
+    assert selected == 2 * len(deployments)
+
+
+def test_routers_read_the_pairs_of_both_revisions() -> None:
+    args = pods(render("values.yaml", "revision=r1", *MOVED[0], "canary.revision=r2", "canary.percent=2",
+                       "canary.pair.claim.name=others", "canary.pair.claim.path=v2"))  # fmt: skip
+    router = args["router"]["containers"][0]
+    flags = dict(flag[2:].partition("=")[::2] for flag in router["args"])
+    assert (flags["revision"], flags["pair"]) == ("r1", "/pair/v1")
+    assert {name: flags[name] for name in flags if name.startswith("canary")} == {
+        "canary-revision": "r2", "canary-pair": "/canary/v2", "canary-percent": "2",
+    }  # fmt: skip
+    mounts = {mount["mountPath"]: mount["name"] for mount in router["volumeMounts"]}
+    claims = {v["name"]: v.get("persistentVolumeClaim", {}).get("claimName") for v in args["router"]["volumes"]}
+    assert (claims[mounts["/pair"]], claims[mounts["/canary"]]) == ("pairs", "others")
+    for pool, claim, folder in (("decode-r1", "pairs", "v1"), ("decode-r2", "others", "v2")):
+        (own,) = (v["persistentVolumeClaim"]["claimName"] for v in args[pool]["volumes"] if v["name"] == "pair")
+        assert own == claim
+        assert {f"--pair=/pair/{folder}", f"--revision={pool[-2:]}"} <= set(args[pool]["containers"][0]["args"])
+    named = pods(render("values-tiers.yaml", *CANARY, "canary.tiers.fast.pair=identity"))["router"]
+    assert [container["command"][4:] for container in named["initContainers"]] == [
+        ["default", "/pair/default", "fast", "/pair/fast", "identity", "/pair/full"],
+        ["default", "/canary/default", "identity", "/canary/fast", "identity", "/canary/full"],
     ]
-    asked = [selector for query in queries for selector in selectors(promql_parser.parse(query))]
-    assert len(asked) == 5
-    for selector in asked:
-        component = selector.name.split("_")[1]
-        matchers = {matcher.name: matcher.value for matcher in selector.matchers.matchers}
-        matchers.pop("stage", None)  # the routers' own label, of the pool that they compute
-        own, other = (series_labels(objects, component) for objects in (ours, theirs))
-        assert {name: own.get(name) for name in matchers} == matchers, "it finds the release's own series"
-        assert {name: other.get(name) for name in matchers} != matchers, "and none of the other release"
-
-
-def test_keda_removes_no_worker_because_prometheus_has_no_series() -> None:
-    """With KEDA's default, a query without a result is 0, so that a lost scrape scales a loaded pool to its minimum."""
-    scaled = of_kind(render("values-prod.yaml"), "ScaledObject").values()
-    triggers = [trigger["metadata"].get("ignoreNullValues") for one in scaled for trigger in one["spec"]["triggers"]]
-    assert set(triggers) == {"false"}
-
-
-def test_keda_sees_requests_that_routers_do_not_give_to_workers_yet() -> None:
-    scaled = of_kind(render("values-prod.yaml"), "ScaledObject")
-    for stage in ("prefill", "decode"):
-        (needed,) = (one for one in scaled[f"overfill-{stage}"]["spec"]["triggers"] if one["name"] == "needed")
-        (selector,) = selectors(promql_parser.parse(needed["metadata"]["query"]))
-        assert selector.name == "overfill_router_scaling_needed_workers"
-        assert {one.name: one.value for one in selector.matchers.matchers}["stage"] == stage
-        assert needed["metadata"]["threshold"] == "1"
+    (tiers,) = (flag for flag in named["containers"][0]["args"] if flag.startswith("--canary-tiers="))
+    assert [one.partition("=")[0] for one in tiers.partition("=")[2].split(";")] == ["default", "fast", "full"]
+    assert "/pair/" not in tiers
 
 
 class Cluster:
@@ -934,6 +1028,29 @@ class Cluster:
         )  # fmt: skip
         return [one for one in yaml.load_all(output, yaml.CSafeLoader) if one]
 
+    async def upgrade(self, *settings: str) -> list[dict[str, Any]]:
+        """Upgrade the release's Deployments, as Helm 3 does, and return them.
+
+        Helm renders them. kubectl merges the last manifest, this one and the live objects, with the library of Helm 3.
+        """
+        made = [one for one in await self.upgraded(*settings) if one["kind"] == "Deployment"]
+        await self.apply(*made)
+        return made
+
+    async def deployments(self) -> dict[str, dict[str, Any]]:
+        stored = json.loads(await self.kubectl("get", "--raw", "/apis/apps/v1/namespaces/serving/deployments"))
+        return {one["metadata"]["name"]: one for one in stored["items"]}
+
+    async def replicas(self) -> dict[str, int]:
+        """Return each Deployment's number of pods; an API server takes 1 where an object has none."""
+        return {name: one["spec"].get("replicas", 1) for name, one in (await self.deployments()).items()}
+
+    async def scale(self, replicas: int, *names: str) -> None:
+        """Do what an autoscaler does."""
+        patch = json.dumps({"spec": {"replicas": replicas}})
+        for name in names:
+            await self.kubectl("patch", "-n", "serving", "deployment", name, "--type=merge", "-p", patch)
+
     async def secrets(self) -> dict[str, dict[str, Any]]:
         """Return the secrets after an upgrade."""
         return of_kind(await self.upgraded(), "Secret")
@@ -979,7 +1096,7 @@ async def test_an_upgrade_to_another_wire_version_is_refused(cluster: Cluster) -
     """Half of the processes would refuse the other half; a second release replaces them without a loss."""
     assert yaml.safe_load((CHART / "Chart.yaml").read_text())["annotations"] == {WIRE: str(WIRE_VERSION)}
     router = of_kind(render("values.yaml"), "Deployment")["overfill-router"]
-    assert router["metadata"]["annotations"] == {WIRE: str(WIRE_VERSION)}
+    assert router["metadata"]["annotations"][WIRE] == str(WIRE_VERSION)
 
     async def upgrade(annotations: dict[str, str]) -> None:
         await cluster.apply(router | {"metadata": router["metadata"] | {"annotations": annotations}})
@@ -991,18 +1108,49 @@ async def test_an_upgrade_to_another_wire_version_is_refused(cluster: Cluster) -
     await upgrade({})  # of a chart that did not say its wire version
 
 
-@pytest.mark.parametrize("kind", ["hpa", "keda"])
-async def test_an_upgrade_that_turns_autoscaling_on_keeps_the_number_of_workers(kind: str, cluster: Cluster) -> None:
+KEDA = tuple(f"{pool}.autoscaling.kind=keda" for pool in ("router", "prefill", "decode"))
+
+
+async def test_no_upgrade_or_rollback_changes_the_autoscaler_s_number(cluster: Cluster) -> None:
+    """No manifest of a release that had autoscalers from the start has `replicas`."""
+    pools = ("overfill-router", "overfill-prefill", "overfill-decode")
+    first = await cluster.upgrade(*KEDA)
+    assert await cluster.replicas() == dict.fromkeys(pools, 1)
+    await cluster.scale(5, *pools)
+    await cluster.upgrade(*KEDA, "logLevel=debug")
+    assert await cluster.replicas() == dict.fromkeys(pools, 5)
+    await cluster.scale(7, *pools)
+    await cluster.apply(*first)  # a rollback: Helm applies the manifest that it stored
+    assert await cluster.replicas() == dict.fromkeys(pools, 7)
+    args = (await cluster.deployments())["overfill-decode"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert "--log-level=info" in args, "it did roll back"
+
+
+async def test_a_pool_that_had_a_fixed_number_keeps_the_autoscaler_s_at_each_upgrade(cluster: Cluster) -> None:
     """Kubernetes takes a Deployment whose `replicas` an upgrade removes as one of a single pod."""
+    await cluster.upgrade("decode.replicas=4")
+    await cluster.upgrade(*KEDA)
+    assert (await cluster.replicas())["overfill-decode"] == 4
+    await cluster.scale(6, "overfill-decode", "overfill-router")
+    await cluster.upgrade(*KEDA, "logLevel=debug")
+    assert await cluster.replicas() == {"overfill-router": 6, "overfill-prefill": 1, "overfill-decode": 6}
+    await cluster.upgrade(*KEDA, "decode.autoscaling.kind=none", "decode.replicas=3")
+    assert (await cluster.replicas())["overfill-decode"] == 3
 
-    async def replicas() -> dict[str, int | None]:
-        objects = await cluster.upgraded(f"decode.autoscaling.kind={kind}", "prefill.replicas=3")
-        return {name: one["spec"].get("replicas") for name, one in of_kind(objects, "Deployment").items()}
 
-    others = {"overfill-router": 2, "overfill-prefill": 3}
-    assert await replicas() == others | {"overfill-decode": None}, "the autoscaler sets it in a new release"
-    await cluster.apply(of_kind(render("values.yaml", "decode.replicas=6"), "Deployment")["overfill-decode"])
-    assert await replicas() == others | {"overfill-decode": 6}
+async def test_an_upgrade_without_a_rollout_to_another_revision_is_refused(cluster: Cluster) -> None:
+    """It would remove all workers before the first new one is ready."""
+    await cluster.upgrade()
+    with pytest.raises(AssertionError, match='revision: the release runs "", and an upgrade to "r2" alone'):
+        await cluster.upgraded("revision=r2")
+    await cluster.upgrade(*CANARY)
+    for settings in ((), ("revision=r2",), ("canary.revision=r3",), (*CANARY, "canary.percent=50")):
+        await cluster.upgraded(*settings)  # give up, end, start another one, change it
+    with pytest.raises(AssertionError, match='revision: the release runs ",r2", and an upgrade to "r3" alone'):
+        await cluster.upgraded("revision=r3")
+    await cluster.upgrade("revision=r2")
+    with pytest.raises(AssertionError, match="revision: the release runs"):
+        await cluster.upgraded()
 
 
 @pytest.mark.parametrize("deleted", ["overfill-first-key", "overfill-keys"])

@@ -276,7 +276,10 @@ def test_inputs_needs_and_decisions_of_the_scaling_policy_are_exported():
     targets = values(metrics, "overfill_router_scaling_target_workers")
     assert targets["prefill", ""] > 1
     assert (targets["decode", "full"], targets["decode", "fast"]) == (4, 1)
-    assert values(metrics, "overfill_router_scaling_needed_workers")["prefill", ""] > 1
+    metrics.router_need(1.5)
+    needed = values(metrics, "overfill_router_scaling_needed_workers")
+    assert needed["prefill", ""] > 1
+    assert needed["router", ""] == 1.5
     assert values(metrics, "overfill_router_scaling_input")["waiting_tokens", "prefill", ""] == 500_000
     decisions = values(metrics, "overfill_router_scaling_decisions_total")
     assert decisions["up", "prefill", ""] == decisions["up", "decode", "full"] == 1
