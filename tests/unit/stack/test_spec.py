@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 from shipped_config import SHIPPED, for_several_machines
 
-from overfill.rpc.certificates import NAME
+from overfill.rpc.access import NAME
 from overfill.settings.config import ColocatedConfig, DecodeConfig
 from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import PoolSpec
