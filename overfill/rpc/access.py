@@ -25,6 +25,9 @@ from overfill.errors import PermissionDenied, Unauthenticated
 MIN_SECRET = 16
 """Minimum length of the stack's secret, in characters."""
 
+NAME = "overfill"
+"""Given as the name of a server's certificate, it stands for the DNS name of the role that the server should have."""
+
 _URI = "overfill://role/"
 _DNS = ".role.overfill.internal"
 
@@ -254,3 +257,8 @@ def roles_of(names: Iterable[str]) -> frozenset[Role]:
 def role_uri(role: Role) -> str:
     """Returns the subject alternative name, a URI, that gives a certificate ``role``."""
     return f"{_URI}{role}"
+
+
+def role_dns(role: Role | None) -> str:
+    """Returns the DNS name that clients check for a server of ``role``; None means any process of a stack."""
+    return f"{role or 'process'}{_DNS}"

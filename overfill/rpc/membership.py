@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import grpc.aio
 
 from overfill.errors import Incompatible, OverfillError, Unavailable
+from overfill.rpc.access import Role
 from overfill.rpc.addresses import split_address
 from overfill.rpc.calls import checked_response, checked_write
 from overfill.rpc.channel import open_channel
@@ -333,7 +334,7 @@ class _Link:
 
     async def _run_stream(self) -> None:
         # A new channel for each attempt, because gRPC would add its own back-off to ours on an old one.
-        channel = open_channel(self.address, self._tls)
+        channel = open_channel(self.address, self._tls, role=Role.ROUTER)
         try:
             call: Any = registry_pb2_grpc.RegistryStub(channel).Join()
             self._adapters = registry_pb2.AdapterList(adapters=self._hello.adapters)

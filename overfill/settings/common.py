@@ -12,7 +12,7 @@ from pydantic import ByteSize, Field, model_validator
 from overfill.api.keys import BadKeyFile, KeyRing
 from overfill.process.permissions import refusal
 from overfill.request.grammar_limits import GrammarLimits
-from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, WORKER_RPCS, AccessPolicy, Rule
+from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, NAME, WORKER_RPCS, AccessPolicy, Role, Rule
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.tls import ClientTls, Credentials, ServerTls
 from overfill.settings.reader import SettingsReader
@@ -25,6 +25,9 @@ class CommonSettings(SettingsReader):
 
     rpcs: ClassVar[Mapping[str, Rule]] = WORKER_RPCS
     """Access rules of this service's RPCs."""
+
+    role: ClassVar[Role] = Role.WORKER
+    """Role that this service's certificate must have."""
 
     config: Path | None = Field(
         None,
@@ -46,7 +49,9 @@ class CommonSettings(SettingsReader):
         None, description="PEM file of the CA certificates that must have signed the other processes' certificates"
     )
     tls_name: str = Field(
-        "", description="DNS name in the certificates of all other processes; empty means the host of each address"
+        "",
+        description="DNS name in the certificates of all other processes; overfill stands for the name of each one's "
+        "role, such as worker.role.overfill.internal; empty means the host of each address",
     )
     api_keys: Path | None = Field(
         None,
@@ -118,7 +123,7 @@ class CommonSettings(SettingsReader):
     def check_certificate(self, caller: ClientTls | None, host: str) -> None:
         """Raises TlsError unless a process with the files of ``caller`` accepts this one's certificate at ``host``."""
         if (server := self.server_tls()) is not None and caller is not None:
-            server.check_name(caller, host)
+            server.check_name(caller, host, self.role)
 
     def grammar_limits(self) -> GrammarLimits:
         """Returns what a client's grammar may cost."""
@@ -147,13 +152,15 @@ class CommonSettings(SettingsReader):
         """Reads certificates, keys and secret, so that a fault is found before a model is loaded.
 
         Raises:
-            TlsError: a certificate cannot be read.
+            TlsError: a certificate cannot be read, or the own one lacks the service's role.
             BadKeyFile: the API keys or the secret cannot be read.
         """
         if (server := self.server_tls()) is not None:
             server.credentials()
         if (client := self.client_tls()) is not None:
             client.reloaded()
+            if server is not None and client.name == NAME:
+                server.check_name(ClientTls(self.tls_cert, name=NAME), NAME, self.role)  # trusted here, for its names
         self.metrics_access()
 
     def _secret(self) -> str:

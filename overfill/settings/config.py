@@ -19,7 +19,7 @@ from overfill.request.params import MAX_STREAM_INTERVAL
 from overfill.request.thinking import ReasoningParser
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, DecodePolicyName, PolicyName
 from overfill.routing.tier import DEFAULT_TIER
-from overfill.rpc.access import ROUTER_RPCS, AccessPolicy
+from overfill.rpc.access import ROUTER_RPCS, AccessPolicy, Role
 from overfill.rpc.addresses import is_loopback, is_wildcard
 from overfill.rpc.constants import MAX_DATA_STREAMS, MAX_PENDING_RPCS, MAX_TRANSFER_TIME, SPARE_RPCS
 from overfill.settings.common import CommonSettings
@@ -371,6 +371,7 @@ class RouterConfig(ServiceConfig):
     program = "overfill-router"
     section = "router"
     rpcs = ROUTER_RPCS
+    role = Role.ROUTER
 
     pair: PairName = Field(
         "",

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from overfill.pair.store import MOCK
 from overfill.process.gpus import gpu_count
-from overfill.rpc.access import Role
+from overfill.rpc.access import NAME, Role
 from overfill.rpc.addresses import is_loopback
-from overfill.rpc.certificates import NAME, role_files
+from overfill.rpc.certificates import role_files
 from overfill.settings.config import SERVICES, RouterConfig, ServiceConfig, read_checked
 from overfill.settings.config_file import all_names, flag_name, nearest
 from overfill.settings.reader import BadSettings, Given

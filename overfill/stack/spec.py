@@ -16,9 +16,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from overfill.routing.tier import DEFAULT_TIER
-from overfill.rpc.access import Role
+from overfill.rpc.access import NAME, Role
 from overfill.rpc.addresses import is_wildcard, split_address
-from overfill.rpc.certificates import NAME, role_files
+from overfill.rpc.certificates import role_files
 from overfill.settings.config import DecodeConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import StrictConstructor, all_names, nearest
 from overfill.settings.reader import BadSettings

@@ -13,6 +13,7 @@ from overfill.routing import rolling_stats
 from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import PREFILL, STALE_AFTER, Worker
+from overfill.rpc.access import Role
 from overfill.rpc.calls import checked_response
 from overfill.rpc.channel import open_channel
 from overfill.rpc.interceptors import Context
@@ -175,7 +176,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             await self._call_router(other, "Drain", admin_pb2.DrainRequest(), DRAIN_TIMEOUT)
 
     async def _call_router(self, other: Member, method: str, request: Any, timeout: float) -> Any:
-        channel = open_channel(other.address, self._credentials)
+        channel = open_channel(other.address, self._credentials, role=Role.ROUTER)
         try:
             call = getattr(admin_pb2_grpc.AdminStub(channel), method)(request, timeout=timeout)
             return await checked_response(call, f"router {other.id}")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from charts import ROOT, of_kind, render
+from charts import of_kind, render, tls_secrets
 from kube import NAMESPACE, Cluster, Pod, cluster
 from runtime import PREFIX, need
 from stacks import wait_until
@@ -32,16 +32,13 @@ from overfill.pair.store import resolve_pair
 pytestmark = [pytest.mark.images, pytest.mark.timeout(900)]
 
 RELEASE = f"{PREFIX}chart"
-TLS, CLIENT_TLS, ANOTHER, KEYS, KEY, PAIRS = (
-    f"{PREFIX}{name}" for name in ("tls", "client-tls", "another-tls", "keys", "key", "pairs")
-)
+TLS, ANOTHER, KEYS, KEY, PAIRS = (f"{PREFIX}{name}" for name in ("tls", "another-tls", "keys", "key", "pairs"))
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
 STARTUP = 240  # seconds
 CPU_VALUES = (
     "pair.claim.path=identity",
     f"pair.claim.name={PAIRS}",
-    f"tls.secretName={TLS}",
-    f"tls.clientSecretName={CLIENT_TLS}",
+    f"tls.secretPrefix={TLS}",
     f"apiKeys.secretName={KEYS}",
     f"test.apiKeySecretName={KEY}",
     "prefill.threads=1",
@@ -84,15 +81,11 @@ class Installation:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates by the script of docs/how-to/kubernetes.md, a file of API keys, and the key."""
+    """A file of API keys, and the key."""
     made = tmp_path_factory.mktemp("chart")
     for parent in made.parents[:2]:
         parent.chmod(0o755)  # pytest's folders are closed to user 10001
     made.chmod(0o755)
-    script = ROOT / "deploy" / "tls" / "make-certificates"
-    for name in ("overfill", "another"):
-        host = f"DNS:{RELEASE}.{NAMESPACE}.svc" if name == "overfill" else "DNS:another.svc"
-        subprocess.run([script, made / name, name, host], check=True, capture_output=True)
     (made / "key").write_text(keyfile.create(made / "keys.json", "test"))
     return made
 
@@ -103,8 +96,8 @@ def prepared(images: dict[str, str], folder: Path) -> Iterator[Cluster]:
     need("podman")
     pair = resolve_pair("identity")
     with cluster(folder) as made:
-        made.secret(TLS, **certificates(folder / "overfill"))
-        made.secret(CLIENT_TLS, **certificates(folder / "overfill", "client"))
+        for role, files in tls_secrets(folder / "overfill", f"{RELEASE}.{NAMESPACE}.svc").items():
+            made.secret(f"{TLS}-{role}", **files)
         made.secret(KEYS, **{"keys.json": (folder / "keys.json").read_bytes()})
         made.secret(KEY, key=(folder / "key").read_bytes())
         made.claim(PAIRS, lambda volume: fill(volume, pair))
@@ -120,18 +113,13 @@ def fill(volume: Path, pair: Path) -> None:
         (volume / name).chmod(mode)
 
 
-def certificates(made: Path, name: str = "tls") -> dict[str, bytes]:
-    files = {"ca.crt": "ca.crt", "tls.crt": f"{name}.crt", "tls.key": f"{name}.key"}
-    return {file: (made / source).read_bytes() for file, source in files.items()}
-
-
 @pytest.fixture(scope="module")
 def installed(prepared: Cluster, folder: Path) -> Installation:
     objects = render("values-cpu.yaml", *CPU_VALUES, release=RELEASE)
     prepared.apply(objects)
     prepared.wait_ready(STARTUP)
     made = folder / "overfill"
-    tls = ClientTls(made / "ca.crt", made / "client.crt", made / "client.key", "overfill")
+    tls = ClientTls(made / "peers-ca.crt", made / "client.crt", made / "client.key", "overfill")
     return Installation(prepared, objects, tls, (folder / "key").read_text(), folder)
 
 
@@ -220,7 +208,7 @@ def test_answers_are_the_reference_s(installed: Installation, capsys: pytest.Cap
     arguments = [f"--questions={questions}", "--max-tokens=16", "--pair=identity", f"--api-key={installed.api_key}"]
     arguments += [
         f"--tls-{name}={made / file}"
-        for name, file in (("ca", "ca.crt"), ("cert", "client.crt"), ("key", "client.key"))
+        for name, file in (("ca", "peers-ca.crt"), ("cert", "client.crt"), ("key", "client.key"))
     ]
     arguments += ["--tls-name=overfill", f"--address={installed.cluster.endpoints(RELEASE)[0]}:7600"]
     code = main(["verify", *arguments])
@@ -311,20 +299,24 @@ def test_the_log_says_what_is_wrong(case: str, broken: Callable[..., Pod], insta
 def test_a_worker_with_a_certificate_of_another_stack_does_not_become_ready(
     broken: Callable[..., Pod], installed: Installation
 ) -> None:
-    installed.cluster.secret(ANOTHER, **certificates(installed.folder / "another"))
-    pod = broken("decode", f"tls.secretName={ANOTHER}", "tls.name=another")
+    installed.cluster.secret(f"{ANOTHER}-worker", **tls_secrets(installed.folder / "another")["worker"])
+    pod = broken("decode", f"tls.secretPrefix={ANOTHER}")
     says = "its certificate is not valid for the authorities in --tls-ca"
     wait_until(lambda: says in installed.cluster.log(pod), 120, says)
     probe = pod.spec["containers"][0]["readinessProbe"]["exec"]["command"]
     with pytest.raises(AssertionError, match="NOT_SERVING"):
         installed.cluster.execute(pod, *probe)
-    pod = broken("decode", f"tls.secretName={ANOTHER}")
-    wait_until(lambda: "serves on" in installed.cluster.log(pod), 120, "the worker listens")
-    with pytest.raises(AssertionError, match="set the name that it does name"):
-        installed.cluster.execute(pod, *probe)
 
 
-@pytest.mark.parametrize("setting", ["tls.secretName=absent", "pair.claim.name=absent"])
+def test_a_worker_with_a_router_s_certificate_does_not_start(
+    broken: Callable[..., Pod], installed: Installation
+) -> None:
+    installed.cluster.secret(f"{ANOTHER}-worker", **tls_secrets(installed.folder / "another")["router"])
+    pod = broken("decode", f"tls.secretPrefix={ANOTHER}")
+    wait_until(lambda: "give one of the role worker" in installed.cluster.log(pod), 120, "it says what to do")
+
+
+@pytest.mark.parametrize("setting", ["tls.secretPrefix=absent", "pair.claim.name=absent"])
 def test_a_pod_without_its_secret_or_claim_does_not_start(
     setting: str, broken: Callable[..., Pod], installed: Installation
 ) -> None:

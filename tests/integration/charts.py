@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 from overfill.process.home import home
+from overfill.rpc import certificates
+from overfill.rpc.access import Role
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "helm" / "overfill"
@@ -87,6 +89,17 @@ def render(values: str, *settings: str, release: str = "overfill") -> list[dict]
 def of_kind(objects: list[dict], kind: str) -> dict[str, dict]:
     """Return the objects of a kind, by name."""
     return {one["metadata"]["name"]: one for one in objects if one["kind"] == kind}
+
+
+def tls_secrets(folder: Path, *names: str) -> dict[str, dict[str, bytes]]:
+    """Return the files of the chart's secrets of certificates by role, made as docs/how-to/kubernetes.md says."""
+    certificates.make(folder, names)
+    secrets = {}
+    for role in (Role.ROUTER, Role.WORKER, Role.SCRAPER, Role.CLIENT):
+        files = certificates.role_files(folder, role)
+        found = {"tls.crt": files.cert, "tls.key": files.key, "ca.crt": files.ca}
+        secrets[str(role)] = {name: file.read_bytes() for name, file in found.items()}
+    return secrets
 
 
 def pods(objects: list[dict]) -> dict[str, dict]:

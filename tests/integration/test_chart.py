@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import tomllib
 import warnings
 from collections.abc import Iterator
@@ -24,14 +23,12 @@ import pytest
 import yaml
 from charts import CHART, ROOT, VALUES, helm, of_kind, pods, render, tool
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 
 from overfill.cli.pair import pair_group
 from overfill.engine.build import MemoryRequirement, memory_needed
 from overfill.kv.disk_files import DiskFiles, NotOurFolder
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE
 from overfill.making.recipe import slow_sizes
-from overfill.rpc.access import Role, roles_of
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.settings.config import SERVICES, ColocatedConfig, DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import field_name
@@ -128,7 +125,7 @@ def test_every_operators_object_is_strictly_valid(values: str, settings: tuple[s
         ("decode.settings.prefix-cache=maybe", "prefix-cache"),
         ("decode.autoscaling.kind=vpa", "autoscaling/kind"),
         ("pair.source=ftp", "pair/source"),
-        ("tls.clientSecretName=mine", "only with tls.secretName"),
+        ("tls.secretName=mine", "secretName"),  # of a chart with one certificate for all pods
         ("pair.source=claim", "which claim has the pair"),
         ("pair.source=hub", "which repository has the pair"),
         ("tls.generate=false", "no certificate"),
@@ -713,10 +710,16 @@ def test_secrets_are_referred_to() -> None:
     pod = pods(render("values-prod.yaml"))["router"]
     assert "--api-keys=/etc/overfill/keys/keys.json" in pod["containers"][0]["args"]
     secrets = {v["name"]: v["secret"]["secretName"] for v in pod["volumes"] if "secret" in v}
-    assert secrets == {"tls": "overfill-tls", "keys": "overfill-api-keys"}
+    assert secrets == {"tls": "overfill-tls-router", "keys": "overfill-api-keys"}
 
 
-POD_ROLES = {Role.ROUTER, Role.WORKER, Role.SCRAPER}
+TRUSTED = {
+    "router": ["router", "worker", "scraper", "client"],
+    "worker": ["router", "worker", "scraper"],
+    "scraper": ["router", "worker"],
+    "client": ["router"],
+}
+"""Role -> roles whose certificates its holder accepts."""
 
 
 def certificate(secret: dict[str, Any]) -> x509.Certificate:
@@ -731,62 +734,68 @@ def names_in(made: x509.Certificate) -> list[str]:
     return made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.DNSName)
 
 
-def test_helm_makes_a_certificate_for_pods_and_one_for_clients() -> None:
+def names_of(role: str) -> set[str]:
+    """Return the role's names by which a client finds a server, without those of hosts."""
+    named = (role, "process") if role in ("router", "worker") else (role,)
+    return {f"{name}.role.overfill.internal" for name in named}
+
+
+def test_helm_makes_a_certificate_for_each_role_which_only_its_peers_trust() -> None:
     secrets = of_kind(render("values.yaml"), "Secret")
-    pods_secret, client_secret = secrets["overfill-tls"], secrets["overfill-client-tls"]
-    assert roles_of(names_in(certificate(pods_secret))) == POD_ROLES
-    assert names_in(certificate(client_secret)) == ["client.role.overfill.internal"], "it cannot pose as a server"
-    processes, clients = authorities(pods_secret)
-    certificate(pods_secret).verify_directly_issued_by(processes)
-    certificate(client_secret).verify_directly_issued_by(clients)
-    assert authorities(client_secret) == [processes], "what clients trust"
+    made = {role: secrets[f"overfill-tls-{role}"] for role in TRUSTED}
+    for role, secret in made.items():
+        names = set(names_in(certificate(secret)))
+        assert names_of(role) <= names
+        assert role == "router" or names == names_of(role), "it cannot pose as a router's host"
+        for other in TRUSTED:
+            issuers = [ca for ca in authorities(secret) if ca.subject == certificate(made[other]).issuer]
+            assert len(issuers) == (other in TRUSTED[role]), (role, other)
+            for issuer in issuers:
+                certificate(made[other]).verify_directly_issued_by(issuer)
+    hosts = {"overfill", "localhost", "overfill.serving.svc"}
+    assert hosts <= set(names_in(certificate(made["router"])))
 
 
-def test_cert_manager_makes_the_same_two() -> None:
+def test_cert_manager_makes_the_same_ones() -> None:
     specs = {
         one["secretName"]: one
         for one in (c["spec"] for c in of_kind(render("values-prod.yaml"), "Certificate").values())
     }
-    assert specs.keys() == {"overfill-tls", "overfill-client-tls"}
-    assert roles_of(specs["overfill-tls"]["dnsNames"]) == POD_ROLES
-    assert "overfill" in specs["overfill-tls"]["dnsNames"]
-    assert specs["overfill-client-tls"]["dnsNames"] == ["client.role.overfill.internal"]
-    assert specs["overfill-client-tls"]["usages"] == ["client auth"]
-
-
-def test_the_script_makes_the_same_two(tmp_path: Path) -> None:
-    subprocess.run([ROOT / "deploy" / "tls" / "make-certificates", tmp_path / "tls"], check=True, capture_output=True)
-    roles = {}
-    for name in ("tls", "client"):
-        made = x509.load_pem_x509_certificate((tmp_path / "tls" / f"{name}.crt").read_bytes())
-        made.verify_directly_issued_by(x509.load_pem_x509_certificate((tmp_path / "tls" / "ca.crt").read_bytes()))
-        names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        roles[name] = roles_of(names.get_values_for_type(x509.UniformResourceIdentifier))
-    assert roles == {"tls": POD_ROLES, "client": {Role.CLIENT}}
+    helm_s = of_kind(render("values.yaml"), "Secret")
+    assert specs.keys() == {f"overfill-tls-{role}" for role in TRUSTED}
+    for name, spec in specs.items():
+        assert spec["dnsNames"] == names_in(certificate(helm_s[name]))
+        assert ("server auth" in spec["usages"]) == (name in ("overfill-tls-router", "overfill-tls-worker"))
 
 
 @pytest.mark.parametrize(
-    ("values", "settings", "client_secret"),
+    ("values", "settings", "prefix"),
     [
-        ("values.yaml", (), "overfill-client-tls"),
-        ("values-prod.yaml", (), "overfill-client-tls"),
-        ("values-cpu.yaml", (), "overfill-client-tls"),
-        ("values-cpu.yaml", ("tls.clientSecretName=mine",), "mine"),
+        ("values.yaml", (), "overfill-tls"),
+        ("values-prod.yaml", (), "overfill-tls"),
+        ("values-colocated.yaml", (), "overfill-tls"),
+        ("values-cpu.yaml", ("tls.secretPrefix=mine",), "mine"),
     ],
 )
-def test_only_the_test_s_pod_has_the_client_s_certificate(
-    values: str, settings: tuple[str, ...], client_secret: str
-) -> None:
-    for component, pod in pods(render(values, *settings)).items():
-        (tls,) = (volume["secret"]["secretName"] for volume in pod["volumes"] if volume["name"] == "tls")
-        assert tls == (client_secret if component == "test" else "overfill-tls")
+def test_a_pod_mounts_the_certificate_of_its_own_role_only(values: str, settings: tuple[str, ...], prefix: str) -> None:
+    objects = render(values, *settings, "monitoring.podMonitor=true")
+    for component, pod in pods(objects).items():
+        mounted = [v["secret"]["secretName"] for v in pod["volumes"] if "secret" in v and v["name"] != "keys"]
+        role = {"router": "router", "test": "client"}.get(component, "worker")
+        assert mounted == [f"{prefix}-{role}"], component
+    (monitor,) = of_kind(objects, "PodMonitor").values()
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    tls = endpoint["tlsConfig"]
+    named = {tls["keySecret"]["name"], tls["cert"]["secret"]["name"], tls["ca"]["secret"]["name"]}
+    assert named == {f"{prefix}-scraper"}
+    assert tls["serverName"] in names_of("router") & names_of("worker")
 
 
 def test_notes_tell_users_to_export_the_client_s_certificate() -> None:
     done = helm("install", "overfill", str(CHART), "--namespace=serving", "--dry-run=client")
     assert done.returncode == 0, done.stderr
     notes = done.stdout.partition("NOTES:")[2]
-    assert re.findall(r"get secret (\S+) -o json \\", notes) == ["overfill-client-tls"]
+    assert re.findall(r"get secret (\S+) -o json \\", notes) == ["overfill-tls-client"]
     assert "--tls-cert tls.crt --tls-key tls.key" in notes
 
 
@@ -1161,8 +1170,8 @@ async def test_an_upgrade_keeps_the_api_keys(deleted: str, cluster: Cluster) -> 
     assert await cluster.secrets() == first
     await cluster.kubectl("delete", "-n", "serving", "secret", deleted)
     again = await cluster.secrets()
-    assert again["overfill-tls"] == first["overfill-tls"]
-    assert again["overfill-client-tls"] == first["overfill-client-tls"]
+    for role in TRUSTED:
+        assert again[f"overfill-tls-{role}"] == first[f"overfill-tls-{role}"]
     kept = {"overfill-first-key": "overfill-keys", "overfill-keys": "overfill-first-key"}[deleted]
     assert again[kept] == first[kept]
     assert again[kept]["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
@@ -1172,22 +1181,18 @@ async def test_an_upgrade_keeps_the_api_keys(deleted: str, cluster: Cluster) -> 
     assert ("overfill-first-key" in again) == (deleted != "overfill-first-key")
 
 
-async def test_an_upgrade_makes_a_missing_client_s_certificate_and_keeps_that_of_the_pods(cluster: Cluster) -> None:
+@pytest.mark.parametrize("deleted", TRUSTED)
+async def test_an_upgrade_replaces_the_certificate_of_a_deleted_secret_and_keeps_the_others(
+    deleted: str, cluster: Cluster
+) -> None:
     """A deleted secret revokes what was in it."""
     first = await cluster.secrets()
-    (processes, old) = authorities(first["overfill-tls"])
-    only_processes = processes.public_bytes(serialization.Encoding.PEM)
-    first["overfill-tls"]["data"]["ca.crt"] = base64.b64encode(only_processes).decode()
-    for kept in (first, None):  # a secret without the clients' authority; then one with that of deleted clients
-        if kept is not None:
-            await cluster.apply(kept["overfill-tls"])
-        again = await cluster.secrets()
-        for file in ("tls.crt", "tls.key"):
-            assert again["overfill-tls"]["data"][file] == first["overfill-tls"]["data"][file]
-        same, clients = authorities(again["overfill-tls"])
-        assert same == processes
-        assert clients != old
-        certificate(again["overfill-client-tls"]).verify_directly_issued_by(clients)
-        assert authorities(again["overfill-client-tls"]) == [processes]
-        await cluster.apply(again["overfill-tls"])
-        old = clients
+    await cluster.apply(*first.values())
+    await cluster.kubectl("delete", "-n", "serving", "secret", f"overfill-tls-{deleted}")
+    again = await cluster.secrets()
+    for role, trusted in TRUSTED.items():
+        before, now = (secrets[f"overfill-tls-{role}"] for secrets in (first, again))
+        kept = [now["data"][file] == before["data"][file] for file in ("tls.crt", "tls.key")]
+        assert kept == [role != deleted] * 2
+        changed = [old != new for old, new in zip(authorities(before), authorities(now), strict=True)]
+        assert changed == [other == deleted for other in trusted], role

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from pathlib import Path
 
 import forked
 import pytest
-from charts import ROOT, VALUES, pods, render
+from charts import ROOT, VALUES, pods, render, tls_secrets
 from stacks import ForkedChild, wait_until
 
 from overfill.api import key_file as keyfile
@@ -30,17 +28,17 @@ PROGRAMS = {
     "overfill": ["overfill.cli.main"],
 }
 METRICS = 7690
+ROLES = {"router": "router", "test": "client"}
 
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with those of the chart's two TLS secrets, made by the script of docs/how-to/kubernetes.md."""
+    """Folder with those of the chart's TLS secrets."""
     folder = tmp_path_factory.mktemp("tls")
-    subprocess.run([ROOT / "deploy" / "tls" / "make-certificates", folder / "made"], check=True, capture_output=True)
-    for secret, name in (("overfill-tls", "tls"), ("overfill-client-tls", "client")):
-        (folder / secret).mkdir()
-        for file, copy in (("ca.crt", "ca.crt"), (f"{name}.crt", "tls.crt"), (f"{name}.key", "tls.key")):
-            shutil.copy(folder / "made" / file, folder / secret / copy)
+    for role, files in tls_secrets(folder / "made").items():
+        (folder / f"overfill-tls-{role}").mkdir()
+        for name, data in files.items():
+            (folder / f"overfill-tls-{role}" / name).write_bytes(data)
     return folder
 
 
@@ -81,7 +79,7 @@ class LocalCluster:
         return [sys.executable, "-m", *PROGRAMS[words[0]], *words[1:]], env
 
     def _here(self, component: str, word: str) -> str:
-        secret = "overfill-client-tls" if component == "test" else "overfill-tls"
+        secret = f"overfill-tls-{ROLES.get(component, 'worker')}"
         word = word.replace("/etc/overfill/tls", str(self._tls / secret))
         for there, here in self._words.items():
             word = word.replace(there, here)
@@ -139,7 +137,7 @@ def test_the_rendered_commands_make_a_stack(tiny_pair: Path, tls: Path, tmp_path
         address = f"127.0.0.1:{machine.port('', 7600)}"
         of_pods, of_clients = (
             ClientTls(folder / "ca.crt", folder / "tls.crt", folder / "tls.key", "overfill")
-            for folder in (tls / "overfill-tls", tls / "overfill-client-tls")
+            for folder in (tls / "overfill-tls-router", tls / "overfill-tls-client")
         )
         with Client(address, tls=of_pods) as pod:
             assert pod.status().process is not None, "as the notes tell operators to ask"

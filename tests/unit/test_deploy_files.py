@@ -206,8 +206,8 @@ def test_ray_s_pods_have_only_the_secrets_that_they_need() -> None:
         component: {volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
         for component, pod in ray_pods().items()
     }
-    workers = {"overfill-tls"}
-    assert secrets == {"head": set(), "router": {*workers, "overfill-keys"}, "prefill": workers, "decode": workers}
+    workers, router = {"overfill-tls-worker"}, {"overfill-tls-router", "overfill-keys"}
+    assert secrets == {"head": set(), "router": router, "prefill": workers, "decode": workers}
     assert rayservice()["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
 
 
@@ -317,7 +317,9 @@ def test_prometheus_accepts_its_configurations(tmp_path: Path) -> None:
     # The paths at which compose mounts it.
     shutil.copy(DEPLOY / "compose" / "prometheus.yml", tmp_path)
     shutil.copytree(DEPLOY / "helm/overfill/files/rules", tmp_path / "rules")
-    subprocess.run([DEPLOY / "tls" / "make-certificates", tmp_path / "secrets"], check=True, capture_output=True)
+    (tmp_path / "secrets").mkdir()
+    for name in ("ca.crt", "tls.crt", "tls.key"):
+        (tmp_path / "secrets" / name).touch()
     for file in (DEPLOY / "prometheus/prometheus.yml", tmp_path / "prometheus.yml"):
         done = subprocess.run(["promtool", "check", "config", file], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr + done.stdout

@@ -10,6 +10,7 @@ from overfill.errors import Incompatible, Unavailable
 from overfill.kv.journal import KeyJournal
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.rpc import membership as membership_module
+from overfill.rpc.access import Role
 from overfill.rpc.membership import Membership
 from overfill.rpc.server import RpcServer
 from overfill.rpc.tls import ClientTls, Credentials
@@ -296,18 +297,18 @@ async def test_one_look_up_without_a_router_that_restarts_ends_no_worker(monkeyp
 async def test_a_router_found_by_name_has_to_prove_the_name(monkeypatch, told, expected):
     asked = asyncio.Queue()
 
-    def open_channel(address, tls):
-        asked.put_nowait((address, tls.tls.name))
+    def open_channel(address, tls, role):
+        asked.put_nowait((address, tls.tls.name, role))
         raise Unavailable("not today")
 
     monkeypatch.setattr(membership_module, "open_channel", open_channel)
     Name(monkeypatch, "10.1.2.3:7600")
     tls = Credentials(ClientTls(name=told))
     async with member("dns:///routers.internal:7600", tls=tls):
-        assert await asked.get() == ("10.1.2.3:7600", expected)
+        assert await asked.get() == ("10.1.2.3:7600", expected, Role.ROUTER)
     asked = asyncio.Queue()
     async with member("router-0.internal:7600", tls=tls):
-        assert await asked.get() == ("router-0.internal:7600", told)
+        assert await asked.get() == ("router-0.internal:7600", told, Role.ROUTER)
 
 
 async def test_an_address_that_was_given_itself_stays_when_a_name_omits_it(monkeypatch):

@@ -230,7 +230,7 @@ async def test_a_worker_to_which_no_channel_opens_is_not_waited_for():
 async def test_a_worker_joins_while_a_router_s_certificate_is_being_replaced(tiny_pair, tmp_path):
     certificates.make(tmp_path)
     files = certificates.role_files(tmp_path, Role.ROUTER)
-    tls = {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca, "tls_name": certificates.NAME}
+    tls = {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca, "tls_name": "overfill"}
     router = Router(RouterConfig(pair=str(tiny_pair), http="off", metrics_port="off", **tls))
     files.cert.write_bytes(certificates.role_files(tmp_path, Role.WORKER).cert.read_bytes())  # its key follows later
     (info,) = WorkerInfo.from_hello(HELLO)

@@ -10,7 +10,8 @@ import yaml
 from pydantic import ValidationError
 from shipped_config import SHIPPED, for_several_machines
 
-from overfill.rpc.certificates import NAME
+from overfill.rpc import certificates
+from overfill.rpc.access import NAME
 from overfill.settings.config import ColocatedConfig, DecodeConfig
 from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import PoolSpec
@@ -349,9 +350,12 @@ def test_a_wrong_objective_is_refused_before_deployment() -> None:
         serve_config(spec(decode={"max_replicas": 4}), "chat", {"tfft": 1.0})
 
 
-def test_the_shipped_config_s_advice_for_several_machines_is_complete() -> None:
+def test_the_shipped_config_s_advice_for_several_machines_is_complete(tmp_path: Path) -> None:
     (application,) = for_several_machines()["applications"]
-    made = StackSpec(**application["args"])
+    args = application["args"]
+    assert args["tls"]
+    certificates.make(tmp_path)
+    made = StackSpec(**{**args, "tls": str(tmp_path)})
     assert made.router_config().host == "0.0.0.0"
     assert {given["name"] for given in application["deployments"]} == made.deployments.keys()
     # Certificates name the stack, and processes connect to addresses.

@@ -254,23 +254,24 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{ .image.repository }}:{{ .image.tag | default .root.Values.image.tag | default .root.Chart.AppVersion }}
 {{- end }}
 
+{{/* Secret with a role's certificate: router, worker, scraper or client. Arguments: root, role. */}}
 {{- define "overfill.tlsSecret" -}}
-{{ .Values.tls.secretName | default (printf "%s-tls" (include "overfill.fullname" .)) }}
+{{ .root.Values.tls.secretPrefix | default (printf "%s-tls" (include "overfill.fullname" .root)) }}-{{ .role }}
 {{- end }}
 
-{{/* Secret with the certificate of clients: that of `helm test`, and the one that the notes tell users to export. */}}
-{{- define "overfill.clientTlsSecret" -}}
-{{ .Values.tls.clientSecretName | default (printf "%s-client-tls" (include "overfill.fullname" .)) }}
+{{/* Volume of a role's certificate, as "overfill.tlsSecret". */}}
+{{- define "overfill.tlsVolume" -}}
+- name: tls
+  secret: {secretName: {{ include "overfill.tlsSecret" . }}, defaultMode: 0440}
 {{- end }}
 
 {{- define "overfill.checkTls" -}}
 {{- $ways := list -}}
-{{- if .Values.tls.secretName }}{{ $ways = append $ways "tls.secretName" }}{{ end -}}
+{{- if .Values.tls.secretPrefix }}{{ $ways = append $ways "tls.secretPrefix" }}{{ end -}}
 {{- if .Values.tls.certManager.enabled }}{{ $ways = append $ways "tls.certManager.enabled" }}{{ end -}}
 {{- if .Values.tls.generate }}{{ $ways = append $ways "tls.generate" }}{{ end -}}
-{{- if eq (len $ways) 0 }}{{ fail "no certificate: processes do not listen beyond loopback without one. Give tls.secretName, tls.certManager.enabled or tls.generate" }}{{ end -}}
-{{- if and (gt (len $ways) 1) (ne (join "," $ways) "tls.secretName,tls.generate") }}{{ fail (printf "several certificates: %s. Keep one" (join ", " $ways)) }}{{ end -}}
-{{- if and .Values.tls.clientSecretName (not .Values.tls.secretName) }}{{ fail "tls.clientSecretName: only with tls.secretName; Helm or cert-manager makes both certificates" }}{{ end -}}
+{{- if eq (len $ways) 0 }}{{ fail "no certificate: processes do not listen beyond loopback without one. Give tls.secretPrefix, tls.certManager.enabled or tls.generate" }}{{ end -}}
+{{- if and (gt (len $ways) 1) (ne (join "," $ways) "tls.secretPrefix,tls.generate") }}{{ fail (printf "several certificates: %s. Keep one" (join ", " $ways)) }}{{ end -}}
 {{- end }}
 
 {{- define "overfill.keysSecret" -}}
@@ -307,15 +308,18 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end }}
 
 {{/*
-DNS names of the pods' certificate that Helm or cert-manager makes, as a JSON list: hosts, and the roles of pods and of
-Prometheus. Clients have a certificate of their own, because a holder of this one may act as any process of the stack.
+DNS names of a role's certificate that Helm or cert-manager makes, as a JSON list: its role, of servers the name of any
+process, and of routers their hosts. A worker's names no host, so that it cannot pose as a router. Arguments: root, role.
 */}}
 {{- define "overfill.dnsNames" -}}
-{{- $service := include "overfill.fullname" . -}}
-{{- $inside := printf "%s.%s" $service .Release.Namespace -}}
-{{- $roles := list -}}
-{{- range list "router" "worker" "scraper" }}{{ $roles = append $roles (printf "%s.role.overfill.internal" .) }}{{ end -}}
-{{- concat (list .Values.tls.name "localhost" $service $inside (printf "%s.svc" $inside) (printf "%s.svc.cluster.local" $inside)) .Values.tls.extraDnsNames $roles | uniq | toJson -}}
+{{- $names := list (printf "%s.role.overfill.internal" .role) -}}
+{{- if has .role (list "router" "worker") }}{{ $names = append $names "process.role.overfill.internal" }}{{ end -}}
+{{- if eq .role "router" -}}
+{{- $service := include "overfill.fullname" .root -}}
+{{- $inside := printf "%s.%s" $service .root.Release.Namespace -}}
+{{- $names = concat $names (list "overfill" "localhost" $service $inside (printf "%s.svc" $inside) (printf "%s.svc.cluster.local" $inside)) .root.Values.tls.extraDnsNames -}}
+{{- end -}}
+{{ $names | uniq | toJson }}
 {{- end }}
 
 {{/* Seconds that a pod may take to stop: the longest answer or drain, plus 45 s for preStop and exit. */}}
@@ -338,7 +342,7 @@ Prometheus. Clients have a certificate of their own, because a holder of this on
 - --tls-cert=/etc/overfill/tls/tls.crt
 - --tls-key=/etc/overfill/tls/tls.key
 - --tls-ca=/etc/overfill/tls/ca.crt
-- --tls-name={{ .root.Values.tls.name }}
+- --tls-name=overfill
 - --log-level={{ .root.Values.logLevel }}
 {{- with .root.Values.revision }}
 - --revision={{ . }}
@@ -357,7 +361,7 @@ Prometheus. Clients have a certificate of their own, because a holder of this on
 - {name: OVERFILL_TLS_CA, value: /etc/overfill/tls/ca.crt}
 - {name: OVERFILL_TLS_CERT, value: /etc/overfill/tls/tls.crt}
 - {name: OVERFILL_TLS_KEY, value: /etc/overfill/tls/tls.key}
-- {name: OVERFILL_TLS_NAME, value: {{ .root.Values.tls.name | quote }}}
+- {name: OVERFILL_TLS_NAME, value: overfill}
 - {name: OVERFILL_HOME, value: /var/cache/overfill}
 - {name: HOME, value: /tmp}
 - {name: HF_HOME, value: /var/cache/overfill/huggingface}
@@ -417,8 +421,6 @@ capabilities: {drop: [ALL]}
 {{- end }}
 
 {{- define "overfill.volumes" -}}
-- name: tls
-  secret: {secretName: {{ include "overfill.tlsSecret" . }}, defaultMode: 0440}
 - name: tmp
   emptyDir: {sizeLimit: 1Gi}
 - name: cache
