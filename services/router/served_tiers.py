@@ -38,8 +38,10 @@ class ServedTiers:
         brownout: chooses the tiers of requests under overload; None if no tier may write another's answers.
         answer_format: as in AnswerIdentity.
         complete: number of decode workers of each tier in a complete stack; 1 for a tier that it leaves out.
+        revision: revision of the pairs; empty in a stack without revisions.
 
     Attributes:
+        revision: as the argument.
         roster: as the argument.
         vocab_size: number of token ids of the full model.
     """
@@ -52,7 +54,9 @@ class ServedTiers:
         brownout: Brownout | None = None,
         answer_format: str = "",
         complete: Mapping[str, int] | None = None,
+        revision: str = "",
     ) -> None:
+        self.revision = revision
         self._names = tuple(names)
         self._pairs = pairs
         self.roster = roster
@@ -93,13 +97,13 @@ class ServedTiers:
         return f"{self.model}:{choice.writer}" if self.several or choice.adapter is not None else self.model
 
     def fingerprint(self, choice: TierChoice) -> str:
-        """Name of what writes the tokens: decoder, adapter, and how workers store weights and KV if they round."""
+        """Name of what writes the tokens: decoder, formats of weights and KV if rounded, adapter, and revision."""
         formats = self._formats(choice.tier)
         parts = [
             self._pairs[choice.tier].decoder_digest[:12],
             *(_rounded(formats.get(name, "")) for name in _ROUNDINGS),
         ]
-        parts.append("" if choice.adapter is None else choice.adapter.digest[:12])
+        parts += ["" if choice.adapter is None else choice.adapter.digest[:12], self.revision]
         return f"fp_{'-'.join(filter(None, parts))}"
 
     def identity(self, writer: str, job: Job) -> inference_pb2.AnswerIdentity:
@@ -118,6 +122,7 @@ class ServedTiers:
 
     def _identity(self, tier: str) -> inference_pb2.AnswerIdentity:
         model = self._pairs[tier].model_identity("decoder")
+        model.revision = self.revision
         identity = inference_pb2.AnswerIdentity(answer_format=self._answer_format)
         for name in {f.name for f in identity.DESCRIPTOR.fields} & {f.name for f in model.DESCRIPTOR.fields}:
             setattr(identity, name, getattr(model, name))
@@ -227,6 +232,15 @@ class ServedTiers:
         if name in self._names and self._choice(writer) is not None:
             return writer
         raise self._not_found(model, caller)
+
+    def tier_of(self, request: inference_pb2.GenerateRequest) -> str | None:
+        """Returns the tier that a request names, itself or by its adapter; None if what it names is not here."""
+        try:
+            named = self.parse_model(request.model)
+        except ModelNotFound:
+            return None
+        choice = self._choice(request.tier or named or self.roster.default_tier)
+        return None if choice is None else choice.tier
 
     def _choice(self, writer: str) -> TierChoice | None:
         """Returns the tier of this name, or the adapter with its tier; None if there is none."""
