@@ -98,9 +98,7 @@ class Router:
         self._group = None if config.share_port is None else PortGroup(config.share_port)
         self._stopping = asyncio.Event()
         specs = config.revisions
-        self._metrics = RouterMetrics(
-            tuple(dict.fromkeys(tier.name for spec in specs for tier in spec.tiers)), [spec.name for spec in specs]
-        )
+        self._metrics = RouterMetrics([tier.name for tier in specs[0].tiers], [spec.name for spec in specs])
         self._connector = GrpcConnector(config.credentials())
         self._requests = OpenRequests(KeyLimiter() if self._group is None else KeyLimiter(self._group.usage_of))
         limits = RequestLimits(

@@ -8,6 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from overfill.api.reasoning import find_reasoning
 from overfill.api.tokenizer import Tokenizer
@@ -65,7 +66,8 @@ class Core:
         expect_prefill: int = 0,
         names: Sequence[str] = (),
     ) -> None:
-        pairs = {tier.name: Pair.load(resolve_pair(tier.pair, log_steps(logger))) for tier in spec.tiers}
+        loaded = {tier.name: Pair.load(resolve_pair(tier.pair, log_steps(logger))) for tier in spec.tiers}
+        pairs = {name: replace(pair, revision=spec.name) for name, pair in loaded.items()}
         check_family(pairs)
         pair = pairs[spec.tiers[0].name]
         self.revision = spec.name
@@ -77,8 +79,9 @@ class Core:
         reasoning = find_reasoning(config.reasoning_parser, tokenizer)
         reads = "no reasoning" if reasoning is None else f"reasoning as {reasoning.name}"
         logger.info("%sreads tool calls as %s and %s", self._title, tokenizer.tool_format.name, reads)
-        expected = pair.kv_identity("float32").of_pair() | {"revision": self.revision}
-        self.roster = Roster(expected, [_tier(config, tier, pairs[tier.name]) for tier in spec.tiers])
+        self.roster = Roster(
+            pair.kv_identity("float32").of_pair(), [_tier(config, tier, pairs[tier.name]) for tier in spec.tiers]
+        )
         seed = secrets.randbits(32)  # routers with the same reports should choose differently
         self.roster.use(POLICIES[config.prefill_policy](seed), lambda: POLICIES[config.decode_policy](seed))
         self.dispatcher = Dispatcher(
@@ -91,8 +94,7 @@ class Core:
         self.signals = Signals(self.roster, self.dispatcher)
         objectives = {name: tier.objectives for name, tier in self.roster.tiers.items()}
         self._scaling_advisor = ScalingAdvisor(self.signals, objectives)
-        brownout = [name for name in config.brownout if name in objectives]  # a new revision may have fewer tiers
-        self._brownout = Brownout(brownout, objectives, self._predict) if len(brownout) > 1 else None
+        self._brownout = Brownout(config.brownout, objectives, self._predict) if config.brownout else None
         self._trials = Trials(
             pair.full_path / "tokenizer.json",
             pair.full_config.vocab_size,
@@ -107,7 +109,6 @@ class Core:
                 self._brownout,
                 answer_format=",".join([tokenizer.tool_format.name, *([reasoning.name] if reasoning else [])]),
                 complete=self._expect_decode,
-                revision=self.revision,
             ),
             tokenizer,
             self._trials,

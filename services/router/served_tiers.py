@@ -38,10 +38,9 @@ class ServedTiers:
         brownout: chooses the tiers of requests under overload; None if no tier may write another's answers.
         answer_format: as in AnswerIdentity.
         complete: number of decode workers of each tier in a complete stack; 1 for a tier that it leaves out.
-        revision: revision of the pairs; empty in a stack without revisions.
 
     Attributes:
-        revision: as the argument.
+        revision: revision of the pairs; empty in a stack without revisions.
         roster: as the argument.
         vocab_size: number of token ids of the full model.
     """
@@ -54,9 +53,7 @@ class ServedTiers:
         brownout: Brownout | None = None,
         answer_format: str = "",
         complete: Mapping[str, int] | None = None,
-        revision: str = "",
     ) -> None:
-        self.revision = revision
         self._names = tuple(names)
         self._pairs = pairs
         self.roster = roster
@@ -65,6 +62,7 @@ class ServedTiers:
         self._complete = complete or {}
         self._identities: dict[str, inference_pb2.AnswerIdentity] = {}  # without formats and request, by tier
         self._latest_formats: dict[str, dict[str, object]] = {}  # formats of each tier's latest worker
+        self.revision = pairs[roster.default_tier].revision
         full = pairs[roster.default_tier].full_config
         self.vocab_size, self._max_positions = full.vocab_size, full.max_positions
 
@@ -122,7 +120,6 @@ class ServedTiers:
 
     def _identity(self, tier: str) -> inference_pb2.AnswerIdentity:
         model = self._pairs[tier].model_identity("decoder")
-        model.revision = self.revision
         identity = inference_pb2.AnswerIdentity(answer_format=self._answer_format)
         for name in {f.name for f in identity.DESCRIPTOR.fields} & {f.name for f in model.DESCRIPTOR.fields}:
             setattr(identity, name, getattr(model, name))
