@@ -5,49 +5,16 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from cores import one_revision
-from jobs import worker_info
+from cores import FakeCore, one_revision
 
 from overfill.errors import Incompatible, InvalidRequest
-from overfill.routing.pool import Roster
 from overfill.routing.rollout import RolloutState, conversation, place
-from overfill.routing.tier import Tier
 from overfill.routing.worker import DECODE, PREFILL
-from overfill.v1 import admin_pb2, common_pb2, decode_pb2, inference_pb2, registry_pb2
-from services.router.core import Core
+from overfill.v1 import admin_pb2, common_pb2, inference_pb2, registry_pb2
 from services.router.revisions import Revisions
-from services.router.served_tiers import ServedTiers
 
 CHANGE = admin_pb2.ChangeRolloutRequest
 STATE = RolloutState(3, 5, "r2", 0.0, 40.0)
-
-
-class FakeCore(Core):
-    """The parts of a core that need no files. Each revision has one worker per stage and tier, which is ready."""
-
-    def __init__(self, revision):
-        tiers = [Tier("default"), Tier("fast")]
-        config = SimpleNamespace(vocab_size=100, max_positions=64)
-        pairs = {tier.name: SimpleNamespace(full_config=config, revision=revision) for tier in tiers}
-        self.revision = revision
-        self.roster = Roster(tiers=tiers)
-        self.dispatcher = SimpleNamespace(num_jobs=7)
-        self.handler = SimpleNamespace(tiers=ServedTiers(["tiny"], pairs, self.roster), revision=revision)
-        self._expect_prefill, self._expect_decode, self._brownout = 1, {"default": 1, "fast": 1}, None
-        infos = (("p", PREFILL, ""), ("d", DECODE, "default"), ("f", DECODE, "fast"))
-        self.workers = {
-            name: self.roster.join(worker_info(f"{revision}-{name}", stage, tier=tier)) for name, stage, tier in infos
-        }
-        for name in self.workers:
-            self.set_ready(name, True)
-
-    def set_ready(self, *names_and_ready):
-        *names, ready = names_and_ready
-        for name in names:
-            worker = self.workers[name]
-            load = decode_pb2.WorkerLoad(kv_blocks_total=100, block_size=16)
-            report = registry_pb2.Report(load=load, credits=4, ready=ready)
-            self.roster.pool_of(worker).report(worker, report, asyncio.get_running_loop().time())
 
 
 @pytest.fixture
@@ -87,7 +54,7 @@ async def test_an_answer_goes_on_in_its_own_revision(cores):
     revisions = Revisions(cores, 100.0)
     identity = inference_pb2.AnswerIdentity
     request = inference_pb2.GenerateRequest(resume_identity=identity(revision="r1"), resume_token_ids=[1])
-    cores[0].set_ready("p", "d", False)
+    cores[0].set_ready("p", "d", ready=False)
     assert chosen(revisions, request) == "r1"
     for other in ("r3", ""):
         request.resume_identity.CopyFrom(identity(revision=other))
@@ -101,11 +68,11 @@ async def test_a_revision_that_cannot_answer_gets_nothing_while_the_other_can(co
     asked = inference_pb2.GenerateRequest(text="x")
     fast = inference_pb2.GenerateRequest(text="x", tier="fast")
     assert chosen(revisions, asked) == chosen(revisions, fast) == "r2"
-    cores[1].set_ready("f", False)
+    cores[1].set_ready("f", ready=False)
     assert (chosen(revisions, asked), chosen(revisions, fast)) == ("r2", "r1")
-    cores[1].set_ready("p", False)
+    cores[1].set_ready("p", ready=False)
     assert chosen(revisions, asked) == "r1"
-    cores[0].set_ready("d", False)
+    cores[0].set_ready("d", ready=False)
     assert chosen(revisions, asked) == "r2", "neither can answer, so the request waits in its own"
 
 
@@ -117,9 +84,9 @@ async def test_an_adapter_of_one_revision_is_found_there(cores):
         inference_pb2.GenerateRequest(text="x", model="tiny:judge"),
     ):
         assert chosen(revisions, request) == "r1"
-        cores[0].set_ready("d", False)
+        cores[0].set_ready("d", ready=False)
         assert chosen(revisions, request) == "r1", "the other would refuse it"
-        cores[0].set_ready("d", True)
+        cores[0].set_ready("d", ready=True)
     assert chosen(revisions, inference_pb2.GenerateRequest(text="x", tier="nothing")) == "r2"
 
 
@@ -161,7 +128,7 @@ async def test_a_state_wakes_what_waits_for_it(cores):
 
 async def test_the_status_has_both_revisions_with_what_an_operator_must_know(cores):
     revisions = Revisions(cores, 25.0)
-    cores[1].set_ready("p", False)
+    cores[1].set_ready("p", ready=False)
     status = revisions.status()
     assert [(r.name, r.percent, r.ready, r.running) for r in status.revisions] == [
         ("r1", 75, True, 7),
