@@ -34,6 +34,7 @@ from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2, registry_pb2
 from services.router.adapter_changes import WorkerChange
 from services.router.http.app import HttpApi
+from services.router.revisions import Revisions
 from services.router.served_tiers import ServedTiers
 from services.router.shared import Shared
 from services.router.statistics import Statistics
@@ -323,3 +324,32 @@ async def test_only_a_key_with_the_scope_admin_changes_adapters(
         with error:
             answered = error.code
     assert answered == status
+
+
+@pytest.mark.parametrize(("percent", "revision"), [(0.0, "r1"), (100.0, "r2")])
+async def test_a_conversation_s_revision_answers_and_says_so(
+    serve_tiers: Callable[..., ServedTiers], serve: Any, percent: float, revision: str
+) -> None:
+    handlers = {}
+    for name in ("r1", "r2"):
+        handlers[name] = FakeHandler(serve_tiers("default", "full"))
+        handlers[name].tiers.revision = name
+    cores: Any = [
+        SimpleNamespace(revision=name, handler=handler, can_answer=lambda *_: True)
+        for name, handler in handlers.items()
+    ]
+    api = HttpApi(Revisions(cores, percent), AccessPolicy(), lambda: "", None, None, share_port=False)  # type: ignore[arg-type]
+    _, address = await serve(api)
+    client = Http(*address)
+    whole = await ask(client)
+    assert (whole["system_fingerprint"], whole["overfill"]["pair"]["revision"]) == (
+        f"fp_dddddddddddd-{revision}",
+        revision,
+    )
+    status, _ = await client.post(
+        "/v1/messages", model="tiny", max_tokens=1, messages=[{"role": "user", "content": "Hi"}]
+    )
+    assert status == 200
+    assert {name: len(handler.asked) for name, handler in handlers.items()} == {"r1": 0, "r2": 0} | {revision: 2}
+    listed = (await client.get("/v1/models"))[1]["data"]
+    assert {model["overfill"]["pair"]["revision"] for model in listed} == {revision}
