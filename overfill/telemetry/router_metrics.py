@@ -29,6 +29,9 @@ MAX_ADAPTER_SERIES = 64
 """Maximum number of adapters with their own series; further adapters share the series ``other``."""
 
 
+_Requests = Counter[tuple[str | None, ...]]
+
+
 class PoolTargetNumbers(Protocol):
     """The scaling policy's target for one pool; see ``overfill.routing.scaling.PoolTarget``."""
 
@@ -65,7 +68,7 @@ class RouterMetrics(MetricSet):
         self._http = counts("http_requests_total", "HTTP requests, by route and status.", {"route": (), "status": ()})
         by: Labels = {"outcome": OUTCOMES, "tier": asked, "api": APIS}
         # By outcome, tier, API and revision, which is None if a request was refused before one was chosen.
-        self._requests = Counter(dict.fromkeys(product(*by.values(), (*revisions, None)), 0))
+        self._requests: _Requests = Counter(dict.fromkeys(product(*by.values(), (*revisions, None)), 0))
         self._read(
             "requests_total",
             "counter",
@@ -360,10 +363,7 @@ class RouterMetrics(MetricSet):
         return _bounded(key, self._keys, MAX_KEY_SERIES) if key else "none"
 
 
-def _summed(
-    counts: Counter[tuple[str, str, str, str | None]],
-    labels: Callable[[str, str, str, str | None], tuple[str, ...] | None],
-) -> Sampled:
+def _summed(counts: _Requests, labels: Callable[..., tuple[str, ...] | None]) -> Sampled:
     """Adds up the counts for which ``labels`` returns the same; leaves out those for which it returns None."""
     sums: Counter[tuple[str, ...]] = Counter()
     for names, count in list(counts.items()):

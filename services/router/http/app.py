@@ -118,7 +118,7 @@ class HttpApi:
         self._share_port = share_port
         self._cors = Cors(allowed_origins)
         self._parser = BoundedExecutor(threads=1)
-        self._tokens: dict[RequestHandler, TokenTexts] = {}
+        self._tokens = {core.revision: TokenTexts(core.handler.tokenizer) for core in revisions.cores}
         self._encoding = asyncio.Lock()
         self._started = int(time.time())
         self._listed: tuple[RequestHandler, int] | None = (
@@ -287,7 +287,7 @@ class HttpApi:
 
                 def envelope(choice: TierChoice) -> Envelope:
                     name, fingerprint = handler.tiers.model_name(choice), handler.tiers.fingerprint(choice)
-                    tokens = self._tokens.setdefault(handler, TokenTexts(handler.tokenizer))
+                    tokens = self._tokens[handler.tiers.revision]
                     return Envelope(kind, id, name, _pair_json(handler.tiers, choice.tier), fingerprint, tokens)
 
                 answers = RunningChoices(handler, asked, envelope, self._span(request), self._encoding)
