@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,9 +49,11 @@ class FakeCore(Core):
         self.dispatcher: Any = SimpleNamespace(num_jobs=7)
         self.handler: Any = SimpleNamespace(tiers=ServedTiers(["tiny"], pairs, self.roster), revision=revision)
         self._expect_prefill, self._expect_decode, self._brownout = 1, {"default": 1, "fast": 1}, None
+        identity = replace(worker_info("", PREFILL).identity, revision=revision)
         infos = (("p", PREFILL, ""), ("d", DECODE, "default"), ("f", DECODE, "fast"))
         self.workers = {
-            name: self.roster.join(worker_info(f"{revision}-{name}", stage, tier=tier)) for name, stage, tier in infos
+            name: self.roster.join(worker_info(f"{revision}-{name}", stage, tier=tier, identity=identity))
+            for name, stage, tier in infos
         }
         for name in self.workers:
             self.set_ready(name, ready=True)

@@ -279,8 +279,8 @@ def test_each_revision_has_its_requests_and_needs():
     requests = values(metrics, "overfill_router_requests_total")
     assert requests["chat", "ok", "default"] == 2
     assert sum(requests.values()) == 5
-    scaler = Scaler(ScalingConfig(), {"default": ScalingConfig()})
     for revision, ready in (("r1", 3), ("r2", 1)):
+        scaler = Scaler(ScalingConfig(), {"default": ScalingConfig()})
         metrics.scaling(scaler.targets(0.0, PoolState(ready=ready), {"default": PoolState(ready=ready)}), revision)
     targets = values(metrics, "overfill_router_scaling_target_workers")
     assert (targets["r1", "prefill", ""], targets["r2", "prefill", ""]) == (3, 1)
