@@ -23,13 +23,13 @@ from overfill.routing.pool import Roster
 from overfill.routing.scaling_advisor import ScalingAdvisor
 from overfill.routing.signals import Signals
 from overfill.routing.tier import Objectives, Tier
-from overfill.routing.worker import STAGE_NAMES
+from overfill.routing.worker import STAGE_NAMES, Worker
 from overfill.settings.config import RouterConfig
 from overfill.settings.tiers import RevisionSpec, TierSpec
 from overfill.telemetry.metric_set import Sampled
 from overfill.telemetry.progress import log_steps
+from overfill.telemetry.router_metrics import WORKER_STATES
 from overfill.v1 import admin_pb2, inference_pb2
-from services.router.registry import worker_counts
 from services.router.request_handler import RequestHandler
 from services.router.served_tiers import ServedTiers
 from services.router.shared import Shared
@@ -212,6 +212,26 @@ def _tier(config: RouterConfig, spec: TierSpec, pair: Pair) -> Tier:
         itl=spec.itl_objective or config.itl_objective,
     )
     return Tier(spec.name, decoder, spec.fallback, objectives)
+
+
+def worker_counts(roster: Roster, now: float) -> list[tuple[tuple[str, str, str], int]]:
+    """Counts joined workers by stage, tier and state. Callable from any thread; ``now`` is on the event loop's clock.
+
+    Prefill workers have the tier "".
+    """
+    counts: dict[tuple[str, str, str], int] = {}
+    for tier, pool in (("", roster.prefill), *roster.decode.items()):
+        stage = STAGE_NAMES[pool.stage]
+        counts |= {(stage, tier, state): 0 for state in WORKER_STATES}
+        for worker in list(pool):
+            counts[stage, tier, _state(worker, now)] += 1
+    return list(counts.items())
+
+
+def _state(worker: Worker, now: float) -> str:
+    if worker.draining:
+        return "draining"
+    return "ready" if worker.alive(now) else "starting" if worker.starting else "silent"
 
 
 def load_cores(config: RouterConfig, shared: Shared) -> list[Core]:

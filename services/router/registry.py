@@ -12,12 +12,10 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from overfill.errors import Incompatible, InvalidRequest, Unavailable
 from overfill.kv.journal import MAX_KEYS
-from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import PREFILL, STAGE_NAMES, Worker, WorkerInfo
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
-from overfill.telemetry.router_metrics import WORKER_STATES
 from overfill.v1 import common_pb2, registry_pb2, registry_pb2_grpc
 from overfill.version import __version__
 
@@ -251,26 +249,6 @@ def _labels(workers: Sequence[Worker]) -> dict[str, str]:
     last = workers[-1].info  # with both stages, the decode stage, which has a tier
     labels = {"stage": "+".join(STAGE_NAMES[worker.info.stage] for worker in workers), "worker": last.id}
     return labels | {"tier": last.tier} if last.tier else labels
-
-
-def worker_counts(roster: Roster, now: float) -> list[tuple[tuple[str, str, str], int]]:
-    """Counts joined workers by stage, tier and state. Callable from any thread; ``now`` is on the event loop's clock.
-
-    Prefill workers have the tier "".
-    """
-    counts: dict[tuple[str, str, str], int] = {}
-    for tier, pool in (("", roster.prefill), *roster.decode.items()):
-        stage = STAGE_NAMES[pool.stage]
-        counts |= {(stage, tier, state): 0 for state in WORKER_STATES}
-        for worker in list(pool):
-            counts[stage, tier, _state(worker, now)] += 1
-    return list(counts.items())
-
-
-def _state(worker: Worker, now: float) -> str:
-    if worker.draining:
-        return "draining"
-    return "ready" if worker.alive(now) else "starting" if worker.starting else "silent"
 
 
 def check_wire_version(hello: registry_pb2.Hello) -> None:

@@ -24,6 +24,7 @@ from overfill.settings.config import RouterConfig
 from overfill.v1 import admin_pb2, common_pb2, registry_pb2
 from services.router import registry as registry_module
 from services.router.app import Router
+from services.router.core import worker_counts
 from services.router.registry import RegistryServicer
 
 TIER = {"tier": "default"}  # of every decode worker
@@ -235,7 +236,7 @@ async def test_scrape_targets_and_counts_name_the_tier():
     joining = asyncio.create_task(servicer.Join(stream.messages(), stream))
     await stream.heard.get()
     assert servicer.targets() == [{"targets": ["h:9"], "labels": {"stage": "decode", "worker": "d", "tier": "fast"}}]
-    counts = {labels: count for labels, count in registry_module.worker_counts(roster, 0.0) if count}
+    counts = {labels: count for labels, count in worker_counts(roster, 0.0) if count}
     assert counts == {("decode", "fast", "starting"): 1}, "it has not reported yet"
     stream.said.put_nowait(None)
     await joining
