@@ -121,9 +121,7 @@ class HttpApi:
         self._tokens = {core.revision: TokenTexts(core.handler.tokenizer) for core in revisions.cores}
         self._encoding = asyncio.Lock()
         self._started = int(time.time())
-        self._listed: tuple[RequestHandler, int] | None = (
-            None  # and the changes of its roster, when the lists were made
-        )
+        self._lists_of: tuple[RequestHandler, int] | None = None  # and the changes of its roster
         self._model_lists: dict[frozenset[str] | None, bytes] = {}  # encoded, by the tiers that an API key may use
         answers = (
             ("/v1/chat/completions", "POST", self._chat),
@@ -214,8 +212,8 @@ class HttpApi:
     async def _models(self, request: Request, caller: ApiKey | None) -> None:
         handler, lists, usable = self._revisions.main, self._model_lists, None if caller is None else caller.tiers
         tiers = handler.tiers
-        if self._listed != (now := (handler, tiers.roster.changes)):
-            self._listed = now
+        if self._lists_of != (now := (handler, tiers.roster.changes)):
+            self._lists_of = now
             lists.clear()
         if usable not in lists:
             if len(lists) >= _MAX_MODEL_LISTS:
