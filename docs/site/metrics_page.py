@@ -57,4 +57,6 @@ def _label(name: str, values: Sequence[str]) -> str:
         return f"`{name}`: an [outcome](#outcomes)"
     if name in ("tier", "to"):
         return f"`{name}`: name of a tier{', or empty' if '' in values else ''}"
+    if name == "revision":
+        return "`revision`: name of a revision; empty without one"
     return f"`{name}`: {', '.join(values)}" if values else f"`{name}`"
