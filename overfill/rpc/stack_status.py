@@ -95,7 +95,7 @@ class ModelIdentity:
         decoder_config_digest: Digest of the decoder's config and layer map; empty on prefill workers.
         reader_digest: Digest of the weights that compute prompt KV; today that of the full model.
         reader_quantize: Format to which these weights are rounded on load; empty means none.
-        revision: Revision of the pair; empty means none.
+        revision: Revision of the pair; empty in a stack without revisions.
     """
 
     name: str
