@@ -138,8 +138,17 @@ def _router_table(status: StackStatus) -> Table:
 
 def _worker_table(status: StackStatus, wide: bool) -> Table:
     table = Table(box=None, padding=(0, 1))
-    for column in ("worker", "stage", *(["tier"] if status.several_tiers else []), "engine", "state"):
-        table.add_column(column)
+    with_revisions = status.with_revisions
+    for column, shown in (
+        ("worker", True),
+        ("stage", True),
+        ("tier", status.several_tiers),
+        ("revision", with_revisions),
+        ("engine", True),
+        ("state", True),
+    ):
+        if shown:
+            table.add_column(column)
     with_disk = any(disk_size(worker) for worker in status.workers)
     for column in (
         "running",
@@ -160,7 +169,8 @@ def _worker_table(status: StackStatus, wide: bool) -> Table:
         hits = percent(row["prefix_hit_rate"])
         tier = [row["tier"] or "–"] if status.several_tiers else []
         stage = f"{worker.stage}, of both" if worker.colocated else worker.stage
-        names = (worker.id, stage, *tier, row["engine"] or "?", worker.state)
+        revision = [worker.revision or "–"] if with_revisions else []
+        names = (worker.id, stage, *tier, *revision, row["engine"] or "?", worker.state)
         place = (worker.address, str(row["pid"] or "?"), row["metrics_address"] or "–") if wide else ()
         disk = [disk_size(worker)] if with_disk else []
         table.add_row(*names, *numbers, hits, *disk, *([adapter_names(worker)] if with_adapters else []), *place)
@@ -244,6 +254,7 @@ def _worker_json(worker: WorkerStatus) -> dict[str, Any]:
         "stage": worker.stage,
         "colocated": worker.colocated,
         "tier": worker.tier,
+        "revision": worker.revision,
         "adapters": dict(worker.adapters),
         **_fields(worker.process, "engine", "pid"),
         "address": worker.address,

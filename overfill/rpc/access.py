@@ -35,7 +35,7 @@ class Scope(StrEnum):
     INFER = "infer"  # answers, list of models, tokenizer
     STATUS = "status"  # workers and their load
     METRICS = "metrics"
-    ADMIN = "admin"  # drains, adapters, reflection
+    ADMIN = "admin"  # drains, adapters, rollouts, reflection
 
 
 class Role(StrEnum):
@@ -107,6 +107,7 @@ ROUTER_RPCS: Mapping[str, Rule] = {
     "/overfill.v1.Admin/Drain": _ADMIN,
     "/overfill.v1.Admin/LoadAdapter": _ADMIN,
     "/overfill.v1.Admin/UnloadAdapter": _ADMIN,
+    "/overfill.v1.Admin/ChangeRollout": _ADMIN,
 }
 """Rules of a router's RPCs."""
 
