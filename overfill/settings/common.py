@@ -16,7 +16,7 @@ from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, WORKER_RPCS, AccessP
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.tls import ClientTls, Credentials, ServerTls
 from overfill.settings.reader import SettingsReader
-from overfill.settings.values import Bytes, LogLevel, PairName, Port, PortOrOff, Url
+from overfill.settings.values import Bytes, LogLevel, PairName, Port, PortOrOff, Revision, Url
 from overfill.telemetry.logs import LogFormat
 
 
@@ -33,6 +33,11 @@ class CommonSettings(SettingsReader):
     pair: PairName = Field(
         description="name of a pair (default, fast, identity), which is prepared on first use, or a pair's folder "
         "(./default for a folder called default)"
+    )
+    revision: Revision = Field(
+        "",
+        description="name of this state of the pair's weights, such as r1; workers of two revisions never exchange KV; "
+        "by default a revision without a name",
     )
     host: str = Field(
         "127.0.0.1",

@@ -313,3 +313,33 @@ def test_a_folder_for_kv_is_refused_where_it_could_not_be_used(
 ) -> None:
     PrefillConfig.parse(["--pair", "p", *flags])
     assert advice in refused(PrefillConfig, ["--pair", "p", "--kv-disk", "kv", *flags], capsys)
+
+
+def test_a_router_serves_one_revision_or_during_a_rollout_two() -> None:
+    one = RouterConfig.parse(["--pair", "a", "--revision", "r1"]).revisions
+    assert [(revision.name, revision.percent, revision.tiers[0].pair) for revision in one] == [("r1", 100, "a")]
+    argv = ["--tiers", "fast=a;full=b", "--default-tier", "full", "--canary-revision", "r2"]
+    old, new = RouterConfig.parse([*argv, "--canary-tiers", "fast=c;full=d:2", "--canary-percent", "12.5"]).revisions
+    assert (old.name, old.percent, [tier.pair for tier in old.tiers]) == ("", 87.5, ["b", "a"])
+    assert (new.name, new.percent, [tier.pair for tier in new.tiers]) == ("r2", 12.5, ["d", "c"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--revision", "R1"], "REVISION): must be 1 to 32 lower-case"),
+        (["--canary-pair", "q"], "--canary-pair needs --canary-revision"),
+        (["--canary-percent", "5"], "--canary-percent needs --canary-revision"),
+        (["--canary-revision", "r2"], "--canary-revision r2: give either --canary-pair or --canary-tiers"),
+        (["--canary-revision", "r2", "--canary-pair", "q", "--canary-tiers", "a=b"], "--canary-revision r2: give"),
+        (["--revision", "r2", "--canary-revision", "r2", "--canary-pair", "q"], "--canary-revision r2: --revision"),
+        (["--canary-revision", "r2", "--canary-pair", "q", "--canary-percent", "101"], "CANARY_PERCENT): must be"),
+        (["--canary-revision", "r2", "--canary-pair", "q", "--canary-percent", "nan"], "CANARY_PERCENT): must be"),
+        (["--canary-revision", "r2", "--canary-tiers", "a=b;default=c"], "--canary-tiers: both revisions must have"),
+        (["--canary-revision", "r2", "--canary-tiers", "default=b;default=c"], "two tiers have the name 'default'"),
+    ],
+)
+def test_a_wrong_revision_is_refused_by_its_flag(
+    argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in refused(RouterConfig, ["--pair", "p", *argv], capsys)
