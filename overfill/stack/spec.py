@@ -664,7 +664,7 @@ class _WorkerPool:
     tier: str | None
 
 
-_Part = TypeVar("_Part", StackSpec, CanarySpec)
+_Part = TypeVar("_Part", bound=StackSpec | CanarySpec)
 
 
 def _with_pairs(part: _Part, resolve: Callable[[str], str]) -> _Part:

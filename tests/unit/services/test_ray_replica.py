@@ -108,15 +108,13 @@ async def test_a_router_whose_port_is_taken_says_so_once_and_starts_when_it_is_f
 
 
 async def test_the_policy_reads_each_revision_s_signals_of_a_router() -> None:
-    replica = replicas.RouterReplica.__new__(replicas.RouterReplica)
     sent = {"": {"arrivals": 1.0}, "r2": {"arrivals": 2.0, "arrivals.fast": 3.0}}
-    replica._service = SimpleNamespace(
-        cores=[
-            SimpleNamespace(revision=name, signals=SimpleNamespace(read=lambda now, own=numbers: own))
-            for name, numbers in sent.items()
-        ]
-    )
-    reported = await replica.record_autoscaling_stats()
+    cores = [
+        SimpleNamespace(revision=name, signals=SimpleNamespace(read=lambda now, own=numbers: own))
+        for name, numbers in sent.items()
+    ]
+    replica = SimpleNamespace(_service=SimpleNamespace(cores=cores))
+    reported = await replicas.RouterReplica.record_autoscaling_stats(replica)
     series = {name: {"router": [SimpleNamespace(value=value)]} for name, value in reported.items()}
     assert {revision: latest(series, revision) for revision in sent} == {
         revision: {"router": numbers} for revision, numbers in sent.items()
