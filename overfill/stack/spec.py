@@ -523,8 +523,10 @@ class StackSpec(BaseModel):
 
     def with_pairs(self, resolve: Callable[[str], str]) -> Self:
         """Returns the stack with each pair replaced by ``resolve(pair)``."""
-        changed = _with_pairs(self, resolve)
-        return changed.model_copy(update={"canary": self.canary and _with_pairs(self.canary, resolve)})
+        update = _resolved(self, resolve)
+        if self.canary is not None:
+            update["canary"] = self.canary.model_copy(update=_resolved(self.canary, resolve))
+        return self.model_copy(update=update)
 
     def with_pool_settings(self, name: str, settings: Mapping[str, Any]) -> Self:
         """Returns the stack with further settings of the pool ``name``."""
@@ -664,14 +666,11 @@ class _WorkerPool:
     tier: str | None
 
 
-_Part = TypeVar("_Part", bound=StackSpec | CanarySpec)
-
-
-def _with_pairs(part: _Part, resolve: Callable[[str], str]) -> _Part:
+def _resolved(part: StackSpec | CanarySpec, resolve: Callable[[str], str]) -> dict[str, Any]:
+    """Returns the fields of a revision with its pairs, each replaced by ``resolve(pair)``."""
     if not part.tiers:
-        return part.model_copy(update={"pair": resolve(part.pair)})
-    tiers = {name: tier.model_copy(update={"pair": resolve(tier.pair)}) for name, tier in part.tiers.items()}
-    return part.model_copy(update={"tiers": tiers})
+        return {"pair": resolve(part.pair)}
+    return {"tiers": {name: tier.model_copy(update={"pair": resolve(tier.pair)}) for name, tier in part.tiers.items()}}
 
 
 def _with_named_tiers(data: Mapping[str, Any]) -> dict[str, Any]:
