@@ -72,6 +72,7 @@ def test_each_tier_of_each_revision_is_a_pool_of_its_own() -> None:
     assert [[tier.name for tier in one.tiers] for one in made.router_config().revisions] == [["fast", "full"]] * 2
     (application,) = serve_config(made, "chat")["applications"]
     assert StackSpec.model_validate(application["args"]) == made
+    assert application["args"]["canary"]["tiers"]["full"] == {"pair": "/new/full"}, "the key is its name"
     assert application["autoscaling_policy"]["policy_kwargs"] == {"tiers": {"fast": {"ttft": 1.0}, "fast-r2": {}}}
     assert deployment_options(made, "prefill-r2")["ray_actor_options"]["num_gpus"] == 0.5
     assert made.worker_config("prefill-r2").gpu_share == 0.5
