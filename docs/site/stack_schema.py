@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import re
 import textwrap
@@ -13,7 +14,7 @@ from pydantic import BaseModel
 from overfill.settings.config import SERVICES, ServiceConfig
 from overfill.settings.tiers import PoolSpec, TierSpec
 from overfill.settings.worker_kinds import KINDS
-from overfill.stack.spec import RouterSpec, StackSpec
+from overfill.stack.spec import CanarySpec, RouterSpec, StackSpec
 
 _ATTRIBUTES = re.compile(r"^Attributes:\n(.*)", re.MULTILINE | re.DOTALL)
 _ENTRY = re.compile(r"^(\S.*?): ", re.MULTILINE)
@@ -31,7 +32,7 @@ def stack_schema() -> str:
     of_tier["required"] = ["pair"]
     for spec, made in (
         (StackSpec, schema),
-        *((kind, pools[kind.__name__]) for kind in (PoolSpec, RouterSpec, TierSpec)),
+        *((kind, pools[kind.__name__]) for kind in (PoolSpec, RouterSpec, TierSpec, CanarySpec)),
     ):
         _describe(spec, made)
     schema["properties"]["settings"] = _settings(*SERVICES)
@@ -39,11 +40,13 @@ def stack_schema() -> str:
     of_tier["properties"]["settings"] = _settings(KINDS["decode"].settings)
     del pools["PoolSpec"]["properties"]["settings"]
     base = pools.pop("PoolSpec")
-    for name, kind in KINDS.items():
-        about = schema["properties"][name].get("description", "")
-        own = {"settings": _settings(kind.settings)}
-        schema["properties"][name] = {**base, "type": ["object", "null"], "properties": base["properties"] | own}
-        schema["properties"][name]["description"] = about
+    of_canary = pools["CanarySpec"]["properties"]
+    for properties, (name, kind) in itertools.product((schema["properties"], of_canary), KINDS.items()):
+        if name in properties:
+            about = properties[name].get("description", "")
+            own = {"settings": _settings(kind.settings)}
+            properties[name] = {**base, "type": ["object", "null"], "properties": base["properties"] | own}
+            properties[name]["description"] = about
     schema |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "$defs": pools}
     return json.dumps(schema, indent=2) + "\n"
 

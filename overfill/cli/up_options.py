@@ -103,7 +103,9 @@ def settings_fields() -> dict[str, FieldInfo]:
     return {name: fields[name] for name in order if name not in _MANAGED}
 
 
-_SHARED = {"pair": (COMMON, "pair")} | {name: ("router", name) for name in ("port", "http", "tiers")}
+_SHARED = {name: (COMMON, name) for name in ("pair", "revision")} | {
+    name: ("router", name) for name in ("port", "http", "tiers")
+}
 """Options of ``up`` with defaults of their own that are also settings: parameter -> section and key in the file."""
 
 

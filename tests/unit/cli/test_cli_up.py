@@ -430,6 +430,15 @@ def test_the_command_that_is_shown_for_a_key_hides_it_from_other_users(tmp_path:
     assert "--api-key" not in said
 
 
+def test_the_summary_of_a_rollout_names_the_pools_of_both_revisions() -> None:
+    tiers = {"full": {"pair": "a"}, "fast": {"pair": "b"}}
+    canary = {"revision": "r2", "tiers": {"full": {"pair": "c"}, "fast": {"pair": "d"}}, "percent": 5}
+    said = welcome(StackSpec.read({"runner": "processes", "tiers": tiers, "canary": canary}))
+    rows = [line.split()[:2] for line in said.splitlines()[2:8]]
+    assert rows[0] == ["canary", "r2:"]
+    assert [row[0] for row in rows[1:]] == ["prefill", "tier", "fast:", "prefill-r2", "decode-full-r2"]
+
+
 def test_a_command_to_copy_is_one_line_and_curl_asks_for_a_short_answer() -> None:
     said = welcome(described(http=8000, served_model_name="mine,other"))
     (curl,) = [line for line in said.splitlines() if "curl" in line]

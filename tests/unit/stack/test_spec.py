@@ -228,7 +228,7 @@ def test_wrong_settings_are_named_before_anything_is_deployed(fields: dict[str, 
         ({"router": {"prots": [1]}}, "router.prots: no such field; did you mean ports?"),
         ({"tiers": {"a": {"pair": "p", "fall_back": "b"}}}, "tiers.a.fall_back: no such field; did you mean fallback?"),
         ({"tiers": {"a": {"pair": "p", "name": "b"}}}, "tiers.a.name: got 'b'; the key is the tier's name"),
-        ({"colour": "red"}, "colour: no such field; the fields are colocated, decode, "),
+        ({"colour": "red"}, "colour: no such field; the fields are canary, colocated, decode, "),
     ],
 )
 def test_an_unknown_field_is_named_with_the_nearest_one(document: dict[str, Any], message: str) -> None:
