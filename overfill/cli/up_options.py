@@ -27,7 +27,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 _MANAGED = {
     "config", "pair", "port", "data_port", "http", "worker_id", "routers", "advertise", "tier", "tiers",
-    "expect_prefill", "expect_decode", "share_port", "join_port", "shared_cores", "gpu_share",
+    "expect_prefill", "expect_decode", "share_port", "join_port", "shared_cores", "gpu_share", "probe_port",
+    "probe_host",
 }  # fmt: skip
 """Settings that ``up`` makes itself, or for which it has an option of its own."""
 

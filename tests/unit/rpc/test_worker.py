@@ -194,6 +194,7 @@ async def test_a_worker_is_ready_from_its_first_join_until_it_drains():
     async with grpc.aio.insecure_channel(host.address) as channel:
         statuses = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert (await statuses.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert host.unready() == "the worker has joined no router"
         second, _ = await router(address)
         assert (await statuses.read()).status == health_pb2.HealthCheckResponse.SERVING
         await second.stop()
@@ -201,7 +202,9 @@ async def test_a_worker_is_ready_from_its_first_join_until_it_drains():
             await asyncio.sleep(0.01)
         alone = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         assert alone.status == health_pb2.HealthCheckResponse.SERVING
+        assert host.unready() == ""
         host.drain()
+        assert host.unready() == "the worker is draining"
         assert (await statuses.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     assert await running == 0
 
