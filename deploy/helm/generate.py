@@ -30,6 +30,7 @@ MANAGED = {
     "config", "pair", "host", "port", "data_port", "http", "api_keys", "stack_secret", "served_model_name",
     "grace_period", "log_level", "threads", "tls_cert", "tls_key", "tls_ca", "tls_name", "metrics_host", "metrics_port",
     "routers", "worker_id", "advertise", "expect_prefill", "expect_decode", "share_port", "join_port", "tiers", "tier",
+    "probe_host", "probe_port",
 }  # fmt: skip
 """Settings that the chart derives from other values."""
 

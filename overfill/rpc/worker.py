@@ -281,6 +281,7 @@ class WorkerHost:
             engine=hello.engine,
             tier=hello.tier,
             prefill_load=self._prefill_load(),
+            startup_seconds=hello.startup_seconds,
         )
 
 

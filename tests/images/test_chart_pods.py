@@ -315,13 +315,12 @@ def test_a_worker_with_a_certificate_of_another_stack_does_not_become_ready(
     pod = broken("decode", f"tls.secretName={ANOTHER}", "tls.name=another")
     says = "its certificate is not valid for the authorities in --tls-ca"
     wait_until(lambda: says in installed.cluster.log(pod), 120, says)
-    probe = pod.spec["containers"][0]["readinessProbe"]["exec"]["command"]
-    with pytest.raises(AssertionError, match="NOT_SERVING"):
-        installed.cluster.execute(pod, *probe)
+    assert installed.cluster.ask_ready(pod) == (503, "the worker has joined no router\n")
     pod = broken("decode", f"tls.secretName={ANOTHER}")
     wait_until(lambda: "serves on" in installed.cluster.log(pod), 120, "the worker listens")
     with pytest.raises(AssertionError, match="set the name that it does name"):
-        installed.cluster.execute(pod, *probe)
+        installed.cluster.execute(pod, "overfill", "health", "--address=127.0.0.1:7602")
+    assert not pod.ready
 
 
 @pytest.mark.parametrize("setting", ["tls.secretName=absent", "pair.claim.name=absent"])
