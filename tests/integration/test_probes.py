@@ -43,8 +43,9 @@ class Worker:
         self.lines: list[str] = []
         tls = [f"--tls-cert={own.cert}", f"--tls-key={own.key}", f"--tls-ca={own.ca}"]
         ports = [f"--probe-port={self.port}", f"--metrics-port={self.metrics}"]
-        engine = ["--pair=mock", "--engine=mock", *tls, *ports]
-        self.child = start("worker", "tests.support.probed_worker", self.lines, str(self._gate), str(connection_seconds), *engine)
+        held_up = [str(self._gate), str(connection_seconds)]
+        flags = ["--pair=mock", "--engine=mock", *tls, *ports]
+        self.child = start("worker", "tests.support.probed_worker", self.lines, *held_up, *flags)
         wait_until(self.listens, 60, "the worker listens for probes")
 
     def listens(self) -> bool:
@@ -115,9 +116,7 @@ def test_a_flood_ends_no_probe(worker: Worker) -> None:
             flood()
             slow.sendall(b"GET /livez HTTP/1.1\r\nHost: h\r\n\r\n")
             assert slow.recv(100).startswith(b"HTTP/1.1 200 ")
-        assert probe(HOST, worker.port, "/livez", 30)[0] == 200, (
-            "a new one displaces old ones of its own address"
-        )
+        assert probe(HOST, worker.port, "/livez", 30)[0] == 200, "a new one displaces old ones of its own address"
         with contextlib.suppress(ConnectionError):  # the number of open connections is limited
             assert held[0].recv(1) == b""
 

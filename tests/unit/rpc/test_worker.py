@@ -96,6 +96,7 @@ async def test_a_worker_says_how_long_its_process_took_to_be_ready(monkeypatch):
     assert await host.run("127.0.0.1:0", lambda host: host.drain()) == 0
     assert 1000.0 <= hello.startup_seconds <= time.monotonic() - startup._began
     assert hello.max_num_seqs == HANDLE.capacity
+    assert host.status().startup_seconds == hello.startup_seconds
 
 
 async def test_a_worker_may_have_as_many_connections_as_its_server_accepts(monkeypatch):
