@@ -310,7 +310,7 @@ def test_a_router_may_have_another_longest_request() -> None:
 
 def settings_of(pod: dict[str, Any], kind: type[ServiceConfig]) -> Any:
     """Returns the settings that a pod's flags make, without what is checked elsewhere: certificates and places."""
-    elsewhere = ("host", "tls-", "metrics-", "api-keys", "routers", "advertise", "worker-id")
+    elsewhere = ("host", "tls-", "metrics-", "probe-", "api-keys", "routers", "advertise", "worker-id")
     args = pod["containers"][0]["args"]
     return kind.parse([flag for flag in args if not flag[2:].startswith(elsewhere)])
 
