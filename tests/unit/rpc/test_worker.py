@@ -91,7 +91,7 @@ async def test_a_worker_names_its_engine_in_its_descriptions_and_its_status():
 
 async def test_a_worker_says_how_long_its_process_took_to_be_ready(monkeypatch):
     monkeypatch.setattr(startup, "_began", time.monotonic() - 1000.0)
-    hello = registry_pb2.Hello(worker_id="w")
+    hello = registry_pb2.Hello(worker_id="w", stages=[common_pb2.STAGE_DECODE])
     host = WorkerHost(RpcServer(), hello, HANDLE, routers=[], tls=None, grace=0.0)
     assert await host.run("127.0.0.1:0", lambda host: host.drain()) == 0
     assert 1000.0 <= hello.startup_seconds <= time.monotonic() - startup._began
