@@ -31,6 +31,7 @@ MANAGED = {
     "grace_period", "log_level", "threads", "tls_cert", "tls_key", "tls_ca", "tls_name", "metrics_host", "metrics_port",
     "routers", "worker_id", "advertise", "expect_prefill", "expect_decode", "share_port", "join_port", "tiers", "tier",
     "revision", "canary_revision", "canary_pair", "canary_tiers", "canary_percent",
+    "probe_host", "probe_port",
 }  # fmt: skip
 """Settings that the chart derives from other values."""
 

@@ -27,8 +27,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 _MANAGED = {
     "config", "pair", "port", "data_port", "http", "worker_id", "routers", "advertise", "tier", "tiers",
-    "expect_prefill", "expect_decode", "share_port", "join_port", "shared_cores", "gpu_share",
-    "canary_revision", "canary_pair", "canary_tiers", "canary_percent",
+    "expect_prefill", "expect_decode", "share_port", "join_port", "shared_cores", "gpu_share", "probe_port",
+    "probe_host", "canary_revision", "canary_pair", "canary_tiers", "canary_percent",
 }  # fmt: skip
 """Settings that ``up`` makes itself, or for which it has an option of its own."""
 

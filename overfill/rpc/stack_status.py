@@ -165,6 +165,7 @@ class ProcessStatus:
         metrics_address: host:port of ``/metrics``; None means that the process serves no metrics.
         engine: A worker's engine with its version, for people; None means unknown, and a router.
         tier: Tier of a decode worker; None means the only one, and other processes.
+        startup_seconds: Seconds that a worker took to start, without the preparation of a pair; 0 for routers.
     """
 
     id: str
@@ -182,6 +183,7 @@ class ProcessStatus:
     metrics_address: str | None = None
     engine: str | None = None
     tier: str | None = None
+    startup_seconds: float = 0.0
 
     @classmethod
     def from_proto(cls, message: admin_pb2.ProcessStatus) -> ProcessStatus:

@@ -93,6 +93,16 @@ class CommonSettings(SettingsReader):
         "127.0.0.1",
         description="address of /metrics; any other than loopback requires --tls-cert, --tls-key and --tls-ca",
     )
+    probe_port: PortOrOff = Field(
+        "off",
+        description="port of /livez, /readyz and /startupz, for probes of Kubernetes or another supervisor; 0 picks a "
+        "free one, which the log names; off disables them",
+    )
+    probe_host: str = Field(
+        "127.0.0.1",
+        description="address of the probes, which need no client certificate; any other than loopback requires "
+        "--tls-cert and --tls-key",
+    )
 
     @model_validator(mode="after")
     def _check_tls(self) -> Self:
@@ -103,6 +113,11 @@ class CommonSettings(SettingsReader):
             raise ValueError(
                 f"--metrics-host {self.metrics_host} is open to other machines: give --tls-cert, --tls-key and "
                 "--tls-ca (the CA of the scraper's certificate), or keep --metrics-host 127.0.0.1"
+            )
+        if self.probe_port != "off" and self.tls_cert is None and not is_loopback(self.probe_host):
+            raise ValueError(
+                f"--probe-host {self.probe_host} is open to other machines: give --tls-cert and --tls-key, or keep "
+                "--probe-host 127.0.0.1"
             )
         # Without --tls-ca, callers need no certificate, so anyone could join as a worker or drain the stack. API keys
         # do not protect against either.

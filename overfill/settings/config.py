@@ -227,7 +227,8 @@ class PrefillConfig(PrefillingConfig):
                 f"--data-port {self.data_port}: rank {len(ports) - 1} would have port {ports[-1]}, above 65535: give a "
                 "smaller one"
             )
-        for flag, port in (("--port", self.port), ("--metrics-port", self.metrics_port)):
+        others = {"--port": self.port, "--metrics-port": self.metrics_port, "--probe-port": self.probe_port}
+        for flag, port in others.items():
             if port in ports:
                 raise ValueError(
                     f"--data-port {self.data_port}: the ranks have the ports up to {ports[-1]}, and {flag} is {port}: "

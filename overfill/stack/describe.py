@@ -38,16 +38,19 @@ GRPC_PORT, HTTP_PORT = 7600, 8000  # defaults
 
 _OWN = {
     "pair", "port", "data_port", "http", "worker_id", "routers", "expect_prefill", "expect_decode", "tier", "tiers",
-    "revision", "canary_revision", "canary_pair", "canary_tiers", "canary_percent",
+    "revision", "canary_revision", "canary_pair", "canary_tiers", "canary_percent", "probe_port", "probe_host",
 }  # fmt: skip
-"""Settings that the document says elsewhere."""
+"""Settings that the document says elsewhere, or that no process of a stack has."""
 
 _READ_BY_UP = {("router", "port"), ("router", "http"), ("router", "tiers")}
 """Section and name of those that are also options of ``up``."""
 
 _TLS = {"tls_cert", "tls_key", "tls_ca", "tls_name"}
 
-_OF_TIER = {"config", "pair", "revision", "tier", "worker_id", "routers", "port", "advertise", "metrics_port"}
+_OF_TIER = {
+    "config", "pair", "revision", "tier", "worker_id", "routers", "port", "advertise", "metrics_port", "probe_port",
+    "probe_host",
+}  # fmt: skip
 """Settings of decode workers that differ between the workers of a tier, or that the tier itself sets."""
 
 

@@ -53,8 +53,10 @@ DRAIN_MARGIN = 10.0
 _MADE = {
     "pair", "port", "data_port", "http", "share_port", "join_port", "worker_id", "routers", "tier", "tiers",
     "expect_prefill", "expect_decode", "revision", "canary_revision", "canary_pair", "canary_tiers", "canary_percent",
+    "probe_port", "probe_host",
 }  # fmt: skip
-"""Settings that each process gets from the stack's other fields, so that a value of theirs would have no effect."""
+"""Settings that each process gets from the stack's other fields, so that a value of theirs would have no effect. Its
+processes serve no probes, because the runner watches them itself."""
 
 _ONLY_ON_RAY = {"name", "ray_address", "health_check_period", "health_check_timeout"}
 _RESERVED = {"num_cpus", "num_gpus", "resources"}
@@ -237,7 +239,7 @@ class StackSpec(BaseModel):
             raise ValueError("; ".join(hints))
         for place, settings in (("settings", self.settings), *((n, p.settings) for n, p in self.deployments.items())):
             if made := sorted(settings.keys() & _MADE):
-                raise ValueError(f"{place}: {', '.join(made)}: the other fields of the document set this: remove it")
+                raise ValueError(f"{place}: {', '.join(made)}: the stack sets this for each process itself: remove it")
         self.router_config()
         self._check_ranks()
         engines = {name: self.worker_config(name).engine for name in self.pools}

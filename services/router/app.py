@@ -291,7 +291,7 @@ class Router:
             self._config.server_tls(),
             self._config.max_connections,
             access=self._access,
-            condition=lambda: not self._unready(),
+            condition=lambda: not self.unready(),
             share_port=share_port,
             max_connection_age=max_connection_age,
         )
@@ -320,7 +320,7 @@ class Router:
         self._http_api = HttpApi(
             self._revisions,
             access,
-            self._unready,
+            self.unready,
             lambda: self._admin.known(),
             self._adapter_changes,
             share_port=self._group is not None,
@@ -367,7 +367,7 @@ class Router:
         ]
         return [*routers, *self._registry.targets()]
 
-    def _unready(self) -> str:
+    def unready(self) -> str:
         """Returns why the router cannot answer requests now; empty if it can."""
         if self.draining:
             return "the router is draining"
@@ -394,7 +394,7 @@ class Router:
             stage=common_pb2.STAGE_ROUTER,
             pid=os.getpid(),
             address=self._address,
-            ready=not self._unready(),
+            ready=not self.unready(),
             draining=self.draining,
             software_version=__version__,
             incarnation=self._incarnation,

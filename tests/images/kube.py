@@ -33,6 +33,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
+from charts import probe as http_probe
 from runtime import IMAGES, PREFIX, docker, podman
 
 NAMESPACE = "serving"
@@ -84,7 +85,8 @@ class Pod:
 @dataclass
 class _Probe:
     kind: str
-    command: list[str]
+    path: str
+    port: int
     period: float
     timeout: float
     threshold: int
@@ -341,6 +343,11 @@ class Cluster:
             for _ in self._prober.map(lambda one: self._probe(*one), due):
                 pass
 
+    def ask_ready(self, pod: Pod) -> tuple[int, str]:
+        """Return status and body of the readiness probe's response."""
+        (probe,) = (probe for probe in _probes(pod.spec["containers"][0]) if probe.kind == "readinessProbe")
+        return http_probe(pod.address, probe.port, probe.path)
+
     def probe_liveness(self, pod: Pod) -> None:
         """Run the liveness probe now, instead of at its next time."""
         (probe,) = (probe for probe in pod.probes if probe.kind == "livenessProbe")
@@ -349,9 +356,8 @@ class Cluster:
     def _probe(self, pod: Pod, probe: _Probe) -> None:
         probe.next = time.monotonic() + probe.period
         succeeded = False
-        with suppress(subprocess.TimeoutExpired, AssertionError):
-            podman("exec", pod.container, *probe.command, timeout=probe.timeout)
-            succeeded = True
+        with suppress(OSError):
+            succeeded = http_probe(pod.address, probe.port, probe.path, probe.timeout)[0] < 400
         probe.failures = 0 if succeeded else probe.failures + 1
         failed = probe.failures >= probe.threshold
         with self._lock:
@@ -369,17 +375,16 @@ class Cluster:
 
 
 def _probes(container: dict[str, Any]) -> list[_Probe]:
-    return [
-        _Probe(
-            kind,
-            container[kind]["exec"]["command"],
-            container[kind]["periodSeconds"],
-            container[kind]["timeoutSeconds"],
-            container[kind]["failureThreshold"],
-            container[kind].get("terminationGracePeriodSeconds", 0),
-        )
-        for kind in ("startupProbe", "readinessProbe", "livenessProbe")
-    ]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    made = []
+    for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+        given = container[kind]
+        wanted = given["httpGet"]
+        assert wanted["scheme"] == "HTTPS", "others are not implemented"
+        limits = (given["periodSeconds"], given["timeoutSeconds"], given["failureThreshold"])
+        grace = given.get("terminationGracePeriodSeconds", 0)
+        made.append(_Probe(kind, wanted["path"], ports[wanted["port"]], *limits, grace))
+    return made
 
 
 def _due(pod: Pod, now: float) -> list[_Probe]:

@@ -385,7 +385,7 @@ def test_a_router_may_have_another_longest_request() -> None:
 
 def settings_of(pod: dict[str, Any], kind: type[ServiceConfig]) -> Any:
     """Returns the settings that a pod's flags make, without what is checked elsewhere: certificates and places."""
-    elsewhere = ("host", "tls-", "metrics-", "api-keys", "routers", "advertise", "worker-id")
+    elsewhere = ("host", "tls-", "metrics-", "probe-", "api-keys", "routers", "advertise", "worker-id")
     args = pod["containers"][0]["args"]
     return kind.parse([flag for flag in args if not flag[2:].startswith(elsewhere)])
 
@@ -527,11 +527,14 @@ def test_ports_probes_and_services_agree(values: str) -> None:
         assert str(ports["grpc"]) == flags["port"]
         assert str(ports["metrics"]) == flags["metrics-port"]
         assert str(ports.get("https", "")) == flags.get("http", "")
+        assert str(ports["probes"]) == flags["probe-port"]
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            assert container[probe]["exec"]["command"][-1] == f"127.0.0.1:{ports['grpc']}"
-        # Only readiness may depend on workers, because the other probes restart the container.
-        for probe, live in (("startupProbe", True), ("readinessProbe", False), ("livenessProbe", True)):
-            assert ("--live" in container[probe]["exec"]["command"]) is live
+            (how,) = container[probe].keys() - {
+                "periodSeconds", "timeoutSeconds", "failureThreshold", "terminationGracePeriodSeconds",
+            }  # fmt: skip
+            # Only readiness may depend on workers, because the other probes restart the container.
+            path = {"startupProbe": "/startupz", "readinessProbe": "/readyz", "livenessProbe": "/livez"}[probe]
+            assert (how, container[probe][how]) == ("httpGet", {"path": path, "port": "probes", "scheme": "HTTPS"})
         for service in of_kind(objects, "Service").values():
             if service["spec"]["selector"]["app.kubernetes.io/component"] == component.partition("-")[0]:
                 assert {port["targetPort"] for port in service["spec"]["ports"]} <= set(ports)
@@ -578,6 +581,7 @@ def test_network_policies_admit_the_stack_and_refuse_others() -> None:
     assert callers("overfill-prefill", 7601) == {"router", "prefill", "decode"}
     assert callers("overfill-decode", 7602) == {"router", "prefill"}, "a decode worker may lend KV"
     assert callers("overfill-decode", 7690) == {"monitoring"}
+    assert callers("overfill-decode", 7691) == set(), "a node reaches its own pods without a rule"
     reach = {
         name: {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]} - {53}
         for name, policy in policies.items()
@@ -606,8 +610,8 @@ def test_ranks_have_a_gpu_each_shared_memory_and_ports_that_other_workers_reach(
         assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
         ports[stage] = {port["name"]: port["containerPort"] for port in container["ports"]}
     served = {f"data-{rank}": 7610 + rank for rank in range(4)}
-    assert ports["prefill"] == {"grpc": 7601, "metrics": 7690} | served
-    assert ports["decode"] == {"grpc": 7602, "metrics": 7690}, "ranks that pull KV serve none"
+    assert ports["prefill"] == {"grpc": 7601, "metrics": 7690, "probes": 7691} | served
+    assert ports["decode"] == {"grpc": 7602, "metrics": 7690, "probes": 7691}, "ranks that pull KV serve none"
     prefill = settings_of(found["prefill"], PrefillConfig)
     assert (prefill.tensor_parallel_size, prefill.data_port) == (4, 7610)
     policies = of_kind(objects, "NetworkPolicy")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import forked
 import pytest
-from charts import ROOT, VALUES, pods, render, tls_secrets
+from charts import ROOT, VALUES, pods, probe, render, tls_secrets
 from stacks import ForkedChild, wait_until
 
 from overfill.api import key_file as keyfile
@@ -27,7 +27,7 @@ PROGRAMS = {
     "overfill-decode": ["services.decode.main"],
     "overfill": ["overfill.cli.main"],
 }
-METRICS = 7690
+METRICS, PROBES = 7690, 7691
 ROLES = {"router": "router", "test": "client"}
 
 
@@ -57,7 +57,7 @@ class LocalCluster:
 
     def port(self, component: str, port: int) -> int:
         """Return this machine's port for a pod's port. All components find routers and workers under the same ports."""
-        owner = component if port in (METRICS, 8000) else ""
+        owner = component if port in (METRICS, PROBES, 8000) else ""
         if (owner, port) not in self._ports:
             (self._ports[owner, port],) = free_ports("127.0.0.1", 1)
         return self._ports[owner, port]
@@ -83,17 +83,23 @@ class LocalCluster:
         word = word.replace("/etc/overfill/tls", str(self._tls / secret))
         for there, here in self._words.items():
             word = word.replace(there, here)
-        return re.sub(r"\b(7600|7601|7602|7690|8000)\b", lambda match: str(self.port(component, int(match[1]))), word)
+        port = r"\b(760[012]|769[01]|8000)\b"
+        return re.sub(port, lambda match: str(self.port(component, int(match[1]))), word)
 
     def start(self, component: str, pod: dict) -> Child:
         (container,) = pod["containers"]
         command, env = self.command(component, container, [*container["command"], *container["args"]])
         return ForkedChild(component, command, env, lambda name, line: self.lines.append(f"{name} | {line}"))
 
-    def probe(self, component: str, pod: dict, kind: str) -> int:
+    def succeeds(self, component: str, pod: dict, kind: str) -> bool:
+        """Do a probe as the kubelet does."""
         (container,) = pod["containers"]
-        command, env = self.command(component, container, container[kind]["exec"]["command"])
-        return forked.run(*command[2:], env=env)[0]
+        wanted = container[kind]["httpGet"]
+        assert (wanted["scheme"], wanted["port"]) == ("HTTPS", "probes")
+        try:
+            return probe("127.0.0.1", self.port(component, PROBES), wanted["path"])[0] == 200
+        except OSError:
+            return False
 
 
 @contextmanager
@@ -125,13 +131,13 @@ def test_the_rendered_commands_make_a_stack(tiny_pair: Path, tls: Path, tmp_path
     machine = LocalCluster(tiny_pair, tls, tmp_path, keys)
     with running(machine, specs) as children:
 
-        def alive_and(probe: str) -> bool:
+        def alive_and(kind: str) -> bool:
             assert all(child.returncode is None for child in children.values()), "\n".join(machine.lines)
-            return all(machine.probe(component, specs[component], probe) == 0 for component in children)
+            return all(machine.succeeds(component, specs[component], kind) for component in children)
 
-        wait_until(lambda: alive_and("startupProbe"), 120, "startup probes succeed", pause=1.0)
+        wait_until(lambda: alive_and("startupProbe"), 120, "startup probes succeed", pause=0.5)
         wait_until(
-            lambda: alive_and("readinessProbe"), 60, "readiness probes succeed, once the workers have joined", pause=1.0
+            lambda: alive_and("readinessProbe"), 60, "readiness probes succeed, once the workers have joined", pause=0.5
         )
         assert alive_and("livenessProbe")
         address = f"127.0.0.1:{machine.port('', 7600)}"

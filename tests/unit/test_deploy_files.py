@@ -193,11 +193,12 @@ def test_ray_s_pods_are_ready_without_serve_s_proxies() -> None:
         if component != "router":
             assert ready["httpGet"] == {"path": "/api/healthz", "port": 52365}
             continue
-        program, command, *arguments = ready["exec"]["command"]
-        assert (program, command, arguments.pop()) == ("overfill", "health", "--address=127.0.0.1:7600")
-        given = yaml.safe_load(rayservice()["spec"]["serveConfigV2"])["applications"][0]["args"]["settings"]
-        expected = {flag_name(name): value for name, value in given.items() if name.startswith("tls_")}
-        assert dict(argument[2:].split("=") for argument in arguments) == expected
+        assert ready["httpGet"] == {"path": "/health", "port": "https", "scheme": "HTTPS"}
+        args = yaml.safe_load(rayservice()["spec"]["serveConfigV2"])["applications"][0]["args"]
+        https = {port["name"]: port["containerPort"] for port in container["ports"]}["https"]
+        assert args["router"]["http_ports"] == [https]
+        # With API keys, the endpoint asks for no client certificate, and the kubelet has none.
+        assert {"tls_cert", "api_keys"} <= args["settings"].keys() | args["router"]["settings"].keys()
     assert "serve" in [port["name"] for port in pods["head"]["containers"][0]["ports"]]
 
 

@@ -202,6 +202,16 @@ def test_the_port_of_metrics_can_be_set_or_off(capsys: pytest.CaptureFixture[str
     assert "--metrics-host" in refused(RouterConfig, ["--pair", "p", "--metrics-host", "0.0.0.0"], capsys)
 
 
+def test_probes_are_off_by_default_and_open_to_others_only_with_a_certificate(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    open_host = ["--pair", "p", "--probe-host", "0.0.0.0"]
+    assert DecodeConfig.parse(open_host).probe_port == "off"
+    assert "--probe-host 0.0.0.0" in refused(DecodeConfig, [*open_host, "--probe-port", "7691"], capsys)
+    certificate = ["--tls-cert", "tls.crt", "--tls-key", "tls.key"]
+    assert DecodeConfig.parse([*open_host, *certificate, "--probe-port", "7691"]).probe_port == 7691
+
+
 @pytest.mark.parametrize(
     ("kind", "argv"),
     [
@@ -267,6 +277,7 @@ def test_settings_by_name_make_the_same_configuration_and_the_same_errors() -> N
         (PrefillConfig, "--tensor-parallel-size 4 --data-port 65533", "rank 3 would have port 65536, above 65535"),
         (PrefillConfig, "--tensor-parallel-size 4 --data-port 7600 --port 7603", "up to 7603, and --port is 7603"),
         (PrefillConfig, "--data-port 7690 --metrics-port 7690", "--metrics-port is 7690"),
+        (PrefillConfig, "--data-port 7691 --probe-port 7691", "--probe-port is 7691"),
     ],
 )
 def test_ranks_that_cannot_be_are_refused_by_name(

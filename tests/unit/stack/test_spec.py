@@ -246,9 +246,10 @@ LAUGHS = ", ".join(("a0: &a0 [x]", *LEVELS))
     ("name", "text", "message"),
     [
         ("a.yaml", "decode: {settings: {kv_memry: 1}}", "kv_memry: no such setting; did you mean kv_memory?"),
-        ("a.yaml", "settings: {port: 5}", "settings: port: the other fields of the document set this"),
-        ("a.yaml", "router: {settings: {share_port: /run/x}}", "router: share_port: the other fields of the document"),
-        ("a.yaml", "decode: {settings: {pair: p, routers: 'a:1'}}", "decode: pair, routers: the other fields of the"),
+        ("a.yaml", "settings: {port: 5}", "settings: port: the stack sets this for each process itself"),
+        ("a.yaml", "settings: {probe_port: 5}", "settings: probe_port: the stack sets this for each process itself"),
+        ("a.yaml", "router: {settings: {share_port: /run/x}}", "router: share_port: the stack sets this"),
+        ("a.yaml", "decode: {settings: {pair: p, routers: 'a:1'}}", "decode: pair, routers: the stack sets this"),
         ("a.yaml", "decode: {replicas: 1}\ndecode: {replicas: 2}", "the key decode appears twice"),
         ("a.json", '{"name": "a", "name": "b"}', "the key name appears twice"),
         ("a.yaml", "? [a]\n: b", "found unhashable key"),

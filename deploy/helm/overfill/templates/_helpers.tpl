@@ -339,6 +339,8 @@ process, and of routers their hosts. A worker's names no host, so that it cannot
 - --port={{ .pool.port }}
 - --metrics-host={{ .root.Values.listenHost }}
 - --metrics-port=7690
+- --probe-host={{ .root.Values.listenHost }}
+- --probe-port=7691
 - --tls-cert=/etc/overfill/tls/tls.crt
 - --tls-key=/etc/overfill/tls/tls.key
 - --tls-ca=/etc/overfill/tls/ca.crt
@@ -372,24 +374,27 @@ process, and of routers their hosts. A worker's names no host, so that it cannot
 {{- end }}
 {{- end }}
 
-{{/* Probes run a command, because Kubernetes' own gRPC probe does not support TLS. Arguments: port, startupSeconds. */}}
+{{/*
+Probes. Their port is in no NetworkPolicy: a node always reaches its own pods, and other pods need not. Argument:
+startupSeconds.
+*/}}
 {{- define "overfill.probes" -}}
 startupProbe:
-  # With --live, because a router without workers is not ready, and a restart would not help.
-  exec: {command: [overfill, health, --live, --address, "127.0.0.1:{{ .port }}"]}
+  httpGet: {path: /startupz, port: probes, scheme: HTTPS}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: {{ div (add (int .startupSeconds) 9) 10 }}
 readinessProbe:
-  exec: {command: [overfill, health, --address, "127.0.0.1:{{ .port }}"]}
+  httpGet: {path: /readyz, port: probes, scheme: HTTPS}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 2
 livenessProbe:
-  exec: {command: [overfill, health, --live, --address, "127.0.0.1:{{ .port }}"]}
+  # Fails only when the event loop has not run for 30 s. A router without workers is alive: a restart would not help.
+  httpGet: {path: /livez, port: probes, scheme: HTTPS}
   periodSeconds: 30
   timeoutSeconds: 10
-  failureThreshold: 4
+  failureThreshold: 3
   # The process hangs, so it will not drain. Without this, Kubernetes would wait for the pod's grace period.
   terminationGracePeriodSeconds: 10
 {{- end }}
