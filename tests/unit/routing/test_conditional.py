@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jobs import make_job, worker_info
 
@@ -122,7 +122,7 @@ def plain_order(stack, job, short):
         return worker.queued_tokens + max(1, job.prompt_tokens - cached(worker))
 
     workers = [worker for worker in stack.roster.prefill if worker.admissible(0.0)]
-    workers.sort(key=lambda worker: (worker.queued_tokens - cached(worker), LeastLoad.rank(worker), worker.id))
+    workers.sort(key=lambda worker: (ahead(worker), LeastLoad.rank(worker), worker.id))
     prefill_only = [worker for worker in workers if not worker.info.colocated]
     colocated = [worker for worker in workers if worker.info.colocated]
     if not colocated:
@@ -144,6 +144,7 @@ def plain_order(stack, job, short):
 NAMES = [f"{kind}{index}" for kind in "pcd" for index in range(NUM_LEAST_LOADED)]
 
 
+@example({"p0", "p3"}, [("p0", 32, 3, 4), ("p3", 31, 4, 4)], [("p3", 16)], 64, None, 0)  # one token is always computed
 @settings(max_examples=300, deadline=None)
 @given(
     names=st.sets(st.sampled_from(NAMES), min_size=1),
