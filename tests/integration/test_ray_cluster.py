@@ -168,6 +168,7 @@ def shares(address):
         return None
 
 
+@pytest.mark.timeout(1200)  # most replicas are replaced twice
 def test_new_weights_replace_the_old_ones_with_no_failed_request(cluster, config, tmp_path):
     """The steps of docs/how-to/ray.md."""
     config = copy.deepcopy(config)
