@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 HANG_SECONDS = 30.0
 """Seconds for which the event loop may not run before ``/livez`` and ``/readyz`` fail."""
 
-BEAT_SECONDS = 0.5
+BEAT_SECONDS = 1.0
 """Seconds between two notes of the event loop that it runs."""
 
 MAX_CONNECTIONS = 32
