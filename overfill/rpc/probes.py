@@ -103,7 +103,7 @@ def respond(head: bytes, state: ProcessState) -> bytes:
     return "\r\n".join(lines).encode() + (b"" if method == b"HEAD" else body)
 
 
-class Connection:
+class ProbeConnection:
     """One connection of a client.
 
     Attributes:
@@ -141,7 +141,7 @@ class Connection:
         self._socket.close()
 
 
-def dropped(connections: Sequence[Connection]) -> Connection:
+def dropped(connections: Sequence[ProbeConnection]) -> ProbeConnection:
     """Returns the one of ``connections``, oldest first, that is dropped for a new one.
 
     It is of the address with most connections, so that no neighbour ends a probe of the kubelet. Of these, it is the
@@ -175,7 +175,7 @@ class ProbeServer:
         self._listener.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._connections: list[Connection] = []  # oldest first
+        self._connections: list[ProbeConnection] = []  # oldest first
         self._state = ProcessState()
         self._beating: asyncio.Task[None] | None = None
         threading.Thread(target=self._serve, name="probes", daemon=True).start()
@@ -199,7 +199,7 @@ class ProbeServer:
         while True:
             first = self._connections[0].deadline - time.monotonic() if self._connections else None
             for key, _ in self._selector.select(first):
-                if isinstance(key.fileobj, Connection) and key.fileobj.advance(self._state):
+                if isinstance(key.fileobj, ProbeConnection) and key.fileobj.advance(self._state):
                     self._end(key.fileobj)
             while self._connections and self._connections[0].deadline <= time.monotonic():
                 self._end(self._connections[0])
@@ -221,13 +221,13 @@ class ProbeServer:
     def _add(self, plain: socket.socket, host: str) -> None:
         if self._contexts is not None:
             plain = self._contexts.value.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
-        connection = Connection(plain, host)
+        connection = ProbeConnection(plain, host)
         if len(self._connections) >= MAX_CONNECTIONS:
             self._end(dropped(self._connections))
         self._connections.append(connection)
         self._selector.register(connection, selectors.EVENT_READ)
 
-    def _end(self, connection: Connection) -> None:
+    def _end(self, connection: ProbeConnection) -> None:
         self._selector.unregister(connection)
         self._connections.remove(connection)
         connection.close()

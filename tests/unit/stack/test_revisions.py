@@ -149,9 +149,9 @@ def test_a_date_is_a_name_although_yaml_has_a_type_for_it(tmp_path: Path) -> Non
             "canary.tiers.default.replicas: the number of decode workers must be at least 1, got 0",
         ),
         ({"canary": {"revision": "r2", "tiers": {"fast": {"pair": "q"}}}}, "both revisions must have the same tiers"),
-        ({"settings": {"revision": "r1"}}, "settings: revision: the other fields of the document set this"),
-        ({"router": {"settings": {"canary_percent": 5}}}, "router: canary_percent: the other fields of the document"),
-        ({"decode": {"settings": {"revision": "r2"}}}, "decode: revision: the other fields of the document set this"),
+        ({"settings": {"revision": "r1"}}, "settings: revision: the stack sets this"),
+        ({"router": {"settings": {"canary_percent": 5}}}, "router: canary_percent: the stack sets this"),
+        ({"decode": {"settings": {"revision": "r2"}}}, "decode: revision: the stack sets this"),
     ],
 )
 def test_a_wrong_revision_is_named_before_anything_starts(fields: dict[str, Any], message: str) -> None:
