@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import kmock as kmock_package
@@ -671,14 +672,20 @@ def acting_as(user: int, group: int) -> Iterator[None]:
         os.setgroups(before)
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user can reach; pytest's own are closed to others."""
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="acts as the pod's user and as another one, which needs root")
-def test_a_pod_can_write_kv_to_its_volume_and_no_other_user_can_read_it(tmp_path: Path) -> None:
+def test_a_pod_can_write_kv_to_its_volume_and_no_other_user_can_read_it(open_folder: Path) -> None:
     """The kubelet gives a volume's root to the pod's group, which may write there, and so may new folders' group."""
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
     pod = pods(render("values.yaml", "prefill.kvDisk.size=50Gi"))["prefill"]
     context, folder = pod["securityContext"], settings_of(pod, PrefillConfig).kv_disk
-    root = tmp_path / "volume"
+    root = open_folder / "volume"
     root.mkdir()
     os.chown(root, 0, context["fsGroup"])
     root.chmod(0o2775)
