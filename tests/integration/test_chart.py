@@ -303,7 +303,8 @@ def test_a_job_makes_the_pair_that_values_cpu_names(version: str) -> None:
     (name,) = of_kind(objects, "PersistentVolumeClaim")
     worker = pods(render("values-cpu.yaml"))["prefill"]
     (maker,), (container,) = job["containers"], worker["containers"]
-    assert (job["securityContext"], maker["securityContext"]) == (worker["securityContext"], container["securityContext"])
+    assert job["securityContext"] == worker["securityContext"]
+    assert maker["securityContext"] == container["securityContext"]
     assert [volume_of(job, "/pairs")[0], volume_of(worker, "/pair")[0]] == [
         {"persistentVolumeClaim": {"claimName": name}},
         {"persistentVolumeClaim": {"claimName": name, "readOnly": True}},
