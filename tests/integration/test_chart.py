@@ -30,6 +30,7 @@ from overfill.engine.build import MemoryRequirement, memory_needed
 from overfill.kv.disk_files import DiskFiles, NotOurFolder
 from overfill.kv.spec import DEFAULT_BLOCK_SIZE
 from overfill.making.recipe import slow_sizes
+from overfill.pair import store
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.settings.config import SERVICES, ColocatedConfig, DecodeConfig, PrefillConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import field_name
@@ -292,6 +293,26 @@ def test_a_job_makes_the_pair_that_llama_s_pods_serve(version: str) -> None:
     assert job["securityContext"] == found["prefill"]["securityContext"], "the pods' user reads what the Job's writes"
     assert maker["securityContext"] == worker["securityContext"]
     assert not job["automountServiceAccountToken"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_job_makes_the_pair_that_values_cpu_names(version: str) -> None:
+    objects = list(yaml.safe_load_all((CHART.parent / "default-pair.yaml").read_text()))
+    for one in objects:
+        kubernetes_validate.validate(one, version, strict=True)
+    job = of_kind(objects, "Job")["default-pair"]["spec"]["template"]["spec"]
+    (name,) = of_kind(objects, "PersistentVolumeClaim")
+    worker = pods(render("values-cpu.yaml"))["prefill"]
+    (maker,), (container,) = job["containers"], worker["containers"]
+    assert job["securityContext"] == worker["securityContext"]
+    assert maker["securityContext"] == container["securityContext"]
+    assert [volume_of(job, "/pairs")[0], volume_of(worker, "/pair")[0]] == [
+        {"persistentVolumeClaim": {"claimName": name}},
+        {"persistentVolumeClaim": {"claimName": name, "readOnly": True}},
+    ]
+    assert {"name": "OVERFILL_HOME", "value": "/pairs"} in maker["env"], "pairs/VERSION/NAME is below it"
+    assert maker["command"] == ["overfill", "pair", "path"]
+    assert f"--pair=/pair/pairs/{store.VERSION}/{maker['args'][0]}" in container["args"]
 
 
 def test_production_s_gpus_run_vllm_in_the_image_that_has_it() -> None:
