@@ -12,14 +12,14 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 
 from overfill.errors import InvalidRequest
-from overfill.kv.keys import token_bytes
+from overfill.rpc.membership import is_newer
 from overfill.v1 import inference_pb2, registry_pb2
 
 MAX_DURATION = 7 * 24 * 3600.0
 """Longest time in seconds in which a share may change."""
 
-MAX_GENERATION = 1 << 63
-"""Generations are below it, so that further changes still have a number."""
+MAX_MESSAGES = 64
+"""Messages of a chat without one of the user that name its conversation. Reading more would delay other streams."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class RolloutState:
     ``now`` is Unix time in seconds, in every method.
 
     Attributes:
-        generation: grows with each change; the state with the greater one is the newer.
-        tie_break: the greater one is the newer of two states of one generation.
+        generation: number of the change, 1 to 2**64 - 1, after which 1 follows; 0 before the first.
+        tie_break: orders two states of one generation.
         revision: name of the new revision.
         from_percent, to_percent: its share at the start and at the end of the change, 0 to 100.
         started_ms: start of the change, milliseconds of Unix time.
@@ -54,9 +54,8 @@ class RolloutState:
             check_percent(f"rollout.{name}", getattr(message, name))
         if message.duration_ms > (most := round(MAX_DURATION * 1000)):
             raise InvalidRequest("rollout.duration_ms", f"must be at most {most}; got {message.duration_ms}")
-        if not 0 < message.generation < MAX_GENERATION:
-            most = MAX_GENERATION - 1
-            raise InvalidRequest("rollout.generation", f"must be from 1 to {most}; got {message.generation}")
+        if not message.generation:
+            raise InvalidRequest("rollout.generation", "must be at least 1; got 0")
         return cls(**{field.name: getattr(message, field.name) for field in fields(cls)})
 
     def to_proto(self) -> registry_pb2.Rollout:
@@ -65,7 +64,7 @@ class RolloutState:
 
     def newer_than(self, other: RolloutState) -> bool:
         """True if this state replaces ``other``."""
-        return (self.generation, self.tie_break) > (other.generation, other.tie_break)
+        return is_newer(self, other)
 
     def share(self, now: float) -> float:
         """Returns the share of new conversations that the new revision gets, 0 to 100."""
@@ -135,11 +134,11 @@ def conversation(request: inference_pb2.GenerateRequest) -> bytes:
         return b"session:" + request.session.encode()
     kind = request.WhichOneof("prompt")
     if kind == "token_ids":
-        return b"ids:" + token_bytes(request.token_ids.ids)
+        return b"ids:" + request.token_ids.SerializeToString()
     if kind != "chat":
         return b"text:" + request.text.encode()
     parts = [b"chat:"]
-    for message in request.chat.messages:
+    for message in request.chat.messages[:MAX_MESSAGES]:
         parts += [_counted(message.role), _counted(message.content)]
         if message.role == "user":
             break

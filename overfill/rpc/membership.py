@@ -261,7 +261,7 @@ class Membership:
         rollout.DiscardUnknownFields()
         if rollout.ByteSize() > MAX_ROLLOUT_BYTES:
             logger.warning("ignored a Rollout of %d bytes; the maximum is %d", rollout.ByteSize(), MAX_ROLLOUT_BYTES)
-        elif self.rollout is None or _age(rollout) > _age(self.rollout):
+        elif self.rollout is None or is_newer(rollout, self.rollout):
             self.rollout = rollout
             self.notify()
 
@@ -427,9 +427,29 @@ class _Link:
         return message
 
 
-def _age(rollout: registry_pb2.Rollout) -> tuple[int, int]:
-    """Order of Rollouts: the newer one is the greater."""
-    return rollout.generation, rollout.tie_break
+class _Numbered(Protocol):
+    @property
+    def generation(self) -> int: ...
+
+    @property
+    def tie_break(self) -> int: ...
+
+
+def is_newer(state: _Numbered, other: _Numbered) -> bool:
+    """True if a rollout's ``state`` replaces the ``other``.
+
+    Generations are on a circle, as sequence numbers in RFC 1982: the next one after any is newer. So no generation
+    that a faulty process sends ends the changes. Generation 0, which no change has, is the oldest.
+    """
+    if not (state.generation and other.generation):
+        return bool(state.generation)
+    ahead = (state.generation - other.generation) % (1 << 64)
+    return state.tie_break > other.tie_break if ahead == 0 else ahead < 1 << 63
+
+
+def next_generation(generation: int) -> int:
+    """Returns the generation of the change after ``generation``."""
+    return generation % ((1 << 64) - 1) + 1
 
 
 def _resolver(router: str) -> Resolver | None:

@@ -477,7 +477,7 @@ class RevisionStatus:
         name: Its name; empty for a revision without a name.
         percent: Share of new conversations that is set now, 0 to 100.
         ready: Whether both of its stages have a ready worker. The new revision gets no request before.
-        running: Number of requests that it answers now, on the router that was asked.
+        running: Number of requests that it answers now, without those that wait in other routers than the one asked.
         pools: Worker counts by stage.
         tiers: Worker counts of the decode stage by tier.
     """

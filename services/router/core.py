@@ -169,6 +169,15 @@ class Core:
             for tier, pool, number in zip(names, pools, expected, strict=True)
         ]
 
+    def num_running(self) -> int:
+        """Returns the number of requests that the revision answers now: those of this router, and others' on workers.
+
+        What its decode workers report is of all routers, and up to a second old.
+        """
+        reports = [worker.report for pool in self.roster.decode.values() for worker in pool]
+        on_workers = sum(report.load.running + report.load.waiting for report in reports if report is not None)
+        return max(self.dispatcher.num_jobs, self.dispatcher.num_waiting + on_workers)
+
     @property
     def _in_brownout(self) -> frozenset[str]:
         return frozenset() if self._brownout is None else self._brownout.active

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 DEMAND_GAP = 0.05
 """Minimum number of seconds between two Demand messages to a worker."""
+
+LEARN_GAP = 0.2
+"""Minimum seconds between two states of a rollout that a router takes from one worker. It tells all workers of each one
+that it adopts. A worker repeats its state in each report, so that none is lost."""
 
 MAX_COST_NS = 60 * 10**9
 """Longest time in nanoseconds that a worker may report for the KV of one token."""
@@ -76,6 +81,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                 self._connector.forget(replaced.info)
         self._streams[info.id] = stream
         tasks: dict[str, asyncio.Task[None]] = {}
+        learned, now = -math.inf, asyncio.get_running_loop().time
         try:
             self._connector.add(info)
             logger.info("worker %s joined at %s", info.id, info.address)
@@ -90,7 +96,9 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                     return  # the worker has joined again on another stream
                 for worker in stream.workers:
                     core.async_dispatcher.report(worker, stage_report(message.report, worker.info))
-                if self._revisions.several and message.report.HasField("rollout"):
+                has_rollout = self._revisions.several and message.report.HasField("rollout")
+                if has_rollout and now() - learned >= LEARN_GAP:
+                    learned = now()
                     self._revisions.learn(message.report.rollout)
                 if message.report.routers > 1 and "demand" not in tasks:
                     tasks["demand"] = asyncio.create_task(self._tell_demand(stream))

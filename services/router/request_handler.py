@@ -109,7 +109,7 @@ class RequestHandler:
         hold.tier = choice.tier
         self.tiers.check_can_score(request, choice, caller)
         size = self._size(request)
-        self._shorten(request)
+        self.shorten(request)
         check_priority(request.priority)
         priority, client_resumes = _priority(request.priority, caller), bool(request.resume_token_ids)
         session = session_name(request.session)
@@ -204,7 +204,7 @@ class RequestHandler:
         self.requests.check_open()
         self.tiers.parse_model(request.model, hold.caller)
         size = self._size(request)
-        self._shorten(request)
+        self.shorten(request)
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequest("prompt", "is missing: give text or chat")
@@ -251,7 +251,7 @@ class RequestHandler:
         executor = self._shared.executor if size >= LONG_REQUEST else self._shared.grammar_executor
         return await executor.run(size, function, *args)
 
-    def _shorten(self, request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> None:
+    def shorten(self, request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> None:
         """Removes from the prompt what is for others than the model."""
         if self._drop_attribution and request.HasField("chat"):
             drop_attribution(request.chat)

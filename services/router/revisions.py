@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections.abc import Sequence
@@ -11,12 +12,16 @@ from collections.abc import Sequence
 from overfill.api.keys import ApiKey
 from overfill.errors import Incompatible, InvalidRequest
 from overfill.routing.rollout import RolloutState, conversation, place
+from overfill.rpc.membership import is_newer, next_generation
 from overfill.telemetry.metric_set import Sampled
 from overfill.v1 import admin_pb2, inference_pb2, registry_pb2
 from services.router.core import Core
 from services.router.request_handler import RequestHandler
 
 logger = logging.getLogger(__name__)
+
+WARN_GAP = 60.0
+"""Minimum seconds between two warnings of states that are ignored."""
 
 
 class Revisions:
@@ -38,8 +43,8 @@ class Revisions:
         self._old, self._new = self.cores[0], self.cores[1] if len(self.cores) > 1 else None
         new = "" if self._new is None else self._new.revision
         self._state = RolloutState(revision=new, from_percent=percent, to_percent=percent)
-        self._generation = 0  # the greatest that was seen, of any revision
-        self._ignored: registry_pb2.Rollout | None = None
+        self._seen = self._state  # the newest that any worker has reported, or this router has set; of any revision
+        self._warned_at = -math.inf
         self._changed = asyncio.Event()
 
     @property
@@ -83,6 +88,7 @@ class Revisions:
                 )
             return core.handler
         share = self._state.share(time.time())
+        self._old.handler.shorten(request)  # what differs between the turns must not be of the conversation's name
         in_new = place("" if caller is None else caller.id, conversation(request)) < share
         order = (self._new, self._old) if in_new else (self._old, self._new)
         now = asyncio.get_running_loop().time()
@@ -109,15 +115,16 @@ class Revisions:
         state = self._state
         if message.generation == state.generation and message.tie_break == state.tie_break:
             return
+        if is_newer(message, self._seen):  # also one that is ignored: workers keep it until there is a newer one
+            self._seen = message
         try:
             told = RolloutState.from_proto(message)
-            self._generation = max(self._generation, told.generation)
             if told.revision != state.revision:
                 what = f"is {told.revision[:80]!r}; this router's new revision is {state.revision!r}"
                 raise InvalidRequest("rollout.revision", what)
         except InvalidRequest as error:
-            if message != self._ignored:
-                self._ignored = message
+            if (now := asyncio.get_running_loop().time()) - self._warned_at >= WARN_GAP:
+                self._warned_at = now
                 logger.warning("ignored the rollout that a worker reports: %s", error)
             return
         if told.newer_than(state):
@@ -138,7 +145,8 @@ class Revisions:
                 f"this router serves one revision, {self.names}: start routers with --canary-revision", ["revision"]
             )
         state, now = self._state, time.time()
-        generation, tie_break = max(state.generation, self._generation) + 1, secrets.randbits(64)
+        newest = self._seen if is_newer(self._seen, state) else state
+        generation, tie_break = next_generation(newest.generation), secrets.randbits(64)
         if kind == "set":
             asked = request.set
             if asked.revision not in self._by_name:
@@ -165,7 +173,7 @@ class Revisions:
         )
 
     def status(self) -> admin_pb2.RolloutStatus:
-        """Returns the revisions with their shares, pools and requests on this router."""
+        """Returns the revisions with their shares, pools and running requests."""
         state, now, shares = self._state, time.time(), dict(self._shares())
         return admin_pb2.RolloutStatus(
             revisions=[self._status(core, shares[core.revision]) for core in self.cores],
@@ -181,7 +189,7 @@ class Revisions:
             percent=percent,
             ready=not core.unready(now),
             pools=core.pools(now),
-            running=core.dispatcher.num_jobs,
+            running=core.num_running(),
         )
 
     def _shares(self) -> list[tuple[str, float]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from jobs import worker_info
 
+from overfill.api.attribution import drop_attribution
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.dispatcher import Dispatcher
 from overfill.routing.pool import Roster
@@ -46,8 +47,12 @@ class FakeCore(Core):
         pairs: Any = {tier.name: SimpleNamespace(full_config=config, revision=revision) for tier in tiers}
         self.revision = revision
         self.roster = Roster(tiers=tiers)
-        self.dispatcher: Any = SimpleNamespace(num_jobs=7)
-        self.handler: Any = SimpleNamespace(tiers=ServedTiers(["tiny"], pairs, self.roster), revision=revision)
+        self.dispatcher: Any = SimpleNamespace(num_jobs=7, num_waiting=2)
+        self.handler: Any = SimpleNamespace(
+            tiers=ServedTiers(["tiny"], pairs, self.roster),
+            revision=revision,
+            shorten=lambda request: drop_attribution(request.chat),
+        )
         self._expect_prefill, self._expect_decode, self._brownout = 1, {"default": 1, "fast": 1}, None
         identity = replace(worker_info("", PREFILL).identity, revision=revision)
         infos = (("p", PREFILL, ""), ("d", DECODE, "default"), ("f", DECODE, "fast"))
@@ -58,10 +63,13 @@ class FakeCore(Core):
         for name in self.workers:
             self.set_ready(name, ready=True)
 
-    def set_ready(self, *names: str, ready: bool) -> None:
-        """Reports whether these workers are ready: "p" prefills, "d" and "f" decode in the tiers default and fast."""
+    def set_ready(self, *names: str, ready: bool, running: int = 0, waiting: int = 0) -> None:
+        """Reports whether these workers are ready, and their load.
+
+        "p" prefills, "d" and "f" decode in the tiers default and fast.
+        """
         for name in names:
             worker = self.workers[name]
-            load = decode_pb2.WorkerLoad(kv_blocks_total=100, block_size=16)
+            load = decode_pb2.WorkerLoad(kv_blocks_total=100, block_size=16, running=running, waiting=waiting)
             report = registry_pb2.Report(load=load, credits=4, ready=ready)
             self.roster.pool_of(worker).report(worker, report, asyncio.get_running_loop().time())

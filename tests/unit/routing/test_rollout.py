@@ -5,7 +5,8 @@ import math
 import pytest
 
 from overfill.errors import InvalidRequest
-from overfill.routing.rollout import MAX_GENERATION, RolloutState, conversation, place
+from overfill.routing.rollout import MAX_MESSAGES, RolloutState, conversation, place
+from overfill.rpc.membership import next_generation
 from overfill.v1 import inference_pb2, registry_pb2
 
 START = RolloutState(revision="r2", from_percent=10, to_percent=10)
@@ -38,6 +39,16 @@ def test_all_routers_agree_which_of_two_states_is_newer():
         assert [state.newer_than(other) for other in states] == [i < index for i in range(3)]
 
 
+@pytest.mark.parametrize("generation", [0, 1, 2**63 - 1, 2**63, 2**64 - 1])
+def test_no_generation_is_the_last(generation):
+    state = RolloutState(generation)
+    after = RolloutState(next_generation(generation))
+    assert after.newer_than(state)
+    assert not state.newer_than(after)
+    assert after.newer_than(RolloutState()), "a router that starts learns it"
+    RolloutState.from_proto(after.to_proto())
+
+
 def test_a_state_survives_the_wire():
     state = RolloutState(3, 2**64 - 1, "r2", 12.5, 99.5, 1_800_000_000_123, 60_000, paused=True)
     assert RolloutState.from_proto(registry_pb2.Rollout.FromString(state.to_proto().SerializeToString())) == state
@@ -52,7 +63,6 @@ def test_a_state_survives_the_wire():
         {"from_percent": math.inf},
         {"duration_ms": 8 * 24 * 3600 * 1000},
         {"generation": 0},
-        {"generation": MAX_GENERATION},
     ],
 )
 def test_a_state_out_of_bounds_is_refused_by_its_field(fields):
@@ -94,3 +104,12 @@ def test_all_turns_of_a_conversation_have_its_place_and_others_have_their_own():
         request(token_ids=inference_pb2.TokenIds(ids=[1, 3])), request(),
     ]  # fmt: skip
     assert len({conversation(one) for one in others}) == len(others)
+
+
+def test_a_chat_of_many_messages_is_named_by_its_beginning():
+    message = inference_pb2.ChatMessage(role="system", content="s")
+    first, longer = (inference_pb2.Chat(messages=[message] * count) for count in (MAX_MESSAGES, MAX_MESSAGES + 9))
+    request = inference_pb2.GenerateRequest
+    assert conversation(request(chat=first)) == conversation(request(chat=longer))
+    del first.messages[0]
+    assert conversation(request(chat=first)) != conversation(request(chat=longer))

@@ -209,6 +209,14 @@ async def test_the_newest_rollout_of_any_router_is_in_every_report_also_to_a_rou
         assert (await told(second, rollout(3))).rollout.generation == 3
 
 
+async def test_no_generation_that_a_faulty_router_sends_ends_the_changes():
+    async with registry() as (router, address), member(address):
+        for state in (rollout(2**64 - 1), rollout(1)):
+            router.outbox.put_nowait(registry_pb2.JoinResponse(rollout=state))
+        while (await router.reports.get()).rollout != rollout(1):
+            pass
+
+
 async def test_a_rollout_that_is_too_large_to_repeat_is_ignored(caplog):
     async with registry() as (router, address), member(address) as worker:
         large = registry_pb2.Rollout(generation=9, revision="r" * 600)

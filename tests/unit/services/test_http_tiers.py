@@ -84,6 +84,9 @@ class FakeHandler:
         hold = SimpleNamespace(take=lambda *_: None, tier="", revision=None, api="chat")
         return SimpleNamespace(hold_quota=lambda *_: nullcontext(hold))
 
+    def shorten(self, request: inference_pb2.GenerateRequest) -> None:
+        pass
+
     async def check(self, request: inference_pb2.GenerateRequest, *_: Any) -> Job:
         self.asked.append(request)
         if self.error is not None:

@@ -379,6 +379,19 @@ async def test_a_change_of_shares_goes_to_all_workers_and_a_newer_one_is_taken_f
             assert (await late.heard.get()).rollout == newer
 
 
+async def test_a_worker_that_reports_ever_newer_states_wakes_the_others_rarely(monkeypatch):
+    monkeypatch.setattr(registry_module, "LEARN_GAP", 3600.0)
+    revisions = revisions_of(Roster(), Roster())
+    servicer = RegistryServicer("r", revisions, Connector())
+    async with joining(servicer, HELLO) as one, joining(servicer, of_revision("r2", worker_id="e")) as other:
+        for stream, generations in ((other, range(1, 50)), (one, [60])):
+            for generation in generations:
+                rollout = registry_pb2.Rollout(generation=generation, revision="r2")
+                stream.said.put_nowait(registry_pb2.JoinRequest(report=registry_pb2.Report(credits=1, rollout=rollout)))
+                await settled()
+            assert revisions.state.generation == generations[0], "another worker's is taken"
+
+
 async def test_a_router_with_one_revision_neither_sends_nor_reads_a_rollout():
     revisions = revisions_of(Roster())
     servicer = RegistryServicer("r", revisions, Connector())

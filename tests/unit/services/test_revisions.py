@@ -10,6 +10,7 @@ from cores import FakeCore, one_revision
 from overfill.errors import Incompatible, InvalidRequest
 from overfill.routing.rollout import RolloutState, conversation, place
 from overfill.routing.worker import DECODE, PREFILL
+from overfill.rpc.membership import is_newer
 from overfill.v1 import admin_pb2, common_pb2, inference_pb2, registry_pb2
 from services.router.revisions import Revisions
 
@@ -90,6 +91,17 @@ async def test_an_adapter_of_one_revision_is_found_there(cores):
     assert chosen(revisions, inference_pb2.GenerateRequest(text="x", tier="nothing")) == "r2"
 
 
+async def test_a_line_that_differs_between_the_turns_of_a_chat_does_not_move_it(cores):
+    revisions, message = Revisions(cores, 50.0), inference_pb2.ChatMessage
+    for chat in range(20):
+        asked = message(role="user", content=f"{chat}")
+        turns = [
+            inference_pb2.Chat(messages=[message(role="system", content=system), asked])
+            for system in ("x-anthropic-billing-header: a=1;\nBe brief.", "x-anthropic-billing-header: a=2;\nBe brief.")
+        ]
+        assert len({chosen(revisions, inference_pb2.GenerateRequest(chat=turn)) for turn in turns}) == 1
+
+
 async def test_routers_agree_on_the_newest_state(cores):
     one, other = Revisions(cores), Revisions(cores)
     one.change(CHANGE(set=admin_pb2.SetShare(revision="r1", percent=90, over_seconds=600)))
@@ -104,18 +116,20 @@ async def test_routers_agree_on_the_newest_state(cores):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"revision": "r3"}, {"revision": "r1"}, {"to_percent": 101.0}, {"generation": 1 << 63}]
+    "fields",
+    [{"revision": "r3"}, {"revision": "r1"}, {"to_percent": 101.0}, {"generation": 2**64 - 1, "revision": "r3"}],
 )
 async def test_a_state_that_is_not_of_this_rollout_is_ignored_and_outdone_by_the_next_change(cores, fields, caplog):
     revisions = Revisions(cores, 30.0)
     message = STATE.to_proto()
     message.MergeFrom(registry_pb2.Rollout(**fields))
-    for _ in range(3):
+    for tie_break in (7, 8, 9):
+        message.tie_break = tie_break
         revisions.learn(message)
     assert (revisions.state.generation, revisions.state.share(time.time())) == (0, 30)
     assert len(caplog.records) == 1, "reports come often"
     revisions.change(CHANGE(undo=True))
-    assert revisions.state.generation == (4 if "revision" in fields else 1)
+    assert is_newer(revisions.state, message)
 
 
 async def test_a_state_wakes_what_waits_for_it(cores):
@@ -139,6 +153,10 @@ async def test_the_status_has_both_revisions_with_what_an_operator_must_know(cor
     revisions.change(CHANGE(set=admin_pb2.SetShare(revision="r2", percent=75, over_seconds=600)))
     status = revisions.status()
     assert (status.target_percent, status.paused) == (75, False)
+    for running, shown in ((9, 14), (1, 7)):  # 2 wait on this router; of its others, a worker may not have reported yet
+        cores[0].set_ready("d", ready=True, running=running, waiting=3)
+        assert revisions.status().revisions[0].running == shown
+    status = revisions.status()
     assert 0 < status.remaining_seconds <= 600
 
 
