@@ -145,7 +145,8 @@ def tier_schema(decode: dict[str, Any]) -> dict[str, Any]:
         "ttftObjective": objective,
         "itlObjective": objective,
     }
-    return decode | {"properties": own | decode["properties"]}
+    shared = {name: {"$ref": f"#/properties/decode/properties/{name}"} for name in decode["properties"]}
+    return {"type": "object", "additionalProperties": False, "properties": own | shared}
 
 
 def add_tiers_and_revisions(made: dict[str, Any]) -> None:
