@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -113,19 +114,19 @@ def _show(status: RolloutStatus, as_json: bool) -> None:
     from overfill.cli.output import console, print_json
 
     if as_json:
-        print_json(rollout_json(status))
+        print_json(_json(status))
         return
-    tiers = dict.fromkeys(tier for one in status.revisions for tier in one.tiers)
-    several = len(tiers) > 1
+    named = [*dict.fromkeys(tier for one in status.revisions for tier in one.tiers)]
+    tiers = named if len(named) > 1 else []  # the counts of a single one are those of its stage
     table = Table(box=None, padding=(0, 1))
     table.add_column("revision")
     table.add_column("share", justify="right")
-    for column in ("state", "prefill", *([f"decode {tier}" for tier in tiers] if several else ["decode"])):
+    for column in ("state", "prefill", *([f"decode {tier}" for tier in tiers] or ["decode"])):
         table.add_column(column)
     table.add_column("running", justify="right")
     for one in status.revisions:
-        pools = [one.pools.get("prefill"), *([one.tiers.get(tier) for tier in tiers] if several else [])]
-        pools += [] if several else [one.pools.get("decode")]
+        decode = [one.tiers.get(tier) for tier in tiers] or [one.pools.get("decode")]
+        pools = (one.pools.get("prefill"), *decode)
         counts = ("–" if pool is None else f"{pool.ready} of {pool.expected}" for pool in pools)
         state = "ready" if one.ready else "not ready"
         table.add_row(one.name or _NO_NAME, f"{one.percent:.1f} %", state, *counts, str(one.running))
@@ -160,24 +161,11 @@ def _in_words(seconds: float) -> str:
     return " ".join(parts[:2]) or "0 s"
 
 
-def rollout_json(status: RolloutStatus) -> dict[str, Any]:
-    """Returns the revisions as the commands print them with --json."""
-    return {
-        "revisions": [_revision_json(one) for one in status.revisions],
-        "target_percent": status.target_percent,
-        "remaining_seconds": status.remaining_seconds,
-        "paused": status.paused,
-    }
-
-
-def _revision_json(one: RevisionStatus) -> dict[str, Any]:
+def _json(status: RolloutStatus) -> dict[str, Any]:
     from overfill.rpc.stack_status_json import pool_json
 
-    return {
-        "name": one.name,
-        "percent": one.percent,
-        "ready": one.ready,
-        "running": one.running,
-        "pools": {stage: pool_json(pool) for stage, pool in one.pools.items()},
-        "tiers": {tier: pool_json(pool) for tier, pool in one.tiers.items()},
-    }
+    def counts(one: RevisionStatus) -> dict[str, Any]:
+        pools = {"pools": one.pools, "tiers": one.tiers}
+        return {key: {name: pool_json(pool) for name, pool in some.items()} for key, some in pools.items()}
+
+    return asdict(status) | {"revisions": [asdict(one) | counts(one) for one in status.revisions]}

@@ -319,11 +319,11 @@ def chaos_command(
             longest=plan.workers[0].config.max_model_len or _LONGEST,
         )
         result = asyncio.run(run_trial(plan, trial, report, hosts))
-        references = load_references(plan.tiers)
-        references |= references[first.name].with_adapters(adapters)
-        others = {one.name: load_references(one.tiers) for one in plan.routers[0].revisions[1:]}
-        summary, wrong = result.judge(references, max_tokens, report, others)
-    needed = [*(("disk",) if kv_disk else ("peer",) if turns > 1 else ()), *(REVISIONS if others else ())]
+        references = {one.name: load_references(one.tiers) for one in plan.routers[0].revisions}
+        for of_revision in references.values():
+            of_revision |= of_revision[first.name].with_adapters(adapters)
+        summary, wrong = result.judge(references, max_tokens, report)
+    needed = [*(("disk",) if kv_disk else ("peer",) if turns > 1 else ()), *(REVISIONS if len(references) > 1 else ())]
     judged = TrialReport(result, summary, wrong, {key: _plain(value) for key, value in settings.items()}, needed)
     if report_file is not None:
         report_file.write_text(json.dumps(judged.as_dict(), indent=1) + "\n", encoding="utf-8")

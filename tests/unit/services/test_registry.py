@@ -231,11 +231,13 @@ async def test_a_worker_joins_while_a_router_s_certificate_is_being_replaced(tin
 
 async def test_scrape_targets_and_counts_name_the_tier():
     roster, stream = Roster(tiers=[Tier("full"), Tier("fast")]), Stream()
-    servicer = RegistryServicer("r", revisions_of(roster), Connector())
-    stream.said.put_nowait(registry_pb2.JoinRequest(hello=changed(tier="fast", metrics_address="h:9")))
+    servicer = RegistryServicer("r", revisions_of(roster, names=("r2",)), Connector())
+    hello = of_revision("r2", tier="fast", metrics_address="h:9")
+    stream.said.put_nowait(registry_pb2.JoinRequest(hello=hello))
     joining = asyncio.create_task(servicer.Join(stream.messages(), stream))
     await stream.heard.get()
-    assert servicer.targets() == [{"targets": ["h:9"], "labels": {"stage": "decode", "worker": "d", "tier": "fast"}}]
+    labels = {"stage": "decode", "worker": "d", "tier": "fast", "revision": "r2"}
+    assert servicer.targets() == [{"targets": ["h:9"], "labels": labels}]
     counts = {labels: count for labels, count in worker_counts(roster, 0.0) if count}
     assert counts == {("decode", "fast", "starting"): 1}, "it has not reported yet"
     stream.said.put_nowait(None)
