@@ -21,17 +21,15 @@ import yaml
 from overfill.settings.config import SERVICES, ColocatedConfig, DecodeConfig, PrefillConfig, ServiceConfig
 from overfill.settings.config_file import flag_name
 from overfill.settings.tiers import MAX_TIERS
+from overfill.stack.spec import MADE
 
 HELM = Path(__file__).parent
 CHART = HELM / "overfill"
 ROOT = HELM.parents[1]
 
-MANAGED = {
-    "config", "pair", "host", "port", "data_port", "http", "api_keys", "stack_secret", "served_model_name",
-    "grace_period", "log_level", "threads", "tls_cert", "tls_key", "tls_ca", "tls_name", "metrics_host", "metrics_port",
-    "routers", "worker_id", "advertise", "expect_prefill", "expect_decode", "share_port", "join_port", "tiers", "tier",
-    "revision", "canary_revision", "canary_pair", "canary_tiers", "canary_percent",
-    "probe_host", "probe_port",
+MANAGED = MADE | {
+    "config", "host", "api_keys", "stack_secret", "served_model_name", "grace_period", "log_level", "threads",
+    "tls_cert", "tls_key", "tls_ca", "tls_name", "metrics_host", "metrics_port", "advertise",
 }  # fmt: skip
 """Settings that the chart derives from other values."""
 

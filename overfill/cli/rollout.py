@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import click
 from overfill.cli.options import ClientConnection, connection_options
 
 if TYPE_CHECKING:
-    from overfill.client import Client, RevisionStatus, RolloutStatus
+    from overfill.client import Client, PoolStatus, RolloutStatus
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 _NO_NAME = "(no name)"
@@ -164,8 +164,8 @@ def _in_words(seconds: float) -> str:
 def _json(status: RolloutStatus) -> dict[str, Any]:
     from overfill.rpc.stack_status_json import pool_json
 
-    def counts(one: RevisionStatus) -> dict[str, Any]:
-        pools = {"pools": one.pools, "tiers": one.tiers}
-        return {key: {name: pool_json(pool) for name, pool in some.items()} for key, some in pools.items()}
+    def counts(pools: Mapping[Any, PoolStatus]) -> dict[str, Any]:
+        return {name: pool_json(pool) for name, pool in pools.items()}
 
-    return asdict(status) | {"revisions": [asdict(one) | counts(one) for one in status.revisions]}
+    revisions = [asdict(one) | {"pools": counts(one.pools), "tiers": counts(one.tiers)} for one in status.revisions]
+    return asdict(status) | {"revisions": revisions}

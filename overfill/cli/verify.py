@@ -127,13 +127,13 @@ class JudgedWriter:
     type=TIER,
     help="A tier of the stack, as `overfill up --tier` got it. Repeat it for each tier; it replaces --pair.",
 )
-@click.option("--canary-pair", metavar="PAIR", help="During a rollout, the pair of the stack's second revision.")
+@click.option("--canary-pair", metavar="PAIR", help="During a rollout, the pair of the stack's new revision.")
 @click.option(
     "--canary-tier",
     "canary_tiers",
     multiple=True,
     type=TIER,
-    help="With --tier, a tier of the stack's second revision. Repeat it for each tier.",
+    help="With --tier, a tier of the stack's new revision. Repeat it for each tier.",
 )
 @click.option(
     "--ask",
@@ -195,7 +195,7 @@ def verify_command(
     With --adapter, asks every question of each tier and each adapter, question by question, so that one batch mixes
     them. PEFT loads the adapters for the reference, from the folder of adapters.
 
-    During a rollout, --canary-pair or --canary-tier names the pairs of the second revision. Each answer is judged by
+    During a rollout, --canary-pair or --canary-tier names the pairs of the new revision. Each answer is judged by
     the pairs of the revision that it names. An answer that mixes revisions is wrong.
 
     Exits with 1 if an answer is wrong or missing, or if more than one token in a thousand is a tie. Exits with 2 if the
@@ -304,12 +304,12 @@ def _check_tiers(
 def _check_canary(
     pair: str | None, canary: tuple[TierSpec, ...], tiers: tuple[TierSpec, ...], adapters: Sequence[str]
 ) -> tuple[TierSpec, ...]:
-    """Returns the tiers of the second revision; empty without one. Raises click.UsageError."""
+    """Returns the tiers of the new revision; empty without one. Raises click.UsageError."""
     given = canary or ((TierSpec(name=DEFAULT_TIER, pair=pair),) if pair is not None else ())
     if not given:
         return ()
     if adapters:
-        raise click.UsageError("--adapter: an adapter belongs to one revision's decoder; give no second revision")
+        raise click.UsageError("--adapter: an adapter belongs to one revision's decoder; give no new revision")
     names = [sorted(tier.name for tier in some) for some in (given, tiers or (TierSpec(name=DEFAULT_TIER, pair=""),))]
     if (canary and pair is not None) or names[0] != names[1]:
         raise click.UsageError("give --canary-pair with --pair, or --canary-tier for each --tier")
@@ -460,7 +460,7 @@ def _check_worker(worker: WorkerStatus, pairs: Mapping[str, Pair]) -> None:
     if different := [part for part in expected if expected[part] != found[part]]:
         raise CannotVerify(
             f"{process.id} runs another pair than {pair.folder} ({', '.join(different)} differ); name the pair that "
-            "the stack serves with --pair, or that of each tier with --tier; that of a second revision with "
+            "the stack serves with --pair, or that of each tier with --tier; that of a new revision with "
             "--canary-pair or --canary-tier"
         )
 

@@ -124,7 +124,7 @@ _ENGINE = click.Choice(get_args(EngineChoice))
 @click.option(
     "--canary-pair",
     metavar="PAIR",
-    help="Pair of a second revision, which has as many workers and gets half of the conversations. tiny has other "
+    help="Pair of a new revision, which has as many workers and gets half of the conversations. tiny has other "
     "random weights than --pair.",
 )
 @click.option(
@@ -420,7 +420,7 @@ def prepare(
     Args:
         tiers: tiers, which replace ``pair`` and the number of decode workers. Empty means one pair.
         counts: numbers of workers, by argument of ``describe``.
-        canary_pair: pair of a second revision; None means that there is none.
+        canary_pair: pair of a new revision; None means that there is none.
     """
     from overfill.making.conversations import shipped_conversations
     from overfill.making.tiny import make_tiny_pair, make_tiny_tiers
@@ -457,7 +457,7 @@ def prepare(
 
 
 def _with_canary(spec: StackSpec, pair: str) -> StackSpec:
-    """Returns the stack with a second revision, which has as many workers and gets half of the conversations."""
+    """Returns the stack with a new revision, which has as many workers and gets half of the conversations."""
     old, new = REVISIONS
     document = spec.document()
     pools = {name: document.get(name, {}) for name in ("prefill", "decode")}
