@@ -26,9 +26,9 @@ class _Duration(click.ParamType):  # type: ignore[type-arg]  # generic from clic
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, float):
             return value
-        if (found := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", value)) is None:
+        if (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", value)) is None:
             self.fail(f"{value!r} is no time; give one such as 90s, 10m, 2h or 1d", param, ctx)
-        return float(found[1]) * _UNITS[found[2]]
+        return float(match[1]) * _UNITS[match[2]]
 
 
 class _Share(click.ParamType):  # type: ignore[type-arg]
@@ -37,9 +37,9 @@ class _Share(click.ParamType):  # type: ignore[type-arg]
     name = "revision=percent"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
-        name, given, percent = value.rpartition("=")
+        name, separator, percent = value.rpartition("=")
         try:
-            if given:
+            if separator:
                 return name, float(percent)
         except ValueError:
             pass
