@@ -21,17 +21,15 @@ import yaml
 from overfill.settings.config import SERVICES, ColocatedConfig, DecodeConfig, PrefillConfig, ServiceConfig
 from overfill.settings.config_file import flag_name
 from overfill.settings.tiers import MAX_TIERS
+from overfill.stack.spec import MADE
 
 HELM = Path(__file__).parent
 CHART = HELM / "overfill"
 ROOT = HELM.parents[1]
 
-MANAGED = {
-    "config", "pair", "host", "port", "data_port", "http", "api_keys", "stack_secret", "served_model_name",
-    "grace_period", "log_level", "threads", "tls_cert", "tls_key", "tls_ca", "tls_name", "metrics_host", "metrics_port",
-    "routers", "worker_id", "advertise", "expect_prefill", "expect_decode", "share_port", "join_port", "tiers", "tier",
-    "revision", "canary_revision", "canary_pair", "canary_tiers", "canary_percent",
-    "probe_host", "probe_port",
+MANAGED = MADE | {
+    "config", "host", "api_keys", "stack_secret", "served_model_name", "grace_period", "log_level", "threads",
+    "tls_cert", "tls_key", "tls_ca", "tls_name", "metrics_host", "metrics_port", "advertise",
 }  # fmt: skip
 """Settings that the chart derives from other values."""
 
@@ -145,7 +143,8 @@ def tier_schema(decode: dict[str, Any]) -> dict[str, Any]:
         "ttftObjective": objective,
         "itlObjective": objective,
     }
-    return decode | {"properties": own | decode["properties"]}
+    shared = {name: {"$ref": f"#/properties/decode/properties/{name}"} for name in decode["properties"]}
+    return {"type": "object", "additionalProperties": False, "properties": own | shared}
 
 
 def add_tiers_and_revisions(made: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import json
 import re
 import textwrap
@@ -37,16 +36,14 @@ def stack_schema() -> str:
         _describe(spec, made)
     schema["properties"]["settings"] = _settings(*SERVICES)
     pools["RouterSpec"]["properties"]["settings"] = _settings(SERVICES[0])
-    of_tier["properties"]["settings"] = _settings(KINDS["decode"].settings)
-    del pools["PoolSpec"]["properties"]["settings"]
+    of_tier["properties"]["settings"] = {"$ref": "#/$defs/decode/properties/settings"}
     base = pools.pop("PoolSpec")
-    of_canary = pools["CanarySpec"]["properties"]
-    for properties, (name, kind) in itertools.product((schema["properties"], of_canary), KINDS.items()):
-        if name in properties:
-            about = properties[name].get("description", "")
-            own = {"settings": _settings(kind.settings)}
-            properties[name] = {**base, "type": ["object", "null"], "properties": base["properties"] | own}
-            properties[name]["description"] = about
+    for name, kind in KINDS.items():
+        own = {"settings": _settings(kind.settings)}
+        pools[name] = {**base, "type": ["object", "null"], "properties": base["properties"] | own}
+        for properties in (schema["properties"], pools["CanarySpec"]["properties"]):
+            if name in properties:
+                properties[name] = {"$ref": f"#/$defs/{name}", "description": properties[name].get("description", "")}
     schema |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "$defs": pools}
     return json.dumps(schema, indent=2) + "\n"
 

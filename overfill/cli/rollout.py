@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,7 +12,7 @@ import click
 from overfill.cli.options import ClientConnection, connection_options
 
 if TYPE_CHECKING:
-    from overfill.client import Client, RevisionStatus, RolloutStatus
+    from overfill.client import Client, PoolStatus, RolloutStatus
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 _NO_NAME = "(no name)"
@@ -25,9 +26,9 @@ class _Duration(click.ParamType):  # type: ignore[type-arg]  # generic from clic
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         if isinstance(value, float):
             return value
-        if (found := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", value)) is None:
+        if (match := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", value)) is None:
             self.fail(f"{value!r} is no time; give one such as 90s, 10m, 2h or 1d", param, ctx)
-        return float(found[1]) * _UNITS[found[2]]
+        return float(match[1]) * _UNITS[match[2]]
 
 
 class _Share(click.ParamType):  # type: ignore[type-arg]
@@ -36,9 +37,9 @@ class _Share(click.ParamType):  # type: ignore[type-arg]
     name = "revision=percent"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
-        name, given, percent = value.rpartition("=")
+        name, separator, percent = value.rpartition("=")
         try:
-            if given:
+            if separator:
                 return name, float(percent)
         except ValueError:
             pass
@@ -113,19 +114,19 @@ def _show(status: RolloutStatus, as_json: bool) -> None:
     from overfill.cli.output import console, print_json
 
     if as_json:
-        print_json(rollout_json(status))
+        print_json(_json(status))
         return
-    tiers = dict.fromkeys(tier for one in status.revisions for tier in one.tiers)
-    several = len(tiers) > 1
+    named = [*dict.fromkeys(tier for one in status.revisions for tier in one.tiers)]
+    tiers = named if len(named) > 1 else []  # the counts of a single one are those of its stage
     table = Table(box=None, padding=(0, 1))
     table.add_column("revision")
     table.add_column("share", justify="right")
-    for column in ("state", "prefill", *([f"decode {tier}" for tier in tiers] if several else ["decode"])):
+    for column in ("state", "prefill", *([f"decode {tier}" for tier in tiers] or ["decode"])):
         table.add_column(column)
     table.add_column("running", justify="right")
     for one in status.revisions:
-        pools = [one.pools.get("prefill"), *([one.tiers.get(tier) for tier in tiers] if several else [])]
-        pools += [] if several else [one.pools.get("decode")]
+        decode = [one.tiers.get(tier) for tier in tiers] or [one.pools.get("decode")]
+        pools = (one.pools.get("prefill"), *decode)
         counts = ("–" if pool is None else f"{pool.ready} of {pool.expected}" for pool in pools)
         state = "ready" if one.ready else "not ready"
         table.add_row(one.name or _NO_NAME, f"{one.percent:.1f} %", state, *counts, str(one.running))
@@ -160,24 +161,11 @@ def _in_words(seconds: float) -> str:
     return " ".join(parts[:2]) or "0 s"
 
 
-def rollout_json(status: RolloutStatus) -> dict[str, Any]:
-    """Returns the revisions as the commands print them with --json."""
-    return {
-        "revisions": [_revision_json(one) for one in status.revisions],
-        "target_percent": status.target_percent,
-        "remaining_seconds": status.remaining_seconds,
-        "paused": status.paused,
-    }
-
-
-def _revision_json(one: RevisionStatus) -> dict[str, Any]:
+def _json(status: RolloutStatus) -> dict[str, Any]:
     from overfill.rpc.stack_status_json import pool_json
 
-    return {
-        "name": one.name,
-        "percent": one.percent,
-        "ready": one.ready,
-        "running": one.running,
-        "pools": {stage: pool_json(pool) for stage, pool in one.pools.items()},
-        "tiers": {tier: pool_json(pool) for tier, pool in one.tiers.items()},
-    }
+    def counts(pools: Mapping[Any, PoolStatus]) -> dict[str, Any]:
+        return {name: pool_json(pool) for name, pool in pools.items()}
+
+    revisions = [asdict(one) | {"pools": counts(one.pools), "tiers": counts(one.tiers)} for one in status.revisions]
+    return asdict(status) | {"revisions": revisions}

@@ -22,14 +22,11 @@ from overfill.settings.config import (
 )
 from overfill.settings.config_file import COMMON, BadConfigFile, field_name, flag_name
 from overfill.stack.describe import GRPC_PORT, HTTP_PORT
+from overfill.stack.spec import MADE
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-_MANAGED = {
-    "config", "pair", "port", "data_port", "http", "worker_id", "routers", "advertise", "tier", "tiers",
-    "expect_prefill", "expect_decode", "share_port", "join_port", "shared_cores", "gpu_share", "probe_port",
-    "probe_host", "canary_revision", "canary_pair", "canary_tiers", "canary_percent",
-}  # fmt: skip
+_MANAGED = MADE - {"revision"} | {"config", "advertise", "shared_cores", "gpu_share"}
 """Settings that ``up`` makes itself, or for which it has an option of its own."""
 
 

@@ -75,19 +75,6 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class ServedRevision:
-    """What the workers of one revision serve.
-
-    Attributes:
-        pairs: tier -> its pair. All have the same full model.
-        references: tier or adapter -> its reference.
-    """
-
-    pairs: Mapping[str, Pair]
-    references: Mapping[str, TwoStageReference]
-
-
-@dataclass(frozen=True, slots=True)
 class JudgedWriter:
     """The answers to the questions that were asked of one writer.
 
@@ -127,13 +114,13 @@ class JudgedWriter:
     type=TIER,
     help="A tier of the stack, as `overfill up --tier` got it. Repeat it for each tier; it replaces --pair.",
 )
-@click.option("--canary-pair", metavar="PAIR", help="During a rollout, the pair of the stack's second revision.")
+@click.option("--canary-pair", metavar="PAIR", help="During a rollout, the pair of the stack's new revision.")
 @click.option(
     "--canary-tier",
     "canary_tiers",
     multiple=True,
     type=TIER,
-    help="With --tier, a tier of the stack's second revision. Repeat it for each tier.",
+    help="With --tier, a tier of the stack's new revision. Repeat it for each tier.",
 )
 @click.option(
     "--ask",
@@ -195,7 +182,7 @@ def verify_command(
     With --adapter, asks every question of each tier and each adapter, question by question, so that one batch mixes
     them. PEFT loads the adapters for the reference, from the folder of adapters.
 
-    During a rollout, --canary-pair or --canary-tier names the pairs of the second revision. Each answer is judged by
+    During a rollout, --canary-pair or --canary-tier names the pairs of the new revision. Each answer is judged by
     the pairs of the revision that it names. An answer that mixes revisions is wrong.
 
     Exits with 1 if an answer is wrong or missing, or if more than one token in a thousand is a tie. Exits with 2 if the
@@ -247,7 +234,7 @@ def verify_command(
         for tier, of_tier in folders.items():
             adapted = {name: folder for name, (folder, _) in of_tier.items()}
             references[0] |= references[0][tier].with_adapters(adapted)
-        revisions = {name: ServedRevision(all_pairs[index], references[index]) for name, index in served.items()}
+        revisions = {name: references[index] for name, index in served.items()}
         results = [
             judge_writer(revisions, writer, of_writer, got, max_tokens, report)
             for writer, of_writer, got in zip(asked, prompts, answers, strict=True)
@@ -304,12 +291,12 @@ def _check_tiers(
 def _check_canary(
     pair: str | None, canary: tuple[TierSpec, ...], tiers: tuple[TierSpec, ...], adapters: Sequence[str]
 ) -> tuple[TierSpec, ...]:
-    """Returns the tiers of the second revision; empty without one. Raises click.UsageError."""
+    """Returns the tiers of the new revision; empty without one. Raises click.UsageError."""
     given = canary or ((TierSpec(name=DEFAULT_TIER, pair=pair),) if pair is not None else ())
     if not given:
         return ()
     if adapters:
-        raise click.UsageError("--adapter: an adapter belongs to one revision's decoder; give no second revision")
+        raise click.UsageError("--adapter: an adapter belongs to one revision's decoder; give no new revision")
     names = [sorted(tier.name for tier in some) for some in (given, tiers or (TierSpec(name=DEFAULT_TIER, pair=""),))]
     if (canary and pair is not None) or names[0] != names[1]:
         raise click.UsageError("give --canary-pair with --pair, or --canary-tier for each --tier")
@@ -404,7 +391,7 @@ def check_stack(status: StackStatus, all_pairs: Sequence[Mapping[str, Pair]]) ->
     workers: dict[str, list[WorkerStatus]] = {}
     for worker in status.workers:
         workers.setdefault(worker.revision, []).append(worker)
-    found = {}
+    served = {}
     for revision, some in (workers or {"": []}).items():
         faults: dict[str, None] = {}
         for index, pairs in enumerate(all_pairs):
@@ -413,11 +400,11 @@ def check_stack(status: StackStatus, all_pairs: Sequence[Mapping[str, Pair]]) ->
             except CannotVerify as error:
                 faults[error.message] = None
             else:
-                found[revision] = index
+                served[revision] = index
                 break
         else:
             raise CannotVerify((f"revision {revision!r}: " if revision else "") + "; ".join(faults))
-    return found
+    return served
 
 
 def _check_revision(some: Sequence[WorkerStatus], pairs: Mapping[str, Pair]) -> None:
@@ -460,7 +447,7 @@ def _check_worker(worker: WorkerStatus, pairs: Mapping[str, Pair]) -> None:
     if different := [part for part in expected if expected[part] != found[part]]:
         raise CannotVerify(
             f"{process.id} runs another pair than {pair.folder} ({', '.join(different)} differ); name the pair that "
-            "the stack serves with --pair, or that of each tier with --tier; that of a second revision with "
+            "the stack serves with --pair, or that of each tier with --tier; that of a new revision with "
             "--canary-pair or --canary-tier"
         )
 
@@ -518,7 +505,7 @@ def next_turn(
 
 
 def judge_writer(
-    revisions: Mapping[str, ServedRevision],
+    revisions: Mapping[str, Mapping[str, TwoStageReference]],
     writer: AskedWriter,
     prompts: Sequence[Prompt],
     answers: Sequence[Answer | OverfillError],
@@ -530,7 +517,7 @@ def judge_writer(
     Only a tier's fallback may go on with an answer.
 
     Args:
-        revisions: what is served, by the revision's name.
+        revisions: revision that is served -> tier or adapter -> its reference.
     """
     judged: list[JudgedAnswer] = []
     named: Counter[str] = Counter()
@@ -539,13 +526,13 @@ def judge_writer(
         if writer.adapter is not None:
             start = answer_start(len(prompt.ids), writer.adapter.tail_tokens, prompt.generation_prompt)
             problem = _problem(answer, writer.adapter, start)
-        revision = next(iter(revisions.values()))
+        references = next(iter(revisions.values()))
         if not isinstance(answer, OverfillError):
             name = answer.identity.revision
             named[name] += 1
-            revision = revisions.get(name, revision)
+            references = revisions.get(name, references)
             problem = problem or _mixture(answer, revisions)
-        one = judge_answer(revision.references, prompt.ids, answer, max_tokens, writer.allowed, start)
+        one = judge_answer(references, prompt.ids, answer, max_tokens, writer.allowed, start)
         judged.append(replace(one, problem=one.problem or problem or None))
         report(f"Judging {writer.name}", len(judged), len(answers))
     usages = (answer.usage for answer in answers if not isinstance(answer, OverfillError))
@@ -563,14 +550,14 @@ def _total(usages: Iterable[Any]) -> common_pb2.Usage:
     return total
 
 
-def _mixture(answer: Answer, revisions: Mapping[str, ServedRevision]) -> str:
+def _mixture(answer: Answer, revisions: Mapping[str, Mapping[str, TwoStageReference]]) -> str:
     """Says what is wrong if the answer's identity is not that of the revision that it names; empty if nothing is."""
     identity, known = answer.identity, ", ".join(map(repr, revisions))
-    if (revision := revisions.get(identity.revision)) is None:
+    if (references := revisions.get(identity.revision)) is None:
         return f"names the revision {identity.revision!r}; the stack's workers have {known}"
     if not identity.full_digest:
         return ""  # of a router that says nothing of its pairs
-    pairs = revision.pairs.values()
+    pairs = [reference.pair for reference in references.values()]
     if different := [name for name in _DIGESTS if getattr(identity, name) not in {getattr(p, name) for p in pairs}]:
         return f"names the revision {identity.revision!r}, whose pair has another {' and '.join(different)}"
     return ""

@@ -561,13 +561,13 @@ class RouterConfig(ServiceConfig):
     @property
     def revisions(self) -> list[RevisionSpec]:
         """The revisions that this router serves, the old one first: two during a rollout, or else one."""
-        old = RevisionSpec(self.revision, self.ordered_tiers, 100 - self.canary_percent)
+        old = RevisionSpec(self.revision, self.ordered_tiers)
         if not self.canary_revision:
             return [old]
         tiers = self.canary_tiers or (TierSpec(name=DEFAULT_TIER, pair=self.canary_pair),)
         first = old.tiers[0].name
         ordered = tuple(sorted(tiers, key=lambda tier: tier.name != first))
-        return [old, RevisionSpec(self.canary_revision, ordered, self.canary_percent)]
+        return [old, RevisionSpec(self.canary_revision, ordered)]
 
     @model_validator(mode="after")
     def _check_shared_port(self) -> Self:

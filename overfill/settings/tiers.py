@@ -146,12 +146,10 @@ class RevisionSpec:
     Attributes:
         name: empty for a revision without a name.
         tiers: its tiers, the default one first.
-        percent: its share of new conversations when the router starts, 0 to 100.
     """
 
     name: str
     tiers: tuple[TierSpec, ...]
-    percent: float
 
 
 def _seconds(tier: str, name: str, text: str) -> float:

@@ -27,6 +27,7 @@ from overfill.stack.spec import (
     COLOCATED,
     DECODE,
     DEFAULT_PAIR,
+    MADE,
     PREFILL,
     RouterSpec,
     StackSpec,
@@ -36,10 +37,7 @@ from overfill.stack.spec import (
 
 GRPC_PORT, HTTP_PORT = 7600, 8000  # defaults
 
-_OWN = {
-    "pair", "port", "data_port", "http", "worker_id", "routers", "expect_prefill", "expect_decode", "tier", "tiers",
-    "revision", "canary_revision", "canary_pair", "canary_tiers", "canary_percent", "probe_port", "probe_host",
-}  # fmt: skip
+_OWN = MADE - {"share_port", "join_port"}
 """Settings that the document says elsewhere, or that no process of a stack has."""
 
 _READ_BY_UP = {("router", "port"), ("router", "http"), ("router", "tiers")}

@@ -55,7 +55,9 @@ class PickerGauges(Collector):
         blocks: the KV blocks of its workers.
     """
 
-    def __init__(self, waiting: Callable[[], int], running: Callable[[], int], blocks: Callable[[], KvBlocks]) -> None:
+    def __init__(
+        self, waiting: Callable[[], float], running: Callable[[], float], blocks: Callable[[], KvBlocks]
+    ) -> None:
         self._waiting, self._running, self._blocks = waiting, running, blocks
 
     def describe(self) -> Iterator[Metric]:

@@ -173,8 +173,10 @@ class RouterReplica(Replica):
         """Returns each revision's signals, which Serve passes to the scaling policy (``overfill.stack.ray.policy``)."""
         router: Router = self._service  # type: ignore[assignment]
         now = asyncio.get_running_loop().time()
-        found = [name_signals(core.signals.read(now), core.revision) for core in router.cores]
-        return dict(itertools.chain.from_iterable(numbers.items() for numbers in found))
+        signals: dict[str, float] = {}
+        for core in router.cores:
+            signals |= name_signals(core.signals.read(now), core.revision)
+        return signals
 
     async def __del__(self) -> None:
         """Serve awaits this method before it stops the replica."""

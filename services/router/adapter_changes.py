@@ -62,8 +62,9 @@ class AdapterChanges:
         if any(name in roster.tiers for roster in self._rosters):
             raise InvalidRequest("name", f"is {name!r}, which is a tier's; give the adapter another name")
         # A worker that drains takes no new adapter, but requests would wait for it as long as it has this one.
+        # All channels are looked up before the first await, because a worker may leave meanwhile.
         asked = [
-            (worker, roster.adapters)
+            (worker, roster.adapters, admin_pb2_grpc.AdminStub(self._connector.channel(worker.info)))
             for roster in self._rosters
             for pool in roster.decode.values()
             for worker in pool
@@ -71,16 +72,9 @@ class AdapterChanges:
         ]
         if not asked:
             raise Unavailable("no decode worker has joined")
-        # Look up all channels before the first await: a worker may leave meanwhile.
-        changes = await asyncio.gather(
-            *[
-                self._change(
-                    worker, adapters, admin_pb2_grpc.AdminStub(self._connector.channel(worker.info)), name, load
-                )
-                for worker, adapters in asked
-            ]
-        )
-        done_by = [(_decoder(worker), one) for (worker, _), one in zip(asked, changes, strict=True)]
+        changes = await asyncio.gather(*[self._change(*one, name, load) for one in asked])
+        decoders_of = [(worker.info.identity.revision, worker.info.tier) for worker, _, _ in asked]
+        done_by = list(zip(decoders_of, changes, strict=True))
         decoders = {decoder for decoder, one in done_by if _concerns(one.error)}
         concerned = [one for decoder, one in done_by if decoder in decoders or not decoders]
         done = [one for one in concerned if one.error is None]
@@ -106,10 +100,6 @@ class AdapterChanges:
         elif (known := adapters.add(worker, adapter)) is not None:
             return WorkerChange(worker.id, adapter, Incompatible(f"worker {worker.id}: {known}", ["name"]))
         return WorkerChange(worker.id, adapter)
-
-
-def _decoder(worker: Worker) -> tuple[str, str]:
-    return worker.info.identity.revision, worker.info.tier
 
 
 def _concerns(error: OverfillError | None) -> bool:

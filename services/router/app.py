@@ -27,6 +27,7 @@ from overfill.rpc.server import RpcServer, until_free
 from overfill.rpc.tls import TlsError
 from overfill.settings.config import RouterConfig
 from overfill.telemetry import tracing
+from overfill.telemetry.metric_set import Sampled
 from overfill.telemetry.picker import PickerGauges
 from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import (
@@ -41,7 +42,7 @@ from overfill.v1 import (
 from overfill.version import __version__
 from services.router.adapter_changes import AdapterChanges
 from services.router.admin import AdminServicer
-from services.router.core import load_cores
+from services.router.core import Core, load_cores
 from services.router.inference import InferenceServicer
 from services.router.kv_blocks import kv_blocks
 from services.router.limits import RequestLimits
@@ -83,7 +84,6 @@ class Router:
         cores: what serves each revision, the old one first.
         roster: the joined workers of the old revision.
         dispatcher: its running and waiting requests.
-        signals: input of its scaling policy.
 
     Raises:
         InvalidPair: the pair folder is damaged, or the named pair is not prepared and cannot be prepared here.
@@ -110,20 +110,19 @@ class Router:
         self._shared = Shared(self._connector, self._metrics, self._requests, limits)
         self.cores = load_cores(config, self._shared)
         self.roster, self.dispatcher = self.cores[0].roster, self.cores[0].dispatcher
-        self.signals = self.cores[0].signals
-        self._revisions = Revisions(self.cores, specs[-1].percent)
+        self._revisions = Revisions(self.cores, config.canary_percent)
         self._metrics.watch(
-            lambda: [sample for core in self.cores for sample in core.waiting()],
-            lambda: [sample for core in self.cores for sample in core.running()],
-            lambda: [sample for core in self.cores for sample in core.workers()],
-            lambda: [sample for core in self.cores for sample in core.brownouts()],
+            self._of_all_cores(Core.waiting),
+            self._of_all_cores(Core.running),
+            self._of_all_cores(Core.workers),
+            self._of_all_cores(Core.brownouts),
             self._revisions.sampled_shares,
             lambda: self._shared.sessions.num_active(time.monotonic()),
         )
         self._metrics.registry.register(
             PickerGauges(
-                lambda: sum(sum(core.dispatcher.waiting_by_tier().values()) for core in self.cores),
-                lambda: sum(sum(core.dispatcher.running_by_tier().values()) for core in self.cores),
+                lambda: sum(count for core in self.cores for _, count in core.waiting()),
+                lambda: sum(count for core in self.cores for _, count in core.running()),
                 lambda: kv_blocks([core.roster for core in self.cores], time.monotonic()),
             )
         )
@@ -147,6 +146,9 @@ class Router:
             join_server = self._rpc_server()
             self._add(join_server, self._registry, self._admin_servicer(lambda: ()))
             self._servers.append(join_server)
+
+    def _of_all_cores(self, read: Callable[[Core], Sampled]) -> Callable[[], Sampled]:
+        return lambda: [sample for core in self.cores for sample in read(core)]
 
     async def start(self) -> str:
         """Listens, and returns the address of the gRPC server for clients.

@@ -201,11 +201,15 @@ class Core:
         return [((tier, self.revision), tier in self._in_brownout) for tier in self.roster.tiers]
 
     def workers(self) -> Sampled:
-        """Returns the numbers of joined workers by stage, tier, revision and state."""
-        return [
-            ((stage, tier, self.revision, state), count)
-            for (stage, tier, state), count in worker_counts(self.roster, time.monotonic())
-        ]
+        """Returns the numbers of joined workers by stage, tier (empty for prefill workers), revision and state."""
+        counts: dict[tuple[str, ...], float] = {}
+        now = time.monotonic()
+        for tier, pool in (("", self.roster.prefill), *self.roster.decode.items()):
+            labels = STAGE_NAMES[pool.stage], tier, self.revision
+            counts |= {(*labels, state): 0 for state in WORKER_STATES}
+            for worker in list(pool):
+                counts[*labels, _state(worker, now)] += 1
+        return list(counts.items())
 
 
 def _tier(config: RouterConfig, spec: TierSpec, pair: Pair) -> Tier:
@@ -221,20 +225,6 @@ def _tier(config: RouterConfig, spec: TierSpec, pair: Pair) -> Tier:
         itl=spec.itl_objective or config.itl_objective,
     )
     return Tier(spec.name, decoder, spec.fallback, objectives)
-
-
-def worker_counts(roster: Roster, now: float) -> list[tuple[tuple[str, str, str], int]]:
-    """Counts joined workers by stage, tier and state. Callable from any thread; ``now`` is on the event loop's clock.
-
-    Prefill workers have the tier "".
-    """
-    counts: dict[tuple[str, str, str], int] = {}
-    for tier, pool in (("", roster.prefill), *roster.decode.items()):
-        stage = STAGE_NAMES[pool.stage]
-        counts |= {(stage, tier, state): 0 for state in WORKER_STATES}
-        for worker in list(pool):
-            counts[stage, tier, _state(worker, now)] += 1
-    return list(counts.items())
 
 
 def _state(worker: Worker, now: float) -> str:

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from google.protobuf.unknown_fields import UnknownFieldSet
 
@@ -19,10 +19,8 @@ from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
 from overfill.v1 import common_pb2, registry_pb2, registry_pb2_grpc
 from overfill.version import __version__
-
-if TYPE_CHECKING:
-    from services.router.core import Core
-    from services.router.revisions import Revisions
+from services.router.core import Core
+from services.router.revisions import Revisions
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +254,8 @@ def _check_id(joined: _Stream, infos: Sequence[WorkerInfo]) -> None:
 def _labels(workers: Sequence[Worker]) -> dict[str, str]:
     last = workers[-1].info  # with both stages, the decode stage, which has a tier
     labels = {"stage": "+".join(STAGE_NAMES[worker.info.stage] for worker in workers), "worker": last.id}
-    return labels | {"tier": last.tier} if last.tier else labels
+    named = {"tier": last.tier, "revision": last.identity.revision}
+    return labels | {label: name for label, name in named.items() if name}
 
 
 def check_wire_version(hello: registry_pb2.Hello) -> None:

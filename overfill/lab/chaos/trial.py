@@ -17,7 +17,6 @@ from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from types import MappingProxyType
 
 from overfill.client import AsyncClient
 from overfill.errors import OverfillError
@@ -181,16 +180,16 @@ class TrialResult:
 
     def judge(
         self,
-        references: Mapping[str, TwoStageReference],
+        references: Mapping[str, Mapping[str, TwoStageReference]],
         max_tokens: int,
         report: Callable[[str, int, int], None],
-        canary: Mapping[str, Mapping[str, TwoStageReference]] = MappingProxyType({}),
     ) -> tuple[Summary, set[str]]:
-        """Compares each part of every answer with the reference of its tier or adapter.
-
-        ``canary`` has other references by revision. They judge the answers that name it.
+        """Compares each part of every answer with the reference of its tier or adapter, in the revision that it names.
 
         Equal answers to equal requests are judged once.
+
+        Args:
+            references: revision -> tier or adapter -> its reference.
 
         Returns the summary of all answers, and the requests whose answers are wrong.
         """
@@ -201,8 +200,10 @@ class TrialResult:
             answer = one.parts, tuple(one.prompt), one.token_ids, one.finish_reason
             request = one.sampling, one.sample_index
             if (key := (*answer, *request, one.answer_start, one.revision)) not in known:
-                of_revision = canary.get(one.revision, references)
-                known[key] = judge_parts(of_revision, *answer, max_tokens, *request, one.answer_start)
+                if (of_revision := references.get(one.revision)) is None:
+                    known[key] = JudgedAnswer((), f"names the revision {one.revision!r}, whose pair was not given")
+                else:
+                    known[key] = judge_parts(of_revision, *answer, max_tokens, *request, one.answer_start)
             judged.append(known[key])
             if not known[key].correct:
                 wrong.add(one.request)

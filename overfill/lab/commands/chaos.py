@@ -124,7 +124,7 @@ _ENGINE = click.Choice(get_args(EngineChoice))
 @click.option(
     "--canary-pair",
     metavar="PAIR",
-    help="Pair of a second revision, which has as many workers and gets half of the conversations. tiny has other "
+    help="Pair of a new revision, which has as many workers and gets half of the conversations. tiny has other "
     "random weights than --pair.",
 )
 @click.option(
@@ -319,11 +319,11 @@ def chaos_command(
             longest=plan.workers[0].config.max_model_len or _LONGEST,
         )
         result = asyncio.run(run_trial(plan, trial, report, hosts))
-        references = load_references(plan.tiers)
-        references |= references[first.name].with_adapters(adapters)
-        others = {one.name: load_references(one.tiers) for one in plan.routers[0].revisions[1:]}
-        summary, wrong = result.judge(references, max_tokens, report, others)
-    needed = [*(("disk",) if kv_disk else ("peer",) if turns > 1 else ()), *(REVISIONS if others else ())]
+        references = {one.name: load_references(one.tiers) for one in plan.routers[0].revisions}
+        for of_revision in references.values():
+            of_revision |= of_revision[first.name].with_adapters(adapters)
+        summary, wrong = result.judge(references, max_tokens, report)
+    needed = [*(("disk",) if kv_disk else ("peer",) if turns > 1 else ()), *(REVISIONS if len(references) > 1 else ())]
     judged = TrialReport(result, summary, wrong, {key: _plain(value) for key, value in settings.items()}, needed)
     if report_file is not None:
         report_file.write_text(json.dumps(judged.as_dict(), indent=1) + "\n", encoding="utf-8")
@@ -420,7 +420,7 @@ def prepare(
     Args:
         tiers: tiers, which replace ``pair`` and the number of decode workers. Empty means one pair.
         counts: numbers of workers, by argument of ``describe``.
-        canary_pair: pair of a second revision; None means that there is none.
+        canary_pair: pair of a new revision; None means that there is none.
     """
     from overfill.making.conversations import shipped_conversations
     from overfill.making.tiny import make_tiny_pair, make_tiny_tiers
@@ -457,7 +457,7 @@ def prepare(
 
 
 def _with_canary(spec: StackSpec, pair: str) -> StackSpec:
-    """Returns the stack with a second revision, which has as many workers and gets half of the conversations."""
+    """Returns the stack with a new revision, which has as many workers and gets half of the conversations."""
     old, new = REVISIONS
     document = spec.document()
     pools = {name: document.get(name, {}) for name in ("prefill", "decode")}

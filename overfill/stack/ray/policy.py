@@ -127,15 +127,15 @@ def _decode_pools(pools: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     A stack has no tier and no revision that ends like another revision.
     """
     ends = [name.removeprefix(PREFILL) for name in pools if name == PREFILL or name.startswith(f"{PREFILL}-")]
-    found: dict[str, dict[str, str]] = {end[1:]: {} for end in ends}
+    decode: dict[str, dict[str, str]] = {end[1:]: {} for end in ends}
     for name in pools:
         if name != DECODE and not name.startswith(f"{DECODE}-"):
             continue
         end = next((end for end in ends if end and name.endswith(end)), "")
-        if end[1:] in found:
+        if end[1:] in decode:
             tier = name.removeprefix(DECODE).removesuffix(end)[1:]
-            found[end[1:]][tier or DEFAULT_TIER] = name
-    return {revision: decode for revision, decode in found.items() if decode}
+            decode[end[1:]][tier or DEFAULT_TIER] = name
+    return {revision: by_tier for revision, by_tier in decode.items() if by_tier}
 
 
 def _bounds(context: Any) -> Bounds:

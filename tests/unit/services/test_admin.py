@@ -1,5 +1,6 @@
 """Tests what a router with two revisions says of its workers and pools."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from overfill.errors import Incompatible, InvalidRequest
 from overfill.routing.worker import DECODE, PREFILL
 from overfill.v1 import admin_pb2
 from services.router.admin import AdminServicer
+from services.router.core import Core
 from services.router.port_group import Member
 from services.router.revisions import Revisions
 
@@ -43,6 +45,20 @@ async def test_the_status_has_the_workers_and_pools_of_both_revisions():
     assert not status.complete
     cores[1].set_ready("d", ready=True)
     assert (await servicer(*cores).known()).complete
+
+
+async def test_workers_are_counted_by_what_they_are_and_do():
+    core = FakeCore("r2")
+    core.roster.join(replace(core.workers["f"].info, id="r2-g"))
+    core.set_ready("d", ready=False)
+    counts = dict(Core.workers(core))  # the fake one's own attribute has this name
+    assert {labels: count for labels, count in counts.items() if count} == {
+        ("prefill", "", "r2", "ready"): 1,
+        ("decode", "default", "r2", "starting"): 1,
+        ("decode", "fast", "r2", "ready"): 1,
+        ("decode", "fast", "r2", "starting"): 1,
+    }
+    assert counts["decode", "fast", "r2", "silent"] == 0, "a series that starts late would miss the first one"
 
 
 async def test_a_worker_to_drain_is_looked_for_in_both_revisions():

@@ -24,7 +24,6 @@ from overfill.settings.config import RouterConfig
 from overfill.v1 import admin_pb2, common_pb2, registry_pb2
 from services.router import registry as registry_module
 from services.router.app import Router
-from services.router.core import worker_counts
 from services.router.registry import RegistryServicer
 
 TIER = {"tier": "default"}  # of every decode worker
@@ -229,15 +228,15 @@ async def test_a_worker_joins_while_a_router_s_certificate_is_being_replaced(tin
     await router._connector.close()
 
 
-async def test_scrape_targets_and_counts_name_the_tier():
+async def test_scrape_targets_name_tier_and_revision():
     roster, stream = Roster(tiers=[Tier("full"), Tier("fast")]), Stream()
-    servicer = RegistryServicer("r", revisions_of(roster), Connector())
-    stream.said.put_nowait(registry_pb2.JoinRequest(hello=changed(tier="fast", metrics_address="h:9")))
+    servicer = RegistryServicer("r", revisions_of(roster, names=("r2",)), Connector())
+    hello = of_revision("r2", tier="fast", metrics_address="h:9")
+    stream.said.put_nowait(registry_pb2.JoinRequest(hello=hello))
     joining = asyncio.create_task(servicer.Join(stream.messages(), stream))
     await stream.heard.get()
-    assert servicer.targets() == [{"targets": ["h:9"], "labels": {"stage": "decode", "worker": "d", "tier": "fast"}}]
-    counts = {labels: count for labels, count in worker_counts(roster, 0.0) if count}
-    assert counts == {("decode", "fast", "starting"): 1}, "it has not reported yet"
+    labels = {"stage": "decode", "worker": "d", "tier": "fast", "revision": "r2"}
+    assert servicer.targets() == [{"targets": ["h:9"], "labels": labels}]
     stream.said.put_nowait(None)
     await joining
     assert servicer.targets() == []

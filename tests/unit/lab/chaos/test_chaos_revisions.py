@@ -25,12 +25,13 @@ def test_an_answer_is_judged_by_the_pair_of_the_revision_that_it_names(tiny_pair
     )
     assert len(old_right.token_ids) == len(new_right.token_ids) == 6
     mixed = replace(new_right, request="mixed", token_ids=old_right.token_ids)
-    result = TrialResult([old_right, new_right, mixed], freed_after=0.0)
-    summary, wrong = result.judge({"default": old}, 6, silent, {"r2": {"default": new}})
-    assert (summary.correct, wrong) == (2, {"mixed"})
-    assert TrialReport(result, summary, wrong, {}, REVISIONS).as_dict()["revisions"] == {"r1": 1, "r2": 2}
+    unknown = replace(old_right, request="unknown", revision="r3")
+    result = TrialResult([old_right, new_right, mixed, unknown], freed_after=0.0)
+    summary, wrong = result.judge({"r1": {"default": old}, "r2": {"default": new}}, 6, silent)
+    assert (summary.correct, wrong) == (2, {"mixed", "unknown"})
+    assert TrialReport(result, summary, wrong, {}, REVISIONS).as_dict()["revisions"] == {"r1": 1, "r2": 2, "r3": 1}
     only_old = TrialResult([old_right], freed_after=0.0)
-    summary, wrong = only_old.judge({"default": old}, 6, silent)
+    summary, wrong = only_old.judge({"r1": {"default": old}}, 6, silent)
     assert TrialReport(only_old, summary, wrong, {}).passed
     assert TrialReport(only_old, summary, wrong, {}, REVISIONS).unused == ["r2"]
     assert not TrialReport(only_old, summary, wrong, {}, REVISIONS).passed
