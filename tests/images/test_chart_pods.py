@@ -5,36 +5,29 @@ The pods run in podman, on one machine; ``kube.py`` says what it does in place o
 
 from __future__ import annotations
 
-import http.client
 import itertools
 import json
 import signal
-import socket
-import ssl
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from charts import of_kind, render, tls_secrets
-from kube import NAMESPACE, Cluster, Pod, cluster
+from installations import KEY, KEYS, PAIRS, RELEASE, STARTUP, TLS, Installation, installation, joins, prepared_cluster
+from kube import Cluster, Pod
 from runtime import PREFIX, need
 from stacks import wait_until
 
-from overfill.api import key_file as keyfile
 from overfill.cli.main import main
-from overfill.client import Client, ClientTls, SamplingParams
+from overfill.client import SamplingParams
 from overfill.pair.store import resolve_pair
 
 pytestmark = [pytest.mark.images, pytest.mark.timeout(900)]
 
-RELEASE = f"{PREFIX}chart"
-TLS, ANOTHER, KEYS, KEY, PAIRS = (f"{PREFIX}{name}" for name in ("tls", "another-tls", "keys", "key", "pairs"))
+ANOTHER = f"{PREFIX}another-tls"
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
-STARTUP = 240  # seconds
 CPU_VALUES = (
     "pair.claim.path=identity",
     f"pair.claim.name={PAIRS}",
@@ -47,60 +40,11 @@ CPU_VALUES = (
 """Names that values-cpu.yaml leaves to its user, a pair that is prepared in seconds, threads for a small machine."""
 
 
-@dataclass
-class Installation:
-    """The release of values-cpu.yaml, and a client's credentials."""
-
-    cluster: Cluster
-    objects: list[dict]
-    tls: ClientTls
-    api_key: str
-    folder: Path
-
-    def client(self) -> Client:
-        """Return a client of the routers that are ready now. Each request of a Service goes to one of them."""
-        addresses = self.cluster.endpoints(RELEASE)
-        return Client(",".join(f"{one}:7600" for one in addresses), tls=self.tls, api_key=self.api_key)
-
-    def post(self, path: str, body: dict) -> dict:
-        """Send an HTTP request to a router that is ready."""
-        address = self.cluster.endpoints(RELEASE)[0]
-        context = ssl.create_default_context(cafile=str(self.tls.ca))
-        headers = {"Authorization": f"Bearer {self.api_key}", "Content-Type": "application/json"}
-        connection = http.client.HTTPConnection(address)
-        plain = socket.create_connection((address, 8000), timeout=60)
-        # The certificate is for the name of the stack, not for a pod's address.
-        connection.sock = context.wrap_socket(plain, server_hostname="overfill")
-        with closing(connection):
-            connection.request("POST", path, json.dumps(body), headers)
-            answer = connection.getresponse()
-            text = answer.read().decode()
-        assert answer.status == 200, text
-        return json.loads(text)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of API keys, and the key."""
-    made = tmp_path_factory.mktemp("chart")
-    for parent in made.parents[:2]:
-        parent.chmod(0o755)  # pytest's folders are closed to user 10001
-    made.chmod(0o755)
-    (made / "key").write_text(keyfile.create(made / "keys.json", "test"))
-    return made
-
-
 @pytest.fixture(scope="module")
 def prepared(images: dict[str, str], folder: Path) -> Iterator[Cluster]:
-    """A cluster with the secrets and the claim that values-cpu.yaml names."""
     need("podman")
     pair = resolve_pair("identity")
-    with cluster(folder) as made:
-        for role, files in tls_secrets(folder / "overfill", f"{RELEASE}.{NAMESPACE}.svc").items():
-            made.secret(f"{TLS}-{role}", **files)
-        made.secret(KEYS, **{"keys.json": (folder / "keys.json").read_bytes()})
-        made.secret(KEY, key=(folder / "key").read_bytes())
-        made.claim(PAIRS, lambda volume: fill(volume, pair))
+    with prepared_cluster(folder, lambda volume: fill(volume, pair)) as made:
         yield made
 
 
@@ -115,12 +59,7 @@ def fill(volume: Path, pair: Path) -> None:
 
 @pytest.fixture(scope="module")
 def installed(prepared: Cluster, folder: Path) -> Installation:
-    objects = render("values-cpu.yaml", *CPU_VALUES, release=RELEASE)
-    prepared.apply(objects)
-    prepared.wait_ready(STARTUP)
-    made = folder / "overfill"
-    tls = ClientTls(made / "peers-ca.crt", made / "client.crt", made / "client.key", "overfill")
-    return Installation(prepared, objects, tls, (folder / "key").read_text(), folder)
+    return installation(prepared, render("values-cpu.yaml", *CPU_VALUES, release=RELEASE), folder)
 
 
 class Load:
@@ -224,18 +163,13 @@ def test_a_killed_worker_comes_back_and_no_request_fails(installed: Installation
         wait_until(lambda: joins(installed.cluster, killed) == 4, 120, "the restarted worker joins both routers again")
 
 
-def joins(cluster: Cluster, pod: Pod) -> int:
-    """Return how often the pod's worker has joined a router, since the pod exists."""
-    return cluster.log(pod).count("joined router")
-
-
 def test_a_rollout_fails_no_request(installed: Installation) -> None:
     before = {pod.name for pod in installed.cluster.pods()}
     installed.cluster.exits.clear()
     again = [f"{component}.podAnnotations.revision=second" for component in ("router", "prefill", "decode")]
     installed.objects = render("values-cpu.yaml", *CPU_VALUES, *again, release=RELEASE)
     with Load(installed):
-        installed.cluster.rollout(installed.objects)
+        installed.cluster.upgrade(installed.objects)
     after = {pod.name for pod in installed.cluster.pods()}
     assert len(after) == 6
     assert not after & before
@@ -246,7 +180,11 @@ def test_a_process_that_hangs_is_restarted(installed: Installation) -> None:
     hung = installed.cluster.pods("prefill")[0]
     before = joins(installed.cluster, hung)
     installed.cluster.signal(hung, signal.SIGSTOP)
-    wait_until(lambda: installed.cluster.probe_liveness(hung) or hung.restarts, 120, "the probe fails often enough")
+    wait_until(
+        lambda: installed.cluster.run_probes(hung, "livenessProbe") or hung.restarts,
+        120,
+        "the probe fails often enough",
+    )
     wait_until(lambda: joins(installed.cluster, hung) == before + 2, 120, "the new process joins both routers")
     assert hung.restarts == 1
 

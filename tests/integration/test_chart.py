@@ -178,6 +178,10 @@ def test_every_operators_object_is_strictly_valid(values: str, settings: tuple[s
         ("canary.revision=r2,canary.decode.replica=1", "replica"),
         ("canary.revision=R2", "canary/revision"),
         ("canary.revision=r2,canary.percent=101", "canary/percent"),
+        (
+            "pair.source=claim,pair.claim.name=p,pair.claim.path=a/v1,canary.revision=r2,canary.pair.claim.path=v2",
+            "Set servedModelName to v1",
+        ),
         ("revision=r_1", "revision"),
         ("tiers.A.pair=default", "'A' does not match pattern"),
         ("tiers.a.pair=default,tiers.a.replica=2", "replica"),
@@ -943,7 +947,7 @@ def test_two_releases_in_one_namespace_scale_on_their_own_load(other_release: st
 
 
 MOVED = (
-    ("pair.source=claim", "pair.claim.name=pairs", "pair.claim.path=v1", "prefill.threads=3", "decode.replicas=4"),
+    ("pair.source=claim", "pair.claim.name=pairs", "pair.claim.path=v1", "servedModelName=m", "decode.replicas=4"),
     ("pair.claim.path=v2", "prefill.threads=1", "decode.settings.quantize=int8", "decode.resources.limits.memory=9Gi"),
 )
 """Values of the old revision, and those that differ for the new one."""
@@ -955,9 +959,9 @@ MOVED = (
     [
         ("values.yaml", *MOVED),
         ("values.yaml", FROM_HUB, ("pair.hub.revision=v2", "pair.hub.tokenSecretName=u", "decode.priority.value=7")),
-        ("values.yaml", (), ("pair.source=claim", "pair.claim.name=pairs", "prefill.replicas=3")),
+        ("values.yaml", ("servedModelName=m",), ("pair.source=claim", "pair.claim.name=pairs", "prefill.replicas=3")),
         ("values-tiers.yaml", (), ("tiers.fast.pair=identity", "tiers.full.replicas=2", "decode.threads=4")),
-        ("values-prod.yaml", (), ("pair.claim.path=v2",)),
+        ("values-prod.yaml", (), ("pair.claim.path=v2/llama-3.1-8b-to-3b",)),
     ],
 )
 def test_the_upgrade_that_ends_a_rollout_restarts_no_worker_of_the_new_revision(
