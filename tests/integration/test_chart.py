@@ -177,6 +177,7 @@ def test_every_operators_object_is_strictly_valid(values: str, settings: tuple[s
         ("canary.revision=R2", "canary/revision"),
         ("tiers.fast.pair=x,tiers.fast-v2.pair=y,canary.revision=v2", "two pools would have the name decode-fast-v2"),
         ("fullnameOverride=8", "fullnameOverride"),
+        (f"fullnameOverride={'a' * 45},revision=r1,decode.autoscaling.kind=keda", "KEDA takes names of at most 54"),
         ("nameOverride=a_b", "nameOverride"),
         ("canary.revision=r2,canary.percent=101", "canary/percent"),
         ("revision=r_1", "revision"),
