@@ -804,6 +804,12 @@ def names_of(role: str) -> set[str]:
     return {f"{name}.role.overfill.internal" for name in named}
 
 
+def test_secrets_that_the_pages_read_are_the_charts() -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "how-to").glob("*.md"))
+    read = set(re.findall(r"get secret ([\w-]+)", pages))
+    assert read and read <= of_kind(render("values.yaml"), "Secret").keys()
+
+
 def test_helm_makes_a_certificate_for_each_role_which_only_its_peers_trust() -> None:
     secrets = of_kind(render("values.yaml"), "Secret")
     made = {role: secrets[f"overfill-tls-{role}"] for role in TRUSTED}
