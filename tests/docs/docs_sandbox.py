@@ -37,10 +37,12 @@ def fill_cache(home: Path) -> None:
     cache, target = cache_folder(), home / ".cache" / "overfill"
     # A fresh machine prepares the default pair here, once for the console blocks and the examples.
     subprocess.run([Path(sys.prefix) / "bin" / "overfill", "pair", "path", "default"], check=True, capture_output=True)
-    target.parent.mkdir(parents=True)
-    if subprocess.run(["cp", "-al", cache, target], capture_output=True).returncode != 0:
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(cache, target, symlinks=True)
+    target.mkdir(parents=True)
+    # Containers that run have devices in their folders. A copy of /dev/full never ends.
+    wanted = [each for each in cache.iterdir() if each.name != "containers"]
+    if subprocess.run(["cp", "-al", *wanted, target], capture_output=True).returncode != 0:
+        shutil.rmtree(target)
+        shutil.copytree(cache, target, symlinks=True, ignore=shutil.ignore_patterns("containers"))
 
 
 def ports_in_use(patience: float = 60.0) -> list[int]:
