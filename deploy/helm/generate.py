@@ -47,6 +47,8 @@ _COUNT = {"type": "integer", "minimum": 1}
 _NAME = r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$"  # of tiers and revisions
 _SHARE = {"type": ["integer", "string"], "pattern": r"^(\d+%)?$", "minimum": 0}
 SPECIAL: dict[str, dict[str, Any]] = {
+    "nameOverride": {"type": "string", "pattern": r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)?$"},
+    "fullnameOverride": {"type": "string", "pattern": r"^([a-z]([a-z0-9-]*[a-z0-9])?)?$"},
     "resources": {
         "type": "object",
         "additionalProperties": False,

@@ -177,6 +177,10 @@ def test_every_operators_object_is_strictly_valid(values: str, settings: tuple[s
         ("canary.revision=r2,canary.colocated.replicas=1", "colocated"),
         ("canary.revision=r2,canary.decode.replica=1", "replica"),
         ("canary.revision=R2", "canary/revision"),
+        ("tiers.fast.pair=x,tiers.fast-v2.pair=y,canary.revision=v2", "two pools would have the name decode-fast-v2"),
+        ("fullnameOverride=8", "fullnameOverride"),
+        (f"fullnameOverride={'a' * 45},revision=r1,decode.autoscaling.kind=keda", "KEDA takes names of at most 54"),
+        ("nameOverride=a_b", "nameOverride"),
         ("canary.revision=r2,canary.percent=101", "canary/percent"),
         (
             "pair.source=claim,pair.claim.name=p,pair.claim.path=a/v1,canary.revision=r2,canary.pair.claim.path=v2",
@@ -192,6 +196,62 @@ def test_every_operators_object_is_strictly_valid(values: str, settings: tuple[s
 )
 def test_a_wrong_value_is_named(setting: str, says: str) -> None:
     assert says in refused(setting)
+
+
+def free_texts(value: Any, schema: dict[str, Any], text: str, path: str = "") -> Any:
+    """Return the values with ``path: text`` instead of each string to which the schema sets no bounds."""
+    if isinstance(value, dict):
+        parts = schema.get("properties", {})
+        return {key: free_texts(one, parts.get(key, {}), text, f"{path}.{key}") for key, one in value.items()}
+    return f"{path}{text}" if schema.keys() <= {"type", "description"} and schema.get("type") == "string" else value
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Yield every key and every string within a value."""
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list):
+        for one in value:
+            yield from strings(one)
+    elif isinstance(value, str):
+        yield value
+
+
+def test_a_text_of_the_values_stays_one_text(tmp_path: Path) -> None:
+    text = "\"'\n- k: {v} ] #8"
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    texts = free_texts(yaml.safe_load((CHART / "values.yaml").read_text()), schema, text)
+    assert texts["keda"]["serverAddress"] == f".keda.serverAddress{text}"
+    (tmp_path / "values.json").write_text(json.dumps(texts))
+    on = ["monitoring.podMonitor=true", "prefill.kvDisk.size=5Gi", "decode.autoscaling.kind=keda"]
+    on += ["gateway.inferencePool.enabled=true"]
+    found: set[str] = set()
+    own = [
+        "cache.claimName=",
+        "prefill.kvDisk.claimName=",
+        "cache.create=true",
+        "tls.secretPrefix=",
+        "apiKeys.secretName=",
+    ]
+    managed = ["tls.certManager.enabled=true", "tls.generate=false", "pair.source=hub"]
+    for settings in (
+        ["pair.source=claim", "prefill.kvDisk.storageClassName="],
+        [*own, *managed],
+        ["pair.source=claim", "colocated.replicas=1", "decode.autoscaling.kind=none", "tiers.8.pair=x", *own],
+    ):
+        flags = [flag for one in [*on, *settings] for flag in ("--set", one)]
+        done = helm("template", "8", str(CHART), "-f", str(tmp_path / "values.json"), *flags)
+        assert done.returncode == 0, done.stderr
+        objects = [one for one in yaml.load_all(done.stdout, yaml.CSafeLoader) if one]
+        found |= set(strings(objects))
+        for one in objects:
+            assert all(isinstance(label, str) for label in one["metadata"]["labels"].values()), one["metadata"]
+    everything = list(found)
+    lost = [
+        one for one in strings(list(texts.values())) if one.endswith(text) and not any(one in s for s in everything)
+    ]
+    assert not lost
 
 
 @pytest.mark.parametrize(("values", "settings"), [*SETS, *ROLLOUTS])
@@ -774,6 +834,13 @@ def names_of(role: str) -> set[str]:
     """Return the role's names by which a client finds a server, without those of hosts."""
     named = (role, "process") if role in ("router", "worker") else (role,)
     return {f"{name}.role.overfill.internal" for name in named}
+
+
+def test_secrets_that_the_pages_read_are_the_charts() -> None:
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "how-to").glob("*.md"))
+    read = set(re.findall(r"get secret ([\w-]+)", pages))
+    assert read
+    assert read <= of_kind(render("values.yaml"), "Secret").keys()
 
 
 def test_helm_makes_a_certificate_for_each_role_which_only_its_peers_trust() -> None:

@@ -106,6 +106,11 @@ them, a pool of 0 workers is left out.
 {{- range include "overfill.revisions" . | fromJsonArray -}}
 {{- $pools = concat $pools (include "overfill.workerPools" (set (omit $ "Values") "Values" .) | fromJsonArray) -}}
 {{- end -}}
+{{- $names := dict -}}
+{{- range $pools -}}
+{{- if hasKey $names .name }}{{ fail (printf "two pools would have the name %s, of a tier and a revision: rename one of them" .name) }}{{ end -}}
+{{- $_ := set $names .name true -}}
+{{- end -}}
 {{ toJson $pools }}
 {{- end }}
 
@@ -185,13 +190,13 @@ without a name has an empty label, so that the selectors of two revisions never 
 pod of two disruption budgets nor scales pods of two autoscalers.
 */}}
 {{- define "overfill.selector" -}}
-app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride | trunc 63 }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/name: {{ default .root.Chart.Name .root.Values.nameOverride | quote }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 {{- with .component }}
 app.kubernetes.io/component: {{ . }}
 {{- end }}
 {{- with .tier }}
-overfill.io/tier: {{ . }}
+overfill.io/tier: {{ . | quote }}
 {{- end }}
 {{- if hasKey . "revision" }}
 overfill.io/revision: {{ .revision | quote }}
@@ -262,7 +267,7 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{/* Volume of a role's certificate, as "overfill.tlsSecret". */}}
 {{- define "overfill.tlsVolume" -}}
 - name: tls
-  secret: {secretName: {{ include "overfill.tlsSecret" . }}, defaultMode: 0440}
+  secret: {secretName: {{ include "overfill.tlsSecret" . | quote }}, defaultMode: 0440}
 {{- end }}
 
 {{- define "overfill.checkTls" -}}
@@ -334,12 +339,12 @@ process, and of routers their hosts. A worker's names no host, so that it cannot
 
 {{/* Flags of every process. Arguments: root, pool (of "overfill.pools"). */}}
 {{- define "overfill.args" -}}
-- --pair={{ (first .pool.pairs).folder }}
-- --host={{ .root.Values.listenHost }}
+- {{ printf "--pair=%s" (first .pool.pairs).folder | quote }}
+- {{ printf "--host=%s" .root.Values.listenHost | quote }}
 - --port={{ .pool.port }}
-- --metrics-host={{ .root.Values.listenHost }}
+- {{ printf "--metrics-host=%s" .root.Values.listenHost | quote }}
 - --metrics-port=7690
-- --probe-host={{ .root.Values.listenHost }}
+- {{ printf "--probe-host=%s" .root.Values.listenHost | quote }}
 - --probe-port=7691
 - --tls-cert=/etc/overfill/tls/tls.crt
 - --tls-key=/etc/overfill/tls/tls.key
@@ -430,9 +435,9 @@ capabilities: {drop: [ALL]}
   emptyDir: {sizeLimit: 1Gi}
 - name: cache
 {{- if or .Values.cache.claimName .Values.cache.create }}
-  persistentVolumeClaim: {claimName: {{ .Values.cache.claimName | default (printf "%s-cache" (include "overfill.fullname" .)) }}}
+  persistentVolumeClaim: {claimName: {{ .Values.cache.claimName | default (printf "%s-cache" (include "overfill.fullname" .)) | quote }}}
 {{- else }}
-  emptyDir: {sizeLimit: {{ .Values.cache.size }}}
+  emptyDir: {sizeLimit: {{ .Values.cache.size | quote }}}
 {{- end }}
 {{ include "overfill.pairVolume" (dict "root" . "name" "pair") }}
 {{- end }}
@@ -441,7 +446,7 @@ capabilities: {drop: [ALL]}
 {{- define "overfill.pairVolume" -}}
 - name: {{ .name }}
 {{- if eq .root.Values.pair.source "claim" }}
-  persistentVolumeClaim: {claimName: {{ required "pair.claim.name: which claim has the pair?" .root.Values.pair.claim.name }}, readOnly: true}
+  persistentVolumeClaim: {claimName: {{ required "pair.claim.name: which claim has the pair?" .root.Values.pair.claim.name | quote }}, readOnly: true}
 {{- else }}
   emptyDir: {sizeLimit: 1Mi}
 {{- end }}
@@ -477,7 +482,7 @@ Arguments: root, pool, name of the container and of its volume, mount.
 {{- if and (eq .pool.component "router") (eq $pair.source "named") }}{{ $image = (include "overfill.workerPools" .root | fromJsonArray | first).values.image }}{{ end }}
 {{- if ne $pair.source "claim" -}}
 - name: {{ .name }}
-  image: {{ include "overfill.image" (dict "root" .root "image" $image) }}
+  image: {{ include "overfill.image" (dict "root" .root "image" $image) | quote }}
   imagePullPolicy: {{ .root.Values.image.pullPolicy }}
   {{- if eq $pair.source "named" }}
   command:
@@ -516,7 +521,7 @@ Arguments: root, pool, name of the container and of its volume, mount.
     {{- include "overfill.env" (dict "root" .root "threads" .root.Values.prefill.threads) | nindent 4 }}
     {{- if and (eq $pair.source "hub") $pair.hub.tokenSecretName }}
     - name: HF_TOKEN
-      valueFrom: {secretKeyRef: {name: {{ $pair.hub.tokenSecretName }}, key: token}}
+      valueFrom: {secretKeyRef: {name: {{ $pair.hub.tokenSecretName | quote }}, key: token}}
     {{- end }}
     {{- with .pool.values.extraEnv }}
     {{- toYaml . | nindent 4 }}
@@ -537,10 +542,10 @@ Arguments: root, pool, name of the container and of its volume, mount.
 {{- $class := .pool.values.priority.className -}}
 {{- if and (not $class) (gt (int .pool.values.priority.value) 0) }}{{ $class = printf "%s-%s-%s" .root.Release.Namespace (include "overfill.fullname" .root) .pool.name }}{{ end -}}
 {{- with $class }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with .pool.values.runtimeClassName }}
-runtimeClassName: {{ . }}
+runtimeClassName: {{ . | quote }}
 {{- end }}
 {{- with .pool.values.nodeSelector }}
 nodeSelector:
@@ -558,7 +563,7 @@ affinity:
 {{- if .topologyKey }}
 topologySpreadConstraints:
   - maxSkew: {{ .maxSkew }}
-    topologyKey: {{ .topologyKey }}
+    topologyKey: {{ .topologyKey | quote }}
     whenUnsatisfiable: {{ .whenUnsatisfiable }}
     labelSelector:
       matchLabels:
