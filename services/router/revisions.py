@@ -43,7 +43,7 @@ class Revisions:
         self._old, self._new = self.cores[0], self.cores[1] if len(self.cores) > 1 else None
         new = "" if self._new is None else self._new.revision
         self._state = RolloutState(revision=new, from_percent=percent, to_percent=percent)
-        self._seen = self._state  # the newest that any worker has reported, or this router has set; of any revision
+        self._seen: RolloutState | registry_pb2.Rollout = self._state  # the newest that a worker has reported
         self._warned_at = -math.inf
         self._changed = asyncio.Event()
 
