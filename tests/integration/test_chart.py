@@ -176,6 +176,8 @@ def test_every_operators_object_is_strictly_valid(values: str, settings: tuple[s
         ("canary.revision=r2,canary.tiers.a.replicas=2", "canary.tiers.a: there is no tier a in tiers"),
         ("canary.revision=r2,canary.colocated.replicas=1", "colocated"),
         ("canary.revision=r2,canary.decode.replica=1", "replica"),
+        ("canary.revision=r2,canary.decode.replicas=0", "decode-r2 would have no worker"),
+        ("canary.revision=r2,colocated.replicas=1,prefill.replicas=0", "set replicas in canary.prefill"),
         ("canary.revision=R2", "canary/revision"),
         ("tiers.fast.pair=x,tiers.fast-v2.pair=y,canary.revision=v2", "two pools would have the name decode-fast-v2"),
         ("fullnameOverride=8", "fullnameOverride"),

@@ -108,6 +108,7 @@ them, a pool of 0 workers is left out.
 {{- end -}}
 {{- $names := dict -}}
 {{- range $pools -}}
+{{- if and $.Values.canary.revision (eq (get . "revision") $.Values.canary.revision) (lt (include "overfill.replicas" .values | int) 1) }}{{ fail (printf "canary: the pool %s would have no worker, so the new revision would never be ready: set replicas in canary.%s. A canary has no colocated workers" .name (ternary (printf "tiers.%s" .tier) .component (ne .tier ""))) }}{{ end -}}
 {{- if hasKey $names .name }}{{ fail (printf "two pools would have the name %s, of a tier and a revision: rename one of them" .name) }}{{ end -}}
 {{- $_ := set $names .name true -}}
 {{- end -}}
