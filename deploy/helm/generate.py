@@ -21,13 +21,13 @@ import yaml
 from overfill.settings.config import SERVICES, ColocatedConfig, DecodeConfig, PrefillConfig, ServiceConfig
 from overfill.settings.config_file import flag_name
 from overfill.settings.tiers import MAX_TIERS
-from overfill.stack.spec import MADE
+from overfill.stack.spec import SET_BY_STACK
 
 HELM = Path(__file__).parent
 CHART = HELM / "overfill"
 ROOT = HELM.parents[1]
 
-MANAGED = MADE | {
+MANAGED = SET_BY_STACK | {
     "config", "host", "api_keys", "stack_secret", "served_model_name", "grace_period", "log_level", "threads",
     "tls_cert", "tls_key", "tls_ca", "tls_name", "metrics_host", "metrics_port", "advertise",
 }  # fmt: skip

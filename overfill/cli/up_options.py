@@ -22,11 +22,11 @@ from overfill.settings.config import (
 )
 from overfill.settings.config_file import COMMON, BadConfigFile, field_name, flag_name
 from overfill.stack.describe import GRPC_PORT, HTTP_PORT
-from overfill.stack.spec import MADE
+from overfill.stack.spec import SET_BY_STACK
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-_MANAGED = MADE - {"revision"} | {"config", "advertise", "shared_cores", "gpu_share"}
+_MANAGED = SET_BY_STACK - {"revision"} | {"config", "advertise", "shared_cores", "gpu_share"}
 """Settings that ``up`` makes itself, or for which it has an option of its own."""
 
 

@@ -27,8 +27,8 @@ from overfill.stack.spec import (
     COLOCATED,
     DECODE,
     DEFAULT_PAIR,
-    MADE,
     PREFILL,
+    SET_BY_STACK,
     RouterSpec,
     StackSpec,
     kind_of,
@@ -37,7 +37,7 @@ from overfill.stack.spec import (
 
 GRPC_PORT, HTTP_PORT = 7600, 8000  # defaults
 
-_OWN = MADE - {"share_port", "join_port"}
+_OWN = SET_BY_STACK - {"share_port", "join_port"}
 """Settings that the document says elsewhere, or that no process of a stack has."""
 
 _READ_BY_UP = {("router", "port"), ("router", "http"), ("router", "tiers")}

@@ -50,7 +50,7 @@ SUFFIXES = (".yaml", ".yml", ".json")
 DRAIN_MARGIN = 10.0
 """Seconds after the grace period that a process on Ray has to exit before Ray kills it."""
 
-MADE = {
+SET_BY_STACK = {
     "pair", "port", "data_port", "http", "share_port", "join_port", "worker_id", "routers", "tier", "tiers",
     "expect_prefill", "expect_decode", "revision", "canary_revision", "canary_pair", "canary_tiers", "canary_percent",
     "probe_port", "probe_host",
@@ -238,7 +238,7 @@ class StackSpec(BaseModel):
             hints = (f"settings.{name}: {missing}; {nearest(name, known, all_names())}" for name in unknown)
             raise ValueError("; ".join(hints))
         for place, settings in (("settings", self.settings), *((n, p.settings) for n, p in self.deployments.items())):
-            if made := sorted(settings.keys() & MADE):
+            if made := sorted(settings.keys() & SET_BY_STACK):
                 raise ValueError(f"{place}: {', '.join(made)}: the stack sets this for each process itself: remove it")
         self.router_config()
         self._check_ranks()
