@@ -282,6 +282,15 @@ def test_conversations_move_by_percent_and_go_back(release: Release, traffic: Tr
     release.rollout("undo")
     assert set(traffic.wait_for_answers(100)) == {"r1"}
     traffic.report("undo half way")
+    wait_until(lambda: release.status(router)[1]["running"] == 0, 60, "no request of r2 runs")
+    workers = release.workers("r1")
+    release.values = OLD
+    release.upgrade({})
+    assert (release.workers("r1"), release.workers("r2")) == (workers, {})
+    assert set(traffic.wait_for_answers(50)) == {"r1"}
+    release.upgrade({"canary": NEW})
+    assert release.workers("r1") == workers
+    traffic.report("the second revision removed, and started again")
 
 
 def test_routers_scale_up_and_down(release: Release, traffic: Traffic) -> None:
