@@ -257,7 +257,8 @@ class Cluster:
         hook = pod.spec["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec")
         if hook:
             podman("exec", pod.container, *hook["command"])
-        podman("pod", "stop", f"--time={pod.spec['terminationGracePeriodSeconds']}", pod.name)
+        # `podman pod stop` would take the pod's network away first, so that running requests would hang.
+        podman("stop", f"--time={pod.spec['terminationGracePeriodSeconds']}", pod.container, timeout=1200)
         self.exits.append((pod.container, int(podman("inspect", "--format={{.State.ExitCode}}", pod.container))))
         self.remove(pod)
 

@@ -282,6 +282,15 @@ def test_conversations_move_by_percent_and_go_back(release: Release, traffic: Tr
     release.rollout("undo")
     assert set(traffic.wait_for_answers(100)) == {"r1"}
     traffic.report("undo half way")
+    wait_until(lambda: release.status(router)[1]["running"] == 0, 60, "no request of r2 runs")
+    workers = release.workers("r1")
+    release.values = OLD
+    release.upgrade({})
+    assert (release.workers("r1"), release.workers("r2")) == (workers, {})
+    assert set(traffic.wait_for_answers(50)) == {"r1"}
+    release.upgrade({"canary": NEW})
+    assert release.workers("r1") == workers
+    traffic.report("the second revision removed, and started again")
 
 
 def test_routers_scale_up_and_down(release: Release, traffic: Traffic) -> None:
@@ -364,12 +373,13 @@ def test_a_second_upgrade_ends_the_rollout_and_restarts_no_worker_of_the_new_rev
     assert set(traffic.wait_for_answers(100)) == {"r2"}
     router = cluster.pods("router")[0]
     wait_until(lambda: release.status(router)[0]["running"] == 0, 60, "no request of r1 runs")
-    cluster.exits.clear()
+    gone = len(cluster.exits)
     release.values = {key: value for key, value in release.values.items() if key != "canary"}
     release.upgrade(NEW)
     assert release.workers("r2") == workers
     assert release.workers("r1") == {}
-    assert [code for _, code in cluster.exits] == [0] * (len(old) + 2), "the workers of r1, and the routers before"
+    assert len(cluster.exits) == gone + len(old) + 2, "the workers of r1, and the routers before"
+    assert {code for _, code in cluster.exits} == {0}, "all pods that have left, since the first upgrade"
     assert set(traffic.wait_for_answers(100)) == {"r2"}
     if (missing := REQUESTS - len(traffic.answers)) > 0:
         traffic.wait_for_answers(missing)
