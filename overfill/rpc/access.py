@@ -128,6 +128,7 @@ WORKER_RPCS: Mapping[str, Rule] = {
     "/overfill.v1.Admin/Drain": _FROM_ROUTERS,
     "/overfill.v1.Admin/LoadAdapter": _FROM_ROUTERS,
     "/overfill.v1.Admin/UnloadAdapter": _FROM_ROUTERS,
+    "/overfill.v1.Admin/ChangeRollout": _FROM_ROUTERS,  # a worker answers UNIMPLEMENTED
 }
 """Rules of a worker's RPCs. Workers accept no API keys, because only processes of the stack call them."""
 
