@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from overfill.engine.device import cpu_settings, is_out_of_memory, on_cpu
 from overfill.engine.protocol import EngineCore, ServedHalf
@@ -23,6 +23,7 @@ from overfill.process import startup
 from overfill.process.cores import SharedCores
 from overfill.process.leaving import exit_now
 from overfill.rpc.metrics_http import MetricsServer
+from overfill.rpc.probes import ProbeServer
 from overfill.rpc.server import RpcServer
 from overfill.rpc.tls import TlsError
 from overfill.rpc.worker import AdapterLoader, WorkerHandle, WorkerHost
@@ -50,9 +51,14 @@ _FIRST_STEP_TIMEOUT = 600.0
 OnReady = Callable[[WorkerHost], object]
 """Called with the worker's host once the worker serves."""
 
+_Config = TypeVar("_Config", bound=WorkerConfig)
+_Serve = Callable[[_Config, OnReady], Coroutine[Any, Any, int]]
 
-def run_worker_process(serve: Coroutine[Any, Any, int], config: WorkerConfig) -> NoReturn:
+
+def run_worker_process(serve: _Serve[_Config], config: _Config) -> NoReturn:
     """Runs ``serve`` as the whole process. An expected failure prints one line to stderr and exits with code 1.
+
+    Probes are served from before ``serve`` loads a model.
 
     Until ``serve`` handles SIGTERM and SIGINT itself, they end the process at once with exit code 0: it holds no
     requests yet, and a thread that loads a model cannot be interrupted.
@@ -67,11 +73,19 @@ def run_worker_process(serve: Coroutine[Any, Any, int], config: WorkerConfig) ->
     raise AssertionError("the process has ended")
 
 
-async def _serve_and_exit(serve: Coroutine[Any, Any, int], config: WorkerConfig) -> NoReturn:
+async def _serve_and_exit(serve: _Serve[_Config], config: _Config) -> NoReturn:
     code = 1
     try:
         config.check_files()
-        code = await serve
+        probes = None
+        if config.probe_port != "off":  # before the model is loaded, which takes minutes
+            probes = ProbeServer(config.probe_host, config.probe_port, config.server_tls())
+
+        def on_ready(host: WorkerHost) -> None:
+            if probes is not None:
+                probes.follow(host.unready)
+
+        code = await serve(config, on_ready)
     except (OverfillError, TlsError) as error:
         print(f"error: {error}", file=sys.stderr)
     except Exception as error:

@@ -96,7 +96,7 @@ def _load_pair(config: WorkerConfig, halves: Sequence[Half]) -> Pair:
     """Returns the worker's pair, and warns if ``auto`` does not choose vLLM on a GPU. Reads no weights."""
     with startup.once():
         folder = resolve_pair(config.pair, log_steps(logger))
-    pair = load_whole(folder, halves)
+    pair = replace(load_whole(folder, halves), revision=config.revision)
     if isinstance(config, DecodeConfig) and config.quantize is not None:
         pair = pair.with_quantize(config.quantize)
     if config.engine == "auto":

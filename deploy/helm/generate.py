@@ -18,30 +18,37 @@ from typing import Any, get_args
 
 import yaml
 
-from overfill.settings.config import SERVICES, ColocatedConfig, ServiceConfig
+from overfill.settings.config import SERVICES, ColocatedConfig, DecodeConfig, PrefillConfig, ServiceConfig
 from overfill.settings.config_file import flag_name
 from overfill.settings.tiers import MAX_TIERS
+from overfill.stack.spec import SET_BY_STACK
 
 HELM = Path(__file__).parent
 CHART = HELM / "overfill"
 ROOT = HELM.parents[1]
 
-MANAGED = {
-    "config", "pair", "host", "port", "data_port", "http", "api_keys", "stack_secret", "served_model_name",
-    "grace_period", "log_level", "threads", "tls_cert", "tls_key", "tls_ca", "tls_name", "metrics_host", "metrics_port",
-    "routers", "worker_id", "advertise", "expect_prefill", "expect_decode", "share_port", "join_port", "tiers", "tier",
+MANAGED = SET_BY_STACK | {
+    "config", "host", "api_keys", "stack_secret", "served_model_name", "grace_period", "log_level", "threads",
+    "tls_cert", "tls_key", "tls_ca", "tls_name", "metrics_host", "metrics_port", "advertise",
 }  # fmt: skip
 """Settings that the chart derives from other values."""
 
-REFUSED = {(ColocatedConfig, "tensor_parallel_size")}
-"""Settings that a kind of worker has only to refuse them."""
+LEFT_OUT = {
+    (ColocatedConfig, "tensor_parallel_size"),
+    *((PrefillConfig, name) for name in ("kv_disk", "kv_disk_size", "kv_disk_bandwidth")),
+    (DecodeConfig, "adapters"),
+}
+"""Settings of one kind of worker: those that it has only to refuse them, and those that values of its pool make."""
 
 _OBJECT = {"type": "object"}
 _STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
 _OBJECTS = {"type": "array", "items": {"type": "object"}}
 _COUNT = {"type": "integer", "minimum": 1}
+_NAME = r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$"  # of tiers and revisions
 _SHARE = {"type": ["integer", "string"], "pattern": r"^(\d+%)?$", "minimum": 0}
 SPECIAL: dict[str, dict[str, Any]] = {
+    "nameOverride": {"type": "string", "pattern": r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)?$"},
+    "fullnameOverride": {"type": "string", "pattern": r"^([a-z]([a-z0-9-]*[a-z0-9])?)?$"},
     "resources": {
         "type": "object",
         "additionalProperties": False,
@@ -66,17 +73,20 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "extraEgress": _OBJECTS,
     "affinity": _OBJECT,
     "extraDnsNames": {"type": "array", "items": {"type": "string"}},
+    "hostnames": {"type": "array", "items": {"type": "string"}},
+    "parentRefs": _OBJECTS,
+    "picker.port": {"type": "integer", "minimum": 1, "maximum": 65535},
+    "failureMode": {"enum": ["FailOpen", "FailClose"]},
     "maxSurge": _SHARE,
     "maxUnavailable": _SHARE,
     "maxSkew": _COUNT,
     "threads": _COUNT,
     "minReplicas": _COUNT,
     "maxReplicas": _COUNT,
-    "queuedTokens": _COUNT,
-    "running": _COUNT,
     "startupSeconds": _COUNT,
+    "kvDisk.size": {"type": "string", "pattern": r"^([1-9]\d*Gi)?$"},
+    "kvDisk.bandwidth": {"type": "string", "pattern": r"^([1-9]\d*(Mi|Gi))?$"},
     "shmSize": {"type": "string", "pattern": r"^[1-9]\d*(Ki|Mi|Gi)$"},
-    "kvShare": {"type": "string", "pattern": r"^0?\.\d+$|^1(\.0+)?$"},
     "pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
     "whenUnsatisfiable": {"enum": ["ScheduleAnyway", "DoNotSchedule"]},
     "accessMode": {"enum": ["ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"]},
@@ -92,7 +102,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 def settings_schema(kind: type[ServiceConfig]) -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for name, field in kind.model_fields.items():
-        if name not in MANAGED and (kind, name) not in REFUSED:
+        if name not in MANAGED and (kind, name) not in LEFT_OUT:
             kinds = (field.annotation, *get_args(field.annotation))  # itself, or one of a union
             choices = [choice for kind in kinds for choice in get_args(kind) if isinstance(choice, str)]
             described: dict[str, Any] = {"description": field.description}
@@ -125,8 +135,8 @@ def schema(value: Any, path: tuple[str, ...], descriptions: dict[str, str]) -> d
     return made | ({"description": described} if described else {})
 
 
-def tiers_schema(decode: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of ``tiers``: a tier has the values of ``decode`` and its own."""
+def tier_schema(decode: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of one of ``tiers``: it has the values of ``decode`` and its own."""
     objective = {"type": ["number", "string"], "exclusiveMinimum": 0, "pattern": r"^\d+(\.\d+)?$"}
     own = {
         "pair": {"type": "string", "minLength": 1},
@@ -135,13 +145,25 @@ def tiers_schema(decode: dict[str, Any]) -> dict[str, Any]:
         "ttftObjective": objective,
         "itlObjective": objective,
     }
-    tier = decode | {"properties": own | decode["properties"], "required": ["pair"]}
-    return {
-        "type": "object",
-        "propertyNames": {"pattern": r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$"},
-        "additionalProperties": tier,
-        "maxProperties": MAX_TIERS,
-    }
+    shared = {name: {"$ref": f"#/properties/decode/properties/{name}"} for name in decode["properties"]}
+    return {"type": "object", "additionalProperties": False, "properties": own | shared}
+
+
+def add_tiers_and_revisions(made: dict[str, Any]) -> None:
+    """Complete the chart's schema where the defaults of ``tiers``, ``revision`` and ``canary`` do not determine it."""
+    properties = made["properties"]
+    made["definitions"] = {"tier": tier_schema(properties["decode"])}
+    tier = {"$ref": "#/definitions/tier"}
+    names = {"propertyNames": {"pattern": _NAME}, "maxProperties": MAX_TIERS}
+    properties["tiers"] |= names | {"additionalProperties": {"allOf": [tier], "required": ["pair"]}}
+    revision = {"pattern": f"^$|{_NAME}"}
+    properties["revision"] |= revision
+    canary = properties["canary"]["properties"]
+    canary["revision"] |= revision
+    canary["percent"] |= {"type": "number", "minimum": 0, "maximum": 100}
+    canary["tiers"] |= names | {"additionalProperties": tier}
+    for name in ("pair", "prefill", "decode"):
+        canary[name] = {"allOf": [{"$ref": f"#/properties/{name}"}], "description": canary[name]["description"]}
 
 
 def described(text: str) -> Iterator[tuple[str, str]]:
@@ -193,7 +215,7 @@ def outputs() -> dict[Path, str]:
     values, descriptions = yaml.safe_load(text), dict(described(text))
     made = {"$schema": "http://json-schema.org/draft-07/schema#", **schema(values, (), descriptions)}
     made["properties"]["global"] = {"type": "object"}  # Helm's own
-    made["properties"]["tiers"] |= tiers_schema(made["properties"]["decode"])
+    add_tiers_and_revisions(made)
     return {
         CHART / "values.schema.json": json.dumps(made, indent=1) + "\n",
         CHART / "README.md": readme(values, descriptions),

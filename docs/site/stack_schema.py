@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from overfill.settings.config import SERVICES, ServiceConfig
 from overfill.settings.tiers import PoolSpec, TierSpec
 from overfill.settings.worker_kinds import KINDS
-from overfill.stack.spec import RouterSpec, StackSpec
+from overfill.stack.spec import CanarySpec, RouterSpec, StackSpec
 
 _ATTRIBUTES = re.compile(r"^Attributes:\n(.*)", re.MULTILINE | re.DOTALL)
 _ENTRY = re.compile(r"^(\S.*?): ", re.MULTILINE)
@@ -31,19 +31,19 @@ def stack_schema() -> str:
     of_tier["required"] = ["pair"]
     for spec, made in (
         (StackSpec, schema),
-        *((kind, pools[kind.__name__]) for kind in (PoolSpec, RouterSpec, TierSpec)),
+        *((kind, pools[kind.__name__]) for kind in (PoolSpec, RouterSpec, TierSpec, CanarySpec)),
     ):
         _describe(spec, made)
     schema["properties"]["settings"] = _settings(*SERVICES)
     pools["RouterSpec"]["properties"]["settings"] = _settings(SERVICES[0])
-    of_tier["properties"]["settings"] = _settings(KINDS["decode"].settings)
-    del pools["PoolSpec"]["properties"]["settings"]
+    of_tier["properties"]["settings"] = {"$ref": "#/$defs/decode/properties/settings"}
     base = pools.pop("PoolSpec")
     for name, kind in KINDS.items():
-        about = schema["properties"][name].get("description", "")
         own = {"settings": _settings(kind.settings)}
-        schema["properties"][name] = {**base, "type": ["object", "null"], "properties": base["properties"] | own}
-        schema["properties"][name]["description"] = about
+        pools[name] = {**base, "type": ["object", "null"], "properties": base["properties"] | own}
+        for properties in (schema["properties"], pools["CanarySpec"]["properties"]):
+            if name in properties:
+                properties[name] = {"$ref": f"#/$defs/{name}", "description": properties[name].get("description", "")}
     schema |= {"$schema": "https://json-schema.org/draft/2020-12/schema", "$defs": pools}
     return json.dumps(schema, indent=2) + "\n"
 

@@ -131,8 +131,14 @@ def _faults(kind: type[ServiceConfig], file: ConfigFile) -> list[str]:
         config = kind.model_validate(given)
     except ValidationError as error:
         return list(kind.explain(error, origins, f"{file.path}: {kind.section}: "))
-    tiers = config.tiers if isinstance(config, RouterConfig) else ()
-    return [f"{origins['tiers']}: {fault}" for tier in tiers for fault in _faults_of_tier(tier)]
+    if not isinstance(config, RouterConfig):
+        return []
+    return [
+        f"{origins[name]}: {fault}"
+        for name in ("tiers", "canary_tiers")
+        for tier in getattr(config, name)
+        for fault in _faults_of_tier(tier)
+    ]
 
 
 def _faults_of_tier(tier: TierSpec) -> Iterator[str]:

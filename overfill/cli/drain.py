@@ -71,8 +71,10 @@ def drain_command(worker: str, timeout: float, connection: ClientConnection) -> 
 def _last_of(status: StackStatus, worker: str) -> Iterator[str]:
     """Yields each pool, in words, of which ``worker`` is the only ready worker."""
     stages = [found for found in status.workers if found.id == worker]
-    others = {(other.stage, other.tier) for other in status.workers if other.id != worker and other.state == "ready"}
+    ready = (other for other in status.workers if other.id != worker and other.state == "ready")
+    others = {(other.stage, other.tier, other.revision) for other in ready}
     for stage in stages:
-        if (stage.stage, stage.tier) not in others:
+        if (stage.stage, stage.tier, stage.revision) not in others:
             tier = f" of the tier {stage.tier}" if stage.tier and status.several_tiers else ""
-            yield f"the last {stage.stage} worker{tier}"
+            revision = f" of the revision {stage.revision}" if stage.revision else ""
+            yield f"the last {stage.stage} worker{tier}{revision}"

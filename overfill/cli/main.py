@@ -38,6 +38,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "health": ("overfill.cli", "Ask one process of a stack whether it is ready."),
         "drain": ("overfill.cli", "Take WORKER out of a running stack without losing a request."),
         "adapter": ("overfill.cli", "Load, unload and list the adapters of a running stack."),
+        "rollout": ("overfill.cli", "Move new conversations between the two revisions of a running stack."),
         "config": ("overfill.cli", "Show where settings come from, and check a settings file."),
         "keys": ("overfill.cli", "Make, list and revoke the API keys of a stack."),
         "certs": ("overfill.cli", "Make certificates for every role of a stack."),

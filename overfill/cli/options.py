@@ -190,7 +190,11 @@ def address_option(help: str) -> Callable[[_F], _F]:
 def tls_options(command: _F) -> _F:
     """Adds ``tls_ca``, ``tls_cert``, ``tls_key`` and ``tls_name``."""
     for name, kind, help in (
-        ("name", str, "DNS name in the stack's certificate.  [default: the address's host]"),
+        (
+            "name",
+            str,
+            "DNS name in the server's certificate; overfill for its role's.  [default: the address's host]",
+        ),
         ("key", FILE, "PEM file with the private key of --tls-cert."),
         ("cert", FILE, "PEM file with the client's certificate, if the stack requires one."),
         ("ca", FILE, "PEM file with the CA certificates to trust; enables TLS."),

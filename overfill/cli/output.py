@@ -97,7 +97,7 @@ def status_tables(status: StackStatus, tls: bool = False, wide: bool = False) ->
 
     Args:
         tls: the stack uses TLS.
-        wide: also show the address, process id and metrics address of each worker.
+        wide: also show the address, process id, metrics address and start-up time of each worker.
     """
     routers = [_router_table(status)] if len(status.routers) > 1 else []
     # Not the table's title, which would wrap to its width.
@@ -138,8 +138,17 @@ def _router_table(status: StackStatus) -> Table:
 
 def _worker_table(status: StackStatus, wide: bool) -> Table:
     table = Table(box=None, padding=(0, 1))
-    for column in ("worker", "stage", *(["tier"] if status.several_tiers else []), "engine", "state"):
-        table.add_column(column)
+    with_revisions = status.with_revisions
+    for column, shown in (
+        ("worker", True),
+        ("stage", True),
+        ("tier", status.several_tiers),
+        ("revision", with_revisions),
+        ("engine", True),
+        ("state", True),
+    ):
+        if shown:
+            table.add_column(column)
     with_disk = any(disk_size(worker) for worker in status.workers)
     for column in (
         "running",
@@ -152,7 +161,7 @@ def _worker_table(status: StackStatus, wide: bool) -> Table:
     ):
         table.add_column(column, justify="right")
     with_adapters = any(worker.adapters for worker in status.workers)
-    for column in (*(["adapters"] if with_adapters else []), *(("address", "pid", "metrics") if wide else ())):
+    for column in (*(["adapters"] if with_adapters else []), *(("address", "pid", "metrics", "start") if wide else ())):
         table.add_column(column)
     for worker in status.workers:
         row = _worker_json(worker)
@@ -160,8 +169,10 @@ def _worker_table(status: StackStatus, wide: bool) -> Table:
         hits = percent(row["prefix_hit_rate"])
         tier = [row["tier"] or "–"] if status.several_tiers else []
         stage = f"{worker.stage}, of both" if worker.colocated else worker.stage
-        names = (worker.id, stage, *tier, row["engine"] or "?", worker.state)
-        place = (worker.address, str(row["pid"] or "?"), row["metrics_address"] or "–") if wide else ()
+        revision = [worker.revision or "–"] if with_revisions else []
+        names = (worker.id, stage, *tier, *revision, row["engine"] or "?", worker.state)
+        start = "?" if row["startup_seconds"] is None else f"{row['startup_seconds']:.1f} s"
+        place = (worker.address, str(row["pid"] or "?"), row["metrics_address"] or "–", start) if wide else ()
         disk = [disk_size(worker)] if with_disk else []
         table.add_row(*names, *numbers, hits, *disk, *([adapter_names(worker)] if with_adapters else []), *place)
     return table
@@ -244,10 +255,11 @@ def _worker_json(worker: WorkerStatus) -> dict[str, Any]:
         "stage": worker.stage,
         "colocated": worker.colocated,
         "tier": worker.tier,
+        "revision": worker.revision,
         "adapters": dict(worker.adapters),
         **_fields(worker.process, "engine", "pid"),
         "address": worker.address,
-        **_fields(worker.process, "metrics_address"),
+        **_fields(worker.process, "metrics_address", "startup_seconds"),
         **_fields(load, "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "running", "waiting"),
         **_fields(load, "prefix_tokens_looked_up", "prefix_tokens_found", "prefix_hit_rate", "kv_disk_bytes"),
     }

@@ -11,7 +11,11 @@ _ANSWER_SECONDS = 5.0
 
 @click.command("status")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--wide", is_flag=True, help="Also show the workers' addresses, process ids and metrics addresses.")
+@click.option(
+    "--wide",
+    is_flag=True,
+    help="Also show the workers' addresses, process ids, metrics addresses and start-up times.",
+)
 @connection_options
 def status_command(as_json: bool, wide: bool, connection: ClientConnection) -> int:
     """Show the workers of a running stack.

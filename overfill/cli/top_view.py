@@ -57,6 +57,8 @@ def _pool(name: str, workers: list[WorkerStatus]) -> Table:
     title = f"{name}: {', '.join(sorted(engines))}" if engines else name
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1))
     table.add_column("worker", min_width=12)
+    if with_revisions := any(worker.revision for worker in workers):
+        table.add_column("revision")
     table.add_column("state", min_width=8)
     for column in ("running", "waiting", "KV used", "cached", "free"):
         table.add_column(column, justify="right")
@@ -66,17 +68,18 @@ def _pool(name: str, workers: list[WorkerStatus]) -> Table:
     if with_adapters := any(worker.adapters for worker in workers):
         table.add_column("adapters")
     for worker in workers:
-        name = f"{worker.id}, both stages" if worker.colocated else worker.id
+        names = [f"{worker.id}, both stages" if worker.colocated else worker.id]
+        names += [worker.revision or "–"] if with_revisions else []
         state = Text(worker.state, _STATES[worker.state])
         load = worker.process.load if worker.process is not None else None
         if load is None:
-            table.add_row(name, state)
+            table.add_row(*names, state)
             continue
         free = load.kv_blocks_total - load.kv_blocks_used - load.kv_blocks_cached
         numbers = (load.running, load.waiting, load.kv_blocks_used, load.kv_blocks_cached, free)
         more = [disk_size(worker)] if with_disk else []
         more += [adapter_names(worker)] if with_adapters else []
-        table.add_row(name, state, *map(str, numbers), _kv_bar(load), *more)
+        table.add_row(*names, state, *map(str, numbers), _kv_bar(load), *more)
     if not workers:
         table.add_row("none", "")
     return table

@@ -160,7 +160,7 @@ def _describe(pair: str, on_ray: bool, options: dict[str, Any], *, prepare: bool
     else:
         _check_tiers_given(own)
     http, log_dir, routers, port = own.pop("http"), own.pop("log_dir"), own.pop("routers"), int(own.pop("port"))
-    tls = own.pop("tls")
+    tls, revision = own.pop("tls"), own.pop("revision")
     placement = RayPlacement(
         own.pop("ray_address"),
         *(own.pop(n) for n in ("name", "worker_cpus", "worker_gpus", "max_prefill", "max_decode")),
@@ -183,6 +183,7 @@ def _describe(pair: str, on_ray: bool, options: dict[str, Any], *, prepare: bool
             tls=tls,
             ray=placement if on_ray else None,
             log_dir=log_dir,
+            revision=revision or "",
         )
         return spec, chosen.why
 

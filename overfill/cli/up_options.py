@@ -22,13 +22,11 @@ from overfill.settings.config import (
 )
 from overfill.settings.config_file import COMMON, BadConfigFile, field_name, flag_name
 from overfill.stack.describe import GRPC_PORT, HTTP_PORT
+from overfill.stack.spec import SET_BY_STACK
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-_MANAGED = {
-    "config", "pair", "port", "data_port", "http", "worker_id", "routers", "advertise", "tier", "tiers",
-    "expect_prefill", "expect_decode", "share_port", "join_port", "shared_cores", "gpu_share",
-}  # fmt: skip
+_MANAGED = SET_BY_STACK - {"revision"} | {"config", "advertise", "shared_cores", "gpu_share"}
 """Settings that ``up`` makes itself, or for which it has an option of its own."""
 
 
@@ -102,7 +100,9 @@ def settings_fields() -> dict[str, FieldInfo]:
     return {name: fields[name] for name in order if name not in _MANAGED}
 
 
-_SHARED = {"pair": (COMMON, "pair")} | {name: ("router", name) for name in ("port", "http", "tiers")}
+_SHARED = {name: (COMMON, name) for name in ("pair", "revision")} | {
+    name: ("router", name) for name in ("port", "http", "tiers")
+}
 """Options of ``up`` with defaults of their own that are also settings: parameter -> section and key in the file."""
 
 

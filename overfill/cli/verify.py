@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from overfill.v1 import common_pb2
 
 _COUNTS = ("prompt_tokens", "cached_tokens", "peer_tokens", "disk_tokens")
+_DIGESTS = ("full_digest", "config_digest", "tokenizer_digest", "decoder_digest", "decoder_config_digest")
 
 
 class CannotVerify(click.ClickException):
@@ -81,12 +82,14 @@ class JudgedWriter:
         name: of the tier or adapter.
         prompts: one for each judged answer.
         usage: sums of the answers' counts of prompt tokens.
+        revisions: number of answers that arrived, by the revision that each names.
     """
 
     name: str
     prompts: Sequence[Prompt]
     judged: Sequence[JudgedAnswer]
     usage: common_pb2.Usage
+    revisions: Counter[str]
 
     @property
     def summary(self) -> Summary:
@@ -110,6 +113,14 @@ class JudgedWriter:
     multiple=True,
     type=TIER,
     help="A tier of the stack, as `overfill up --tier` got it. Repeat it for each tier; it replaces --pair.",
+)
+@click.option("--canary-pair", metavar="PAIR", help="During a rollout, the pair of the stack's new revision.")
+@click.option(
+    "--canary-tier",
+    "canary_tiers",
+    multiple=True,
+    type=TIER,
+    help="With --tier, a tier of the stack's new revision. Repeat it for each tier.",
 )
 @click.option(
     "--ask",
@@ -144,6 +155,8 @@ def verify_command(
     max_tokens: int,
     pair: str,
     tiers: tuple[TierSpec, ...],
+    canary_pair: str | None,
+    canary_tiers: tuple[TierSpec, ...],
     chosen: tuple[str, ...],
     adapter_names: tuple[str, ...],
     adapters: Path | None,
@@ -169,6 +182,9 @@ def verify_command(
     With --adapter, asks every question of each tier and each adapter, question by question, so that one batch mixes
     them. PEFT loads the adapters for the reference, from the folder of adapters.
 
+    During a rollout, --canary-pair or --canary-tier names the pairs of the new revision. Each answer is judged by
+    the pairs of the revision that it names. An answer that mixes revisions is wrong.
+
     Exits with 1 if an answer is wrong or missing, or if more than one token in a thousand is a tie. Exits with 2 if the
     stack does not run in float32 with the raw codec: start it with `overfill up --dtype float32`.
     """
@@ -181,11 +197,13 @@ def verify_command(
         raise click.UsageError("--adapters needs --adapter, for each adapter to ask")
     several = bool(tiers or adapter_names)
     names_tiers = bool(tiers)
+    canary = _check_canary(canary_pair, canary_tiers, tiers, adapter_names)
     tiers = _check_tiers(pair, tiers, chosen, adapter_names)
     texts = read_questions(questions)[:limit]
     with show_progress() as report:
-        tiers = resolve_tiers(tiers, report)
-        pairs = {tier.name: tier_pair(tier) for tier in tiers}
+        stacks = [resolve_tiers(some, report) for some in (tiers, canary) if some]
+        tiers, all_pairs = stacks[0], [{tier.name: tier_pair(tier) for tier in some} for some in stacks]
+        pairs = all_pairs[0]
         folders = _adapter_folders(pairs, adapters, adapter_names)
         writers = [AskedWriter(t.name, t.name if names_tiers else "", frozenset({t.name, t.fallback})) for t in tiers]
         for of_tier in folders.values():
@@ -196,8 +214,9 @@ def verify_command(
             Prompt(chat_token_ids(tokenizer, text), generation_prompt_tokens(tokenizer, text), number)
             for number, text in enumerate(texts, 1)
         ]
+        _check_prompts(texts, first, [next(iter(some.values())) for some in all_pairs[1:]])
         with connection.client() as client:
-            check_stack(client.status(), pairs)
+            served = check_stack(client.status(), all_pairs)
             together = [asked] if adapter_names else [[writer] for writer in asked]
             answers = [
                 answers
@@ -211,11 +230,13 @@ def verify_command(
                     tokens = [prompt.ids for prompt in more]
                     got += ask(client, tokens, max_tokens, concurrency, report, [writer.asked])[0]
                     of_writer += more
-        references = load_references(tiers)
+        references = [load_references(some) for some in stacks]
         for tier, of_tier in folders.items():
-            references |= references[tier].with_adapters({name: folder for name, (folder, _) in of_tier.items()})
+            adapted = {name: folder for name, (folder, _) in of_tier.items()}
+            references[0] |= references[0][tier].with_adapters(adapted)
+        revisions = {name: references[index] for name, index in served.items()}
         results = [
-            judge_writer(references, writer, of_writer, got, max_tokens, report)
+            judge_writer(revisions, writer, of_writer, got, max_tokens, report)
             for writer, of_writer, got in zip(asked, prompts, answers, strict=True)
         ]
     passed = all(result.summary.passed for result in results)
@@ -224,6 +245,7 @@ def verify_command(
         [prompt for result in results for prompt in result.prompts],
         [answer for result in results for answer in result.judged],
         _total(result.usage for result in results),
+        sum((result.revisions for result in results), Counter()),
     )
     rows = [
         ({"tier": result.name} if several else {}) | row
@@ -243,6 +265,8 @@ def verify_command(
                 f"{usage.cached_tokens} of {usage.prompt_tokens} prompt tokens from the prefix cache{sources(usage)}"
             )
             click.echo(f"{result.name:{width}}  {result.summary}; {cached}")
+        if canary:
+            click.echo(", ".join(f"revision {name!r}: {n} answers" for name, n in sorted(total.revisions.items())))
         click.echo(str(total.summary))
     return 0 if passed else 1
 
@@ -262,6 +286,34 @@ def _check_tiers(
             kind = "--tier or --adapter; those given" if adapters else "--tier; tiers"
             raise click.UsageError(f"--ask {name}: give it a {kind} are {', '.join(known) or 'none'}")
     return tiers or (TierSpec(name=DEFAULT_TIER, pair=pair),)
+
+
+def _check_canary(
+    pair: str | None, canary: tuple[TierSpec, ...], tiers: tuple[TierSpec, ...], adapters: Sequence[str]
+) -> tuple[TierSpec, ...]:
+    """Returns the tiers of the new revision; empty without one. Raises click.UsageError."""
+    given = canary or ((TierSpec(name=DEFAULT_TIER, pair=pair),) if pair is not None else ())
+    if not given:
+        return ()
+    if adapters:
+        raise click.UsageError("--adapter: an adapter belongs to one revision's decoder; give no new revision")
+    names = [sorted(tier.name for tier in some) for some in (given, tiers or (TierSpec(name=DEFAULT_TIER, pair=""),))]
+    if (canary and pair is not None) or names[0] != names[1]:
+        raise click.UsageError("give --canary-pair with --pair, or --canary-tier for each --tier")
+    return given
+
+
+def _check_prompts(texts: Sequence[str], first: Sequence[Prompt], pairs: Sequence[Pair]) -> None:
+    """Raises CannotVerify if another of the pairs makes other tokens of a question than ``first``."""
+    from overfill.pair.hf_model import chat_token_ids, load_tokenizer
+
+    for pair in pairs:
+        tokenizer = load_tokenizer(pair.full_path)
+        if any(chat_token_ids(tokenizer, text) != prompt.ids for text, prompt in zip(texts, first, strict=True)):
+            raise CannotVerify(
+                f"{pair.folder} has another tokenizer or chat template than the first revision; verify one revision "
+                "after the other, while the other one has no share"
+            )
 
 
 def _adapter_folders(
@@ -297,6 +349,7 @@ def _figures(result: JudgedWriter) -> dict[str, Any]:
         "ties": summary.ties,
         "tokens": summary.tokens,
         **{name: getattr(result.usage, name) for name in _COUNTS},
+        "revisions": dict(result.revisions),
     }
 
 
@@ -323,15 +376,40 @@ def read_questions(file: Path) -> list[str]:
     return prompts
 
 
-def check_stack(status: StackStatus, pairs: Mapping[str, Pair]) -> None:
-    """Raises CannotVerify unless all workers run their tier's pair in float32 and decode workers pull raw KV.
+def check_stack(status: StackStatus, all_pairs: Sequence[Mapping[str, Pair]]) -> dict[str, int]:
+    """Returns, by the name of each revision that workers have, the index of its pairs in ``all_pairs``.
 
     Args:
-        pairs: tier -> its pair. All have the same full model.
+        all_pairs: of each revision, tier -> its pair.
+
+    Raises:
+        CannotVerify: a worker does not answer. Or the workers of a revision run none of these pairs, or do not compute
+            in float32, or its decode workers do not pull raw KV.
     """
     if unreachable := dict.fromkeys(w.id for w in status.workers if w.process is None):
         raise CannotVerify(f"{', '.join(unreachable)} does not answer, so its model is unknown; see `overfill status`")
-    workers = Counter(_tier_of(w) for w in status.workers if w.process is not None and w.stage == "decode")
+    workers: dict[str, list[WorkerStatus]] = {}
+    for worker in status.workers:
+        workers.setdefault(worker.revision, []).append(worker)
+    served = {}
+    for revision, some in (workers or {"": []}).items():
+        faults: dict[str, None] = {}
+        for index, pairs in enumerate(all_pairs):
+            try:
+                _check_revision(some, pairs)
+            except CannotVerify as error:
+                faults[error.message] = None
+            else:
+                served[revision] = index
+                break
+        else:
+            raise CannotVerify((f"revision {revision!r}: " if revision else "") + "; ".join(faults))
+    return served
+
+
+def _check_revision(some: Sequence[WorkerStatus], pairs: Mapping[str, Pair]) -> None:
+    """Raises CannotVerify unless the workers run their tier's pair in float32 and decode workers pull raw KV."""
+    workers = Counter(_tier_of(w) for w in some if w.stage == "decode")
     if not workers:
         raise CannotVerify("the stack has no decode worker that answers; see `overfill status`")
     if others := sorted(workers.keys() - pairs.keys()):
@@ -339,9 +417,8 @@ def check_stack(status: StackStatus, pairs: Mapping[str, Pair]) -> None:
         raise CannotVerify(f"the pair of tier {others[0]!r} is unknown: name the pair of every tier, {every}")
     if absent := [tier for tier in pairs if not workers[tier]]:
         raise CannotVerify(f"the stack has no decode worker of tier {absent[0]!r} that answers; see `overfill status`")
-    for worker in status.workers:
-        if worker.process is not None:
-            _check_worker(worker, pairs)
+    for worker in some:
+        _check_worker(worker, pairs)
 
 
 def _tier_of(worker: WorkerStatus) -> str:
@@ -370,7 +447,8 @@ def _check_worker(worker: WorkerStatus, pairs: Mapping[str, Pair]) -> None:
     if different := [part for part in expected if expected[part] != found[part]]:
         raise CannotVerify(
             f"{process.id} runs another pair than {pair.folder} ({', '.join(different)} differ); name the pair that "
-            "the stack serves with --pair, or that of each tier with --tier"
+            "the stack serves with --pair, or that of each tier with --tier; that of a new revision with "
+            "--canary-pair or --canary-tier"
         )
 
 
@@ -427,25 +505,38 @@ def next_turn(
 
 
 def judge_writer(
-    references: Mapping[str, TwoStageReference],
+    revisions: Mapping[str, Mapping[str, TwoStageReference]],
     writer: AskedWriter,
     prompts: Sequence[Prompt],
     answers: Sequence[Answer | OverfillError],
     max_tokens: int,
     report: Report,
 ) -> JudgedWriter:
-    """Judges the answers to ``prompts`` that were asked of ``writer``. Only a tier's fallback may go on with one."""
+    """Judges the answers to ``prompts`` that were asked of ``writer``, each by the revision that it names.
+
+    Only a tier's fallback may go on with an answer.
+
+    Args:
+        revisions: revision that is served -> tier or adapter -> its reference.
+    """
     judged: list[JudgedAnswer] = []
+    named: Counter[str] = Counter()
     for prompt, answer in zip(prompts, answers, strict=True):
         start, problem = None, ""
         if writer.adapter is not None:
             start = answer_start(len(prompt.ids), writer.adapter.tail_tokens, prompt.generation_prompt)
             problem = _problem(answer, writer.adapter, start)
+        references = next(iter(revisions.values()))
+        if not isinstance(answer, OverfillError):
+            name = answer.identity.revision
+            named[name] += 1
+            references = revisions.get(name, references)
+            problem = problem or _mixture(answer, revisions)
         one = judge_answer(references, prompt.ids, answer, max_tokens, writer.allowed, start)
         judged.append(replace(one, problem=one.problem or problem or None))
         report(f"Judging {writer.name}", len(judged), len(answers))
     usages = (answer.usage for answer in answers if not isinstance(answer, OverfillError))
-    return JudgedWriter(writer.name, prompts, judged, _total(usages))
+    return JudgedWriter(writer.name, prompts, judged, _total(usages), named)
 
 
 def _total(usages: Iterable[Any]) -> common_pb2.Usage:
@@ -457,6 +548,19 @@ def _total(usages: Iterable[Any]) -> common_pb2.Usage:
         for name in _COUNTS:
             setattr(total, name, getattr(total, name) + getattr(usage, name))
     return total
+
+
+def _mixture(answer: Answer, revisions: Mapping[str, Mapping[str, TwoStageReference]]) -> str:
+    """Says what is wrong if the answer's identity is not that of the revision that it names; empty if nothing is."""
+    identity, known = answer.identity, ", ".join(map(repr, revisions))
+    if (references := revisions.get(identity.revision)) is None:
+        return f"names the revision {identity.revision!r}; the stack's workers have {known}"
+    if not identity.full_digest:
+        return ""  # of a router that says nothing of its pairs
+    pairs = [reference.pair for reference in references.values()]
+    if different := [name for name in _DIGESTS if getattr(identity, name) not in {getattr(p, name) for p in pairs}]:
+        return f"names the revision {identity.revision!r}, whose pair has another {' and '.join(different)}"
+    return ""
 
 
 def _problem(answer: Answer | OverfillError, adapter: AdapterRecord, start: int) -> str:

@@ -43,6 +43,9 @@ def welcome(
         rows.append(("page", ", ".join(f"{root}/ui" for root in roots)))
     if not spec.tiers:
         rows.append(("pair", spec.pair))
+    if spec.canary is not None:
+        pairs = ", ".join(spec.pairs_by_revision[spec.canary.revision].values())
+        rows.append(("canary", f"{spec.canary.revision}: {pairs}: {spec.canary.percent:g} % of new conversations"))
     rows += _worker_rows(spec, describe_workers)
     if adapters:
         rows.append(("adapters", ", ".join(adapter.name for adapter in adapters)))
@@ -68,16 +71,20 @@ def welcome(
 
 
 def _worker_rows(spec: StackSpec, describe: Callable[[str], str]) -> list[tuple[str, str]]:
-    """Returns a row per pool, or with named tiers a row for prefill workers and one per tier, the default one first."""
+    """Returns a row per pool, or with named tiers a row for prefill workers and one per tier, the default one first.
+
+    The canary has a row per pool.
+    """
     pools = {name: f"{describe(name)} ({_each(spec, name)})" for name in spec.pools}
     if not spec.tiers:
         return [*pools.items()]
-    rows = [(name, text) for name, text in pools.items() if spec.tier_of(name) is None]
+    old = {name: text for name, text in pools.items() if spec.revision_of(name) == spec.revision}
+    rows = [(name, text) for name, text in old.items() if spec.tier_of(name) is None]
     for tier in spec.router_config().ordered_tiers:
         first = tier.name == spec.default_tier
-        workers = ", ".join(text for name, text in pools.items() if spec.tier_of(name) == tier.name)
+        workers = ", ".join(text for name, text in old.items() if spec.tier_of(name) == tier.name)
         rows.append(("tier" if first else "", f"{tier.name}{' (default)' if first else ''}: {tier.pair}: {workers}"))
-    return rows
+    return rows + [(name, text) for name, text in pools.items() if name not in old]
 
 
 def _each(spec: StackSpec, pool: str) -> str:

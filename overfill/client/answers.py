@@ -407,8 +407,8 @@ class AnswerBuilder:
         """Adds the next response; returns its delta, or None if it has none.
 
         Raises:
-            InternalError: tokens are missing, repeated or without their log-probabilities, or messages are out
-                of order.
+            InternalError: tokens are missing, repeated, without their log-probabilities or of another revision than
+                those before, or messages are out of order.
         """
         if self._answer is not None:
             raise InternalError("the server sent more after the end of the answer")
@@ -417,7 +417,7 @@ class AnswerBuilder:
             accepted = response.accepted
             self._routers += 1
             before = self.accepted.brownout_from if self.accepted is not None else None
-            self._identity = AnswerIdentity.from_proto(accepted.identity)
+            self._write_by(accepted.identity)
             self.accepted = Accepted(
                 accepted.request_id,
                 accepted.prompt_tokens,
@@ -451,6 +451,15 @@ class AnswerBuilder:
             raise InternalError("the stream ended before the answer did")
         return self._answer
 
+    def _write_by(self, message: inference_pb2.AnswerIdentity) -> None:
+        """Notes what writes the answer from here on. Raises InternalError if it is another revision than before."""
+        identity = AnswerIdentity.from_proto(message)
+        if self._token_ids and identity.revision != self._identity.revision:
+            raise InternalError(
+                f"the revision {self._identity.revision!r} began the answer, and {identity.revision!r} goes on with it"
+            )
+        self._identity = identity
+
     def _add_delta(self, accepted: Accepted, message: inference_pb2.Delta) -> Delta:
         ids = tuple(message.token_ids)
         if ids and message.first_index != self._next_index:
@@ -469,7 +478,7 @@ class AnswerBuilder:
         calls = tuple(ToolCallDelta(c.index, c.id, c.name, c.arguments) for c in message.tool_calls)
         parts = _parts(message.parts)
         if message.parts:
-            self._identity = AnswerIdentity.from_proto(message.parts[-1].identity)
+            self._write_by(message.parts[-1].identity)
         if ids:
             if not parts or parts[0].first_index != self._next_index:  # else the router has changed the tier again
                 parts = self._next_parts + parts

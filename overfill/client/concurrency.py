@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import grpc
 import grpc.aio
 
+from overfill.rpc.access import Role
 from overfill.rpc.channel import open_channel, open_sync_channel
 from overfill.rpc.tls import ClientTls
 
@@ -93,7 +94,7 @@ class AsyncChannels(dict[str, grpc.aio.Channel]):
         self._tls = tls
 
     def __missing__(self, address: str) -> grpc.aio.Channel:
-        channel = self[address] = open_channel(address, self._tls)
+        channel = self[address] = open_channel(address, self._tls, role=Role.ROUTER)
         return channel
 
     async def close(self) -> None:
@@ -106,7 +107,7 @@ class Channels(dict[str, grpc.Channel]):
     """Channels by address, made at once, so that threads may share them without a lock."""
 
     def __init__(self, addresses: Sequence[str], tls: ClientTls | None) -> None:
-        super().__init__((address, open_sync_channel(address, tls)) for address in addresses)
+        super().__init__((address, open_sync_channel(address, tls, role=Role.ROUTER)) for address in addresses)
 
     def close(self) -> None:
         """Cancels running calls and closes all channels."""

@@ -89,7 +89,7 @@ class AnswerIdentity:
         decoder_quantize: Format to which the decoder's weights are rounded on load, such as "int8"; empty means none.
         kv_cache_dtype: Format in which decode workers hold KV, such as "int8"; empty means the dtype that travels.
         adapter_digest: Digest of the adapter that writes; empty means none.
-        revision: Revision of the pair; empty means none.
+        revision: Revision of the pair; empty in a stack without revisions.
         prompt_tokens: Number of tokens in the prompt, after its truncation.
         prompt_digest: Digest of the prompt's token ids, each 4 bytes, little-endian.
         kv_dtype: Element type in which the workers compute, such as "bfloat16"; empty means that the router did not

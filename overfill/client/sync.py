@@ -27,7 +27,7 @@ from overfill.client.requests import (
 )
 from overfill.errors import InvalidRequest, OverfillError, RequestCancelled
 from overfill.rpc.addresses import split_addresses
-from overfill.rpc.stack_status import AdapterChange, Model, StackStatus
+from overfill.rpc.stack_status import AdapterChange, Model, RolloutStatus, StackStatus
 from overfill.rpc.tls import ClientTls
 from overfill.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -375,6 +375,59 @@ class Client:
         """
         changed = self._administer("UnloadAdapter", admin_pb2.UnloadAdapterRequest(name=name), timeout)
         return [AdapterChange.from_proto(change) for change in changed.workers]
+
+    def rollout(self, *, timeout: float | None = 10.0) -> RolloutStatus:
+        """Returns the revisions of the stack, with their shares of new conversations.
+
+        Args:
+            timeout: Seconds for the call; None means no limit.
+        """
+        return self._change_rollout(admin_pb2.ChangeRolloutRequest(), timeout)
+
+    def set_rollout(
+        self, revision: str, percent: float, *, over: float = 0.0, timeout: float | None = 10.0
+    ) -> RolloutStatus:
+        """Sets the share of new conversations that a revision gets; the other revision gets the rest.
+
+        Returns the status after the change. The other routers learn of it within seconds.
+
+        Args:
+            revision: Name of one of the stack's two revisions; empty for one without a name.
+            percent: Its share, 0 to 100.
+            over: Seconds in which the share gets there evenly, at most 7 days; 0 means at once.
+            timeout: Seconds for the call; None means no limit.
+
+        Raises:
+            InvalidRequest: an argument is out of bounds, or the stack has no such revision.
+            Incompatible: the router serves one revision only.
+        """
+        share = admin_pb2.SetShare(revision=revision, percent=percent, over_seconds=over)
+        return self._change_rollout(admin_pb2.ChangeRolloutRequest(set=share), timeout)
+
+    def pause_rollout(self, *, timeout: float | None = 10.0) -> RolloutStatus:
+        """Stops a change before its end: the share stays as it is now. Returns the status after that.
+
+        Args:
+            timeout: Seconds for the call; None means no limit.
+
+        Raises:
+            Incompatible: the router serves one revision only.
+        """
+        return self._change_rollout(admin_pb2.ChangeRolloutRequest(pause=True), timeout)
+
+    def undo_rollout(self, *, timeout: float | None = 10.0) -> RolloutStatus:
+        """Gives all new conversations to the old revision at once. Returns the status after that.
+
+        Args:
+            timeout: Seconds for the call; None means no limit.
+
+        Raises:
+            Incompatible: the router serves one revision only.
+        """
+        return self._change_rollout(admin_pb2.ChangeRolloutRequest(undo=True), timeout)
+
+    def _change_rollout(self, request: admin_pb2.ChangeRolloutRequest, timeout: float | None) -> RolloutStatus:
+        return RolloutStatus.from_proto(self._administer("ChangeRollout", request, timeout))
 
     def _administer(self, rpc: str, request: Any, timeout: float | None) -> Any:
         """Calls an RPC of the Admin service, and returns its answer."""

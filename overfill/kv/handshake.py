@@ -31,7 +31,7 @@ class KvIdentity:
         config_digest: digest of the full model's config (``model.config_digest``).
         reader_digest: digest of the reader, the weights that compute prompt KV; today the full model's.
         reader_quantize: format to which the reader's weights are rounded on load; empty means none.
-        revision: revision of the pair; no worker sets it yet.
+        revision: revision of the pair; empty in a stack without revisions.
     """
 
     wire_version: int

@@ -17,6 +17,7 @@ from overfill.errors import DeadlineExceeded, Incompatible, RequestCancelled, Un
 from overfill.kv.handshake import KvIdentity, check_compatible, data_address_fault
 from overfill.kv.puller import MAX_IDLE_TIME, DataChannels
 from overfill.kv.shm import ShmClient
+from overfill.rpc.access import Role
 from overfill.rpc.calls import checked_response
 from overfill.rpc.channel import open_channel
 from overfill.rpc.tls import Credentials
@@ -49,7 +50,7 @@ class PrefillPeer:
         self.link: ShmClient | None = None
         self.codecs: frozenset[int] = frozenset()
         self._shm = shm
-        self._control = open_channel(target.address, tls)
+        self._control = open_channel(target.address, tls, role=Role.WORKER)
         self.data = DataChannels(streams, tls)
         self.control = prefill_pb2_grpc.PrefillStub(self._control)
 

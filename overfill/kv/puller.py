@@ -25,6 +25,7 @@ from overfill.kv.shielded import shielded
 from overfill.kv.shm import ShmClient
 from overfill.kv.store import KvStore, LayerTargets
 from overfill.kv.wire import parse_message, pull_kv
+from overfill.rpc.access import Role
 from overfill.rpc.calls import responses
 from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import MAX_CHUNK_PAYLOAD, STALL_TIMEOUT
@@ -74,7 +75,9 @@ class DataChannels:
             if address not in self._opened:
                 # The answer to a ping waits behind KV, on a lossy link for more than KEEPALIVE_TIMEOUT. Pings on the
                 # control channel detect a silent worker.
-                channels = [open_channel(address, self._tls, STALL_TIMEOUT) for _ in range(self._streams)]
+                channels = [
+                    open_channel(address, self._tls, STALL_TIMEOUT, role=Role.WORKER) for _ in range(self._streams)
+                ]
                 self._opened[address] = _Opened(channels)
             self._opened[address].users += 1
         try:

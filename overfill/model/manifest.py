@@ -110,6 +110,7 @@ class Pair:
         recipe: How the decoder was made; informative, except for ``recipe["quantize"]``.
         eval: How good the decoder is; informative.
         reader: Digest of the weights that compute prompt KV if they are not the full model's, such as ``mock``.
+        revision: Name that the operator gives to this state of the weights; ``pair.json`` does not have it.
     """
 
     folder: Path
@@ -127,6 +128,7 @@ class Pair:
     recipe: Mapping[str, Any]
     eval: Mapping[str, Any]
     reader: str = ""
+    revision: str = ""
 
     @property
     def name(self) -> str:
@@ -158,6 +160,7 @@ class Pair:
             reader_digest=self.reader or self.full_digest,
             tokenizer_digest=self.tokenizer_digest,
             kv_cache_dtype="" if kv_cache_dtype == "auto" else kv_cache_dtype,
+            revision=self.revision,
         )
         if half == "decoder":
             identity.decoder_digest = self.decoder_digest

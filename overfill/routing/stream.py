@@ -18,6 +18,7 @@ import grpc.aio
 
 from overfill.errors import InvalidRequest, OverfillError, Unavailable
 from overfill.routing.worker import WorkerInfo
+from overfill.rpc.access import Role
 from overfill.rpc.calls import checked_write, responses
 from overfill.rpc.channel import open_channel
 from overfill.rpc.constants import LAST_UPDATES, MAX_MESSAGE_BYTES
@@ -111,7 +112,7 @@ class _Connection:
     """A channel to one worker, with its streams. A stream that breaks, or is old, is followed by another one."""
 
     def __init__(self, worker: WorkerInfo, tls: Credentials | None) -> None:
-        self.channel = open_channel(worker.address, tls)
+        self.channel = open_channel(worker.address, tls, role=Role.WORKER)
         self._peer = f"decode worker {worker.id}"
         self._streams: list[_ServeStream] = []  # only the last one takes sequences
 

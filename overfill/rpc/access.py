@@ -25,6 +25,9 @@ from overfill.errors import PermissionDenied, Unauthenticated
 MIN_SECRET = 16
 """Minimum length of the stack's secret, in characters."""
 
+NAME = "overfill"
+"""Given as the name of a server's certificate, it stands for the DNS name of the role that the server should have."""
+
 _URI = "overfill://role/"
 _DNS = ".role.overfill.internal"
 
@@ -35,7 +38,7 @@ class Scope(StrEnum):
     INFER = "infer"  # answers, list of models, tokenizer
     STATUS = "status"  # workers and their load
     METRICS = "metrics"
-    ADMIN = "admin"  # drains, adapters, reflection
+    ADMIN = "admin"  # drains, adapters, rollouts, reflection
 
 
 class Role(StrEnum):
@@ -107,6 +110,7 @@ ROUTER_RPCS: Mapping[str, Rule] = {
     "/overfill.v1.Admin/Drain": _ADMIN,
     "/overfill.v1.Admin/LoadAdapter": _ADMIN,
     "/overfill.v1.Admin/UnloadAdapter": _ADMIN,
+    "/overfill.v1.Admin/ChangeRollout": _ADMIN,
 }
 """Rules of a router's RPCs."""
 
@@ -124,6 +128,7 @@ WORKER_RPCS: Mapping[str, Rule] = {
     "/overfill.v1.Admin/Drain": _FROM_ROUTERS,
     "/overfill.v1.Admin/LoadAdapter": _FROM_ROUTERS,
     "/overfill.v1.Admin/UnloadAdapter": _FROM_ROUTERS,
+    "/overfill.v1.Admin/ChangeRollout": _FROM_ROUTERS,  # a worker answers UNIMPLEMENTED
 }
 """Rules of a worker's RPCs. Workers accept no API keys, because only processes of the stack call them."""
 
@@ -254,3 +259,8 @@ def roles_of(names: Iterable[str]) -> frozenset[Role]:
 def role_uri(role: Role) -> str:
     """Returns the subject alternative name, a URI, that gives a certificate ``role``."""
     return f"{_URI}{role}"
+
+
+def role_dns(role: Role | None) -> str:
+    """Returns the DNS name that clients check for a server of ``role``; None means any process of a stack."""
+    return f"{role or 'process'}{_DNS}"

@@ -2,8 +2,9 @@
 
 One authority signs the certificates of the stack's processes (router, worker, scraper), the other those of its users
 (client, operator). Workers trust only the first, so they refuse every certificate of a user at the handshake, even
-one that claims a process's role. Routers trust both. A certificate names its role as a URI, and ``extendedKeyUsage``
-says whether a server may use it.
+one that claims a process's role. Routers trust both. A certificate names its role as a URI, for servers. That of a
+server also names it as a DNS name, for clients, and only a router's names hosts: no worker can pose as a router.
+``extendedKeyUsage`` says whether a server may use it.
 """
 
 from __future__ import annotations
@@ -22,12 +23,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from overfill.errors import InvalidRequest, OverfillError
-from overfill.rpc.access import Role, role_uri
+from overfill.rpc.access import NAME, Role, role_dns, role_uri
 
 PEERS_CA, CLIENTS_CA, BOTH_CA = "peers-ca.crt", "clients-ca.crt", "ca.crt"
-NAME = "overfill"
-"""DNS name in every server certificate of a stack. Clients check it in place of the address."""
-
 _PEERS = (Role.ROUTER, Role.WORKER, Role.SCRAPER)
 _SERVERS = (Role.ROUTER, Role.WORKER)
 _CA_DAYS = 3650
@@ -120,8 +118,10 @@ def issue(issuer: Authority, role: Role, names: Sequence[str] = (), days: float 
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{NAME}-{role}")])
     builder = _builder(subject, issuer.certificate.subject, key, days)
     serves = role in _SERVERS
-    hosts = [_general_name(name) for name in (NAME, "localhost", "127.0.0.1", "::1", *names)] if serves else []
-    alternatives = [x509.UniformResourceIdentifier(role_uri(role)), *hosts]
+    found = [role_dns(role), role_dns(None)] if serves else []
+    if role is Role.ROUTER:
+        found += [NAME, "localhost", "127.0.0.1", "::1", *names]
+    alternatives = [x509.UniformResourceIdentifier(role_uri(role)), *(_general_name(name) for name in found)]
     builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     builder = builder.add_extension(_key_usage(signs=False), critical=True)

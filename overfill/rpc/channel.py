@@ -11,6 +11,7 @@ from typing import Any, cast
 import grpc
 import grpc.aio
 
+from overfill.rpc.access import Role
 from overfill.rpc.constants import (
     CONNECT_TIMEOUT,
     HANDSHAKE_TIMEOUT,
@@ -30,7 +31,11 @@ Options = list[tuple[str, int]]
 
 
 def open_channel(
-    address: str, shown: ClientTls | Credentials | None = None, ping_timeout: float | None = None
+    address: str,
+    shown: ClientTls | Credentials | None = None,
+    ping_timeout: float | None = None,
+    *,
+    role: Role | None = None,
 ) -> grpc.aio.Channel:
     """Returns an asyncio channel with its own connection, which opens on first use.
 
@@ -38,19 +43,29 @@ def open_channel(
 
     Args:
         ping_timeout: seconds that a ping may stay unanswered; None means ``KEEPALIVE_TIMEOUT``.
+        role: role that the server's certificate must have where ``shown`` names the stack and not a host; None accepts
+            any process of the stack.
 
     Raises:
         TlsError: a TLS file is missing, unreadable or does not match the others, and the process never read good ones.
     """
-    return cast(grpc.aio.Channel, _open(address, shown, grpc.aio, ping_timeout))
+    return cast(grpc.aio.Channel, _open(address, shown, grpc.aio, role, ping_timeout))
 
 
-def open_sync_channel(address: str, shown: ClientTls | Credentials | None = None) -> grpc.Channel:
+def open_sync_channel(
+    address: str, shown: ClientTls | Credentials | None = None, *, role: Role | None = None
+) -> grpc.Channel:
     """Returns a blocking channel; otherwise as ``open_channel``."""
-    return cast(grpc.Channel, _open(address, shown, grpc))
+    return cast(grpc.Channel, _open(address, shown, grpc, role))
 
 
-def _open(address: str, shown: ClientTls | Credentials | None, kind: Any, ping_timeout: float | None = None) -> Any:
+def _open(
+    address: str,
+    shown: ClientTls | Credentials | None,
+    kind: Any,
+    role: Role | None,
+    ping_timeout: float | None = None,
+) -> Any:
     if not isinstance(shown, Credentials):
         shown = Credentials(shown)
     tls = shown.tls
@@ -59,8 +74,8 @@ def _open(address: str, shown: ClientTls | Credentials | None, kind: Any, ping_t
     if tls is None:
         channel = kind.insecure_channel(address, options=options)
         return RenewedChannel(lambda _: channel, None, metadata, close_soon) if metadata else channel
-    if tls.name:
-        options.append(("grpc.ssl_target_name_override", tls.name))
+    if name := tls.expected(role):
+        options.append(("grpc.ssl_target_name_override", name))
     return RenewedChannel(
         lambda credentials: kind.secure_channel(address, credentials, options=options),
         tls.reloaded(),

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import grpc.aio
 
 from overfill.errors import Incompatible, OverfillError, Unavailable
+from overfill.rpc.access import Role
 from overfill.rpc.addresses import split_address
 from overfill.rpc.calls import checked_response, checked_write
 from overfill.rpc.channel import open_channel
@@ -57,6 +58,9 @@ PARKED = 60.0
 """Seconds after which a link tries again although another link has joined the same router: by then, the address may be
 another router's."""
 
+MAX_ROLLOUT_BYTES = 512
+"""Maximum size of a Rollout that a worker keeps; each report repeats it."""
+
 _SCHEME = ":///"
 
 Resolver = Callable[[str], Awaitable[set[str]]]
@@ -93,6 +97,8 @@ class Membership:
 
     Attributes:
         joined: set while at least one router has welcomed the worker.
+        rollout: the newest Rollout that any router has sent. Each report repeats it, so that every router learns it,
+            also one that starts later. None before the first.
 
     Raises:
         ValueError: a name has a scheme that ``RESOLVERS`` does not know.
@@ -109,6 +115,7 @@ class Membership:
         disk_keys: PrefixKeys | None = None,
     ) -> None:
         self.joined = asyncio.Event()
+        self.rollout: registry_pb2.Rollout | None = None
         self._hello = hello
         self._routers = {router: _resolver(router) for router in routers}
         self._report = report
@@ -169,6 +176,7 @@ class Membership:
             self._report_for,
             self._membership_changed,
             self.notify,
+            self._keep_rollout,
             self._joined_elsewhere,
             tls,
             self._keys,
@@ -244,7 +252,18 @@ class Membership:
         joined = [other for other in self._links.values() if other.joined or other is link]
         shares = divide(report.credits, [other.demand for other in joined])
         report.credits, report.routers = shares[joined.index(link)], len(joined)
+        if self.rollout is not None:
+            report.rollout.CopyFrom(self.rollout)
         return report
+
+    def _keep_rollout(self, rollout: registry_pb2.Rollout) -> None:
+        """Keeps a Rollout that a router has sent, and reports it to all routers, if it is newer than the kept one."""
+        rollout.DiscardUnknownFields()
+        if rollout.ByteSize() > MAX_ROLLOUT_BYTES:
+            logger.warning("ignored a Rollout of %d bytes; the maximum is %d", rollout.ByteSize(), MAX_ROLLOUT_BYTES)
+        elif self.rollout is None or is_newer(rollout, self.rollout):
+            self.rollout = rollout
+            self.notify()
 
     def _joined_elsewhere(self, link: _Link) -> bool:
         """True while another link has joined the router that ``link`` joined last."""
@@ -269,6 +288,7 @@ class _Link:
         report: Callable[[_Link], registry_pb2.Report],
         on_change: Callable[[], None],
         on_demand: Callable[[], None],
+        on_rollout: Callable[[registry_pb2.Rollout], None],
         joined_elsewhere: Callable[[_Link], bool],
         tls: Credentials | None,
         keys: Mapping[str, PrefixKeys],
@@ -283,6 +303,7 @@ class _Link:
         self._report = report
         self._on_change = on_change
         self._on_demand = on_demand
+        self._on_rollout = on_rollout
         self._joined_elsewhere = joined_elsewhere
         self._tls = tls
         self._keys = keys
@@ -333,7 +354,7 @@ class _Link:
 
     async def _run_stream(self) -> None:
         # A new channel for each attempt, because gRPC would add its own back-off to ours on an old one.
-        channel = open_channel(self.address, self._tls)
+        channel = open_channel(self.address, self._tls, role=Role.ROUTER)
         try:
             call: Any = registry_pb2_grpc.RegistryStub(channel).Join()
             self._adapters = registry_pb2.AdapterList(adapters=self._hello.adapters)
@@ -363,6 +384,8 @@ class _Link:
             if message.HasField("demand"):
                 self.demand = RouterDemand(message.demand.in_use, message.demand.queued)
                 self._on_demand()
+            elif message.HasField("rollout"):
+                self._on_rollout(message.rollout)
 
     async def _tell(self, call: Any) -> None:
         self.drain_sent.clear()
@@ -402,6 +425,31 @@ class _Link:
             raise Unavailable(f"{self.address}: the router closed the stream")
         assert isinstance(message, registry_pb2.JoinResponse)
         return message
+
+
+class _Numbered(Protocol):
+    @property
+    def generation(self) -> int: ...
+
+    @property
+    def tie_break(self) -> int: ...
+
+
+def is_newer(state: _Numbered, other: _Numbered) -> bool:
+    """True if a rollout's ``state`` replaces the ``other``.
+
+    Generations are on a circle, as sequence numbers in RFC 1982: the next one after any is newer. So no generation
+    that a faulty process sends ends the changes. Generation 0, which no change has, is the oldest.
+    """
+    if not (state.generation and other.generation):
+        return bool(state.generation)
+    ahead = (state.generation - other.generation) % (1 << 64)
+    return state.tie_break > other.tie_break if ahead == 0 else ahead < 1 << 63
+
+
+def next_generation(generation: int) -> int:
+    """Returns the generation of the change after ``generation``."""
+    return generation % ((1 << 64) - 1) + 1
 
 
 def _resolver(router: str) -> Resolver | None:

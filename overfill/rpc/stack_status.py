@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -95,7 +95,7 @@ class ModelIdentity:
         decoder_config_digest: Digest of the decoder's config and layer map; empty on prefill workers.
         reader_digest: Digest of the weights that compute prompt KV; today that of the full model.
         reader_quantize: Format to which these weights are rounded on load; empty means none.
-        revision: Revision of the pair; empty means none.
+        revision: Revision of the pair; empty in a stack without revisions.
     """
 
     name: str
@@ -165,6 +165,7 @@ class ProcessStatus:
         metrics_address: host:port of ``/metrics``; None means that the process serves no metrics.
         engine: A worker's engine with its version, for people; None means unknown, and a router.
         tier: Tier of a decode worker; None means the only one, and other processes.
+        startup_seconds: Seconds that a worker took to start, without the preparation of a pair; 0 for routers.
     """
 
     id: str
@@ -182,6 +183,7 @@ class ProcessStatus:
     metrics_address: str | None = None
     engine: str | None = None
     tier: str | None = None
+    startup_seconds: float = 0.0
 
     @classmethod
     def from_proto(cls, message: admin_pb2.ProcessStatus) -> ProcessStatus:
@@ -229,6 +231,7 @@ class WorkerStatus:
         tier: Tier of a worker that decodes; None in the entry of the prefill stage.
         colocated: Whether the worker has both stages: another entry with the same id is about the other stage.
         adapters: Digests of the adapters of a worker that decodes, by name.
+        revision: Revision of its pair; empty in a stack without revisions.
     """
 
     id: str
@@ -238,6 +241,7 @@ class WorkerStatus:
     tier: str | None = None
     colocated: bool = False
     adapters: Mapping[str, str] = field(default_factory=dict)
+    revision: str = ""
 
     @property
     def state(self) -> ProcessState:
@@ -249,7 +253,7 @@ class WorkerStatus:
         process = ProcessStatus.from_proto(message.process) if message.HasField("process") else None
         stage, tier = _stage(message.stage), message.tier or None
         adapters = {adapter.name: adapter.digest for adapter in message.adapters}
-        return cls(message.id, stage, message.address, process, tier, message.colocated, adapters)
+        return cls(message.id, stage, message.address, process, tier, message.colocated, adapters, message.revision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,6 +380,8 @@ class RouterStatus:
 class PoolStatus:
     """Number of ready workers of one stage or tier, and the number with which the stack is complete.
 
+    In the status of a stack, both revisions count.
+
     Attributes:
         ready: Number of workers that are ready and not draining.
         expected: Number of workers with which the stack was started.
@@ -397,7 +403,7 @@ class StackStatus:
 
     Attributes:
         process: The process that answered.
-        workers: The router's workers, ordered by stage and id; a worker with both stages once for each.
+        workers: The router's workers, ordered by revision, stage and id; a worker with both stages once for each.
         complete: Whether as many workers of each stage are ready as the stack was started with.
         http_address: host:port of the router's HTTP endpoint; None means that it serves none.
         activity: Activity of all router processes at the address; None for a worker.
@@ -416,6 +422,11 @@ class StackStatus:
     tiers: dict[str, PoolStatus] = field(default_factory=dict)
 
     @property
+    def with_revisions(self) -> bool:
+        """Whether a worker's pair has a revision."""
+        return any(worker.revision for worker in self.workers)
+
+    @property
     def several_tiers(self) -> bool:
         """Whether requests can choose among tiers."""
         return len(self.tiers) > 1
@@ -427,14 +438,7 @@ class StackStatus:
 
     @classmethod
     def from_proto(cls, message: admin_pb2.StatusResponse) -> StackStatus:
-        pools: dict[Stage, PoolStatus] = {}
-        tiers: dict[str, PoolStatus] = {}
-        for pool in message.pools:
-            stage = _stage(pool.stage)
-            others = pools.get(stage, PoolStatus(0, 0))
-            pools[stage] = PoolStatus(others.ready + pool.ready, others.expected + pool.expected)
-            if pool.tier:
-                tiers[pool.tier] = PoolStatus(pool.ready, pool.expected, pool.tier, pool.brownout)
+        pools, tiers = _pools(message.pools)
         return cls(
             process=ProcessStatus.from_proto(message.process),
             workers=tuple(WorkerStatus.from_proto(worker) for worker in message.workers),
@@ -463,6 +467,69 @@ class StackStatus:
             ),
             http_address=self.http_address and instead_of_wildcard(self.http_address, host),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class RevisionStatus:
+    """One of the revisions that a stack serves.
+
+    Attributes:
+        name: Its name; empty for a revision without a name.
+        percent: Share of new conversations that is set now, 0 to 100.
+        ready: Whether both of its stages have a ready worker. The new revision gets no request before.
+        running: Number of requests that it answers now, without those that wait in other routers than the one asked.
+        pools: Worker counts by stage.
+        tiers: Worker counts of the decode stage by tier.
+    """
+
+    name: str
+    percent: float
+    ready: bool
+    running: int
+    pools: dict[Stage, PoolStatus] = field(default_factory=dict)
+    tiers: dict[str, PoolStatus] = field(default_factory=dict)
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.RevisionStatus) -> RevisionStatus:
+        pools, tiers = _pools(message.pools)
+        return cls(**shared_fields(cls, message) | {"pools": pools, "tiers": tiers})
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutStatus:
+    """How a stack divides new conversations between its revisions.
+
+    Attributes:
+        revisions: The old one first; only one while there is no rollout.
+        target_percent: Share of the new revision at the end of the current change, 0 to 100.
+        remaining_seconds: Seconds until then; 0 if the change has ended or is paused.
+        paused: Whether the change was stopped before its end.
+    """
+
+    revisions: tuple[RevisionStatus, ...]
+    target_percent: float
+    remaining_seconds: float
+    paused: bool
+
+    @classmethod
+    def from_proto(cls, message: admin_pb2.RolloutStatus) -> RolloutStatus:
+        revisions = tuple(RevisionStatus.from_proto(one) for one in message.revisions)
+        return cls(**shared_fields(cls, message) | {"revisions": revisions})
+
+
+def _pools(messages: Iterable[admin_pb2.PoolStatus]) -> tuple[dict[Stage, PoolStatus], dict[str, PoolStatus]]:
+    """Returns the worker counts by stage, and those of the decode stage by tier, over all revisions."""
+    pools: dict[Stage, PoolStatus] = {}
+    tiers: dict[str, PoolStatus] = {}
+    for pool in messages:
+        stage = _stage(pool.stage)
+        others = pools.get(stage, PoolStatus(0, 0))
+        pools[stage] = PoolStatus(others.ready + pool.ready, others.expected + pool.expected)
+        if pool.tier:
+            others = tiers.get(pool.tier, PoolStatus(0, 0))
+            ready, expected = others.ready + pool.ready, others.expected + pool.expected
+            tiers[pool.tier] = PoolStatus(ready, expected, pool.tier, others.brownout or pool.brownout)
+    return pools, tiers
 
 
 def _state(process: ProcessStatus | None) -> ProcessState:

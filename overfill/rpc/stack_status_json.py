@@ -48,7 +48,12 @@ def _worker_json(worker: WorkerStatus) -> dict[str, Any]:
     process = worker.process
     load = process.load if process is not None else None
     result: dict[str, Any] = {"id": worker.id, "stage": worker.stage, "colocated": worker.colocated}
-    result |= {"tier": worker.tier, "state": worker.state, "adapters": list(worker.adapters)}
+    result |= {
+        "tier": worker.tier,
+        "revision": worker.revision,
+        "state": worker.state,
+        "adapters": list(worker.adapters),
+    }
     result["engine"] = process.engine if process is not None else None
     if load is None:
         return result | dict.fromkeys(

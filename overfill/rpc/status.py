@@ -174,8 +174,8 @@ def _plain(message: str) -> str:
         return "this port speaks HTTP/1: give the router's gRPC port, which is 7600 by default (overfill up --grpc)"
     if "Hostname Verification Check failed" in message:
         return (
-            "its certificate does not name this address: set the name that it does name (--tls-name, tls_name), which "
-            "is overfill with `overfill certs`"
+            "its certificate does not name this address, or its role where the name is overfill: give a name that it "
+            "has (--tls-name, tls_name), or make certificates for each role with `overfill certs`"
         )
     if found := re.search("CERTIFICATE_VERIFY_FAILED: ([^:]+)", message):
         return f"its certificate is not valid for the authorities in --tls-ca: {found[1]}"

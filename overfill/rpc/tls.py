@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 
 from overfill.process.permissions import refusal
+from overfill.rpc.access import NAME, Role, role_dns
 from overfill.rpc.reload import ReloadingValue
 
 _CERTIFICATES = "the TLS certificates"
@@ -35,8 +36,9 @@ class ClientTls:
         ca: PEM file with the certificates to trust; None trusts the system's.
         cert: PEM file with the client's certificate chain; requires ``key``.
         key: PEM file with the private key of ``cert``.
-        name: name that the server's certificate must have; empty means the host of the address. In a cluster,
-            addresses change, so all processes have certificates for one name.
+        name: DNS name that the server's certificate must have; empty means the host of the address. In a cluster,
+            addresses change. There, "overfill" stands for the name of the server's role, such as
+            ``router.role.overfill.internal``.
 
     Raises:
         TlsError: only one of ``cert`` and ``key`` is given.
@@ -50,6 +52,10 @@ class ClientTls:
     def __post_init__(self) -> None:
         if (self.cert is None) != (self.key is None):
             raise TlsError("a TLS client certificate needs a certificate and a key: give both, or neither")
+
+    def expected(self, role: Role | None) -> str:
+        """Returns the name that the certificate of a server of ``role`` must have; empty means the address's host."""
+        return role_dns(role) if self.name == NAME else self.name
 
     def credentials(self) -> grpc.ChannelCredentials:
         """Reads the files. Raises TlsError naming the file that cannot be read."""
@@ -143,15 +149,17 @@ class ServerTls:
 
         return ReloadingValue((self.cert, self.key, self.client_ca), read, TlsError, _CERTIFICATES)
 
-    def check_name(self, client: ClientTls, host: str) -> None:
-        """Raises TlsError unless a client with ``client`` accepts this server's certificate at ``host``."""
+    def check_name(self, client: ClientTls, host: str, role: Role) -> None:
+        """Raises TlsError unless a client with ``client`` accepts this server at ``host`` as one of ``role``."""
         try:
             asks = ssl.create_default_context(cafile=client.ca)
         except OSError as error:
             raise TlsError(f"cannot read the TLS CA certificate {client.ca}: {error}") from error
-        asks.verify_flags &= ~ssl.VERIFY_X509_STRICT  # Python's default from 3.13 on, but not gRPC's
+        # As gRPC: Python is strict from 3.13 on, and trusts no certificate without its issuer before.
+        asks.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        asks.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
         to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
-        name = client.name or host.strip("[]")
+        name = client.expected(role) or host.strip("[]")
         ends = [
             asks.wrap_bio(to_client, to_server, server_hostname=name),
             self.contexts(client_certificates=False).value.wrap_bio(to_server, to_client, server_side=True),
@@ -161,10 +169,14 @@ class ServerTls:
                 with suppress(ssl.SSLWantReadError):
                     end.do_handshake()
         except ssl.SSLCertVerificationError as error:
+            remedy = (
+                f"give one of the role {role}, as `overfill certs` makes it"
+                if client.name == NAME
+                else "give the name that it has (--tls-name, tls_name), which is overfill with `overfill certs`"
+            )
             raise TlsError(
                 f"the TLS server certificate {self.cert} cannot be used at {name}: {error.verify_message.rstrip('.')}; "
-                "give the name that it has (--tls-name, tls_name), which is overfill with `overfill certs`, and the "
-                "authority that signed it (--tls-ca, tls_ca)"
+                f"{remedy}, and the authority that signed it (--tls-ca, tls_ca)"
             ) from error
 
     def _configuration(self) -> Any:

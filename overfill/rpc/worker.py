@@ -122,6 +122,7 @@ class WorkerHost:
         self._stop = asyncio.Event()
         self._refusal: Incompatible | None = None
         self._membership: Membership | None = None
+        self._joined = False
         server.add(admin_pb2_grpc.add_AdminServicer_to_server, _Admin(self), ADMIN_SERVICE)
 
     @property
@@ -137,6 +138,12 @@ class WorkerHost:
             self._server.set_ready(False)
             self._worker.on_drain()
             self.notify()
+
+    def unready(self) -> str:
+        """Returns why the worker takes no requests now; empty if it does."""
+        if self.draining:
+            return "the worker is draining"
+        return "" if self._joined else "the worker has joined no router"
 
     def notify(self, *, debounce: bool = False) -> None:
         """Reports a changed load to the routers soon; with ``debounce``, a little later, because it can wait."""
@@ -199,6 +206,7 @@ class WorkerHost:
         # routers restart. Otherwise all workers would become unready at once, and budgets would block node drains.
         if self._routers:
             await membership.joined.wait()
+        self._joined = True
         if not self.draining:
             self._server.set_ready(True)
 
@@ -273,6 +281,7 @@ class WorkerHost:
             engine=hello.engine,
             tier=hello.tier,
             prefill_load=self._prefill_load(),
+            startup_seconds=hello.startup_seconds,
         )
 
 

@@ -11,9 +11,10 @@ from pydantic.fields import FieldInfo
 
 PLACEHOLDERS = {
     "routers": "HOST:PORT,...", "served_model_name": "NAME,...", "tiers": "NAME=PAIR:N;...",
+    "canary_tiers": "NAME=PAIR:N;...", "canary_pair": "PAIR", "canary_revision": "NAME", "revision": "NAME",
     "brownout": "'TIER > TIER...'", "allowed_origins": "ORIGIN,...", "engine_args": "JSON", "shared_cores": "FILE",
     "share_port": "FOLDER", "adapters": "FOLDER", "device": "auto|cpu|cuda[:N]", "pair": "PAIR",
-    "otlp_traces_endpoint": "URL",
+    "otlp_traces_endpoint": "URL", "probe_host": "HOST",
     "host": "HOST", "metrics_host": "HOST", "default_tier": "TIER", "tier": "TIER", "advertise": "HOST[:PORT]",
 }  # fmt: skip
 """Field -> placeholder of its value in --help, for fields whose type does not say enough."""

@@ -12,11 +12,11 @@ from pydantic import ByteSize, Field, model_validator
 from overfill.api.keys import BadKeyFile, KeyRing
 from overfill.process.permissions import refusal
 from overfill.request.grammar_limits import GrammarLimits
-from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, WORKER_RPCS, AccessPolicy, Rule
+from overfill.rpc.access import METRICS_ROUTES, MIN_SECRET, NAME, WORKER_RPCS, AccessPolicy, Role, Rule
 from overfill.rpc.addresses import is_loopback
 from overfill.rpc.tls import ClientTls, Credentials, ServerTls
 from overfill.settings.reader import SettingsReader
-from overfill.settings.values import Bytes, LogLevel, PairName, Port, PortOrOff, Url
+from overfill.settings.values import Bytes, LogLevel, PairName, Port, PortOrOff, Revision, Url
 from overfill.telemetry.logs import LogFormat
 
 
@@ -26,6 +26,9 @@ class CommonSettings(SettingsReader):
     rpcs: ClassVar[Mapping[str, Rule]] = WORKER_RPCS
     """Access rules of this service's RPCs."""
 
+    role: ClassVar[Role] = Role.WORKER
+    """Role that this service's certificate must have."""
+
     config: Path | None = Field(
         None,
         description="YAML or TOML file of settings; flags and variables take precedence; see `overfill config`",
@@ -33,6 +36,11 @@ class CommonSettings(SettingsReader):
     pair: PairName = Field(
         description="name of a pair (default, fast, identity), which is prepared on first use, or a pair's folder "
         "(./default for a folder called default)"
+    )
+    revision: Revision = Field(
+        "",
+        description="name of this state of the pair's weights, such as r1; workers of two revisions never exchange KV; "
+        "by default a revision without a name",
     )
     host: str = Field(
         "127.0.0.1",
@@ -46,7 +54,9 @@ class CommonSettings(SettingsReader):
         None, description="PEM file of the CA certificates that must have signed the other processes' certificates"
     )
     tls_name: str = Field(
-        "", description="DNS name in the certificates of all other processes; empty means the host of each address"
+        "",
+        description="DNS name in the certificates of all other processes; overfill stands for the name of each one's "
+        "role, such as worker.role.overfill.internal; empty means the host of each address",
     )
     api_keys: Path | None = Field(
         None,
@@ -83,6 +93,16 @@ class CommonSettings(SettingsReader):
         "127.0.0.1",
         description="address of /metrics; any other than loopback requires --tls-cert, --tls-key and --tls-ca",
     )
+    probe_port: PortOrOff = Field(
+        "off",
+        description="port of /livez, /readyz and /startupz, for probes of Kubernetes or another supervisor; 0 picks a "
+        "free one, which the log names; off disables them",
+    )
+    probe_host: str = Field(
+        "127.0.0.1",
+        description="address of the probes, which need no client certificate; any other than loopback requires "
+        "--tls-cert and --tls-key",
+    )
 
     @model_validator(mode="after")
     def _check_tls(self) -> Self:
@@ -93,6 +113,11 @@ class CommonSettings(SettingsReader):
             raise ValueError(
                 f"--metrics-host {self.metrics_host} is open to other machines: give --tls-cert, --tls-key and "
                 "--tls-ca (the CA of the scraper's certificate), or keep --metrics-host 127.0.0.1"
+            )
+        if self.probe_port != "off" and self.tls_cert is None and not is_loopback(self.probe_host):
+            raise ValueError(
+                f"--probe-host {self.probe_host} is open to other machines: give --tls-cert and --tls-key, or keep "
+                "--probe-host 127.0.0.1"
             )
         # Without --tls-ca, callers need no certificate, so anyone could join as a worker or drain the stack. API keys
         # do not protect against either.
@@ -118,7 +143,7 @@ class CommonSettings(SettingsReader):
     def check_certificate(self, caller: ClientTls | None, host: str) -> None:
         """Raises TlsError unless a process with the files of ``caller`` accepts this one's certificate at ``host``."""
         if (server := self.server_tls()) is not None and caller is not None:
-            server.check_name(caller, host)
+            server.check_name(caller, host, self.role)
 
     def grammar_limits(self) -> GrammarLimits:
         """Returns what a client's grammar may cost."""
@@ -147,13 +172,15 @@ class CommonSettings(SettingsReader):
         """Reads certificates, keys and secret, so that a fault is found before a model is loaded.
 
         Raises:
-            TlsError: a certificate cannot be read.
+            TlsError: a certificate cannot be read, or the own one lacks the service's role.
             BadKeyFile: the API keys or the secret cannot be read.
         """
         if (server := self.server_tls()) is not None:
             server.credentials()
         if (client := self.client_tls()) is not None:
             client.reloaded()
+            if server is not None and client.name == NAME:
+                server.check_name(ClientTls(self.tls_cert, name=NAME), NAME, self.role)  # trusted here, for its names
         self.metrics_access()
 
     def _secret(self) -> str:

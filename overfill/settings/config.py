@@ -19,12 +19,13 @@ from overfill.request.params import MAX_STREAM_INTERVAL
 from overfill.request.thinking import ReasoningParser
 from overfill.routing.policies import DECODE_DEFAULT, PREFILL_DEFAULT, DecodePolicyName, PolicyName
 from overfill.routing.tier import DEFAULT_TIER
-from overfill.rpc.access import ROUTER_RPCS, AccessPolicy
+from overfill.rpc.access import ROUTER_RPCS, AccessPolicy, Role
 from overfill.rpc.addresses import is_loopback, is_wildcard
 from overfill.rpc.constants import MAX_DATA_STREAMS, MAX_PENDING_RPCS, MAX_TRANSFER_TIME, SPARE_RPCS
 from overfill.settings.common import CommonSettings
 from overfill.settings.config_file import COMMON, BadConfigFile, ConfigFile, flag_name, read_config_file
 from overfill.settings.tiers import (
+    RevisionSpec,
     TierOrder,
     Tiers,
     TierSpec,
@@ -45,6 +46,7 @@ from overfill.settings.values import (
     PairName,
     Port,
     PortOrOff,
+    Revision,
 )
 
 STEP_TOKENS = 512
@@ -225,7 +227,8 @@ class PrefillConfig(PrefillingConfig):
                 f"--data-port {self.data_port}: rank {len(ports) - 1} would have port {ports[-1]}, above 65535: give a "
                 "smaller one"
             )
-        for flag, port in (("--port", self.port), ("--metrics-port", self.metrics_port)):
+        others = {"--port": self.port, "--metrics-port": self.metrics_port, "--probe-port": self.probe_port}
+        for flag, port in others.items():
             if port in ports:
                 raise ValueError(
                     f"--data-port {self.data_port}: the ranks have the ports up to {ports[-1]}, and {flag} is {port}: "
@@ -371,6 +374,7 @@ class RouterConfig(ServiceConfig):
     program = "overfill-router"
     section = "router"
     rpcs = ROUTER_RPCS
+    role = Role.ROUTER
 
     pair: PairName = Field(
         "",
@@ -405,6 +409,22 @@ class RouterConfig(ServiceConfig):
     default_tier: str = Field(
         "",
         description="tier of requests that name none; by default the tier called default, or else the first one",
+    )
+    canary_revision: Revision = Field(
+        "",
+        description="during a rollout, name of the new revision, served beside --revision; by default "
+        "the router serves one revision",
+    )
+    canary_pair: PairName = Field("", description="with --canary-revision, the new revision's pair, as --pair")
+    canary_tiers: Tiers = Field(
+        (),
+        description="with --canary-revision, the new revision's tiers, as --tiers, and with the same names",
+    )
+    canary_percent: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="the new revision's share of new conversations until `overfill rollout` changes it, in percent",
     )
     brownout: TierOrder = Field(
         (),
@@ -514,6 +534,40 @@ class RouterConfig(ServiceConfig):
             return (TierSpec(name=DEFAULT_TIER, pair=self.pair, replicas=max(1, self.expect_decode)),)
         first = default_tier([tier.name for tier in self.tiers], self.default_tier)
         return tuple(sorted(self.tiers, key=lambda tier: tier.name != first))
+
+    @model_validator(mode="after")
+    def _check_canary(self) -> Self:
+        if not self.canary_revision:
+            for name in ("canary_pair", "canary_tiers", "canary_percent"):
+                if getattr(self, name):
+                    raise ValueError(f"--{flag_name(name)} needs --canary-revision: give the new revision a name")
+            return self
+        if self.canary_revision == self.revision:
+            raise ValueError(
+                f"--canary-revision {self.canary_revision}: --revision has the same name; give the new one another"
+            )
+        if bool(self.canary_pair) == bool(self.canary_tiers):
+            raise ValueError(f"--canary-revision {self.canary_revision}: give either --canary-pair or --canary-tiers")
+        names = [sorted(tier.name for tier in spec.tiers) for spec in self.revisions]
+        check_tiers(self.revisions[1].tiers)
+        if names[0] != names[1]:
+            # A client names a tier, and not a revision.
+            raise ValueError(
+                f"{'--canary-tiers' if self.canary_tiers else '--canary-pair'}: both revisions must have the same "
+                f"tiers; got {', '.join(names[1])} for the new one, and {', '.join(names[0])} for the old one"
+            )
+        return self
+
+    @property
+    def revisions(self) -> list[RevisionSpec]:
+        """The revisions that this router serves, the old one first: two during a rollout, or else one."""
+        old = RevisionSpec(self.revision, self.ordered_tiers)
+        if not self.canary_revision:
+            return [old]
+        tiers = self.canary_tiers or (TierSpec(name=DEFAULT_TIER, pair=self.canary_pair),)
+        first = old.tiers[0].name
+        ordered = tuple(sorted(tiers, key=lambda tier: tier.name != first))
+        return [old, RevisionSpec(self.canary_revision, ordered)]
 
     @model_validator(mode="after")
     def _check_shared_port(self) -> Self:

@@ -30,7 +30,7 @@ from overfill.settings.config_file import BadConfigFile, ConfigFile, all_names, 
 from overfill.settings.flags import read_flags
 from overfill.settings.values import check_text
 
-SEPARATORS = {"tiers": ";", "brownout": " > "}
+SEPARATORS = {"tiers": ";", "canary_tiers": ";", "brownout": " > "}
 """Separators of the settings with several values that are not separated by commas."""
 
 SETTINGS = "OVERFILL_SETTINGS"

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from overfill.kv.spec import Quantization
 from overfill.routing.tier import DEFAULT_TIER, NO_FALLBACK
-from overfill.settings.values import check_text
+from overfill.settings.values import LABEL, check_text
 
 MAX_TIERS = 16
 """Maximum number of tiers of a stack: metrics have series for each."""
@@ -24,7 +25,6 @@ MAX_TIERS = 16
 MAX_REPLICAS = 1000
 """Maximum number of processes of a pool."""
 
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")  # also a valid DNS label
 _SPEC = re.compile(r"(?P<name>[^=]*)=(?P<pair>[^,]+?)(:(?P<count>\d+))?(?P<settings>,.*)?", re.DOTALL)
 _NEXT_SETTING = re.compile(r",(?=[a-z][a-z0-9-]*=)")  # a comma within a JSON value starts no setting
 
@@ -139,6 +139,19 @@ class TierSpec(PoolSpec):
         return None if value is None else "int8" if value == "int8" else "none"
 
 
+@dataclass(frozen=True, slots=True)
+class RevisionSpec:
+    """A revision of a stack: one state of its pairs' weights.
+
+    Attributes:
+        name: empty for a revision without a name.
+        tiers: its tiers, the default one first.
+    """
+
+    name: str
+    tiers: tuple[TierSpec, ...]
+
+
 def _seconds(tier: str, name: str, text: str) -> float:
     try:
         value = float(text)
@@ -151,7 +164,7 @@ def _seconds(tier: str, name: str, text: str) -> float:
 
 def check_tier_name(name: str) -> None:
     """Raises ValueError if ``name`` cannot be the name of a tier."""
-    if not _NAME.fullmatch(name) or name == NO_FALLBACK:
+    if not LABEL.fullmatch(name) or name == NO_FALLBACK:
         raise ValueError(
             f"{name!r} cannot name a tier: give 1 to 32 lower-case letters, digits and hyphens, and not {NO_FALLBACK!r}"
         )

@@ -15,6 +15,9 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 EngineChoice = Literal["auto", "overfill", "vllm", "mock"]
 
 
+LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+"""Names of tiers and revisions. Each is also a valid DNS label."""
+
 _NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udc7f\udd00-\udfff]")
 """Control characters except line breaks and tabs, and the surrogates that stand for no byte of a file's name."""
 
@@ -61,6 +64,13 @@ def _check_name(name: str) -> str:
     return name
 
 
+def check_revision(name: str) -> str:
+    """Returns the name of a revision, or the empty text. Raises ValueError for another text."""
+    if name and not LABEL.fullmatch(name):
+        raise ValueError("must be 1 to 32 lower-case letters, digits and hyphens, such as r1 or 2026-11-30")
+    return name
+
+
 def _read_off(value: object) -> object:
     """Reads False, which is ``off`` in YAML, as "off". True is no port either, although Python counts it as 1."""
     if value is True:
@@ -102,6 +112,7 @@ EngineArgs = Annotated[str, AfterValidator(_check_engine_args)]
 Bytes = Annotated[ByteSize, AfterValidator(_check_positive), PlainSerializer(_short_size, when_used="json")]
 Device = Annotated[str, AfterValidator(_check_device)]
 Name = Annotated[str, AfterValidator(_check_name)]
+Revision = Annotated[str, AfterValidator(check_revision)]
 Url = Annotated[str, AfterValidator(_check_url)]
 Addresses = Annotated[tuple[Annotated[str, AfterValidator(_check_address)], ...], BeforeValidator(_split)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_split)]

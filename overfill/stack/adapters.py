@@ -15,7 +15,6 @@ from overfill.model.manifest import Pair
 from overfill.pair.adapters import adapter_names, add_adapter, check_new_adapter, default_folder
 from overfill.pair.store import NAMED, is_ready, resolve_pair
 from overfill.process.held_folder import temporary_folder
-from overfill.routing.tier import DEFAULT_TIER
 from overfill.settings.config import DecodeConfig
 from overfill.settings.reader import BadSettings
 from overfill.stack.spec import StackSpec
@@ -32,7 +31,7 @@ def with_default_folder(spec: StackSpec, note: Callable[[str], None]) -> StackSp
     """
     if spec.joins_cluster or spec.mock or _folders(spec) or not all(map(_is_here, spec.pairs)):
         return spec
-    folder = default_folder(_pair(next(iter(spec.pairs))))
+    folder = default_folder(_pair(spec.default_pair))
     found = {record.decoder_digest for record in _records(folder)} if folder.is_dir() else set()
     if not found:
         return spec
@@ -87,7 +86,7 @@ def with_modules(spec: StackSpec, modules: Mapping[str, Path]) -> Iterator[tuple
 def _served(spec: StackSpec, new: Sequence[AdapterRecord]) -> list[AdapterRecord]:
     """Returns the adapters that the decode workers will load once the folder has ``new`` too. Reads no weights."""
     served: dict[str, AdapterRecord] = {}
-    tiers = [*spec.tiers] or [DEFAULT_TIER]
+    tiers = {tier for pairs in spec.pairs_by_revision.values() for tier in pairs}
     for config in () if spec.joins_cluster else _decoding(spec):
         if config.adapters is None or not config.max_adapters:
             continue

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from overfill.pair.store import MOCK
 from overfill.process.gpus import gpu_count
-from overfill.rpc.access import Role
+from overfill.rpc.access import NAME, Role
 from overfill.rpc.addresses import is_loopback
-from overfill.rpc.certificates import NAME, role_files
+from overfill.rpc.certificates import role_files
 from overfill.settings.config import SERVICES, RouterConfig, ServiceConfig, read_checked
 from overfill.settings.config_file import all_names, flag_name, nearest
 from overfill.settings.reader import BadSettings, Given
@@ -28,23 +28,27 @@ from overfill.stack.spec import (
     DECODE,
     DEFAULT_PAIR,
     PREFILL,
+    SET_BY_STACK,
     RouterSpec,
     StackSpec,
-    decode_pool,
     kind_of,
+    pool_name,
 )
 
 GRPC_PORT, HTTP_PORT = 7600, 8000  # defaults
 
-_OWN = {"pair", "port", "data_port", "http", "worker_id", "routers", "expect_prefill", "expect_decode", "tier", "tiers"}
-"""Settings that the document says elsewhere."""
+_OWN = SET_BY_STACK - {"share_port", "join_port"}
+"""Settings that the document says elsewhere, or that no process of a stack has."""
 
 _READ_BY_UP = {("router", "port"), ("router", "http"), ("router", "tiers")}
 """Section and name of those that are also options of ``up``."""
 
 _TLS = {"tls_cert", "tls_key", "tls_ca", "tls_name"}
 
-_OF_TIER = {"config", "pair", "tier", "worker_id", "routers", "port", "advertise", "metrics_port"}
+_OF_TIER = {
+    "config", "pair", "revision", "tier", "worker_id", "routers", "port", "advertise", "metrics_port", "probe_port",
+    "probe_host",
+}  # fmt: skip
 """Settings of decode workers that differ between the workers of a tier, or that the tier itself sets."""
 
 
@@ -83,6 +87,7 @@ def describe(
     tls: Path | None = None,
     ray: RayPlacement | None = None,
     log_dir: Path | None = None,
+    revision: str = "",
 ) -> StackSpec:
     """Returns the document of a stack.
 
@@ -101,6 +106,7 @@ def describe(
         tls: folder with a certificate per role; replaces the TLS fields of ``settings``.
         ray: place of a stack on Ray; None means plain processes.
         log_dir: folder for one log file per process.
+        revision: name of this state of the pairs' weights; empty means none.
 
     Raises:
         BadSettings: a value is wrong, two servers would use the same port, certificates are given twice, a tier has a
@@ -115,7 +121,7 @@ def describe(
     if tls is not None and _TLS - {"tls_name"} & flags.keys():
         raise BadSettings("--tls replaces --tls-cert, --tls-key and --tls-ca: remove them")
     counts = {COLOCATED: colocated, PREFILL: prefill} | (
-        {decode_pool(tier.name): tier.replicas for tier in tiers} if tiers else {DECODE: decode}
+        {pool_name(DECODE, tier.name): tier.replicas for tier in tiers} if tiers else {DECODE: decode}
     )
     counts = {name: count for name, count in counts.items() if count}
     router = _given(RouterConfig, flags, tls, Role.ROUTER)
@@ -160,6 +166,7 @@ def describe(
         "tls": None if tls is None else str(tls.absolute()),
         "new_secret": secret,
         "log_dir": None if log_dir is None else str(log_dir.absolute()),
+        "revision": revision,
     }
     if ray is not None:
         data |= {"name": ray.name, "ray_address": ray.ray_address}
@@ -167,7 +174,7 @@ def describe(
         data["tiers"] = {
             tier.name: {
                 **tier.model_dump(include={"pair", "fallback", "ttft_objective", "itl_objective"}),
-                **(pool(decode_pool(tier.name)) if tier.replicas else {"replicas": 0}),
+                **(pool(pool_name(DECODE, tier.name)) if tier.replicas else {"replicas": 0}),
             }
             for tier in tiers
         }
@@ -218,7 +225,7 @@ def _own_settings(
 ) -> dict[str, dict[str, Any]]:
     """Returns the settings of each pool that its stage or tier chooses for itself; None takes a flag away."""
     decode = KINDS[DECODE].settings
-    pools = {decode_pool(tier.name): tier_settings(tier, decode) for tier in tiers} if tiers else {DECODE: {}}
+    pools = {pool_name(DECODE, tier.name): tier_settings(tier, decode) for tier in tiers} if tiers else {DECODE: {}}
     of_prefill, *engines = _engines(
         flags.get("prefill_engine"), *(own.get("engine", flags.get("decode_engine")) for own in pools.values())
     )
@@ -291,7 +298,7 @@ def _resources(
     ray: RayPlacement | None,
 ) -> dict[str, dict[str, Any]]:
     """Returns the bounds of each pool, and what Ray reserves for each of its workers."""
-    own = {decode_pool(tier.name): tier.max_replicas for tier in tiers}
+    own = {pool_name(DECODE, tier.name): tier.max_replicas for tier in tiers}
     if ray is None:
         return {name: {"max_replicas": own.get(name)} for name in counts}
     most = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from overfill.engine.vllm_args import check_vllm_args, installed_arguments
 from overfill.model.manifest import Half, Pair, check_family
 from overfill.model.pair_files import load_whole
 from overfill.pair.store import resolve_pair
-from overfill.routing.tier import DEFAULT_TIER
 from overfill.settings.config import ColocatedConfig, DecodeConfig
 from overfill.settings.tiers import TierSpec
 from overfill.settings.values import EngineChoice
@@ -24,8 +23,7 @@ from overfill.telemetry.progress import Report
 def resolve_tiers(tiers: Sequence[TierSpec], report: Report) -> tuple[TierSpec, ...]:
     """Returns the tiers with their pairs' folders, as ``resolve_pairs``."""
     resolved = tuple(tier.model_copy(update={"pair": str(resolve_pair(tier.pair, report))}) for tier in tiers)
-    if len(resolved) > 1:
-        check_family({tier.name: Pair.load(Path(tier.pair)) for tier in resolved})
+    _check_family({tier.name: tier.pair for tier in resolved})
     return resolved
 
 
@@ -33,12 +31,18 @@ def resolve_pairs(spec: StackSpec, report: Report) -> StackSpec:
     """Returns ``spec`` with the folders of its pairs; prepares named pairs that are missing.
 
     Raises:
-        InvalidPair: a pair cannot be prepared, or two pairs have different full models or tokenizers.
+        InvalidPair: a pair cannot be prepared, or two pairs of one revision have different full models or tokenizers.
     """
-    tiers = resolve_tiers([*spec.tiers.values()] or [TierSpec(name=DEFAULT_TIER, pair=spec.pair)], report)
-    if not spec.tiers:
-        return spec.model_copy(update={"pair": tiers[0].pair})
-    return spec.model_copy(update={"tiers": dict(zip(spec.tiers, tiers, strict=True))})
+    resolved = spec.with_pairs(lambda pair: str(resolve_pair(pair, report)))
+    for pairs in resolved.pairs_by_revision.values():
+        _check_family(pairs)
+    return resolved
+
+
+def _check_family(pairs: Mapping[str, str]) -> None:
+    """Raises InvalidPair if tiers have different full models or tokenizers. ``pairs`` has the folder of each."""
+    if len(pairs) > 1:
+        check_family({tier: Pair.load(Path(pair)) for tier, pair in pairs.items()})
 
 
 def tier_pair(tier: TierSpec) -> Pair:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from overfill.process.held_folder import PREFIX
 from overfill.routing.tier import DEFAULT_TIER
-from overfill.rpc.access import Role
+from overfill.rpc.access import NAME, Role
 from overfill.rpc.addresses import reachable
-from overfill.rpc.certificates import NAME, role_files
+from overfill.rpc.certificates import role_files
 from overfill.rpc.tls import ClientTls, Credentials
 from overfill.settings.config import ColocatedConfig, DecodeConfig, PrefillConfig, RouterConfig
 from overfill.settings.tiers import TierSpec

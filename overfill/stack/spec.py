@@ -5,6 +5,7 @@ Plain data, checked here. It knows nothing about how processes start: ``process_
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,17 +14,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from overfill.routing.tier import DEFAULT_TIER
-from overfill.rpc.access import Role
+from overfill.rpc.access import NAME, Role
 from overfill.rpc.addresses import is_wildcard, split_address
-from overfill.rpc.certificates import NAME, role_files
+from overfill.rpc.certificates import role_files
 from overfill.settings.config import DecodeConfig, RouterConfig, ServiceConfig
 from overfill.settings.config_file import StrictConstructor, all_names, nearest
 from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import MAX_REPLICAS, PoolSpec, TierSpec, default_tier
-from overfill.settings.values import Name, check_text
+from overfill.settings.values import Name, Revision, check_text
 from overfill.settings.worker_kinds import KINDS, WorkerKind, WorkerSettings, WorkerStage
 
 APPLICATION = "overfill"
@@ -33,7 +42,7 @@ DEFAULT_PAIR = "default"
 """Pair of a stack that names none."""
 
 ROUTER, PREFILL, DECODE, COLOCATED = "router", "prefill", "decode", "colocated"
-"""Names of the pools. With several tiers, each has a pool ``decode-TIER`` instead of ``decode``."""
+"""Kinds of pools, with which their names begin (``pool_name``)."""
 
 SUFFIXES = (".yaml", ".yml", ".json")
 """Ends of the names of files that hold a document."""
@@ -41,11 +50,13 @@ SUFFIXES = (".yaml", ".yml", ".json")
 DRAIN_MARGIN = 10.0
 """Seconds after the grace period that a process on Ray has to exit before Ray kills it."""
 
-_MADE = {
+SET_BY_STACK = {
     "pair", "port", "data_port", "http", "share_port", "join_port", "worker_id", "routers", "tier", "tiers",
-    "expect_prefill", "expect_decode",
+    "expect_prefill", "expect_decode", "revision", "canary_revision", "canary_pair", "canary_tiers", "canary_percent",
+    "probe_port", "probe_host",
 }  # fmt: skip
-"""Settings that each process gets from the stack's other fields, so that a value of theirs would have no effect."""
+"""Settings that each process gets from the stack's other fields, so that a value of theirs would have no effect. Its
+processes serve no probes, because the runner watches them itself."""
 
 _ONLY_ON_RAY = {"name", "ray_address", "health_check_period", "health_check_timeout"}
 _RESERVED = {"num_cpus", "num_gpus", "resources"}
@@ -54,16 +65,19 @@ _RESERVED = {"num_cpus", "num_gpus", "resources"}
 _Port = Annotated[int, Field(ge=0, le=65535)]
 _Config = TypeVar("_Config", bound=ServiceConfig)
 
+RevisionName = Annotated[
+    Revision, BeforeValidator(lambda name: str(name) if isinstance(name, datetime.date) else name)
+]  # YAML reads 2026-11-30 as a date
 
-def decode_pool(tier: str) -> str:
-    """Returns the name of the pool of a tier's decode workers; the tier is empty with one pair."""
-    return f"{DECODE}-{tier}" if tier else DECODE
 
+def pool_name(kind: str, tier: str = "", revision: str = "") -> str:
+    """Returns the name of a pool, such as ``decode``, ``decode-fast`` or ``decode-fast-r2``.
 
-def decode_tier(pool: str) -> str | None:
-    """Returns the tier of a pool of decode workers, empty with one pair; None for other pools."""
-    name, _, tier = pool.partition("-")
-    return tier if name == DECODE else None
+    Args:
+        tier: tier of decode workers; empty with one pair.
+        revision: revision of the workers' pair; empty without a name.
+    """
+    return "-".join(filter(None, (kind, tier, revision)))
 
 
 def kind_of(pool: str) -> WorkerKind:
@@ -109,6 +123,45 @@ class RouterSpec(PoolSpec):
         return self
 
 
+class CanarySpec(BaseModel):
+    """The new revision of a stack during a rollout, with its own pair and its own workers.
+
+    Attributes:
+        revision: name of the new revision. The stack's own is the old one.
+        percent: share of new conversations that the new revision gets until ``overfill rollout`` changes it, 0 to 100.
+        pair: pair of the new revision, as of the stack; not with ``tiers``.
+        tiers: tiers of the new revision by name, the same names as those of the stack; empty with one pair.
+        prefill, decode: workers of the new revision, which have one stage each.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    revision: RevisionName = Field(min_length=1)
+    percent: float = Field(default=0.0, ge=0, le=100)
+    pair: str = ""
+    tiers: dict[str, TierSpec] = Field(default_factory=dict)
+    prefill: PoolSpec = Field(default_factory=PoolSpec)
+    decode: PoolSpec | None = None
+
+    _check_text = field_validator("*", mode="before")(check_text)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        if data.get(COLOCATED) is not None:
+            raise ValueError("colocated: workers of a new revision have one stage: give `prefill` and `decode` instead")
+        data = _with_named_tiers(data)
+        return data if data["tiers"] else {DECODE: {}, **data}
+
+    @model_validator(mode="after")
+    def _check_pair(self) -> Self:
+        if not self.pair and not self.tiers:
+            raise ValueError("pair: missing; name the pair of the new revision, or give `tiers`")
+        return self
+
+
 class StackSpec(BaseModel):
     """A whole stack.
 
@@ -116,8 +169,10 @@ class StackSpec(BaseModel):
         runner: ``ray`` runs the stack on Ray Serve, which replaces lost workers; ``processes`` runs plain processes.
         name: name of the application on Ray, at most 256 printable characters.
         ray_address: Ray cluster to join, as for ``ray.init``; None starts one on this machine.
+        revision: name of this state of the weights, such as ``r1``; empty means none. Names of pools end in it.
         pair: name of a pair, or a pair's folder, which must exist on every machine of the stack.
         tiers: the tiers by name, each with its own pair; empty means one tier, of ``pair`` and ``decode``.
+        canary: during a rollout, the new revision, which is served beside this one.
         router: the routers.
         colocated: workers with both stages. With them, ``prefill`` and ``decode`` exist only if they are given.
         prefill, decode: workers with one stage.
@@ -136,8 +191,10 @@ class StackSpec(BaseModel):
     runner: Literal["ray", "processes"] = "ray"
     name: Name = APPLICATION
     ray_address: str | None = None
+    revision: RevisionName = ""
     pair: str = DEFAULT_PAIR
     tiers: dict[str, TierSpec] = Field(default_factory=dict)
+    canary: CanarySpec | None = None
     router: RouterSpec = Field(default_factory=RouterSpec)
     colocated: PoolSpec | None = None
     prefill: PoolSpec | None = None
@@ -157,37 +214,20 @@ class StackSpec(BaseModel):
         """Gives each stage a pool unless there are colocated workers, and each tier its name."""
         if not isinstance(data, Mapping):
             return data
-        tiers = data.get("tiers") or {}
-        if isinstance(tiers, Mapping):
-            for name, one in tiers.items():
-                if isinstance(one, Mapping) and one.get("name", name) != name:
-                    raise ValueError(f"tiers.{name}.name: got {one['name']!r}; the key is the tier's name: remove it")
-            named = {name: {**one, "name": name} if isinstance(one, Mapping) else one for name, one in tiers.items()}
-            data = {**data, "tiers": named}
+        data = _with_named_tiers(data)
         if data.get("colocated") is not None:
             return data
-        return {"prefill": {}, **({} if tiers else {"decode": {}}), **data}
+        return {"prefill": {}, **({} if data["tiers"] else {"decode": {}}), **data}
 
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
-        if self.tiers and (given := sorted({"pair", "decode"} & self.model_fields_set)):
-            raise ValueError(f"tiers: each has its own pair and replicas: remove {' and '.join(given)}")
+        self._check_revisions()
+        for part in self._parts:
+            self._check_tiers(part)
         for name, pool in self.deployments.items():
             if pool.most > MAX_REPLICAS:
-                raise ValueError(f"{_place(name)}: got {pool.most} replicas; a pool has at most {MAX_REPLICAS}")
+                raise ValueError(f"{self._place(name)}: got {pool.most} replicas; a pool has at most {MAX_REPLICAS}")
         self._check_runner()
-        for name, tier in self.tiers.items():
-            if not any(self.tier_of(pool) == name for pool in self.pools):
-                raise ValueError(
-                    f"tiers.{name}.replicas: the number of decode workers must be at least 1, got 0; only the default "
-                    "tier may have none, with `colocated`"
-                )
-            unused = tier.model_dump(exclude_defaults=True).keys() & PoolSpec.model_fields.keys() - {"replicas"}
-            if unused and not tier.replicas:
-                raise ValueError(
-                    f"tiers.{name}: {', '.join(sorted(unused))}: the tier has no workers of its own, so this has no "
-                    "effect: set it in `colocated`, whose workers decode in the tier, or remove it"
-                )
         for stage in ("prefill", "decode"):
             if not self.members(stage):
                 raise ValueError(f"{stage}: no worker has this stage; give the section, or `colocated`")
@@ -198,8 +238,8 @@ class StackSpec(BaseModel):
             hints = (f"settings.{name}: {missing}; {nearest(name, known, all_names())}" for name in unknown)
             raise ValueError("; ".join(hints))
         for place, settings in (("settings", self.settings), *((n, p.settings) for n, p in self.deployments.items())):
-            if made := sorted(settings.keys() & _MADE):
-                raise ValueError(f"{place}: {', '.join(made)}: the other fields of the document set this: remove it")
+            if made := sorted(settings.keys() & SET_BY_STACK):
+                raise ValueError(f"{place}: {', '.join(made)}: the stack sets this for each process itself: remove it")
         self.router_config()
         self._check_ranks()
         engines = {name: self.worker_config(name).engine for name in self.pools}
@@ -211,6 +251,39 @@ class StackSpec(BaseModel):
         self._check_formats()
         self.check_apart(metrics=self.runner == "processes")
         return self
+
+    def _check_revisions(self) -> None:
+        """Raises ValueError if the name of a pool would not say its tier and its revision."""
+        names = [part.revision for part in self._parts if part.revision]
+        if len(names) > len(set(names)):
+            raise ValueError(f"canary.revision: got {names[0]!r}, which is the stack's: give the new revision another")
+        tiers = dict.fromkeys(tier for part in self._parts for tier in part.tiers)
+        for name in names:
+            others = [("revision", other) for other in names if other != name] + [("tier", tier) for tier in tiers]
+            for kind, other in others:
+                if other == name or other.endswith(f"-{name}"):
+                    raise ValueError(
+                        f"revision {name!r}: the {kind} {other!r} ends in the same way, so that a pool "
+                        f"{pool_name(DECODE, other)!r} could be of either: give one of them another name"
+                    )
+
+    def _check_tiers(self, part: StackSpec | CanarySpec) -> None:
+        """Raises ValueError if a revision's tiers lack workers, or have what has no effect."""
+        place = "" if part is self else "canary."
+        if part.tiers and (given := sorted({"pair", "decode"} & part.model_fields_set)):
+            raise ValueError(f"{place}tiers: each has its own pair and replicas: remove {' and '.join(given)}")
+        for name, tier in part.tiers.items():
+            if not any(pool.part is part and pool.tier == name for pool in self._worker_pools.values()):
+                otherwise = "; only the default tier may have none, with `colocated`" if part is self else ""
+                raise ValueError(
+                    f"{place}tiers.{name}.replicas: the number of decode workers must be at least 1, got 0{otherwise}"
+                )
+            unused = tier.model_dump(exclude_defaults=True).keys() & PoolSpec.model_fields.keys() - {"replicas"}
+            if unused and not tier.replicas:
+                raise ValueError(
+                    f"{place}tiers.{name}: {', '.join(sorted(unused))}: the tier has no workers of its own, so this "
+                    "has no effect: set it in `colocated`, whose workers decode in the tier, or remove it"
+                )
 
     def _check_runner(self) -> None:
         """Raises ValueError for fields that the runner does not use, or cannot meet."""
@@ -227,7 +300,7 @@ class StackSpec(BaseModel):
         unused = sorted(self.model_dump(exclude_defaults=True).keys() & _ONLY_ON_RAY)
         for name, pool in self.deployments.items():
             own = pool.model_dump(exclude_defaults=True).keys() & _RESERVED
-            unused += [f"{_place(name)}.{field}" for field in sorted(own)]
+            unused += [f"{self._place(name)}.{field}" for field in sorted(own)]
         if unused:
             raise ValueError(f"runner processes: only Ray uses {', '.join(unused)}: remove this, or set runner to ray")
         routers, ports = self.router.replicas, len(self.router.ports)
@@ -242,18 +315,18 @@ class StackSpec(BaseModel):
             ranks = self.worker_config(name).tensor_parallel_size
             if ranks > 1 and pool.num_gpus not in (0, ranks):
                 raise ValueError(
-                    f"{_place(name)}.num_gpus: got {pool.num_gpus:g} with tensor_parallel_size {ranks}: give {ranks}, "
-                    "a GPU for each rank, or 0 for ranks on CPUs"
+                    f"{self._place(name)}.num_gpus: got {pool.num_gpus:g} with tensor_parallel_size {ranks}: give "
+                    f"{ranks}, a GPU for each rank, or 0 for ranks on CPUs"
                 )
 
     def _check_formats(self) -> None:
-        """Raises ValueError unless all workers of a tier run its decoder in the same format."""
-        first: dict[str, DecodeConfig] = {}
+        """Raises ValueError unless all workers of a tier run its decoder in the same format, in each revision."""
+        first: dict[tuple[str, str], DecodeConfig] = {}
         for name in self.pools:
             config = self.worker_config(name)
             if not isinstance(config, DecodeConfig):
                 continue
-            other = first.setdefault(config.tier, config)
+            other = first.setdefault((config.revision, config.tier), config)
             ours, theirs = other.decoder_settings, config.decoder_settings
             for key in sorted(ours.keys() | theirs.keys()):
                 if ours.get(key) != theirs.get(key):
@@ -321,15 +394,17 @@ class StackSpec(BaseModel):
         """Returns the stack for ``runner``; for plain processes, without the fields that they do not use."""
         data = self.document()
         if runner == "processes":
-            pools = [data.get(name, {}) for name in (ROUTER, COLOCATED, PREFILL, DECODE)]
-            for fields in (data, *pools, *data.get("tiers", {}).values()):
+            parts = [data, data.get("canary", {})]
+            pools = [part.get(name, {}) for part in parts for name in (ROUTER, COLOCATED, PREFILL, DECODE)]
+            for fields in (data, *pools, *(tier for part in parts for tier in part.get("tiers", {}).values())):
                 for name in fields.keys() & (_ONLY_ON_RAY if fields is data else _RESERVED):
                     del fields[name]
         return self.read({**data, "runner": runner})
 
     def document(self) -> dict[str, Any]:
         """Returns plain data, from which ``read`` makes an equal stack; omits defaults."""
-        return self.model_dump(mode="json", exclude_defaults=True, exclude={"tiers": {"__all__": {"name"}}})
+        unnamed = {"tiers": {"__all__": {"name"}}}
+        return self.model_dump(mode="json", exclude_defaults=True, exclude={**unnamed, "canary": unnamed})
 
     def __str__(self) -> str:
         """The document as YAML."""
@@ -337,10 +412,35 @@ class StackSpec(BaseModel):
 
     @property
     def pools(self) -> dict[str, PoolSpec]:
-        """The pools of workers by name, without those of no worker."""
-        given: dict[str, PoolSpec | None] = {COLOCATED: self.colocated, PREFILL: self.prefill, DECODE: self.decode}
-        given |= {decode_pool(tier): pool for tier, pool in self.tiers.items() if pool.replicas}
-        return {name: pool for name, pool in given.items() if pool is not None}
+        """The pools of workers by name, the old revision's first, without those of no worker."""
+        return {name: pool.spec for name, pool in self._worker_pools.items()}
+
+    @property
+    def _worker_pools(self) -> dict[str, _WorkerPool]:
+        made = {}
+        for part in self._parts:
+            place = "" if part is self else "canary."
+            given: dict[str, PoolSpec | None] = {PREFILL: part.prefill, DECODE: part.decode}
+            if part is self:
+                given = {COLOCATED: self.colocated, **given}
+            tiers = {COLOCATED: self._default_tier(part), PREFILL: None, DECODE: ""}
+            for kind, pool in given.items():
+                if pool is not None:
+                    made[pool_name(kind, "", part.revision)] = _WorkerPool(pool, f"{place}{kind}", part, tiers[kind])
+            for tier, pool in part.tiers.items():
+                if pool.replicas:
+                    name = pool_name(DECODE, tier, part.revision)
+                    made[name] = _WorkerPool(pool, f"{place}tiers.{tier}", part, tier)
+        return made
+
+    @property
+    def _parts(self) -> list[StackSpec | CanarySpec]:
+        """What describes each revision, the old one first."""
+        return [self] if self.canary is None else [self, self.canary]
+
+    def _place(self, pool: str) -> str:
+        """Returns where a pool is in the document."""
+        return pool if pool == ROUTER else self._worker_pools[pool].place
 
     @property
     def mock(self) -> bool:
@@ -359,23 +459,31 @@ class StackSpec(BaseModel):
 
     def tier_of(self, pool: str) -> str | None:
         """Returns the tier in which a pool decodes, empty with one pair; None for prefill workers."""
-        return self.default_tier if pool == COLOCATED else decode_tier(pool)
+        return self._worker_pools[pool].tier
+
+    def revision_of(self, pool: str) -> str:
+        """Returns the revision of a pool's pair; empty without a name."""
+        return self._worker_pools[pool].part.revision
 
     def members(self, stage: WorkerStage) -> int:
-        """Returns the initial number of workers that have the stage."""
-        return sum(pool.replicas for name, pool in self.pools.items() if stage in kind_of(name).stages)
+        """Returns the initial number of workers of the old revision that have the stage."""
+        pools = self._worker_pools.items()
+        return sum(pool.spec.replicas for name, pool in pools if pool.part is self and stage in kind_of(name).stages)
 
-    @property
-    def told_tiers(self) -> tuple[TierSpec, ...]:
-        """The tiers as routers read them; empty with one pair, unless its decoder is loaded in another format."""
+    def _told_tiers(self, part: StackSpec | CanarySpec) -> tuple[TierSpec, ...]:
+        """Returns the tiers of a revision as routers read them.
+
+        The old revision's are empty with one pair, unless its decoder is loaded in another format.
+        """
         tiers = []
-        for name, tier in (self.tiers or {"": TierSpec(name=DEFAULT_TIER, pair=self.pair)}).items():
-            decoding = [pool for pool in self.pools if self.tier_of(pool) == name]
+        for name, tier in (part.tiers or {"": TierSpec(name=DEFAULT_TIER, pair=part.pair)}).items():
+            pools = self._worker_pools.items()
+            decoding = {key: pool.spec for key, pool in pools if pool.part is part and pool.tier == name}
             # Shared settings count too; routers refuse workers that have others than the tier.
-            config = self.worker_config(decoding[0])
+            config = self.worker_config(next(iter(decoding)))
             format = config.decoder_settings if isinstance(config, DecodeConfig) else {}
-            if name or "quantize" in format:
-                replicas = sum(self.pools[pool].replicas for pool in decoding)
+            if name or "quantize" in format or part is not self:
+                replicas = sum(pool.replicas for pool in decoding.values())
                 own = tier.model_dump(exclude={*PoolSpec.model_fields})
                 tiers.append(TierSpec(**own, replicas=replicas, settings=format))
         return tuple(tiers)
@@ -383,37 +491,54 @@ class StackSpec(BaseModel):
     @property
     def default_tier(self) -> str:
         """Name of the default tier; empty with one pair."""
-        if not self.tiers:
+        return self._default_tier(self)
+
+    def _default_tier(self, part: StackSpec | CanarySpec) -> str:
+        if not part.tiers:
             return ""
         settings = self.settings | self.router.settings
-        name = default_tier([*self.tiers], str(settings.get("default_tier", "")))
+        name = default_tier([*part.tiers], str(settings.get("default_tier", "")))
         # The router's settings report a default tier that does not exist.
-        return name if name in self.tiers else next(iter(self.tiers))
+        return name if name in part.tiers else next(iter(part.tiers))
 
     @property
     def default_pair(self) -> str:
         """The default tier's pair, of which prefill workers and routers use the full model and the tokenizer."""
-        return self.tiers[self.default_tier].pair if self.tiers else self.pair
+        return self._pair_of(self, None)
+
+    def _pair_of(self, part: StackSpec | CanarySpec, tier: str | None) -> str:
+        """Returns the pair of a revision's tier; None means the default tier."""
+        return part.tiers[self._default_tier(part) if tier is None else tier].pair if part.tiers else part.pair
 
     @property
     def pairs(self) -> set[str]:
-        """The pairs of all tiers."""
-        return {tier.pair for tier in self.tiers.values()} or {self.pair}
+        """The pairs of all tiers of all revisions."""
+        return {pair for pairs in self.pairs_by_revision.values() for pair in pairs.values()}
+
+    @property
+    def pairs_by_revision(self) -> dict[str, dict[str, str]]:
+        """Revision -> tier -> pair, the old revision first. With one pair, the tier is called "default"."""
+        return {
+            part.revision: {name: tier.pair for name, tier in part.tiers.items()} or {DEFAULT_TIER: part.pair}
+            for part in self._parts
+        }
 
     def with_pairs(self, resolve: Callable[[str], str]) -> Self:
         """Returns the stack with each pair replaced by ``resolve(pair)``."""
-        if not self.tiers:
-            return self.model_copy(update={"pair": resolve(self.pair)})
-        tiers = {name: tier.model_copy(update={"pair": resolve(tier.pair)}) for name, tier in self.tiers.items()}
-        return self.model_copy(update={"tiers": tiers})
+        update = _resolved(self, resolve)
+        if self.canary is not None:
+            update["canary"] = self.canary.model_copy(update=_resolved(self.canary, resolve))
+        return self.model_copy(update=update)
 
     def with_pool_settings(self, name: str, settings: Mapping[str, Any]) -> Self:
         """Returns the stack with further settings of the pool ``name``."""
-        pool = self.pools[name]
-        changed = pool.model_copy(update={"settings": {**pool.settings, **settings}})
-        if tier := decode_tier(name):
-            return self.model_copy(update={"tiers": {**self.tiers, tier: changed}})
-        return self.model_copy(update={name: changed})
+        pool = self._worker_pools[name]
+        changed = pool.spec.model_copy(update={"settings": {**pool.spec.settings, **settings}})
+        field, _, tier = pool.place.removeprefix("canary.").partition(".")
+        update = {field: {**pool.part.tiers, tier: changed} if tier else changed}
+        if pool.part is self:
+            return self.model_copy(update=update)
+        return self.model_copy(update={"canary": pool.part.model_copy(update=update)})
 
     def with_secret(self, folder: Path) -> Self:
         """Returns the stack with the path of its secret in the shared ``folder``, if the runner makes the secret."""
@@ -477,22 +602,27 @@ class StackSpec(BaseModel):
             "expect_prefill": self.members("prefill"),
             "expect_decode": self.members("decode"),
             "pair": self.default_pair,
-            "tiers": self.told_tiers or None,
+            "tiers": self._told_tiers(self) or None,
+            "revision": self.revision,
         }
+        if self.canary is not None:
+            own |= {"canary_revision": self.canary.revision, "canary_percent": self.canary.percent}
+            own |= {"canary_tiers": self._told_tiers(self.canary)}
         if self.router.http_ports:
             own["http"] = self.router.http_ports[index]
         return self._configure(ROUTER, RouterConfig, own)
 
     def worker_config(self, name: str, worker: WorkerPlace = ANYWHERE) -> WorkerSettings:
         """Returns the settings of a worker of the pool ``name``. Raises ValueError naming a wrong setting."""
-        pool, kind = self.pools[name], kind_of(name)
-        own = self._placed(pool, worker) | {"pair": self.default_pair}
+        found, kind = self._worker_pools[name], kind_of(name)
+        pool, part = found.spec, found.part
+        own = self._placed(pool, worker) | {"pair": self._pair_of(part, found.tier), "revision": part.revision}
         if 0 < pool.num_gpus < 1 and "gpu_share" not in self.settings | pool.settings:
             own["gpu_share"] = pool.num_gpus
-        if self.tiers and (name_of_tier := self.tier_of(name)) is not None:
-            tier = self.tiers[name_of_tier]
+        if found.tier:
+            tier = part.tiers[found.tier]
             objectives = {"ttft_objective": tier.ttft_objective, "itl_objective": tier.itl_objective}
-            own |= {"pair": tier.pair, "tier": name_of_tier}
+            own |= {"tier": found.tier}
             own |= {key: value for key, value in objectives.items() if key in kind.settings.model_fields}
         return self._configure(name, kind.settings, own)
 
@@ -510,7 +640,7 @@ class StackSpec(BaseModel):
 
     def _configure(self, name: str, kind: type[_Config], own: dict[str, object]) -> _Config:
         pool = self.deployments[name]
-        _check_names(_place(name), pool.settings, kind)
+        _check_names(self._place(name), pool.settings, kind)
         shared = {name: value for name, value in self.settings.items() if name in kind.model_fields}
         if self.new_secret:  # a placeholder: the runner makes the file
             shared["stack_secret"] = "-"
@@ -521,9 +651,40 @@ class StackSpec(BaseModel):
         return kind.of({**shared, **pool.settings, **{name: value for name, value in own.items() if value is not None}})
 
 
-def _place(pool: str) -> str:
-    """Returns where a pool is in the document."""
-    return f"tiers.{decode_tier(pool)}" if decode_tier(pool) else pool
+@dataclass(frozen=True, slots=True)
+class _WorkerPool:
+    """A pool of workers within a stack.
+
+    Attributes:
+        spec: its processes.
+        place: where it is in the document.
+        part: the part of the document that describes its revision.
+        tier: tier in which it decodes, empty with one pair; None for prefill workers.
+    """
+
+    spec: PoolSpec
+    place: str
+    part: StackSpec | CanarySpec
+    tier: str | None
+
+
+def _resolved(part: StackSpec | CanarySpec, resolve: Callable[[str], str]) -> dict[str, Any]:
+    """Returns the fields of a revision with its pairs, each replaced by ``resolve(pair)``."""
+    if not part.tiers:
+        return {"pair": resolve(part.pair)}
+    return {"tiers": {name: tier.model_copy(update={"pair": resolve(tier.pair)}) for name, tier in part.tiers.items()}}
+
+
+def _with_named_tiers(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a revision with the name of each tier, which is its key. Raises ValueError for another."""
+    tiers = data.get("tiers") or {}
+    if not isinstance(tiers, Mapping):
+        return {**data}
+    for name, one in tiers.items():
+        if isinstance(one, Mapping) and one.get("name", name) != name:
+            raise ValueError(f"tiers.{name}.name: got {one['name']!r}; the key is the tier's name: remove it")
+    named = {name: {**one, "name": name} if isinstance(one, Mapping) else one for name, one in tiers.items()}
+    return {**data, "tiers": named}
 
 
 def _check_names(place: str, settings: Mapping[str, Any], kind: type[ServiceConfig]) -> None:
@@ -567,5 +728,8 @@ def _faults(error: ValidationError) -> Iterator[str]:
 def _nearest_field(where: list[int | str], name: str) -> str:
     """Returns what a field that does not exist may mean. ``where`` leads to the object that has it."""
     kinds: dict[object, type[BaseModel]] = {"router": RouterSpec, "tiers": TierSpec}
-    known = (kinds.get(where[0], PoolSpec) if where else StackSpec).model_fields.keys() - {"name" if where else ""}
+    whole: type[BaseModel] = StackSpec
+    if where[:1] == ["canary"]:
+        where, whole = where[1:], CanarySpec
+    known = (kinds.get(where[0], PoolSpec) if where else whole).model_fields.keys() - {"name" if where else ""}
     return nearest(name, known, f"the fields are {', '.join(sorted(known))}")

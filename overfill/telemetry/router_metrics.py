@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Protocol
 
 from overfill.request.names import KV_SOURCES, TTFT_PARTS, cached_by_source
@@ -26,6 +27,9 @@ MAX_KEY_SERIES = 100
 
 MAX_ADAPTER_SERIES = 64
 """Maximum number of adapters with their own series; further adapters share the series ``other``."""
+
+
+_Requests = Counter[tuple[str | None, ...]]
 
 
 class PoolTargetNumbers(Protocol):
@@ -53,18 +57,34 @@ class RouterMetrics(MetricSet):
 
     Args:
         tiers: names of the stack's tiers. The label ``tier`` has these values; it is empty where no tier is concerned.
+        revisions: names of the revisions that the router serves; "" in a stack without revisions.
     """
 
-    def __init__(self, tiers: Sequence[str] = ("default",)) -> None:
+    def __init__(self, tiers: Sequence[str] = ("default",), revisions: Sequence[str] = ("",)) -> None:
         super().__init__("router")
         counter, counts = self._counter, self._counts
         tier: Labels = {"tier": tuple(tiers)}
         asked = ("", *tiers)
         self._http = counts("http_requests_total", "HTTP requests, by route and status.", {"route": (), "status": ()})
-        self._requests = counts(
+        by: Labels = {"outcome": OUTCOMES, "tier": asked, "api": APIS}
+        # By outcome, tier, API and revision, which is None if a request was refused before one was chosen.
+        self._requests: _Requests = Counter(dict.fromkeys(product(*by.values(), (*revisions, None)), 0))
+        self._read(
             "requests_total",
+            "counter",
             "Generation requests that have ended, by outcome, tier and API.",
-            {"outcome": OUTCOMES, "tier": asked, "api": APIS},
+            lambda: _summed(self._requests, lambda outcome, tier, api, _: (outcome, tier, api)),
+            by,
+        )
+        self._read(
+            "revision_requests_total",
+            "counter",
+            "Generation requests that have ended, by revision and outcome, without those refused before a revision "
+            "was chosen.",
+            lambda: _summed(
+                self._requests, lambda outcome, _, __, revision: None if revision is None else (revision, outcome)
+            ),
+            {"revision": revisions, "outcome": OUTCOMES},
         )
         self._ttft = self._tallies(
             "ttft_seconds",
@@ -153,33 +173,37 @@ class RouterMetrics(MetricSet):
             self._lost.labels(stage, name)
             for direction in ("up", "down"):
                 self._scaled.labels(stage, name, direction)
-        self._targets: ScalingTargets | None = None
+        self._router_need = 0.0
+        self._targets: dict[str, ScalingTargets] = {}  # by revision
+        of_revision: Labels = {"revision": tuple(revisions)}
         self._read(
             "scaling_target_workers",
             "gauge",
             "Number of workers that the scaling policy computes for this router's own requests; a recommendation.",
             lambda: self._scaling(lambda target: [((), target.workers)]),
-            pool,
+            {**pool, **of_revision},
         )
         self._read(
             "scaling_needed_workers",
             "gauge",
-            "scaling_target_workers before rounding, hysteresis and bounds. The pool needs the sum over all routers.",
-            lambda: self._scaling(lambda target: [((), target.need)]),
-            pool,
+            "scaling_target_workers before rounding, hysteresis and bounds; for the stage router, routers. "
+            "The pool needs the sum over all routers.",
+            lambda: [*self._scaling(lambda target: [((), target.need)]), (("router", "", ""), self._router_need)],
+            {"stage": (*STAGES, "router"), "tier": (), **of_revision},
         )
         self._read(
             "scaling_input",
             "gauge",
             "Inputs of the scaling policy; docs/explanation/routing-and-scaling.md explains them.",
             lambda: self._scaling(lambda target: [((name,), value) for name, value in target.inputs.items()]),
-            {**pool, "input": ()},
+            {**pool, **of_revision, "input": ()},
         )
         self._keys: set[str] = set()
         self._adapters: set[str] = set()
         self._waiting: Callable[[], Sampled] = lambda: []
         self._running: Callable[[], Sampled] = lambda: []
         self._workers: Callable[[], Sampled] = lambda: []
+        self._shares: Callable[[], Sampled] = lambda: []
         self._in_brownout: Callable[[], Sampled] = lambda: []
         self._sessions: Callable[[], int] = lambda: 0
         self._read(
@@ -188,21 +212,33 @@ class RouterMetrics(MetricSet):
             "Clients' sessions with a request in the last five minutes; at most 10,000 are counted.",
             lambda: [((), self._sessions())],
         )
-        self._read("waiting_requests", "gauge", "Requests in the router's queue.", lambda: self._waiting(), tier)
-        self._read("running_requests", "gauge", "Requests running on workers.", lambda: self._running(), tier)
+        tier_of_revision = {**tier, **of_revision}
+        self._read(
+            "waiting_requests", "gauge", "Requests in the router's queue.", lambda: self._waiting(), tier_of_revision
+        )
+        self._read(
+            "running_requests", "gauge", "Requests running on workers.", lambda: self._running(), tier_of_revision
+        )
+        self._read(
+            "rollout_percent",
+            "gauge",
+            "Share of new conversations that the revision gets, as it is set now; 100 for the only revision.",
+            lambda: self._shares(),
+            of_revision,
+        )
         self._read(
             "brownout",
             "gauge",
             "1 while the tier is overloaded, so that requests which allow it go to the next tier; otherwise 0.",
             lambda: self._in_brownout(),
-            tier,
+            tier_of_revision,
         )
         self._read(
             "workers",
             "gauge",
-            "Joined workers, by stage, tier and state.",
+            "Joined workers, by stage, tier, revision and state.",
             lambda: self._workers(),
-            {"stage": STAGES, "tier": (), "state": WORKER_STATES},
+            {"stage": STAGES, "tier": (), **of_revision, "state": WORKER_STATES},
         )
 
     def watch(
@@ -211,14 +247,16 @@ class RouterMetrics(MetricSet):
         running: Callable[[], Sampled],
         workers: Callable[[], Sampled],
         brownout: Callable[[], Sampled],
+        shares: Callable[[], Sampled],
         sessions: Callable[[], int],
     ) -> None:
         """Sets the functions that gauges read at each scrape.
 
-        ``workers`` returns counts by stage, tier and state, ``sessions`` a number; the others return values by tier.
+        ``workers`` returns counts by stage, tier, revision and state, ``shares`` values by revision, ``sessions`` a
+        number; the others return values by tier and revision.
         """
         self._waiting, self._running, self._workers, self._in_brownout = waiting, running, workers, brownout
-        self._sessions = sessions
+        self._shares, self._sessions = shares, sessions
 
     def http(self, route: str, status: int) -> None:
         """Counts an HTTP request to ``route`` (a pattern, or "unknown") that ended with ``status``."""
@@ -250,9 +288,9 @@ class RouterMetrics(MetricSet):
             # One value per token: clients choose the stream interval, and must not look slow by a long one.
             self._itl[tier,].observe(since_last / count, count)
 
-    def refused(self, error: BaseException, tier: str, api: str) -> None:
-        """Counts a request that ``error`` has refused. ``tier`` is empty while it is unknown."""
-        self.ended(error, tier, api)
+    def refused(self, error: BaseException, tier: str, api: str, revision: str | None = "") -> None:
+        """Counts a request that ``error`` has refused. While they are unknown, ``tier`` is empty, ``revision`` None."""
+        self.ended(error, tier, api, revision)
         self._refusals.labels(refusal_reason(error), tier).inc()
 
     def fell_back(self, tier: str, to: str) -> None:
@@ -272,24 +310,33 @@ class RouterMetrics(MetricSet):
         name = decode_pb2.NeedPrefill.Reason.Name(reason).lower().rpartition("_")[2]
         self._again.labels(name if name in PREFILL_AGAIN else "failed").inc()
 
-    def scaling(self, targets: ScalingTargets) -> None:
-        """Sets the scaling policy's current targets and counts their changes."""
-        before, self._targets = self._targets, targets
+    def scaling(self, targets: ScalingTargets, revision: str = "") -> None:
+        """Sets the scaling policy's current targets for the pools of a revision, and counts their changes."""
+        before, self._targets[revision] = self._targets.get(revision), targets
         if before is None:
             return
         for (stage, tier, was), (_, _, now) in zip(before.pools(), targets.pools(), strict=True):
             if was.workers != now.workers:
                 self._scaled.labels(stage, tier, "up" if now.workers > was.workers else "down").inc()
 
-    def _scaling(self, values: Callable[[PoolTargetNumbers], Sampled]) -> Sampled:
-        if self._targets is None:
-            return []
-        pools = self._targets.pools()
-        return [((stage, tier, *labels), value) for stage, tier, pool in pools for labels, value in values(pool)]
+    def router_need(self, routers: float) -> None:
+        """Sets the number of routers that this router's own load needs."""
+        self._router_need = routers
 
-    def ended(self, error: BaseException | None, tier: str, api: str) -> None:
-        """Counts a request that has ended; ``error`` is None after success, ``tier`` empty if none was chosen."""
-        self._requests[outcome_of(error), tier, api] += 1
+    def _scaling(self, values: Callable[[PoolTargetNumbers], Sampled]) -> Sampled:
+        return [
+            ((stage, tier, revision, *labels), value)
+            for revision, targets in list(self._targets.items())
+            for stage, tier, pool in targets.pools()
+            for labels, value in values(pool)
+        ]
+
+    def ended(self, error: BaseException | None, tier: str, api: str, revision: str | None = "") -> None:
+        """Counts a request that has ended; ``error`` is None after success.
+
+        If none was chosen, ``tier`` is empty and ``revision`` None.
+        """
+        self._requests[outcome_of(error), tier, api, revision] += 1
 
     def answered(self, finished: inference_pb2.Finished, tier: str) -> None:
         """Records timing and token counts of a complete answer that ends in ``tier``."""
@@ -320,6 +367,15 @@ class RouterMetrics(MetricSet):
 
     def _key(self, key: str) -> str:
         return _bounded(key, self._keys, MAX_KEY_SERIES) if key else "none"
+
+
+def _summed(counts: _Requests, labels: Callable[..., tuple[str, ...] | None]) -> Sampled:
+    """Adds up the counts for which ``labels`` returns the same; leaves out those for which it returns None."""
+    sums: Counter[tuple[str, ...]] = Counter()
+    for names, count in list(counts.items()):
+        if (label := labels(*names)) is not None:
+            sums[label] += count
+    return list(sums.items())
 
 
 def _bounded(name: str, known: set[str], most: int) -> str:

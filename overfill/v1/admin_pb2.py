@@ -26,45 +26,53 @@ from overfill.v1 import common_pb2 as overfill_dot_v1_dot_common__pb2
 from overfill.v1 import decode_pb2 as overfill_dot_v1_dot_decode__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17overfill/v1/admin.proto\x12\x0boverfill.v1\x1a\x18overfill/v1/common.proto\x1a\x18overfill/v1/decode.proto\"\"\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"D\n\x15\x43hangeAdapterResponse\x12+\n\x07workers\x18\x01 \x03(\x0b\x32\x1a.overfill.v1.AdapterChange\"X\n\rAdapterChange\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12%\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x14.overfill.v1.Adapter\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"\x1e\n\rStatusRequest\x12\r\n\x05\x61lone\x18\x01 \x01(\x08\"\x8e\x02\n\x0eStatusResponse\x12+\n\x07process\x18\x01 \x01(\x0b\x32\x1a.overfill.v1.ProcessStatus\x12*\n\x07workers\x18\x02 \x03(\x0b\x32\x19.overfill.v1.WorkerStatus\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x14\n\x0chttp_address\x18\x04 \x01(\t\x12\'\n\x08\x61\x63tivity\x18\x05 \x01(\x0b\x32\x15.overfill.v1.Activity\x12&\n\x05pools\x18\x06 \x03(\x0b\x32\x17.overfill.v1.PoolStatus\x12*\n\x07routers\x18\x07 \x03(\x0b\x32\x19.overfill.v1.RouterStatus\"\x81\x01\n\x0cRouterStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12+\n\x07process\x18\x03 \x01(\x0b\x32\x1a.overfill.v1.ProcessStatus\x12\'\n\x08\x61\x63tivity\x18\x04 \x01(\x0b\x32\x15.overfill.v1.Activity\"p\n\nPoolStatus\x12!\n\x05stage\x18\x01 \x01(\x0e\x32\x12.overfill.v1.Stage\x12\r\n\x05ready\x18\x02 \x01(\r\x12\x10\n\x08\x65xpected\x18\x03 \x01(\r\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12\x10\n\x08\x62rownout\x18\x05 \x01(\x08\"\xd0\x02\n\x08\x41\x63tivity\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x03 \x01(\x01\x12\x0f\n\x07\x61nswers\x18\x04 \x01(\r\x12(\n\x06timing\x18\x05 \x03(\x0b\x32\x18.overfill.v1.Percentiles\x12*\n\nhistograms\x18\x06 \x03(\x0b\x32\x16.overfill.v1.Histogram\x12\x10\n\x08sessions\x18\x07 \x01(\r\x12\x15\n\rprompt_tokens\x18\x08 \x01(\x04\x12\x15\n\rcached_tokens\x18\t \x01(\x04\x12\x36\n\x10\x62usiest_sessions\x18\n \x03(\x0b\x32\x1c.overfill.v1.SessionActivity\x12\x13\n\x0bpeer_tokens\x18\x0b \x01(\x04\x12\x13\n\x0b\x64isk_tokens\x18\x0c \x01(\x04\"Z\n\x0fSessionActivity\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05turns\x18\x02 \x01(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x15\n\rcached_tokens\x18\x04 \x01(\x04\"8\n\tHistogram\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x62ucket\x18\x02 \x03(\x11\x12\r\n\x05\x63ount\x18\x03 \x03(\r\"Z\n\x0bPercentiles\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bp50_seconds\x18\x02 \x01(\x01\x12\x13\n\x0bp90_seconds\x18\x03 \x01(\x01\x12\x13\n\x0bp99_seconds\x18\x04 \x01(\x01\"\xaa\x03\n\rProcessStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.overfill.v1.Stage\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12%\n\x04load\x18\x07 \x01(\x0b\x32\x17.overfill.v1.WorkerLoad\x12\x18\n\x10software_version\x18\x08 \x01(\t\x12\x13\n\x0bincarnation\x18\t \x01(\x04\x12)\n\x05model\x18\n \x01(\x0b\x32\x1a.overfill.v1.ModelIdentity\x12\x1f\n\x02kv\x18\x0b \x01(\x0b\x32\x13.overfill.v1.KvSpec\x12#\n\x05\x63odec\x18\x0c \x01(\x0e\x32\x14.overfill.v1.KvCodec\x12\x17\n\x0fmetrics_address\x18\r \x01(\t\x12\x0e\n\x06\x65ngine\x18\x0e \x01(\t\x12\x0c\n\x04tier\x18\x0f \x01(\t\x12-\n\x0cprefill_load\x18\x10 \x01(\x0b\x32\x17.overfill.v1.WorkerLoad\"\xc4\x01\n\x0cWorkerStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.overfill.v1.Stage\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12+\n\x07process\x18\x04 \x01(\x0b\x32\x1a.overfill.v1.ProcessStatus\x12\x0c\n\x04tier\x18\x05 \x01(\t\x12\x11\n\tcolocated\x18\x06 \x01(\x08\x12&\n\x08\x61\x64\x61pters\x18\x07 \x03(\x0b\x32\x14.overfill.v1.Adapter\"!\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x0f\n\rDrainResponse2\xb6\x02\n\x05\x41\x64min\x12\x41\n\x06Status\x12\x1a.overfill.v1.StatusRequest\x1a\x1b.overfill.v1.StatusResponse\x12>\n\x05\x44rain\x12\x19.overfill.v1.DrainRequest\x1a\x1a.overfill.v1.DrainResponse\x12R\n\x0bLoadAdapter\x12\x1f.overfill.v1.LoadAdapterRequest\x1a\".overfill.v1.ChangeAdapterResponse\x12V\n\rUnloadAdapter\x12!.overfill.v1.UnloadAdapterRequest\x1a\".overfill.v1.ChangeAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17overfill/v1/admin.proto\x12\x0boverfill.v1\x1a\x18overfill/v1/common.proto\x1a\x18overfill/v1/decode.proto\"g\n\x14\x43hangeRolloutRequest\x12$\n\x03set\x18\x01 \x01(\x0b\x32\x15.overfill.v1.SetShareH\x00\x12\x0f\n\x05pause\x18\x02 \x01(\x08H\x00\x12\x0e\n\x04undo\x18\x03 \x01(\x08H\x00\x42\x08\n\x06\x63hange\"C\n\x08SetShare\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x0f\n\x07percent\x18\x02 \x01(\x01\x12\x14\n\x0cover_seconds\x18\x03 \x01(\x01\"\x82\x01\n\rRolloutStatus\x12.\n\trevisions\x18\x01 \x03(\x0b\x32\x1b.overfill.v1.RevisionStatus\x12\x16\n\x0etarget_percent\x18\x02 \x01(\x01\x12\x19\n\x11remaining_seconds\x18\x03 \x01(\x01\x12\x0e\n\x06paused\x18\x04 \x01(\x08\"w\n\x0eRevisionStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07percent\x18\x02 \x01(\x01\x12\r\n\x05ready\x18\x03 \x01(\x08\x12&\n\x05pools\x18\x04 \x03(\x0b\x32\x17.overfill.v1.PoolStatus\x12\x0f\n\x07running\x18\x05 \x01(\r\"\"\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"D\n\x15\x43hangeAdapterResponse\x12+\n\x07workers\x18\x01 \x03(\x0b\x32\x1a.overfill.v1.AdapterChange\"X\n\rAdapterChange\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12%\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x14.overfill.v1.Adapter\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"\x1e\n\rStatusRequest\x12\r\n\x05\x61lone\x18\x01 \x01(\x08\"\x8e\x02\n\x0eStatusResponse\x12+\n\x07process\x18\x01 \x01(\x0b\x32\x1a.overfill.v1.ProcessStatus\x12*\n\x07workers\x18\x02 \x03(\x0b\x32\x19.overfill.v1.WorkerStatus\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x12\x14\n\x0chttp_address\x18\x04 \x01(\t\x12\'\n\x08\x61\x63tivity\x18\x05 \x01(\x0b\x32\x15.overfill.v1.Activity\x12&\n\x05pools\x18\x06 \x03(\x0b\x32\x17.overfill.v1.PoolStatus\x12*\n\x07routers\x18\x07 \x03(\x0b\x32\x19.overfill.v1.RouterStatus\"\x81\x01\n\x0cRouterStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12+\n\x07process\x18\x03 \x01(\x0b\x32\x1a.overfill.v1.ProcessStatus\x12\'\n\x08\x61\x63tivity\x18\x04 \x01(\x0b\x32\x15.overfill.v1.Activity\"\x82\x01\n\nPoolStatus\x12!\n\x05stage\x18\x01 \x01(\x0e\x32\x12.overfill.v1.Stage\x12\r\n\x05ready\x18\x02 \x01(\r\x12\x10\n\x08\x65xpected\x18\x03 \x01(\r\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12\x10\n\x08\x62rownout\x18\x05 \x01(\x08\x12\x10\n\x08revision\x18\x06 \x01(\t\"\xd0\x02\n\x08\x41\x63tivity\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x03 \x01(\x01\x12\x0f\n\x07\x61nswers\x18\x04 \x01(\r\x12(\n\x06timing\x18\x05 \x03(\x0b\x32\x18.overfill.v1.Percentiles\x12*\n\nhistograms\x18\x06 \x03(\x0b\x32\x16.overfill.v1.Histogram\x12\x10\n\x08sessions\x18\x07 \x01(\r\x12\x15\n\rprompt_tokens\x18\x08 \x01(\x04\x12\x15\n\rcached_tokens\x18\t \x01(\x04\x12\x36\n\x10\x62usiest_sessions\x18\n \x03(\x0b\x32\x1c.overfill.v1.SessionActivity\x12\x13\n\x0bpeer_tokens\x18\x0b \x01(\x04\x12\x13\n\x0b\x64isk_tokens\x18\x0c \x01(\x04\"Z\n\x0fSessionActivity\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05turns\x18\x02 \x01(\r\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x15\n\rcached_tokens\x18\x04 \x01(\x04\"8\n\tHistogram\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x62ucket\x18\x02 \x03(\x11\x12\r\n\x05\x63ount\x18\x03 \x03(\r\"Z\n\x0bPercentiles\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bp50_seconds\x18\x02 \x01(\x01\x12\x13\n\x0bp90_seconds\x18\x03 \x01(\x01\x12\x13\n\x0bp99_seconds\x18\x04 \x01(\x01\"\xc3\x03\n\rProcessStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.overfill.v1.Stage\x12\x0b\n\x03pid\x18\x03 \x01(\x03\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12%\n\x04load\x18\x07 \x01(\x0b\x32\x17.overfill.v1.WorkerLoad\x12\x18\n\x10software_version\x18\x08 \x01(\t\x12\x13\n\x0bincarnation\x18\t \x01(\x04\x12)\n\x05model\x18\n \x01(\x0b\x32\x1a.overfill.v1.ModelIdentity\x12\x1f\n\x02kv\x18\x0b \x01(\x0b\x32\x13.overfill.v1.KvSpec\x12#\n\x05\x63odec\x18\x0c \x01(\x0e\x32\x14.overfill.v1.KvCodec\x12\x17\n\x0fmetrics_address\x18\r \x01(\t\x12\x0e\n\x06\x65ngine\x18\x0e \x01(\t\x12\x0c\n\x04tier\x18\x0f \x01(\t\x12-\n\x0cprefill_load\x18\x10 \x01(\x0b\x32\x17.overfill.v1.WorkerLoad\x12\x17\n\x0fstartup_seconds\x18\x11 \x01(\x01\"\xd6\x01\n\x0cWorkerStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.overfill.v1.Stage\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12+\n\x07process\x18\x04 \x01(\x0b\x32\x1a.overfill.v1.ProcessStatus\x12\x0c\n\x04tier\x18\x05 \x01(\t\x12\x11\n\tcolocated\x18\x06 \x01(\x08\x12&\n\x08\x61\x64\x61pters\x18\x07 \x03(\x0b\x32\x14.overfill.v1.Adapter\x12\x10\n\x08revision\x18\t \x01(\t\"!\n\x0c\x44rainRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x0f\n\rDrainResponse2\x86\x03\n\x05\x41\x64min\x12\x41\n\x06Status\x12\x1a.overfill.v1.StatusRequest\x1a\x1b.overfill.v1.StatusResponse\x12>\n\x05\x44rain\x12\x19.overfill.v1.DrainRequest\x1a\x1a.overfill.v1.DrainResponse\x12R\n\x0bLoadAdapter\x12\x1f.overfill.v1.LoadAdapterRequest\x1a\".overfill.v1.ChangeAdapterResponse\x12V\n\rUnloadAdapter\x12!.overfill.v1.UnloadAdapterRequest\x1a\".overfill.v1.ChangeAdapterResponse\x12N\n\rChangeRollout\x12!.overfill.v1.ChangeRolloutRequest\x1a\x1a.overfill.v1.RolloutStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'overfill.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LOADADAPTERREQUEST']._serialized_start=92
-  _globals['_LOADADAPTERREQUEST']._serialized_end=126
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=128
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=164
-  _globals['_CHANGEADAPTERRESPONSE']._serialized_start=166
-  _globals['_CHANGEADAPTERRESPONSE']._serialized_end=234
-  _globals['_ADAPTERCHANGE']._serialized_start=236
-  _globals['_ADAPTERCHANGE']._serialized_end=324
-  _globals['_STATUSREQUEST']._serialized_start=326
-  _globals['_STATUSREQUEST']._serialized_end=356
-  _globals['_STATUSRESPONSE']._serialized_start=359
-  _globals['_STATUSRESPONSE']._serialized_end=629
-  _globals['_ROUTERSTATUS']._serialized_start=632
-  _globals['_ROUTERSTATUS']._serialized_end=761
-  _globals['_POOLSTATUS']._serialized_start=763
-  _globals['_POOLSTATUS']._serialized_end=875
-  _globals['_ACTIVITY']._serialized_start=878
-  _globals['_ACTIVITY']._serialized_end=1214
-  _globals['_SESSIONACTIVITY']._serialized_start=1216
-  _globals['_SESSIONACTIVITY']._serialized_end=1306
-  _globals['_HISTOGRAM']._serialized_start=1308
-  _globals['_HISTOGRAM']._serialized_end=1364
-  _globals['_PERCENTILES']._serialized_start=1366
-  _globals['_PERCENTILES']._serialized_end=1456
-  _globals['_PROCESSSTATUS']._serialized_start=1459
-  _globals['_PROCESSSTATUS']._serialized_end=1885
-  _globals['_WORKERSTATUS']._serialized_start=1888
-  _globals['_WORKERSTATUS']._serialized_end=2084
-  _globals['_DRAINREQUEST']._serialized_start=2086
-  _globals['_DRAINREQUEST']._serialized_end=2119
-  _globals['_DRAINRESPONSE']._serialized_start=2121
-  _globals['_DRAINRESPONSE']._serialized_end=2136
-  _globals['_ADMIN']._serialized_start=2139
-  _globals['_ADMIN']._serialized_end=2449
+  _globals['_CHANGEROLLOUTREQUEST']._serialized_start=92
+  _globals['_CHANGEROLLOUTREQUEST']._serialized_end=195
+  _globals['_SETSHARE']._serialized_start=197
+  _globals['_SETSHARE']._serialized_end=264
+  _globals['_ROLLOUTSTATUS']._serialized_start=267
+  _globals['_ROLLOUTSTATUS']._serialized_end=397
+  _globals['_REVISIONSTATUS']._serialized_start=399
+  _globals['_REVISIONSTATUS']._serialized_end=518
+  _globals['_LOADADAPTERREQUEST']._serialized_start=520
+  _globals['_LOADADAPTERREQUEST']._serialized_end=554
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=556
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=592
+  _globals['_CHANGEADAPTERRESPONSE']._serialized_start=594
+  _globals['_CHANGEADAPTERRESPONSE']._serialized_end=662
+  _globals['_ADAPTERCHANGE']._serialized_start=664
+  _globals['_ADAPTERCHANGE']._serialized_end=752
+  _globals['_STATUSREQUEST']._serialized_start=754
+  _globals['_STATUSREQUEST']._serialized_end=784
+  _globals['_STATUSRESPONSE']._serialized_start=787
+  _globals['_STATUSRESPONSE']._serialized_end=1057
+  _globals['_ROUTERSTATUS']._serialized_start=1060
+  _globals['_ROUTERSTATUS']._serialized_end=1189
+  _globals['_POOLSTATUS']._serialized_start=1192
+  _globals['_POOLSTATUS']._serialized_end=1322
+  _globals['_ACTIVITY']._serialized_start=1325
+  _globals['_ACTIVITY']._serialized_end=1661
+  _globals['_SESSIONACTIVITY']._serialized_start=1663
+  _globals['_SESSIONACTIVITY']._serialized_end=1753
+  _globals['_HISTOGRAM']._serialized_start=1755
+  _globals['_HISTOGRAM']._serialized_end=1811
+  _globals['_PERCENTILES']._serialized_start=1813
+  _globals['_PERCENTILES']._serialized_end=1903
+  _globals['_PROCESSSTATUS']._serialized_start=1906
+  _globals['_PROCESSSTATUS']._serialized_end=2357
+  _globals['_WORKERSTATUS']._serialized_start=2360
+  _globals['_WORKERSTATUS']._serialized_end=2574
+  _globals['_DRAINREQUEST']._serialized_start=2576
+  _globals['_DRAINREQUEST']._serialized_end=2609
+  _globals['_DRAINRESPONSE']._serialized_start=2611
+  _globals['_DRAINRESPONSE']._serialized_end=2626
+  _globals['_ADMIN']._serialized_start=2629
+  _globals['_ADMIN']._serialized_end=3019
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,52 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class ChangeRolloutRequest(_message.Message):
+    __slots__ = ("set", "pause", "undo")
+    SET_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_FIELD_NUMBER: _ClassVar[int]
+    UNDO_FIELD_NUMBER: _ClassVar[int]
+    set: SetShare
+    pause: bool
+    undo: bool
+    def __init__(self, set: _Optional[_Union[SetShare, _Mapping]] = ..., pause: bool = ..., undo: bool = ...) -> None: ...
+
+class SetShare(_message.Message):
+    __slots__ = ("revision", "percent", "over_seconds")
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    PERCENT_FIELD_NUMBER: _ClassVar[int]
+    OVER_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    revision: str
+    percent: float
+    over_seconds: float
+    def __init__(self, revision: _Optional[str] = ..., percent: _Optional[float] = ..., over_seconds: _Optional[float] = ...) -> None: ...
+
+class RolloutStatus(_message.Message):
+    __slots__ = ("revisions", "target_percent", "remaining_seconds", "paused")
+    REVISIONS_FIELD_NUMBER: _ClassVar[int]
+    TARGET_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_FIELD_NUMBER: _ClassVar[int]
+    revisions: _containers.RepeatedCompositeFieldContainer[RevisionStatus]
+    target_percent: float
+    remaining_seconds: float
+    paused: bool
+    def __init__(self, revisions: _Optional[_Iterable[_Union[RevisionStatus, _Mapping]]] = ..., target_percent: _Optional[float] = ..., remaining_seconds: _Optional[float] = ..., paused: bool = ...) -> None: ...
+
+class RevisionStatus(_message.Message):
+    __slots__ = ("name", "percent", "ready", "pools", "running")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PERCENT_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    POOLS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    percent: float
+    ready: bool
+    pools: _containers.RepeatedCompositeFieldContainer[PoolStatus]
+    running: int
+    def __init__(self, name: _Optional[str] = ..., percent: _Optional[float] = ..., ready: bool = ..., pools: _Optional[_Iterable[_Union[PoolStatus, _Mapping]]] = ..., running: _Optional[int] = ...) -> None: ...
+
 class LoadAdapterRequest(_message.Message):
     __slots__ = ("name",)
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -72,18 +118,20 @@ class RouterStatus(_message.Message):
     def __init__(self, id: _Optional[str] = ..., address: _Optional[str] = ..., process: _Optional[_Union[ProcessStatus, _Mapping]] = ..., activity: _Optional[_Union[Activity, _Mapping]] = ...) -> None: ...
 
 class PoolStatus(_message.Message):
-    __slots__ = ("stage", "ready", "expected", "tier", "brownout")
+    __slots__ = ("stage", "ready", "expected", "tier", "brownout", "revision")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     BROWNOUT_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     stage: _common_pb2.Stage
     ready: int
     expected: int
     tier: str
     brownout: bool
-    def __init__(self, stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., ready: _Optional[int] = ..., expected: _Optional[int] = ..., tier: _Optional[str] = ..., brownout: bool = ...) -> None: ...
+    revision: str
+    def __init__(self, stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., ready: _Optional[int] = ..., expected: _Optional[int] = ..., tier: _Optional[str] = ..., brownout: bool = ..., revision: _Optional[str] = ...) -> None: ...
 
 class Activity(_message.Message):
     __slots__ = ("running", "waiting", "tokens_per_second", "answers", "timing", "histograms", "sessions", "prompt_tokens", "cached_tokens", "busiest_sessions", "peer_tokens", "disk_tokens")
@@ -148,7 +196,7 @@ class Percentiles(_message.Message):
     def __init__(self, name: _Optional[str] = ..., p50_seconds: _Optional[float] = ..., p90_seconds: _Optional[float] = ..., p99_seconds: _Optional[float] = ...) -> None: ...
 
 class ProcessStatus(_message.Message):
-    __slots__ = ("id", "stage", "pid", "address", "ready", "draining", "load", "software_version", "incarnation", "model", "kv", "codec", "metrics_address", "engine", "tier", "prefill_load")
+    __slots__ = ("id", "stage", "pid", "address", "ready", "draining", "load", "software_version", "incarnation", "model", "kv", "codec", "metrics_address", "engine", "tier", "prefill_load", "startup_seconds")
     ID_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +213,7 @@ class ProcessStatus(_message.Message):
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     PREFILL_LOAD_FIELD_NUMBER: _ClassVar[int]
+    STARTUP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     id: str
     stage: _common_pb2.Stage
     pid: int
@@ -181,10 +230,11 @@ class ProcessStatus(_message.Message):
     engine: str
     tier: str
     prefill_load: _decode_pb2.WorkerLoad
-    def __init__(self, id: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., ready: bool = ..., draining: bool = ..., load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., software_version: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., metrics_address: _Optional[str] = ..., engine: _Optional[str] = ..., tier: _Optional[str] = ..., prefill_load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ...) -> None: ...
+    startup_seconds: float
+    def __init__(self, id: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., ready: bool = ..., draining: bool = ..., load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., software_version: _Optional[str] = ..., incarnation: _Optional[int] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., codec: _Optional[_Union[_common_pb2.KvCodec, str]] = ..., metrics_address: _Optional[str] = ..., engine: _Optional[str] = ..., tier: _Optional[str] = ..., prefill_load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., startup_seconds: _Optional[float] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("id", "stage", "address", "process", "tier", "colocated", "adapters")
+    __slots__ = ("id", "stage", "address", "process", "tier", "colocated", "adapters", "revision")
     ID_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -192,6 +242,7 @@ class WorkerStatus(_message.Message):
     TIER_FIELD_NUMBER: _ClassVar[int]
     COLOCATED_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     id: str
     stage: _common_pb2.Stage
     address: str
@@ -199,7 +250,8 @@ class WorkerStatus(_message.Message):
     tier: str
     colocated: bool
     adapters: _containers.RepeatedCompositeFieldContainer[_common_pb2.Adapter]
-    def __init__(self, id: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., address: _Optional[str] = ..., process: _Optional[_Union[ProcessStatus, _Mapping]] = ..., tier: _Optional[str] = ..., colocated: bool = ..., adapters: _Optional[_Iterable[_Union[_common_pb2.Adapter, _Mapping]]] = ...) -> None: ...
+    revision: str
+    def __init__(self, id: _Optional[str] = ..., stage: _Optional[_Union[_common_pb2.Stage, str]] = ..., address: _Optional[str] = ..., process: _Optional[_Union[ProcessStatus, _Mapping]] = ..., tier: _Optional[str] = ..., colocated: bool = ..., adapters: _Optional[_Iterable[_Union[_common_pb2.Adapter, _Mapping]]] = ..., revision: _Optional[str] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("worker_id",)

@@ -54,6 +54,11 @@ class AdminStub(object):
                 request_serializer=overfill_dot_v1_dot_admin__pb2.UnloadAdapterRequest.SerializeToString,
                 response_deserializer=overfill_dot_v1_dot_admin__pb2.ChangeAdapterResponse.FromString,
                 _registered_method=True)
+        self.ChangeRollout = channel.unary_unary(
+                '/overfill.v1.Admin/ChangeRollout',
+                request_serializer=overfill_dot_v1_dot_admin__pb2.ChangeRolloutRequest.SerializeToString,
+                response_deserializer=overfill_dot_v1_dot_admin__pb2.RolloutStatus.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -91,6 +96,14 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ChangeRollout(self, request, context):
+        """Router only: returns the two revisions of the stack, after a change of their shares if the request asks for one. The other
+        routers learn of the change through their workers, within seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +126,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.UnloadAdapter,
                     request_deserializer=overfill_dot_v1_dot_admin__pb2.UnloadAdapterRequest.FromString,
                     response_serializer=overfill_dot_v1_dot_admin__pb2.ChangeAdapterResponse.SerializeToString,
+            ),
+            'ChangeRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangeRollout,
+                    request_deserializer=overfill_dot_v1_dot_admin__pb2.ChangeRolloutRequest.FromString,
+                    response_serializer=overfill_dot_v1_dot_admin__pb2.RolloutStatus.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +241,33 @@ class Admin(object):
             '/overfill.v1.Admin/UnloadAdapter',
             overfill_dot_v1_dot_admin__pb2.UnloadAdapterRequest.SerializeToString,
             overfill_dot_v1_dot_admin__pb2.ChangeAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangeRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/overfill.v1.Admin/ChangeRollout',
+            overfill_dot_v1_dot_admin__pb2.ChangeRolloutRequest.SerializeToString,
+            overfill_dot_v1_dot_admin__pb2.RolloutStatus.FromString,
             options,
             channel_credentials,
             insecure,

@@ -59,7 +59,7 @@ class Hello(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, str]]] = ..., address: _Optional[str] = ..., wire_version: _Optional[int] = ..., software_version: _Optional[str] = ..., model: _Optional[_Union[_common_pb2.ModelIdentity, _Mapping]] = ..., kv: _Optional[_Union[_common_pb2.KvSpec, _Mapping]] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., pid: _Optional[int] = ..., metrics_address: _Optional[str] = ..., startup_seconds: _Optional[float] = ..., data_addresses: _Optional[_Iterable[_Union[_kv_pb2.DataAddress, _Mapping]]] = ..., tier: _Optional[str] = ..., engine: _Optional[str] = ..., max_num_seqs: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[_common_pb2.Adapter, _Mapping]]] = ..., lends_kv: bool = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("load", "credits", "ready", "draining", "prefix", "routers", "prefill_load", "adapters", "disk", "costs")
+    __slots__ = ("load", "credits", "ready", "draining", "prefix", "routers", "prefill_load", "adapters", "disk", "costs", "rollout")
     LOAD_FIELD_NUMBER: _ClassVar[int]
     CREDITS_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,7 @@ class Report(_message.Message):
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     DISK_FIELD_NUMBER: _ClassVar[int]
     COSTS_FIELD_NUMBER: _ClassVar[int]
+    ROLLOUT_FIELD_NUMBER: _ClassVar[int]
     load: _decode_pb2.WorkerLoad
     credits: int
     ready: bool
@@ -80,7 +81,28 @@ class Report(_message.Message):
     adapters: AdapterList
     disk: PrefixDelta
     costs: KvCosts
-    def __init__(self, load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., credits: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., prefix: _Optional[_Union[PrefixDelta, _Mapping]] = ..., routers: _Optional[int] = ..., prefill_load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., adapters: _Optional[_Union[AdapterList, _Mapping]] = ..., disk: _Optional[_Union[PrefixDelta, _Mapping]] = ..., costs: _Optional[_Union[KvCosts, _Mapping]] = ...) -> None: ...
+    rollout: Rollout
+    def __init__(self, load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., credits: _Optional[int] = ..., ready: bool = ..., draining: bool = ..., prefix: _Optional[_Union[PrefixDelta, _Mapping]] = ..., routers: _Optional[int] = ..., prefill_load: _Optional[_Union[_decode_pb2.WorkerLoad, _Mapping]] = ..., adapters: _Optional[_Union[AdapterList, _Mapping]] = ..., disk: _Optional[_Union[PrefixDelta, _Mapping]] = ..., costs: _Optional[_Union[KvCosts, _Mapping]] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ...) -> None: ...
+
+class Rollout(_message.Message):
+    __slots__ = ("generation", "tie_break", "revision", "from_percent", "to_percent", "started_ms", "duration_ms", "paused")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    TIE_BREAK_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    FROM_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    TO_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    STARTED_MS_FIELD_NUMBER: _ClassVar[int]
+    DURATION_MS_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    tie_break: int
+    revision: str
+    from_percent: float
+    to_percent: float
+    started_ms: int
+    duration_ms: int
+    paused: bool
+    def __init__(self, generation: _Optional[int] = ..., tie_break: _Optional[int] = ..., revision: _Optional[str] = ..., from_percent: _Optional[float] = ..., to_percent: _Optional[float] = ..., started_ms: _Optional[int] = ..., duration_ms: _Optional[int] = ..., paused: bool = ...) -> None: ...
 
 class KvCosts(_message.Message):
     __slots__ = ("compute_ns", "peer_ns", "disk_ns")
@@ -109,12 +131,14 @@ class PrefixDelta(_message.Message):
     def __init__(self, added: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ..., replaces: bool = ...) -> None: ...
 
 class JoinResponse(_message.Message):
-    __slots__ = ("welcome", "demand")
+    __slots__ = ("welcome", "demand", "rollout")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     DEMAND_FIELD_NUMBER: _ClassVar[int]
+    ROLLOUT_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     demand: Demand
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., demand: _Optional[_Union[Demand, _Mapping]] = ...) -> None: ...
+    rollout: Rollout
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., demand: _Optional[_Union[Demand, _Mapping]] = ..., rollout: _Optional[_Union[Rollout, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("router_id",)

@@ -46,7 +46,7 @@ async def serve(config: ColocatedConfig, on_ready: OnReady = lambda host: None) 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the process from ``argv``, by default the command line."""
     config = ColocatedConfig.parse(argv)
-    run_worker_process(serve(config), config)
+    run_worker_process(serve, config)
 
 
 if __name__ == "__main__":

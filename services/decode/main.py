@@ -87,7 +87,7 @@ def _lending(
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the process from ``argv``, by default the command line."""
     config = DecodeConfig.parse(argv)
-    run_worker_process(serve(config), config)
+    run_worker_process(serve, config)
 
 
 if __name__ == "__main__":

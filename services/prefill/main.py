@@ -109,7 +109,7 @@ def _new_puller(served: ServedHalf) -> Callable[[PrefillPeer], Puller]:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the process from ``argv``, by default the command line."""
     config = PrefillConfig.parse(argv)
-    run_worker_process(serve(config), config)
+    run_worker_process(serve, config)
 
 
 if __name__ == "__main__":

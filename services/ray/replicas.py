@@ -31,6 +31,7 @@ from overfill.rpc.tls import ClientTls
 from overfill.settings.config import ServiceConfig, WorkerConfig
 from overfill.settings.worker_kinds import VARIABLE_PREFIXES
 from overfill.stack.ray import directory
+from overfill.stack.ray.policy import name_signals
 from overfill.stack.spec import DRAIN_MARGIN, ROUTER, StackSpec, WorkerPlace, kind_of
 from overfill.telemetry import logs
 
@@ -169,9 +170,13 @@ class RouterReplica(Replica):
         )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Returns the signals, which Serve passes to the scaling policy (``overfill.stack.ray.policy``)."""
+        """Returns each revision's signals, which Serve passes to the scaling policy (``overfill.stack.ray.policy``)."""
         router: Router = self._service  # type: ignore[assignment]
-        return router.signals.read(asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        signals: dict[str, float] = {}
+        for core in router.cores:
+            signals |= name_signals(core.signals.read(now), core.revision)
+        return signals
 
     async def __del__(self) -> None:
         """Serve awaits this method before it stops the replica."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from overfill.errors import Incompatible, InvalidRequest, ModelNotFound, OverfillError, Unavailable
 from overfill.request.names import ADAPTER_NAME, ADAPTER_NAME_RULE
+from overfill.routing.adapters import Adapters
 from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import Worker
@@ -35,10 +37,14 @@ class WorkerChange:
 
 
 class AdapterChanges:
-    """Asks all decode workers of ``roster`` for a change, and knows the result before they report it."""
+    """Asks all decode workers for a change, and knows the result before they report it.
 
-    def __init__(self, roster: Roster, connector: GrpcConnector) -> None:
-        self._roster = roster
+    Args:
+        rosters: the workers of each revision.
+    """
+
+    def __init__(self, rosters: Sequence[Roster], connector: GrpcConnector) -> None:
+        self._rosters = rosters
         self._connector = connector
 
     async def change(self, name: str, *, load: bool) -> list[WorkerChange]:
@@ -53,27 +59,33 @@ class AdapterChanges:
         """
         if not ADAPTER_NAME.fullmatch(name):
             raise InvalidRequest("name", f"is {name[:80]!r}; a name has {ADAPTER_NAME_RULE}, and is no path")
-        if name in self._roster.tiers:
+        if any(name in roster.tiers for roster in self._rosters):
             raise InvalidRequest("name", f"is {name!r}, which is a tier's; give the adapter another name")
         # A worker that drains takes no new adapter, but requests would wait for it as long as it has this one.
-        workers = [w for pool in self._roster.decode.values() for w in pool if not (load and w.draining)]
-        if not workers:
+        # All channels are looked up before the first await, because a worker may leave meanwhile.
+        asked = [
+            (worker, roster.adapters, admin_pb2_grpc.AdminStub(self._connector.channel(worker.info)))
+            for roster in self._rosters
+            for pool in roster.decode.values()
+            for worker in pool
+            if not (load and worker.draining)
+        ]
+        if not asked:
             raise Unavailable("no decode worker has joined")
-        # Look up all channels before the first await: a worker may leave meanwhile.
-        stubs = [admin_pb2_grpc.AdminStub(self._connector.channel(worker.info)) for worker in workers]
-        asked = zip(workers, stubs, strict=True)
-        changes = await asyncio.gather(*[self._change(worker, stub, name, load) for worker, stub in asked])
-        done_by = list(zip(workers, changes, strict=True))
-        tiers = {worker.info.tier for worker, one in done_by if _concerns(one.error)}
-        concerned = [one for worker, one in done_by if worker.info.tier in tiers or not tiers]
+        changes = await asyncio.gather(*[self._change(*one, name, load) for one in asked])
+        decoders_of = [(worker.info.identity.revision, worker.info.tier) for worker, _, _ in asked]
+        done_by = list(zip(decoders_of, changes, strict=True))
+        decoders = {decoder for decoder, one in done_by if _concerns(one.error)}
+        concerned = [one for decoder, one in done_by if decoder in decoders or not decoders]
         done = [one for one in concerned if one.error is None]
         if not done and (first := concerned[0].error) is not None:
             raise first
         # A worker that did not have it need not unload it.
         return [one for one in concerned if load or not isinstance(one.error, ModelNotFound)]
 
-    async def _change(self, worker: Worker, stub: admin_pb2_grpc.AdminStub, name: str, load: bool) -> WorkerChange:
-        adapters = self._roster.adapters
+    async def _change(
+        self, worker: Worker, adapters: Adapters, stub: admin_pb2_grpc.AdminStub, name: str, load: bool
+    ) -> WorkerChange:
         if load:
             call = stub.LoadAdapter(admin_pb2.LoadAdapterRequest(name=name), timeout=CHANGE_TIMEOUT)
         else:

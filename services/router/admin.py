@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from overfill.errors import InvalidRequest, OverfillError, RequestCancelled, Unavailable
 from overfill.routing import rolling_stats
-from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import PREFILL, STALE_AFTER, Worker
+from overfill.rpc.access import Role
 from overfill.rpc.calls import checked_response
 from overfill.rpc.channel import open_channel
 from overfill.rpc.interceptors import Context
@@ -20,6 +20,7 @@ from overfill.rpc.tls import Credentials
 from overfill.v1 import admin_pb2, admin_pb2_grpc, common_pb2
 from services.router.adapter_changes import AdapterChanges, WorkerChange
 from services.router.port_group import Member
+from services.router.revisions import Revisions
 
 STATUS_TIMEOUT = 1.0
 """Seconds after which a worker or another router counts as silent."""
@@ -39,9 +40,6 @@ class RouterProcess(Protocol):
 
     def status(self) -> admin_pb2.ProcessStatus:
         """Returns the router's own status."""
-
-    def pools(self) -> list[admin_pb2.PoolStatus]:
-        """Returns the pools, without ``ready``."""
 
     def activity(self, histograms: bool) -> admin_pb2.Activity:
         """Returns the router's rolling statistics; with True, their histograms too."""
@@ -65,14 +63,14 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     def __init__(
         self,
         router: RouterProcess,
-        roster: Roster,
+        revisions: Revisions,
         connector: GrpcConnector,
         others: Callable[[], Sequence[Member]],
         credentials: Credentials | None,
         adapters: AdapterChanges,
     ) -> None:
         self._router = router
-        self._roster = roster
+        self._revisions = revisions
         self._connector = connector
         self._others = others
         self._credentials = credentials
@@ -82,7 +80,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         if request.alone:
             return admin_pb2.StatusResponse(process=self._router.status(), activity=self._router.activity(True))
         # Look up all channels before the first await: a worker may leave while others are being queried.
-        known = self._roster.workers()
+        known = self._workers()
         stubs = {w.id: self._stub(w) for w in known}  # a worker with both stages is asked once
         answers = dict(
             zip(stubs, await asyncio.gather(*[self._ask(stub, id) for id, stub in stubs.items()]), strict=True)
@@ -92,17 +90,17 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     async def known(self) -> admin_pb2.StatusResponse:
         """Returns the status from the workers' reports, without asking them. A silent worker has no ``process``."""
         now = asyncio.get_running_loop().time()
-        return await self._response([_reported(worker, now) for worker in self._roster.workers()])
+        return await self._response([_reported(worker, now) for worker in self._workers()])
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
         if not request.worker_id:
             await asyncio.gather(*[self._drain_router(other) for other in self._others()])
             self._router.drain()
             return admin_pb2.DrainResponse()
-        worker = self._roster.find(request.worker_id)
+        worker = self._find(request.worker_id)
         if worker is None:
             # A worker with both stages is listed once for each.
-            known = ", ".join(dict.fromkeys(w.id for w in self._roster.workers())) or "none"
+            known = ", ".join(dict.fromkeys(w.id for w in self._workers())) or "none"
             raise InvalidRequest("worker_id", f"no worker {request.worker_id!r} has joined; joined: {known}")
         drained = self._stub(worker).Drain(admin_pb2.DrainRequest(), timeout=DRAIN_TIMEOUT)
         try:
@@ -123,6 +121,17 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
     ) -> admin_pb2.ChangeAdapterResponse:
         return _response_of(await self._adapters.change(request.name, load=False))
 
+    async def ChangeRollout(self, request: admin_pb2.ChangeRolloutRequest, context: Context) -> admin_pb2.RolloutStatus:
+        self._revisions.change(request)
+        return self._revisions.status()
+
+    def _workers(self) -> list[Worker]:
+        return [worker for core in self._revisions.cores for worker in core.roster.workers()]
+
+    def _find(self, worker_id: str) -> Worker | None:
+        found = (core.roster.find(worker_id) for core in self._revisions.cores)
+        return next((worker for worker in found if worker is not None), None)
+
     async def _leaves(self, worker: Worker) -> bool:
         """Returns True once the worker has left or drains; False if it does neither within ``_LEAVING``.
 
@@ -130,16 +139,17 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(_LEAVING):
-                while self._roster.find(worker.id) is worker and not worker.draining:  # noqa: ASYNC110  # it has no event
+                while self._find(worker.id) is worker and not worker.draining:  # noqa: ASYNC110  # it has no event
                     await asyncio.sleep(0.05)
                 return True
         return False
 
     async def _response(self, workers: Sequence[admin_pb2.WorkerStatus]) -> admin_pb2.StatusResponse:
-        ready = Counter((w.stage, w.tier) for w in workers if w.process.ready and not w.process.draining)
-        pools = self._router.pools()
+        ready = Counter((w.revision, w.stage, w.tier) for w in workers if w.process.ready and not w.process.draining)
+        now = asyncio.get_running_loop().time()
+        pools = [pool for core in self._revisions.cores for pool in core.pools(now)]
         for pool in pools:
-            pool.ready = ready[pool.stage, pool.tier]
+            pool.ready = ready[pool.revision, pool.stage, pool.tier]
         process, member = self._router.status(), self._router.member()
         others = await asyncio.gather(*[self._ask_router(other) for other in self._others()])
         activity = self._router.activity(bool(others))
@@ -175,7 +185,7 @@ class AdminServicer(admin_pb2_grpc.AdminServicer):
             await self._call_router(other, "Drain", admin_pb2.DrainRequest(), DRAIN_TIMEOUT)
 
     async def _call_router(self, other: Member, method: str, request: Any, timeout: float) -> Any:
-        channel = open_channel(other.address, self._credentials)
+        channel = open_channel(other.address, self._credentials, role=Role.ROUTER)
         try:
             call = getattr(admin_pb2_grpc.AdminStub(channel), method)(request, timeout=timeout)
             return await checked_response(call, f"router {other.id}")
@@ -208,6 +218,7 @@ def _listed(worker: Worker) -> admin_pb2.WorkerStatus:
         address=info.address,
         tier=info.tier,
         colocated=info.colocated,
+        revision=info.identity.revision,
         adapters=[
             common_pb2.Adapter(name=name, digest=one.digest, tail_tokens=one.tail_tokens) for name, one in adapters
         ],

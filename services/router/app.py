@@ -11,26 +11,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from overfill.api.reasoning import find_reasoning
-from overfill.api.tokenizer import Tokenizer
 from overfill.errors import ShuttingDown, Unavailable
-from overfill.model.manifest import Pair, check_family
-from overfill.pair.store import resolve_pair
 from overfill.process.heap import Heap
 from overfill.process.open_files import allow_connections
-from overfill.request.trials import Trials
 from overfill.routing.admission import KeyLimiter
-from overfill.routing.async_dispatcher import AsyncDispatcher
-from overfill.routing.brownout import Brownout, Prediction, predict
-from overfill.routing.dispatcher import Dispatcher
-from overfill.routing.policies import POLICIES
-from overfill.routing.pool import Roster
+from overfill.routing.router_need import RouterNeed
 from overfill.routing.scaling import INTERVAL
-from overfill.routing.scaling_advisor import ScalingAdvisor
-from overfill.routing.signals import Signals
 from overfill.routing.stream import GrpcConnector
-from overfill.routing.tier import Objectives, Tier
-from overfill.routing.worker import DECODE, PREFILL, STAGE_NAMES
+from overfill.routing.worker import STAGE_NAMES
 from overfill.rpc.access import AccessPolicy
 from overfill.rpc.addresses import instead_of_wildcard, is_loopback, reachable, split_address
 from overfill.rpc.constants import MAX_CONNECTIONS
@@ -38,9 +26,9 @@ from overfill.rpc.metrics_http import MetricsServer
 from overfill.rpc.server import RpcServer, until_free
 from overfill.rpc.tls import TlsError
 from overfill.settings.config import RouterConfig
-from overfill.settings.tiers import TierSpec
 from overfill.telemetry import tracing
-from overfill.telemetry.progress import log_steps
+from overfill.telemetry.metric_set import Sampled
+from overfill.telemetry.picker import PickerGauges
 from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import (
     admin_pb2,
@@ -54,13 +42,15 @@ from overfill.v1 import (
 from overfill.version import __version__
 from services.router.adapter_changes import AdapterChanges
 from services.router.admin import AdminServicer
+from services.router.core import Core, load_cores
 from services.router.inference import InferenceServicer
+from services.router.kv_blocks import kv_blocks
 from services.router.limits import RequestLimits
+from services.router.open_requests import OpenRequests
 from services.router.port_group import Member, PortGroup
-from services.router.registry import RegistryServicer, SharedPortRegistry, worker_counts
-from services.router.request_handler import RequestHandler
-from services.router.served_tiers import ServedTiers
-from services.router.statistics import Statistics
+from services.router.registry import RegistryServicer, SharedPortRegistry
+from services.router.revisions import Revisions
+from services.router.shared import Shared
 
 if TYPE_CHECKING:
     from services.router.http.app import HttpApi
@@ -91,9 +81,9 @@ class Router:
         config: validated configuration.
 
     Attributes:
-        roster: the joined workers.
-        dispatcher: the running and waiting requests.
-        signals: input of the scaling policy.
+        cores: what serves each revision, the old one first.
+        roster: the joined workers of the old revision.
+        dispatcher: its running and waiting requests.
 
     Raises:
         InvalidPair: the pair folder is damaged, or the named pair is not prepared and cannot be prepared here.
@@ -105,83 +95,48 @@ class Router:
     def __init__(self, config: RouterConfig) -> None:
         config.check_files()
         self._config = config
-        pairs = {spec.name: self._load_pair(spec.pair) for spec in config.ordered_tiers}
-        check_family(pairs)
-        pair = pairs[config.ordered_tiers[0].name]
-        # The library would hand each text to a thread of its own, which costs half as much again as tokenizing it.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        tokenizer = Tokenizer.load(pair.full_path, config.tool_call_parser, config.chat_template)
-        reasoning = find_reasoning(config.reasoning_parser, tokenizer)
         self._id = f"router-{secrets.token_hex(4)}"
         self._incarnation = secrets.randbits(64)
-        reads = "no reasoning" if reasoning is None else f"reasoning as {reasoning.name}"
-        logger.info("%s reads tool calls as %s and %s", self._id, tokenizer.tool_format.name, reads)
         self._address = self._join_address = self._http_address = ""
         self._group = None if config.share_port is None else PortGroup(config.share_port)
         self._stopping = asyncio.Event()
+        specs = config.revisions
+        self._metrics = RouterMetrics([tier.name for tier in specs[0].tiers], [spec.name for spec in specs])
         self._connector = GrpcConnector(config.credentials())
-        tiers = [self._tier(spec, pairs[spec.name]) for spec in config.ordered_tiers]
-        self.roster = Roster(pair.kv_identity("float32").of_pair(), tiers)
-        seed = secrets.randbits(32)  # routers with the same reports should choose differently
-        self.roster.use(POLICIES[config.prefill_policy](seed), lambda: POLICIES[config.decode_policy](seed))
-        self.dispatcher = Dispatcher(
-            self.roster,
-            max_queue=config.max_queue,
-            max_wait=config.max_wait,
-            absent_after=config.absent_after,
+        self._requests = OpenRequests(KeyLimiter() if self._group is None else KeyLimiter(self._group.usage_of))
+        limits = RequestLimits(
+            config.max_attempts, config.max_request_bytes, config.max_request_time, config.stream_interval
         )
-        self.signals = Signals(self.roster, self.dispatcher)
-        objectives = {name: tier.objectives for name, tier in self.roster.tiers.items()}
-        self._scaling_advisor = ScalingAdvisor(self.signals, objectives)
-        async_dispatcher = AsyncDispatcher(self.dispatcher)
-        self._brownout = Brownout(config.brownout, objectives, self._predict) if config.brownout else None
-        self._metrics = RouterMetrics(tuple(pairs))
+        self._shared = Shared(self._connector, self._metrics, self._requests, limits)
+        self.cores = load_cores(config, self._shared)
+        self.roster, self.dispatcher = self.cores[0].roster, self.cores[0].dispatcher
+        self._revisions = Revisions(self.cores, config.canary_percent)
         self._metrics.watch(
-            lambda: [((tier,), count) for tier, count in self.dispatcher.waiting_by_tier().items()],
-            lambda: [((tier,), count) for tier, count in self.dispatcher.running_by_tier().items()],
-            lambda: worker_counts(self.roster, time.monotonic()),
-            lambda: [((tier,), tier in self._in_brownout) for tier in pairs],
-            lambda: self._handler.statistics.sessions.num_active(time.monotonic()),
+            self._of_all_cores(Core.waiting),
+            self._of_all_cores(Core.running),
+            self._of_all_cores(Core.workers),
+            self._of_all_cores(Core.brownouts),
+            self._revisions.sampled_shares,
+            lambda: self._shared.sessions.num_active(time.monotonic()),
+        )
+        self._metrics.registry.register(
+            PickerGauges(
+                lambda: sum(count for core in self.cores for _, count in core.waiting()),
+                lambda: sum(count for core in self.cores for _, count in core.running()),
+                lambda: kv_blocks([core.roster for core in self.cores], time.monotonic()),
+            )
         )
         self._exporter: MetricsServer | None = None
-        self._trials = Trials(
-            pair.full_path / "tokenizer.json",
-            pair.full_config.vocab_size,
-            pair.full_config.eos_token_ids,
-            config.grammar_limits(),
-        )
-        self._handler = RequestHandler(
-            ServedTiers(
-                config.served_model_name or (pair.name,),
-                pairs,
-                self.roster,
-                self._brownout,
-                answer_format=",".join([tokenizer.tool_format.name, *([reasoning.name] if reasoning else [])]),
-                complete={tier.name: tier.replicas for tier in config.ordered_tiers},
-            ),
-            tokenizer,
-            self._trials,
-            async_dispatcher,
-            self._connector,
-            Statistics(self._metrics, self.signals),
-            KeyLimiter() if self._group is None else KeyLimiter(self._group.usage_of),
-            RequestLimits(
-                config.max_attempts, config.max_request_bytes, config.max_request_time, config.stream_interval
-            ),
-            reasoning,
-            drop_attribution=config.drop_attribution,
-        )
         keys = config.key_ring()
         access = config.router_access(keys)
         self._metrics_access = config.metrics_access(keys)
-        self._adapter_changes = AdapterChanges(self.roster, self._connector)
+        self._adapter_changes = AdapterChanges([core.roster for core in self.cores], self._connector)
         self._http_api: HttpApi | None = None
         self._http = None if config.http == "off" else self._http_server(access)
         self._access = access
         self._registry = RegistryServicer(
             self._id,
-            self.roster,
-            async_dispatcher,
+            self._revisions,
             self._connector,
             on_lost=lambda info: self._metrics.worker_lost(STAGE_NAMES[info.stage], info.tier),
         )
@@ -192,32 +147,8 @@ class Router:
             self._add(join_server, self._registry, self._admin_servicer(lambda: ()))
             self._servers.append(join_server)
 
-    @staticmethod
-    def _load_pair(name: str) -> Pair:
-        return Pair.load(resolve_pair(name, log_steps(logger)))
-
-    def _tier(self, spec: TierSpec, pair: Pair) -> Tier:
-        decoder = {
-            "decoder_digest": pair.decoder_digest,
-            "decoder_config_digest": pair.decoder_config_digest,
-            "decoder_quantize": spec.settings.get("quantize", pair.quantize),
-        }
-        if dtype := spec.settings.get("kv_cache_dtype"):
-            decoder["kv_cache_dtype"] = dtype
-        config = self._config
-        objectives = Objectives(
-            ttft=spec.ttft_objective or config.ttft_objective,
-            itl=spec.itl_objective or config.itl_objective,
-        )
-        return Tier(spec.name, decoder, spec.fallback, objectives)
-
-    def _predict(self, tier: str) -> Prediction:
-        now = asyncio.get_running_loop().time()
-        return predict(self.roster, self.dispatcher, tier, now, self._scaling_advisor.expected_itl)
-
-    @property
-    def _in_brownout(self) -> frozenset[str]:
-        return frozenset() if self._brownout is None else self._brownout.active
+    def _of_all_cores(self, read: Callable[[Core], Sampled]) -> Callable[[], Sampled]:
+        return lambda: [sample for core in self.cores for sample in read(core)]
 
     async def start(self) -> str:
         """Listens, and returns the address of the gRPC server for clients.
@@ -299,8 +230,8 @@ class Router:
             async with asyncio.timeout(self._config.grace_period):
                 await asyncio.shield(leaving)
         except TimeoutError:
-            self._handler.drain()
-            self._handler.abort_all(
+            self._requests.drain()
+            self._requests.abort_all(
                 ShuttingDown("the router shut down before the answer was complete; send the request again")
             )
         await leaving
@@ -312,7 +243,8 @@ class Router:
             self._group.leave()
         if self._exporter is not None:
             self._exporter.close()
-        self._trials.close()
+        for core in self.cores:
+            core.close()
         await tracing.flush()
 
     async def _leave_shared_port(self) -> None:
@@ -340,8 +272,8 @@ class Router:
             self._servers.append(new)
         except (Unavailable, TlsError) as error:
             logger.warning("new workers cannot join while this router drains: %s", error)
-        self._handler.drain()
-        await self._handler.wait_idle()
+        self._requests.drain()
+        await self._requests.wait_idle()
         await old.stop(STOP_GRACE)
         await closing
 
@@ -350,7 +282,7 @@ class Router:
         server = self._rpc_server(share_port=self._group is not None, max_connection_age=max_connection_age)
         server.add(
             inference_pb2_grpc.add_InferenceServicer_to_server,
-            InferenceServicer(self._handler),
+            InferenceServicer(self._revisions),
             inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name,
         )
         self._add(server, self._registry if self._group is None else SharedPortRegistry(), self._admin)
@@ -361,7 +293,7 @@ class Router:
             self._config.server_tls(),
             self._config.max_connections,
             access=self._access,
-            condition=lambda: not self._unready(),
+            condition=lambda: not self.unready(),
             share_port=share_port,
             max_connection_age=max_connection_age,
         )
@@ -380,7 +312,7 @@ class Router:
 
     def _admin_servicer(self, others: Callable[[], Sequence[Member]]) -> AdminServicer:
         credentials = self._config.credentials()
-        return AdminServicer(self, self.roster, self._connector, others, credentials, self._adapter_changes)
+        return AdminServicer(self, self._revisions, self._connector, others, credentials, self._adapter_changes)
 
     def _http_server(self, access: AccessPolicy) -> HttpServer:
         # Import here, so that a router without the endpoint does not load its libraries.
@@ -388,9 +320,9 @@ class Router:
         from services.router.http.server import HttpServer
 
         self._http_api = HttpApi(
-            self._handler,
+            self._revisions,
             access,
-            self._unready,
+            self.unready,
             lambda: self._admin.known(),
             self._adapter_changes,
             share_port=self._group is not None,
@@ -409,13 +341,11 @@ class Router:
         )
 
     async def _advise(self) -> None:
-        loop, heap = asyncio.get_running_loop(), Heap()
+        loop, heap, need = asyncio.get_running_loop(), Heap(), RouterNeed()
         while True:
-            self._metrics.scaling(self._scaling_advisor.recommend(loop.time()))
-            short = {tier: self._scaling_advisor.short_prompt(tier) for tier in self.roster.tiers}
-            self.roster.prefill.policy.set_short_prompts(short)
-            if self._brownout is not None:
-                self._brownout.update(loop.time())
+            self._metrics.router_need(need.update(loop.time(), time.thread_time()))
+            for core in self.cores:
+                core.advise(loop.time())
             if heap.has_grown():
                 await asyncio.to_thread(heap.trim)
             await asyncio.sleep(INTERVAL)
@@ -439,37 +369,25 @@ class Router:
         ]
         return [*routers, *self._registry.targets()]
 
-    def _unready(self) -> str:
+    def unready(self) -> str:
         """Returns why the router cannot answer requests now; empty if it can."""
         if self.draining:
             return "the router is draining"
-        unready = self.roster.unready_stages(asyncio.get_running_loop().time())
-        stages = " and ".join(f"no {STAGE_NAMES[stage]} worker" for stage in unready)
-        return f"{stages} is ready" if unready else ""
+        now = asyncio.get_running_loop().time()
+        reasons = [core.unready(now) for core in self.cores]
+        return "; ".join(reasons) if all(reasons) else ""
 
     def activity(self, histograms: bool) -> admin_pb2.Activity:
         """Returns the rolling statistics; with True, their histograms too."""
-        waiting, stats = self.dispatcher.num_waiting, self._handler.statistics.rolling
-        now, sessions = asyncio.get_running_loop().time(), self._handler.statistics.sessions
-        activity = stats.activity(self.dispatcher.num_jobs - waiting, waiting, now)
+        waiting = sum(core.dispatcher.num_waiting for core in self.cores)
+        jobs = sum(core.dispatcher.num_jobs for core in self.cores)
+        stats, sessions, now = self._shared.rolling, self._shared.sessions, asyncio.get_running_loop().time()
+        activity = stats.activity(jobs - waiting, waiting, now)
         activity.sessions = sessions.num_active(now)
         activity.busiest_sessions.extend(sessions.busiest(now))
         if histograms:
             activity.histograms.extend(stats.histograms(now))
         return activity
-
-    def pools(self) -> list[admin_pb2.PoolStatus]:
-        """Returns the pools with the numbers of workers that a complete stack has."""
-        prefill = admin_pb2.PoolStatus(stage=PREFILL, expected=max(1, self._config.expect_prefill))
-        return [
-            prefill,
-            *(
-                admin_pb2.PoolStatus(
-                    stage=DECODE, tier=spec.name, expected=spec.replicas, brownout=spec.name in self._in_brownout
-                )
-                for spec in self._config.ordered_tiers
-            ),
-        ]
 
     def status(self) -> admin_pb2.ProcessStatus:
         """Returns what this process says of itself."""
@@ -478,7 +396,7 @@ class Router:
             stage=common_pb2.STAGE_ROUTER,
             pid=os.getpid(),
             address=self._address,
-            ready=not self._unready(),
+            ready=not self.unready(),
             draining=self.draining,
             software_version=__version__,
             incarnation=self._incarnation,

@@ -1,4 +1,4 @@
-"""The public API over gRPC: text in, text out. ``RequestHandler`` does everything but the protocol."""
+"""The public API over gRPC: text in, text out. A ``RequestHandler`` does everything but the protocol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from overfill.rpc.interceptors import Context
 from overfill.rpc.shared_timeout import SharedTimeout
 from overfill.v1 import inference_pb2, inference_pb2_grpc
 from services.router.limits import STALLED_TIMEOUT
-from services.router.request_handler import RequestHandler
+from services.router.revisions import Revisions
 
 _Response = inference_pb2.GenerateResponse
 
@@ -24,14 +24,15 @@ _Response = inference_pb2.GenerateResponse
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     """Serves Inference. It raises OverfillErrors, which an interceptor maps to gRPC status."""
 
-    def __init__(self, handler: RequestHandler) -> None:
-        self._handler = handler
+    def __init__(self, revisions: Revisions) -> None:
+        self._revisions = revisions
         self._writes = SharedTimeout()
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Context) -> None:
         received = asyncio.get_running_loop().time()
-        handler = self._handler
-        with handler.hold_quota(_caller()) as hold, handler.statistics.refusing(hold):
+        caller, handler = _caller(), self._revisions.main
+        with handler.requests.hold_quota(caller) as hold, handler.statistics.refusing(hold):
+            handler = self._revisions.choose(request, caller)
             checked = await handler.check(request, hold, received, context.time_remaining())
             answer = handler.start(checked, hold)
         try:
@@ -71,22 +72,24 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
-        tiers = self._handler.tiers
+        tiers = self._revisions.main.tiers
         key = _caller()
         return inference_pb2.ListModelsResponse(models=[tiers.describe(name, key) for name in tiers.listed(key)])
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
-        with self._handler.hold_quota(_caller()) as hold:
-            ids = await self._handler.tokenize(request, hold)
-        return inference_pb2.TokenizeResponse(ids=ids, max_model_len=self._handler.tiers.max_model_len())
+        handler = self._revisions.main
+        with handler.requests.hold_quota(_caller()) as hold:
+            ids = await handler.tokenize(request, hold)
+        return inference_pb2.TokenizeResponse(ids=ids, max_model_len=handler.tiers.max_model_len())
 
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
-        with self._handler.hold_quota(_caller()) as hold:
-            return inference_pb2.DetokenizeResponse(text=await self._handler.detokenize(request, hold))
+        handler = self._revisions.main
+        with handler.requests.hold_quota(_caller()) as hold:
+            return inference_pb2.DetokenizeResponse(text=await handler.detokenize(request, hold))
 
 
 def _fill(

@@ -12,6 +12,7 @@ from typing import NoReturn
 from overfill.errors import OverfillError
 from overfill.process import startup
 from overfill.process.leaving import exit_now
+from overfill.rpc.probes import ProbeServer
 from overfill.rpc.tls import TlsError
 from overfill.settings.config import RouterConfig
 from overfill.telemetry import logs
@@ -39,12 +40,17 @@ async def _serve(config: RouterConfig) -> NoReturn:
 
 
 async def _run(config: RouterConfig) -> None:
+    probes = None
+    if config.probe_port != "off":
+        probes = ProbeServer(config.probe_host, config.probe_port, config.server_tls())
     router = Router(config)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, router.drain)
     await router.start()
     startup.freeze()
+    if probes is not None:
+        probes.follow(router.unready)
     await router.run()
 
 

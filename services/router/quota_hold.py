@@ -21,12 +21,14 @@ class QuotaHold:
     Attributes:
         caller, api: as the arguments.
         tier: tier that the request's latest answer would have; empty while it is unknown.
+        revision: revision that would write it; None while it is unknown.
     """
 
     def __init__(self, limiter: KeyLimiter, caller: ApiKey | None, api: str) -> None:
         self.caller = caller
         self.api = api
         self.tier = ""
+        self.revision: str | None = None
         self._limiter = limiter
         self._taken = 0
         self._held = 0  # answers that count as running and were not started

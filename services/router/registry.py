@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from overfill.errors import Incompatible, InvalidRequest
+from overfill.errors import Incompatible, InvalidRequest, Unavailable
 from overfill.kv.journal import MAX_KEYS
-from overfill.routing.async_dispatcher import AsyncDispatcher
-from overfill.routing.pool import Roster
 from overfill.routing.stream import GrpcConnector
 from overfill.routing.worker import PREFILL, STAGE_NAMES, Worker, WorkerInfo
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.interceptors import Context
-from overfill.telemetry.router_metrics import WORKER_STATES
 from overfill.v1 import common_pb2, registry_pb2, registry_pb2_grpc
 from overfill.version import __version__
+from services.router.core import Core
+from services.router.revisions import Revisions
 
 logger = logging.getLogger(__name__)
 
 DEMAND_GAP = 0.05
 """Minimum number of seconds between two Demand messages to a worker."""
+
+LEARN_GAP = 0.2
+"""Minimum seconds between two states of a rollout that a router takes from one worker. It tells all workers of each one
+that it adopts. A worker repeats its state in each report, so that none is lost."""
 
 MAX_COST_NS = 60 * 10**9
 """Longest time in nanoseconds that a worker may report for the KV of one token."""
@@ -35,7 +39,9 @@ MUST_UNDERSTAND = range(32, 64)
 
 
 class RegistryServicer(registry_pb2_grpc.RegistryServicer):
-    """Keeps the roster. Sends its demand to workers that serve other routers as well.
+    """Keeps the roster of each revision.
+
+    It sends its demand to workers that serve other routers as well, and the state of a rollout to all workers.
 
     Args:
         on_lost: called with each worker that leaves without having been drained.
@@ -44,15 +50,13 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
     def __init__(
         self,
         router_id: str,
-        roster: Roster,
-        dispatcher: AsyncDispatcher,
+        revisions: Revisions,
         connector: GrpcConnector,
         on_lost: Callable[[WorkerInfo], None] = lambda _: None,
     ) -> None:
         self._on_lost = on_lost
         self._router_id = router_id
-        self._roster = roster
-        self._dispatcher = dispatcher
+        self._revisions = revisions
         self._connector = connector
         self._streams: dict[str, _Stream] = {}
 
@@ -63,32 +67,25 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         check_wire_version(first.hello)
         check_fields(first.hello)
         infos = WorkerInfo.from_hello(first.hello)
+        core = self._core_of(infos[0])
         info, replaced = infos[0], self._streams.get(infos[0].id)
-        previous = None if replaced is None else replaced.workers[0].info
-        if replaced is not None and replaced.stages != [one.stage for one in infos]:
-            raise Incompatible(
-                f"a worker of another stage has the id {info.id!r}; give each worker its own id", ["worker_id"]
-            )
-        if previous is not None and self._is_duplicate_id(previous, info):
-            logger.warning(
-                "refused a second worker %s: the first is at %s, this one at %s",
-                info.id,
-                previous.address,
-                info.address,
-            )
-            raise Incompatible(
-                f"a live worker at {previous.address} has the id {info.id!r}; give each worker its own id",
-                ["worker_id"],
-            )
-        stream = _Stream(self._roster.join_all(infos), context, first.hello.metrics_address)
-        if previous is not None and previous.incarnation != info.incarnation:
-            self._connector.forget(previous)
+        if replaced is not None:
+            _check_id(replaced, infos)
+        stream = _Stream(core, core.roster.join_all(infos), context, first.hello.metrics_address)
+        if replaced is not None:
+            if replaced.core is not core:  # the worker has restarted with another revision
+                replaced.remove()
+            if replaced.info.incarnation != info.incarnation:
+                self._connector.forget(replaced.info)
         self._streams[info.id] = stream
-        demand_task: asyncio.Task[None] | None = None
+        tasks: dict[str, asyncio.Task[None]] = {}
+        learned, now = -math.inf, asyncio.get_running_loop().time
         try:
             self._connector.add(info)
             logger.info("worker %s joined at %s", info.id, info.address)
             await context.write(registry_pb2.JoinResponse(welcome=registry_pb2.Welcome(router_id=self._router_id)))
+            if self._revisions.several:
+                tasks["rollout"] = asyncio.create_task(self._tell_rollout(stream))
             async for message in request_iterator:
                 if not message.HasField("report"):
                     raise InvalidRequest("report", "is required in every message after the first")
@@ -96,12 +93,16 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                 if self._streams.get(info.id) is not stream:
                     return  # the worker has joined again on another stream
                 for worker in stream.workers:
-                    self._dispatcher.report(worker, stage_report(message.report, worker.info))
-                if demand_task is None and message.report.routers > 1:
-                    demand_task = asyncio.create_task(self._tell_demand(stream))
+                    core.async_dispatcher.report(worker, stage_report(message.report, worker.info))
+                has_rollout = self._revisions.several and message.report.HasField("rollout")
+                if has_rollout and now() - learned >= LEARN_GAP:
+                    learned = now()
+                    self._revisions.learn(message.report.rollout)
+                if message.report.routers > 1 and "demand" not in tasks:
+                    tasks["demand"] = asyncio.create_task(self._tell_demand(stream))
         finally:
-            if demand_task is not None:
-                demand_task.cancel()
+            for task in tasks.values():
+                task.cancel()
             # A worker's older stream may end after its newer one has begun: only the newer one removes the worker.
             if self._streams.get(info.id) is stream:
                 logger.info("worker %s left", info.id)
@@ -110,24 +111,43 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                 for worker in stream.workers:
                     if not worker.draining:
                         self._on_lost(worker.info)
-                    self._roster.pool_of(worker).remove(worker)
-                self._dispatcher.poll()
+                stream.remove()
+
+    def _core_of(self, info: WorkerInfo) -> Core:
+        """Returns the core of a worker's revision. Raises Unavailable if there is none."""
+        revision = info.identity.revision
+        core = self._revisions.get(revision)
+        if core is None:
+            # The worker tries again, because a router that serves the revision may be about to start.
+            raise Unavailable(
+                f"worker {info.id} has the revision {revision!r}; this router serves {self._revisions.names}"
+            )
+        return core
+
+    async def _tell_rollout(self, stream: _Stream) -> None:
+        """Sends the worker each state of the rollout that others may have to learn."""
+        state = self._revisions.state
+        while True:
+            if state.generation:
+                await stream.write(registry_pb2.JoinResponse(rollout=state.to_proto()))
+            state = await self._revisions.changed_since(state)
 
     async def _tell_demand(self, stream: _Stream) -> None:
         """Sends this router's demand to the worker, which divides its credits among several routers."""
-        pools = [self._roster.pool_of(worker) for worker in stream.workers]
+        roster, dispatcher = stream.core.roster, stream.core.async_dispatcher
+        pools = [roster.pool_of(worker) for worker in stream.workers]
         sent: registry_pb2.Demand | None = None
         while True:
-            version = self._dispatcher.version
+            version = dispatcher.version
             demand = registry_pb2.Demand(
                 in_use=max(worker.in_flight for worker in stream.workers),
-                queued=max(self._dispatcher.queued(pool) for pool in pools),
+                queued=max(dispatcher.queued(pool) for pool in pools),
             )
             if demand != sent:
                 sent = demand
-                await stream.context.write(registry_pb2.JoinResponse(demand=demand))
+                await stream.write(registry_pb2.JoinResponse(demand=demand))
             await asyncio.sleep(DEMAND_GAP)
-            await self._dispatcher.changed_since(version)
+            await dispatcher.changed_since(version)
 
     def targets(self) -> list[dict[str, Any]]:
         """Returns the workers' metrics addresses for Prometheus' ``http_sd_configs``. Callable from any thread."""
@@ -137,31 +157,36 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             if stream.metrics_address
         ]
 
-    def _is_duplicate_id(self, previous: WorkerInfo, info: WorkerInfo) -> bool:
-        """True if ``previous`` is alive and another process than ``info``.
-
-        The registry refuses the second one then: two workers with one id would replace each other again and again.
-        """
-        worker = self._roster.find(previous.id)
-        return (
-            worker is not None
-            and previous.incarnation != info.incarnation
-            and previous.address != info.address
-            and worker.alive(asyncio.get_running_loop().time())
-        )
-
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Stream:
-    """The Join stream of a worker. ``workers`` has the worker in each of its pools."""
+    """The Join stream of a worker. ``workers`` has the worker in each of its pools, which are the core's."""
 
+    core: Core
     workers: tuple[Worker, ...]
     context: Context
     metrics_address: str
+    _writing: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+
+    @property
+    def info(self) -> WorkerInfo:
+        """What the worker says of its first stage."""
+        return self.workers[0].info
 
     @property
     def stages(self) -> list[common_pb2.Stage]:
         return [worker.info.stage for worker in self.workers]
+
+    async def write(self, response: registry_pb2.JoinResponse) -> None:
+        """Sends a message. gRPC takes one at a time."""
+        async with self._writing:
+            await self.context.write(response)
+
+    def remove(self) -> None:
+        """Removes the worker from its pools."""
+        for worker in self.workers:
+            self.core.roster.pool_of(worker).remove(worker)
+        self.core.async_dispatcher.poll()
 
 
 class SharedPortRegistry(registry_pb2_grpc.RegistryServicer):
@@ -196,35 +221,41 @@ def check_report(report: registry_pb2.Report) -> None:
         delta = getattr(report, name)
         if (count := len(delta.added) + len(delta.removed)) > MAX_KEYS:
             raise InvalidRequest(f"report.{name}", f"must have at most {MAX_KEYS} keys; got {count}")
-    for field, value in report.costs.ListFields():
+    for cost, value in report.costs.ListFields():
         if value > MAX_COST_NS:
-            raise InvalidRequest(f"report.costs.{field.name}", f"must be at most {MAX_COST_NS}; got {value}")
+            raise InvalidRequest(f"report.costs.{cost.name}", f"must be at most {MAX_COST_NS}; got {value}")
+
+
+def _check_id(joined: _Stream, infos: Sequence[WorkerInfo]) -> None:
+    """Raises Incompatible if the id of the worker that wants to join is another worker's.
+
+    Two live workers with one id would replace each other again and again.
+    """
+    info, previous = infos[0], joined.info
+    if joined.stages != [one.stage for one in infos]:
+        raise Incompatible(
+            f"a worker of another stage has the id {info.id!r}; give each worker its own id", ["worker_id"]
+        )
+    worker = joined.core.roster.find(info.id)
+    if (
+        worker is not None
+        and previous.incarnation != info.incarnation
+        and previous.address != info.address
+        and worker.alive(asyncio.get_running_loop().time())
+    ):
+        logger.warning(
+            "refused a second worker %s: the first is at %s, this one at %s", info.id, previous.address, info.address
+        )
+        raise Incompatible(
+            f"a live worker at {previous.address} has the id {info.id!r}; give each worker its own id", ["worker_id"]
+        )
 
 
 def _labels(workers: Sequence[Worker]) -> dict[str, str]:
     last = workers[-1].info  # with both stages, the decode stage, which has a tier
     labels = {"stage": "+".join(STAGE_NAMES[worker.info.stage] for worker in workers), "worker": last.id}
-    return labels | {"tier": last.tier} if last.tier else labels
-
-
-def worker_counts(roster: Roster, now: float) -> list[tuple[tuple[str, str, str], int]]:
-    """Counts joined workers by stage, tier and state. Callable from any thread; ``now`` is on the event loop's clock.
-
-    Prefill workers have the tier "".
-    """
-    counts: dict[tuple[str, str, str], int] = {}
-    for tier, pool in (("", roster.prefill), *roster.decode.items()):
-        stage = STAGE_NAMES[pool.stage]
-        counts |= {(stage, tier, state): 0 for state in WORKER_STATES}
-        for worker in list(pool):
-            counts[stage, tier, _state(worker, now)] += 1
-    return list(counts.items())
-
-
-def _state(worker: Worker, now: float) -> str:
-    if worker.draining:
-        return "draining"
-    return "ready" if worker.alive(now) else "starting" if worker.starting else "silent"
+    named = {"tier": last.tier, "revision": last.identity.revision}
+    return labels | {label: name for label, name in named.items() if name}
 
 
 def check_wire_version(hello: registry_pb2.Hello) -> None:
@@ -238,13 +269,7 @@ def check_wire_version(hello: registry_pb2.Hello) -> None:
 
 
 def check_fields(hello: registry_pb2.Hello) -> None:
-    """Raises Incompatible if the worker says something that this router does not know and must not ignore.
-
-    A revision of the pair is for a later version: this router would answer with other weights than the client asks for.
-    """
-    if hello.model.revision:
-        field = "hello.model.revision"
-        raise Incompatible(f"worker {hello.worker_id} sets {field}, which this version does not support", [field])
+    """Raises Incompatible if the worker says something that this router does not know and must not ignore."""
     fields: Any = UnknownFieldSet(hello)
     unknown = sorted({f.field_number for f in fields if f.field_number in MUST_UNDERSTAND})
     if unknown:

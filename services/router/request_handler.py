@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -20,23 +19,19 @@ from overfill.api.request_grammar import tried_grammar
 from overfill.api.requests import validate_generate
 from overfill.api.sessions import session_name
 from overfill.api.tokenizer import Tokenizer
-from overfill.errors import InvalidRequest, OverfillError, ShuttingDown
+from overfill.errors import InvalidRequest
 from overfill.kv.keys import PromptKeys, root_key, token_bytes
 from overfill.request.params import check_priority, check_token_ids
 from overfill.request.trials import Trials
-from overfill.routing.admission import KeyLimiter
 from overfill.routing.async_dispatcher import AsyncDispatcher
 from overfill.routing.job import Job
 from overfill.routing.relay import Relay
-from overfill.routing.stream import DecodeConnector
 from overfill.telemetry import logs, tracing
 from overfill.v1 import inference_pb2
-from services.router.bounded_executor import BoundedExecutor
-from services.router.limits import READ_GRACE, RequestLimits
-from services.router.pace import Pace
 from services.router.quota_hold import QuotaHold
 from services.router.running_answer import RunningAnswer
 from services.router.served_tiers import ServedTiers
+from services.router.shared import Shared
 from services.router.statistics import Statistics
 
 T = TypeVar("T")
@@ -57,7 +52,7 @@ _SHARED_PROMPT_STEP = 64
 
 
 class RequestHandler:
-    """Checks, starts and tracks the requests to the tiers of one full model.
+    """Checks and starts the requests to the tiers of one full model.
 
     Args:
         tiers: the tiers, and the choice of one for each request.
@@ -69,8 +64,7 @@ class RequestHandler:
         tiers: as the argument.
         tokenizer: the full model's tokenizer.
         statistics: what counts the requests.
-        pace: decides when streams write.
-        executor: threads for long requests.
+        requests: the requests that are not over, of all handlers of the router.
     """
 
     def __init__(
@@ -79,10 +73,8 @@ class RequestHandler:
         tokenizer: Tokenizer,
         trials: Trials,
         dispatcher: AsyncDispatcher,
-        connector: DecodeConnector,
         statistics: Statistics,
-        key_limiter: KeyLimiter,
-        limits: RequestLimits,
+        shared: Shared,
         reasoning: Reasoning | None = None,
         *,
         drop_attribution: bool = True,
@@ -90,42 +82,13 @@ class RequestHandler:
         self.tiers = tiers
         self.tokenizer = tokenizer
         self.statistics = statistics
-        self.pace = Pace()
-        self.executor = BoundedExecutor()
-        self._grammar_executor = BoundedExecutor()
+        self.requests = shared.requests
+        self._shared = shared
+        self._limits = shared.limits
         self._trials = trials
         self._dispatcher = dispatcher
-        self._connector = connector
-        self._limits = limits
         self._drop_attribution = drop_attribution
         self._reasoning = reasoning
-        self._running: dict[Relay, ApiKey | None] = {}
-        self._key_limiter = key_limiter
-        self._preparing = 0  # requests that are being checked and started
-        self._aborted = False
-        self._open: set[Relay] = set()  # those that still run; their answers are in ``_running`` until they are read
-        self._all_closed, self._all_read = asyncio.Event(), asyncio.Event()
-        self._all_closed.set()
-        self._all_read.set()
-        self._read_at = 0.0  # time when a client had read a delta
-        self._draining = False
-
-    @property
-    def draining(self) -> bool:
-        """True once the router refuses new requests."""
-        return self._draining
-
-    @contextmanager
-    def hold_quota(self, caller: ApiKey | None = None, api: str = "grpc") -> Iterator[QuotaHold]:
-        """Yields the hold on a key's quota with which the answers of one client request are checked and started."""
-        self._preparing += 1
-        self._note_idle()
-        try:
-            with QuotaHold(self._key_limiter, caller, api) as hold:
-                yield hold
-        finally:
-            self._preparing -= 1
-            self._note_idle()
 
     async def check(
         self, request: inference_pb2.GenerateRequest, hold: QuotaHold, received: float, time_left: float | None = None
@@ -139,13 +102,14 @@ class RequestHandler:
         Raises:
             ShuttingDown, ModelNotFound, PermissionDenied, InvalidRequest, Overloaded: the request is refused.
         """
-        self._check_open()
+        self.requests.check_open()
         caller, now = hold.caller, asyncio.get_running_loop().time()
+        hold.revision = self.tiers.revision
         choice = self.tiers.requested(request, caller)
         hold.tier = choice.tier
         self.tiers.check_can_score(request, choice, caller)
         size = self._size(request)
-        self._shorten(request)
+        self.shorten(request)
         check_priority(request.priority)
         priority, client_resumes = _priority(request.priority, caller), bool(request.resume_token_ids)
         session = session_name(request.session)
@@ -189,18 +153,16 @@ class RequestHandler:
         Raises:
             PromptTooLong, Overloaded, ShuttingDown: the request cannot be queued.
         """
-        if self._aborted:
-            raise ShuttingDown("this router is shutting down")
         start = request.start
         logs.request_id.set(request.id)
         tracing.current().set(request_id=request.id, prompt_tokens=request.prompt_tokens)
         relay = Relay(
             request,
             self._dispatcher,
-            self._connector,
+            self._shared.connector,
             max_attempts=self._limits.max_attempts,
             observer=self.statistics.metrics,
-            on_close=self._closed,
+            on_close=self.requests.closed,
         )
         digest, format = request.answer_digest, self.tokenizer.tool_format
         text = AnswerText(
@@ -216,12 +178,7 @@ class RequestHandler:
             min_tokens=start.sampling.min_tokens,
             thinking=request.thinking,
         )
-        self._open.add(relay)
-        self._note_idle()
-        relay.start()
-        self._running[relay] = hold.caller
-        hold.started()
-        self._all_read.clear()
+        self.requests.begin(relay, hold)
         self.statistics.accepted(request)
         accepted = inference_pb2.Accepted(
             request_id=request.id,
@@ -233,15 +190,21 @@ class RequestHandler:
             brownout_from=request.choice.brownout_from,
         )
         return RunningAnswer(
-            relay, text, accepted, self.statistics, self.pace, on_read=self._on_read, close=self._close
+            relay,
+            text,
+            accepted,
+            self.statistics,
+            self._shared.pace,
+            on_read=self.requests.read,
+            close=self.requests.close,
         )
 
     async def tokenize(self, request: inference_pb2.TokenizeRequest, hold: QuotaHold) -> list[int]:
         """Returns the token ids of a prompt. Raises the errors of ``check``."""
-        self._check_open()
+        self.requests.check_open()
         self.tiers.parse_model(request.model, hold.caller)
         size = self._size(request)
-        self._shorten(request)
+        self.shorten(request)
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequest("prompt", "is missing: give text or chat")
@@ -254,65 +217,13 @@ class RequestHandler:
 
     async def detokenize(self, request: inference_pb2.DetokenizeRequest, hold: QuotaHold) -> str:
         """Returns the text of token ids. Raises the errors of ``check``."""
-        self._check_open()
+        self.requests.check_open()
         self.tiers.parse_model(request.model, hold.caller)
         size = self._size(request)
         if len(request.ids) > MAX_DETOKENIZED:
             raise InvalidRequest("ids", f"has {len(request.ids)} ids; at most {MAX_DETOKENIZED} are allowed")
         check_token_ids("ids", request.ids, self.tiers.vocab_size)
         return await self._charged(size, hold, self.tokenizer.decode, request.ids)
-
-    def drain(self) -> None:
-        """Refuses new requests from now on."""
-        self._draining = True
-
-    async def wait_idle(self) -> None:
-        """Returns once no request is prepared or runs, and clients have read all answers.
-
-        After the last computation, it gives up when no client has read a delta for ``READ_GRACE`` seconds. After
-        ``abort_all``, it returns at once.
-        """
-        await self._all_closed.wait()
-        now = asyncio.get_running_loop().time
-        self._read_at = now()
-        while not self._all_read.is_set() and (left := self._read_at + READ_GRACE - now()) > 0:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self._all_read.wait()
-
-    def abort_all(self, error: OverfillError) -> None:
-        """Ends every running request with ``error``, and starts no more. ``wait_idle`` then waits for nothing."""
-        self._aborted = True
-        self._note_idle()
-        self._all_read.set()
-        # Ends waiting requests first: each running one that ends frees a slot, which would go to a waiting one.
-        for relay in sorted(self._running, key=lambda relay: relay.placed):
-            relay.abort(error)
-
-    def _close(self, relay: Relay, error: BaseException | None) -> None:
-        """Ends ``relay`` and forgets it. ``error`` is the reason, for traces, if the request is not answered."""
-        relay.close(error)
-        if relay in self._running:
-            self._release(self._running.pop(relay))
-        if not self._running:
-            self._all_read.set()
-
-    def _on_read(self, now: float) -> None:
-        self._read_at = now
-
-    def _closed(self, relay: Relay) -> None:
-        self._open.discard(relay)
-        self._note_idle()
-
-    def _note_idle(self) -> None:
-        if self._aborted or not (self._open or self._preparing):
-            self._all_closed.set()
-        else:
-            self._all_closed.clear()
-
-    def _release(self, caller: ApiKey | None) -> None:
-        if caller is not None:
-            self._key_limiter.release(caller.id)
 
     def _root_key(self, caller: ApiKey | None) -> int | None:
         """Returns the root of the caller's keys of blocks in prefix caches; None while no prefill worker has joined."""
@@ -337,15 +248,10 @@ class RequestHandler:
         """Calls ``function``, in a thread if it may take so long that other streams would notice."""
         if not in_thread:
             return function(*args)
-        # Short requests with a grammar do not wait for long ones.
-        executor = self.executor if size >= LONG_REQUEST else self._grammar_executor
+        executor = self._shared.executor if size >= LONG_REQUEST else self._shared.grammar_executor
         return await executor.run(size, function, *args)
 
-    def _check_open(self) -> None:
-        if self._draining:
-            raise ShuttingDown("this router is shutting down")
-
-    def _shorten(self, request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> None:
+    def shorten(self, request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest) -> None:
         """Removes from the prompt what is for others than the model."""
         if self._drop_attribution and request.HasField("chat"):
             drop_attribution(request.chat)

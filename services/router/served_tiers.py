@@ -40,6 +40,7 @@ class ServedTiers:
         complete: number of decode workers of each tier in a complete stack; 1 for a tier that it leaves out.
 
     Attributes:
+        revision: revision of the pairs; empty in a stack without revisions.
         roster: as the argument.
         vocab_size: number of token ids of the full model.
     """
@@ -61,6 +62,7 @@ class ServedTiers:
         self._complete = complete or {}
         self._identities: dict[str, inference_pb2.AnswerIdentity] = {}  # without formats and request, by tier
         self._latest_formats: dict[str, dict[str, object]] = {}  # formats of each tier's latest worker
+        self.revision = pairs[roster.default_tier].revision
         full = pairs[roster.default_tier].full_config
         self.vocab_size, self._max_positions = full.vocab_size, full.max_positions
 
@@ -93,13 +95,13 @@ class ServedTiers:
         return f"{self.model}:{choice.writer}" if self.several or choice.adapter is not None else self.model
 
     def fingerprint(self, choice: TierChoice) -> str:
-        """Name of what writes the tokens: decoder, adapter, and how workers store weights and KV if they round."""
+        """Name of what writes the tokens: decoder, formats of weights and KV if rounded, adapter, and revision."""
         formats = self._formats(choice.tier)
         parts = [
             self._pairs[choice.tier].decoder_digest[:12],
             *(_rounded(formats.get(name, "")) for name in _ROUNDINGS),
         ]
-        parts.append("" if choice.adapter is None else choice.adapter.digest[:12])
+        parts += ["" if choice.adapter is None else choice.adapter.digest[:12], self.revision]
         return f"fp_{'-'.join(filter(None, parts))}"
 
     def identity(self, writer: str, job: Job) -> inference_pb2.AnswerIdentity:
@@ -227,6 +229,15 @@ class ServedTiers:
         if name in self._names and self._choice(writer) is not None:
             return writer
         raise self._not_found(model, caller)
+
+    def tier_of(self, request: inference_pb2.GenerateRequest) -> str | None:
+        """Returns the tier that a request names, itself or by its adapter; None if what it names is not here."""
+        try:
+            named = self.parse_model(request.model)
+        except ModelNotFound:
+            return None
+        choice = self._choice(request.tier or named or self.roster.default_tier)
+        return None if choice is None else choice.tier
 
     def _choice(self, writer: str) -> TierChoice | None:
         """Returns the tier of this name, or the adapter with its tier; None if there is none."""

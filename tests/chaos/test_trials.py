@@ -51,7 +51,7 @@ def broken(
     load: dict[str, Any] = {"requests": 40, "streams": 8, "max_tokens": MAX_TOKENS, "sampled_share": 0.75}
     trial = Trial(faults, PROMPTS, **load, **more)  # type: ignore[arg-type]
     result = asyncio.run(run_trial(plan, trial, silent))
-    report = TrialReport(result, *result.judge(load_references(plan.tiers), MAX_TOKENS, silent), {}, needed)
+    report = TrialReport(result, *result.judge({"": load_references(plan.tiers)}, MAX_TOKENS, silent), {}, needed)
     # As text, because pytest shortens other values.
     reasons = ("endings", "errors", "blocks_freed_after", "leaked", "unclean_exits", "tier_problems", "missed")
     reasons += ("unused_sources",)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from runtime import IMAGES, PREFIX, build_images, docker, docker_daemon
+
+from overfill.api import key_file as keyfile
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +30,14 @@ def images(daemon: None) -> dict[str, str]:
     done = build_images()
     assert done.returncode == 0, done.stdout + done.stderr
     return IMAGES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for a release of the chart, with a file of API keys, and the key."""
+    made = tmp_path_factory.mktemp("chart")
+    for parent in made.parents[:2]:
+        parent.chmod(0o755)  # pytest's folders are closed to user 10001
+    made.chmod(0o755)
+    (made / "key").write_text(keyfile.create(made / "keys.json", "test"))
+    return made

@@ -2,8 +2,9 @@
 
 ``Cluster`` does the work of the parts of Kubernetes that podman has no counterpart of:
 
-* controllers: one pod for each replica; a rollout with ``maxSurge`` extra pods.
-* kubelet: group ownership of volumes (``fsGroup``), the three probes, ``preStop``, the grace period.
+* controllers: one pod for each replica; an upgrade with ``maxSurge`` extra pods; Deployments that come and go.
+* kubelet: group ownership of volumes (``fsGroup``), files of secrets that change, the three probes, ``preStop``, the
+  grace period.
 * DNS: every pod of a Service has the Service's names as aliases on the network. ``endpoints`` lists the ready pods.
 
 ``LEFT_OUT`` says which kinds of object nothing here plays, and ``REWRITES`` what it changes in a rendered pod.
@@ -33,6 +34,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
+from charts import probe as http_probe
 from runtime import IMAGES, PREFIX, docker, podman
 
 NAMESPACE = "serving"
@@ -84,7 +86,8 @@ class Pod:
 @dataclass
 class _Probe:
     kind: str
-    command: list[str]
+    path: str
+    port: int
     period: float
     timeout: float
     threshold: int
@@ -132,10 +135,25 @@ class Cluster:
         data = {key: base64.b64encode(value).decode() for key, value in values.items()}
         self._play_secret({"metadata": {"name": name}, "data": data})
 
+    def replace_secret(self, name: str, **values: bytes) -> None:
+        """Change a secret, also in running pods: the kubelet replaces all files at once, by one link."""
+        self.secret(name, **values)  # for pods that start later
+        root = self._volume(name)
+        version = root / f"..{time.monotonic_ns()}"
+        version.mkdir(mode=0o750)
+        for key, value in values.items():
+            (version / key).write_bytes(value)
+            (version / key).chmod(0o440)
+        for path in (version, *version.iterdir()):
+            os.chown(path, -1, root.stat().st_gid)
+        _link(root / "..data", version.name)
+        for key in values:
+            if not (root / key).is_symlink():
+                _link(root / key, f"..data/{key}")
+
     def apply(self, objects: list[dict[str, Any]]) -> None:
         """Create the objects of a release. Returns when every pod has started; ``wait_ready`` waits for the probes."""
         self.left_out = {}
-        self._deployments.clear()
         for one in objects:
             kind, name = one["kind"], one["metadata"]["name"]
             if kind == "Secret":
@@ -144,16 +162,13 @@ class Cluster:
                 self.claim(name)
             elif kind == "Service":
                 self._services[name] = one["spec"]
-            elif kind == "Deployment":
-                self._deployments[name] = one["spec"]
-            elif kind != "Pod":
+            elif kind not in ("Deployment", "Pod"):
                 assert kind in LEFT_OUT, f"{kind} is neither played nor listed in LEFT_OUT"
                 self.left_out.setdefault(kind, []).append(name)
         if not self._kubelet.is_alive():
             self._kubelet.start()
-        wanted = [(name, spec) for name, spec in self._deployments.items() for _ in range(spec["replicas"])]
-        with ThreadPoolExecutor(len(wanted)) as starting:
-            list(starting.map(lambda one: self.start(one[0], one[1]["template"]), wanted))
+        self._deployments = {}
+        self.upgrade(objects)
 
     def run_test(self, objects: list[dict[str, Any]]) -> tuple[int, str]:
         """Run the pod of ``helm test``. Returns its exit code and log."""
@@ -165,15 +180,24 @@ class Cluster:
         self.remove(pod)
         return code, log
 
-    def rollout(self, objects: list[dict[str, Any]]) -> None:
-        """Replace the pods of every Deployment whose template has changed, as an upgrade of the release does."""
-        changed = []
-        for one in objects:
-            if one["kind"] == "Deployment" and one["spec"] != self._deployments[one["metadata"]["name"]]:
-                self._deployments[one["metadata"]["name"]] = one["spec"]
-                changed.append((one["metadata"]["name"], one["spec"]))
-        with ThreadPoolExecutor(len(changed)) as rolling:
-            list(rolling.map(lambda one: self._roll(*one), changed))
+    def upgrade(self, objects: list[dict[str, Any]]) -> None:
+        """Do what an upgrade of the release does with Deployments, all of them at the same time.
+
+        Pods whose template has changed are replaced, one after the other. New Deployments start, Deployments that are
+        missing in ``objects`` lose their pods, and others get the number of pods that they name.
+        """
+        before = self._deployments
+        self._deployments = {one["metadata"]["name"]: one["spec"] for one in objects if one["kind"] == "Deployment"}
+        gone = {name: before[name] | {"replicas": 0} for name in before.keys() - self._deployments.keys()}
+
+        def change(name: str, spec: dict[str, Any]) -> None:
+            if name in before and before[name]["template"] != spec["template"]:
+                self._roll(name, spec)
+            self._scale(name, spec)
+
+        wanted = self._deployments | gone
+        with ThreadPoolExecutor(len(wanted)) as changing:
+            list(changing.map(change, wanted, wanted.values()))
 
     # Pods
 
@@ -215,6 +239,17 @@ class Cluster:
         # After `podman kill`, podman would not start it again.
         os.kill(int(podman("inspect", "--format={{.State.Pid}}", pod.container)), number)
 
+    @contextmanager
+    def blocked(self, pod: Pod, port: int) -> Iterator[None]:
+        """Drop all packets to a port of the pod."""
+        rule = ["INPUT", "-p", "tcp", "--dport", str(port), "-j", "DROP"]
+        inside = ["nsenter", f"--target={podman('inspect', '--format={{.State.Pid}}', pod.container).strip()}", "--net"]
+        subprocess.run([*inside, "iptables", "-A", *rule], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run([*inside, "iptables", "-D", *rule], check=True)
+
     def delete(self, pod: Pod) -> None:
         """Delete a pod: it leaves its Services, runs ``preStop``, and gets SIGTERM; after its grace, SIGKILL."""
         with self._lock:
@@ -222,7 +257,8 @@ class Cluster:
         hook = pod.spec["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec")
         if hook:
             podman("exec", pod.container, *hook["command"])
-        podman("pod", "stop", f"--time={pod.spec['terminationGracePeriodSeconds']}", pod.name)
+        # `podman pod stop` would take the pod's network away first, so that running requests would hang.
+        podman("stop", f"--time={pod.spec['terminationGracePeriodSeconds']}", pod.container, timeout=1200)
         self.exits.append((pod.container, int(podman("inspect", "--format={{.State.ExitCode}}", pod.container))))
         self.remove(pod)
 
@@ -319,7 +355,7 @@ class Cluster:
 
     def _roll(self, name: str, spec: dict[str, Any]) -> None:
         assert spec["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}, "others are not implemented"
-        olds = [pod for pod in self.pods() if pod.name.rpartition("-")[0] == name]
+        olds = self._pods_of(name)
         with ThreadPoolExecutor(len(olds)) as deleting:
             gone = []
             for old in olds:
@@ -332,6 +368,17 @@ class Cluster:
             for one in gone:
                 one.result()
 
+    def _scale(self, name: str, spec: dict[str, Any]) -> None:
+        pods = self._pods_of(name)
+        missing, surplus = spec["replicas"] - len(pods), pods[spec["replicas"] :]
+        with ThreadPoolExecutor(max(missing, len(surplus), 1)) as changing:
+            changes = [changing.submit(self.start, name, spec["template"]) for _ in range(missing)]
+            for one in changes + [changing.submit(self.delete, pod) for pod in surplus]:
+                one.result()
+
+    def _pods_of(self, deployment: str) -> list[Pod]:
+        return [pod for pod in self.pods() if pod.name.rpartition("-")[0] == deployment]
+
     # Probes
 
     def _probe_all(self) -> None:
@@ -341,17 +388,22 @@ class Cluster:
             for _ in self._prober.map(lambda one: self._probe(*one), due):
                 pass
 
-    def probe_liveness(self, pod: Pod) -> None:
-        """Run the liveness probe now, instead of at its next time."""
-        (probe,) = (probe for probe in pod.probes if probe.kind == "livenessProbe")
-        self._probe(pod, probe)
+    def ask_ready(self, pod: Pod) -> tuple[int, str]:
+        """Return status and body of the readiness probe's response."""
+        (probe,) = (probe for probe in _probes(pod.spec["containers"][0]) if probe.kind == "readinessProbe")
+        return http_probe(pod.address, probe.port, probe.path)
+
+    def run_probes(self, pod: Pod, *kinds: str) -> None:
+        """Run the pod's probes now, all of them or those of some kinds, instead of at their next time."""
+        for probe in pod.probes:
+            if not kinds or probe.kind in kinds:
+                self._probe(pod, probe)
 
     def _probe(self, pod: Pod, probe: _Probe) -> None:
         probe.next = time.monotonic() + probe.period
         succeeded = False
-        with suppress(subprocess.TimeoutExpired, AssertionError):
-            podman("exec", pod.container, *probe.command, timeout=probe.timeout)
-            succeeded = True
+        with suppress(OSError):
+            succeeded = http_probe(pod.address, probe.port, probe.path, probe.timeout)[0] < 400
         probe.failures = 0 if succeeded else probe.failures + 1
         failed = probe.failures >= probe.threshold
         with self._lock:
@@ -369,23 +421,29 @@ class Cluster:
 
 
 def _probes(container: dict[str, Any]) -> list[_Probe]:
-    return [
-        _Probe(
-            kind,
-            container[kind]["exec"]["command"],
-            container[kind]["periodSeconds"],
-            container[kind]["timeoutSeconds"],
-            container[kind]["failureThreshold"],
-            container[kind].get("terminationGracePeriodSeconds", 0),
-        )
-        for kind in ("startupProbe", "readinessProbe", "livenessProbe")
-    ]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    made = []
+    for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+        given = container[kind]
+        wanted = given["httpGet"]
+        assert wanted["scheme"] == "HTTPS", "others are not implemented"
+        limits = (given["periodSeconds"], given["timeoutSeconds"], given["failureThreshold"])
+        grace = given.get("terminationGracePeriodSeconds", 0)
+        made.append(_Probe(kind, wanted["path"], ports[wanted["port"]], *limits, grace))
+    return made
 
 
 def _due(pod: Pod, now: float) -> list[_Probe]:
     """Return the probes of a pod whose time has come. Until the startup probe has succeeded, no other runs."""
     starting = [probe for probe in pod.probes if probe.kind == "startupProbe"]
     return [probe for probe in starting or pod.probes if probe.next <= now]
+
+
+def _link(path: Path, target: str) -> None:
+    """Make ``path`` a symbolic link, in place of what it is, in one step."""
+    new = path.with_name(f"..{path.name}-new")
+    new.symlink_to(target)
+    new.rename(path)
 
 
 def _selects(service: dict[str, Any], pod: Pod) -> bool:

@@ -5,43 +5,33 @@ The pods run in podman, on one machine; ``kube.py`` says what it does in place o
 
 from __future__ import annotations
 
-import http.client
 import itertools
 import json
 import signal
-import socket
-import ssl
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from charts import ROOT, of_kind, render
-from kube import NAMESPACE, Cluster, Pod, cluster
+from charts import of_kind, render, tls_secrets
+from installations import KEY, KEYS, PAIRS, RELEASE, STARTUP, TLS, Installation, installation, joins, prepared_cluster
+from kube import Cluster, Pod
 from runtime import PREFIX, need
 from stacks import wait_until
 
-from overfill.api import key_file as keyfile
 from overfill.cli.main import main
-from overfill.client import Client, ClientTls, SamplingParams
+from overfill.client import SamplingParams
 from overfill.pair.store import resolve_pair
 
 pytestmark = [pytest.mark.images, pytest.mark.timeout(900)]
 
-RELEASE = f"{PREFIX}chart"
-TLS, CLIENT_TLS, ANOTHER, KEYS, KEY, PAIRS = (
-    f"{PREFIX}{name}" for name in ("tls", "client-tls", "another-tls", "keys", "key", "pairs")
-)
+ANOTHER = f"{PREFIX}another-tls"
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
-STARTUP = 240  # seconds
 CPU_VALUES = (
     "pair.claim.path=identity",
     f"pair.claim.name={PAIRS}",
-    f"tls.secretName={TLS}",
-    f"tls.clientSecretName={CLIENT_TLS}",
+    f"tls.secretPrefix={TLS}",
     f"apiKeys.secretName={KEYS}",
     f"test.apiKeySecretName={KEY}",
     "prefill.threads=1",
@@ -50,64 +40,11 @@ CPU_VALUES = (
 """Names that values-cpu.yaml leaves to its user, a pair that is prepared in seconds, threads for a small machine."""
 
 
-@dataclass
-class Installation:
-    """The release of values-cpu.yaml, and a client's credentials."""
-
-    cluster: Cluster
-    objects: list[dict]
-    tls: ClientTls
-    api_key: str
-    folder: Path
-
-    def client(self) -> Client:
-        """Return a client of the routers that are ready now. Each request of a Service goes to one of them."""
-        addresses = self.cluster.endpoints(RELEASE)
-        return Client(",".join(f"{one}:7600" for one in addresses), tls=self.tls, api_key=self.api_key)
-
-    def post(self, path: str, body: dict) -> dict:
-        """Send an HTTP request to a router that is ready."""
-        address = self.cluster.endpoints(RELEASE)[0]
-        context = ssl.create_default_context(cafile=str(self.tls.ca))
-        headers = {"Authorization": f"Bearer {self.api_key}", "Content-Type": "application/json"}
-        connection = http.client.HTTPConnection(address)
-        plain = socket.create_connection((address, 8000), timeout=60)
-        # The certificate is for the name of the stack, not for a pod's address.
-        connection.sock = context.wrap_socket(plain, server_hostname="overfill")
-        with closing(connection):
-            connection.request("POST", path, json.dumps(body), headers)
-            answer = connection.getresponse()
-            text = answer.read().decode()
-        assert answer.status == 200, text
-        return json.loads(text)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates by the script of docs/how-to/kubernetes.md, a file of API keys, and the key."""
-    made = tmp_path_factory.mktemp("chart")
-    for parent in made.parents[:2]:
-        parent.chmod(0o755)  # pytest's folders are closed to user 10001
-    made.chmod(0o755)
-    script = ROOT / "deploy" / "tls" / "make-certificates"
-    for name in ("overfill", "another"):
-        host = f"DNS:{RELEASE}.{NAMESPACE}.svc" if name == "overfill" else "DNS:another.svc"
-        subprocess.run([script, made / name, name, host], check=True, capture_output=True)
-    (made / "key").write_text(keyfile.create(made / "keys.json", "test"))
-    return made
-
-
 @pytest.fixture(scope="module")
 def prepared(images: dict[str, str], folder: Path) -> Iterator[Cluster]:
-    """A cluster with the secrets and the claim that values-cpu.yaml names."""
     need("podman")
     pair = resolve_pair("identity")
-    with cluster(folder) as made:
-        made.secret(TLS, **certificates(folder / "overfill"))
-        made.secret(CLIENT_TLS, **certificates(folder / "overfill", "client"))
-        made.secret(KEYS, **{"keys.json": (folder / "keys.json").read_bytes()})
-        made.secret(KEY, key=(folder / "key").read_bytes())
-        made.claim(PAIRS, lambda volume: fill(volume, pair))
+    with prepared_cluster(folder, lambda volume: fill(volume, pair)) as made:
         yield made
 
 
@@ -120,19 +57,9 @@ def fill(volume: Path, pair: Path) -> None:
         (volume / name).chmod(mode)
 
 
-def certificates(made: Path, name: str = "tls") -> dict[str, bytes]:
-    files = {"ca.crt": "ca.crt", "tls.crt": f"{name}.crt", "tls.key": f"{name}.key"}
-    return {file: (made / source).read_bytes() for file, source in files.items()}
-
-
 @pytest.fixture(scope="module")
 def installed(prepared: Cluster, folder: Path) -> Installation:
-    objects = render("values-cpu.yaml", *CPU_VALUES, release=RELEASE)
-    prepared.apply(objects)
-    prepared.wait_ready(STARTUP)
-    made = folder / "overfill"
-    tls = ClientTls(made / "ca.crt", made / "client.crt", made / "client.key", "overfill")
-    return Installation(prepared, objects, tls, (folder / "key").read_text(), folder)
+    return installation(prepared, render("values-cpu.yaml", *CPU_VALUES, release=RELEASE), folder)
 
 
 class Load:
@@ -220,7 +147,7 @@ def test_answers_are_the_reference_s(installed: Installation, capsys: pytest.Cap
     arguments = [f"--questions={questions}", "--max-tokens=16", "--pair=identity", f"--api-key={installed.api_key}"]
     arguments += [
         f"--tls-{name}={made / file}"
-        for name, file in (("ca", "ca.crt"), ("cert", "client.crt"), ("key", "client.key"))
+        for name, file in (("ca", "peers-ca.crt"), ("cert", "client.crt"), ("key", "client.key"))
     ]
     arguments += ["--tls-name=overfill", f"--address={installed.cluster.endpoints(RELEASE)[0]}:7600"]
     code = main(["verify", *arguments])
@@ -236,18 +163,13 @@ def test_a_killed_worker_comes_back_and_no_request_fails(installed: Installation
         wait_until(lambda: joins(installed.cluster, killed) == 4, 120, "the restarted worker joins both routers again")
 
 
-def joins(cluster: Cluster, pod: Pod) -> int:
-    """Return how often the pod's worker has joined a router, since the pod exists."""
-    return cluster.log(pod).count("joined router")
-
-
 def test_a_rollout_fails_no_request(installed: Installation) -> None:
     before = {pod.name for pod in installed.cluster.pods()}
     installed.cluster.exits.clear()
     again = [f"{component}.podAnnotations.revision=second" for component in ("router", "prefill", "decode")]
     installed.objects = render("values-cpu.yaml", *CPU_VALUES, *again, release=RELEASE)
     with Load(installed):
-        installed.cluster.rollout(installed.objects)
+        installed.cluster.upgrade(installed.objects)
     after = {pod.name for pod in installed.cluster.pods()}
     assert len(after) == 6
     assert not after & before
@@ -258,7 +180,11 @@ def test_a_process_that_hangs_is_restarted(installed: Installation) -> None:
     hung = installed.cluster.pods("prefill")[0]
     before = joins(installed.cluster, hung)
     installed.cluster.signal(hung, signal.SIGSTOP)
-    wait_until(lambda: installed.cluster.probe_liveness(hung) or hung.restarts, 120, "the probe fails often enough")
+    wait_until(
+        lambda: installed.cluster.run_probes(hung, "livenessProbe") or hung.restarts,
+        120,
+        "the probe fails often enough",
+    )
     wait_until(lambda: joins(installed.cluster, hung) == before + 2, 120, "the new process joins both routers")
     assert hung.restarts == 1
 
@@ -311,20 +237,22 @@ def test_the_log_says_what_is_wrong(case: str, broken: Callable[..., Pod], insta
 def test_a_worker_with_a_certificate_of_another_stack_does_not_become_ready(
     broken: Callable[..., Pod], installed: Installation
 ) -> None:
-    installed.cluster.secret(ANOTHER, **certificates(installed.folder / "another"))
-    pod = broken("decode", f"tls.secretName={ANOTHER}", "tls.name=another")
+    installed.cluster.secret(f"{ANOTHER}-worker", **tls_secrets(installed.folder / "another")["worker"])
+    pod = broken("decode", f"tls.secretPrefix={ANOTHER}")
     says = "its certificate is not valid for the authorities in --tls-ca"
     wait_until(lambda: says in installed.cluster.log(pod), 120, says)
-    probe = pod.spec["containers"][0]["readinessProbe"]["exec"]["command"]
-    with pytest.raises(AssertionError, match="NOT_SERVING"):
-        installed.cluster.execute(pod, *probe)
-    pod = broken("decode", f"tls.secretName={ANOTHER}")
-    wait_until(lambda: "serves on" in installed.cluster.log(pod), 120, "the worker listens")
-    with pytest.raises(AssertionError, match="set the name that it does name"):
-        installed.cluster.execute(pod, *probe)
+    assert installed.cluster.ask_ready(pod) == (503, "the worker has joined no router\n")
 
 
-@pytest.mark.parametrize("setting", ["tls.secretName=absent", "pair.claim.name=absent"])
+def test_a_worker_with_a_router_s_certificate_does_not_start(
+    broken: Callable[..., Pod], installed: Installation
+) -> None:
+    installed.cluster.secret(f"{ANOTHER}-worker", **tls_secrets(installed.folder / "another")["router"])
+    pod = broken("decode", f"tls.secretPrefix={ANOTHER}")
+    wait_until(lambda: "give one of the role worker" in installed.cluster.log(pod), 120, "it says what to do")
+
+
+@pytest.mark.parametrize("setting", ["tls.secretPrefix=absent", "pair.claim.name=absent"])
 def test_a_pod_without_its_secret_or_claim_does_not_start(
     setting: str, broken: Callable[..., Pod], installed: Installation
 ) -> None:

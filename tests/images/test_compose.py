@@ -23,8 +23,6 @@ from overfill.client import Client
 from overfill.pair.store import resolve_pair
 from overfill.process.home import home
 from overfill.request.params import SamplingParams
-from overfill.rpc import certificates
-from overfill.rpc.access import Role
 from overfill.rpc.stack_status import StackStatus
 from overfill.rpc.tls import ClientTls
 from overfill.version import __version__
@@ -309,20 +307,7 @@ def test_a_volume_without_a_pair(project: Path, service: str) -> None:
     assert "run `overfill pair path default` where /var/cache/overfill can be written" in said
 
 
-def test_a_certificate_for_another_name_makes_its_container_unhealthy(
-    secrets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for file in (secrets / "authority").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr(certificates, "NAME", "elsewhere")
-    certificates.make(tmp_path, roles=[Role.ROUTER])
+def test_a_certificate_of_another_role(secrets: Path) -> None:
     for kind in ("crt", "key"):
-        (secrets / "router" / f"tls.{kind}").write_bytes((tmp_path / f"router.{kind}").read_bytes())
-    compose("up", "--detach", "--no-deps", "router")
-
-    def refused() -> bool:
-        said = compose("exec", "--no-TTY", "router", "sh", "-c", "overfill health 2>&1 || true")
-        return "its certificate does not name this address" in said
-
-    assert until(60, refused)
-    compose("stop", "--timeout=1", "router")
+        (secrets / "router" / f"tls.{kind}").write_bytes((secrets / "worker" / f"tls.{kind}").read_bytes())
+    assert "give one of the role router, as `overfill certs` makes it" in fault("router")

@@ -17,7 +17,7 @@ from overfill.cli.main import main
 from overfill.lab.chaos.fault_plan import PlannedFault
 from overfill.lab.hosts.network import CannotMakeHosts, Host, HostNetwork, check_requirements
 from overfill.lab.hosts.place import place_on_hosts
-from overfill.rpc.certificates import NAME
+from overfill.rpc.access import NAME
 from overfill.stack.describe import describe
 from overfill.stack.placed import place
 from overfill.stack.process_runner import ProcessRunner

@@ -11,7 +11,6 @@ import random
 import secrets
 import shutil
 import ssl
-import subprocess
 import threading
 import urllib.error
 import urllib.request
@@ -22,7 +21,6 @@ from typing import Any, Self
 
 import pytest
 from ray_hosts import RayHosts, host
-from runtime import ROOT
 from shipped_config import for_several_machines
 from stacks import wait_until
 
@@ -30,6 +28,8 @@ from overfill.api import key_file as keys
 from overfill.client import Answer, Client, SamplingParams, StackStatus
 from overfill.errors import OverfillError
 from overfill.pair.reference import TwoStageReference, judge
+from overfill.rpc.access import Role
+from overfill.rpc.certificates import make, role_files
 from overfill.rpc.tls import ClientTls
 
 pytestmark = [pytest.mark.images, pytest.mark.timeout(900)]
@@ -130,13 +130,12 @@ class Load:
 def certificates(tmp_path: Path) -> tuple[Path, Stack]:
     """Returns the files that the config names, readable for the images' user, and a client that uses them."""
     folder = tmp_path / "files"
-    subprocess.run([ROOT / "deploy" / "tls" / "make-certificates", folder], check=True, capture_output=True)
+    make(folder / "certs")
     api_key = keys.create(folder / "api-keys.json", "load")
-    for file in folder.iterdir():
+    for file in folder.rglob("*"):
         os.chown(file, USER, USER)
-    return folder, Stack(
-        ClientTls(folder / "ca.crt", folder / "client.crt", folder / "client.key", "overfill"), api_key
-    )
+    client = role_files(folder / "certs", Role.CLIENT)
+    return folder, Stack(ClientTls(client.ca, client.cert, client.key, "overfill"), api_key)
 
 
 @pytest.fixture

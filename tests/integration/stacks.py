@@ -70,6 +70,13 @@ def running_stack(
         pair or "", prefill=prefill, decode=decode, colocated=colocated, tiers=tiers, routers=routers, http=http,
         share_port=share_port, threads=1, settings=BASE | settings, tls=tls,
     )  # fmt: skip
+    with running_spec(spec, faults, lines) as running:
+        yield running
+
+
+@contextmanager
+def running_spec(spec, faults=None, lines=None):
+    """Yields ``(stack, address)`` of the stack that a document describes, as ``running_stack``."""
     lines = [] if lines is None else lines
     stack = FaultyStack(spec, lambda name, line: lines.append(f"{name} | {line}"), faults or {})
     try:

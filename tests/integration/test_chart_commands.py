@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from pathlib import Path
 
 import forked
 import pytest
-from charts import ROOT, VALUES, pods, render
+from charts import ROOT, VALUES, pods, probe, render, tls_secrets
 from stacks import ForkedChild, wait_until
 
 from overfill.api import key_file as keyfile
@@ -29,18 +27,18 @@ PROGRAMS = {
     "overfill-decode": ["services.decode.main"],
     "overfill": ["overfill.cli.main"],
 }
-METRICS = 7690
+METRICS, PROBES = 7690, 7691
+ROLES = {"router": "router", "test": "client"}
 
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with those of the chart's two TLS secrets, made by the script of docs/how-to/kubernetes.md."""
+    """Folder with those of the chart's TLS secrets."""
     folder = tmp_path_factory.mktemp("tls")
-    subprocess.run([ROOT / "deploy" / "tls" / "make-certificates", folder / "made"], check=True, capture_output=True)
-    for secret, name in (("overfill-tls", "tls"), ("overfill-client-tls", "client")):
-        (folder / secret).mkdir()
-        for file, copy in (("ca.crt", "ca.crt"), (f"{name}.crt", "tls.crt"), (f"{name}.key", "tls.key")):
-            shutil.copy(folder / "made" / file, folder / secret / copy)
+    for role, files in tls_secrets(folder / "made").items():
+        (folder / f"overfill-tls-{role}").mkdir()
+        for name, data in files.items():
+            (folder / f"overfill-tls-{role}" / name).write_bytes(data)
     return folder
 
 
@@ -50,7 +48,7 @@ class LocalCluster:
     def __init__(self, pair: Path, tls: Path, folder: Path, keys: Path | None = None) -> None:
         self._folder = folder
         self._tls = tls
-        self._words = {"/pair/link": str(pair), "0.0.0.0": "127.0.0.1"}
+        self._words = {"/pair/link": str(pair), "/kv/": f"{folder}/", "0.0.0.0": "127.0.0.1"}
         if keys is not None:
             self._words["/etc/overfill/keys/keys.json"] = str(keys)
         self._words["dns:///overfill-routers.serving.svc"] = "localhost"
@@ -59,7 +57,7 @@ class LocalCluster:
 
     def port(self, component: str, port: int) -> int:
         """Return this machine's port for a pod's port. All components find routers and workers under the same ports."""
-        owner = component if port in (METRICS, 8000) else ""
+        owner = component if port in (METRICS, PROBES, 8000) else ""
         if (owner, port) not in self._ports:
             (self._ports[owner, port],) = free_ports("127.0.0.1", 1)
         return self._ports[owner, port]
@@ -81,21 +79,27 @@ class LocalCluster:
         return [sys.executable, "-m", *PROGRAMS[words[0]], *words[1:]], env
 
     def _here(self, component: str, word: str) -> str:
-        secret = "overfill-client-tls" if component == "test" else "overfill-tls"
+        secret = f"overfill-tls-{ROLES.get(component, 'worker')}"
         word = word.replace("/etc/overfill/tls", str(self._tls / secret))
         for there, here in self._words.items():
             word = word.replace(there, here)
-        return re.sub(r"\b(7600|7601|7602|7690|8000)\b", lambda match: str(self.port(component, int(match[1]))), word)
+        port = r"\b(760[012]|769[01]|8000)\b"
+        return re.sub(port, lambda match: str(self.port(component, int(match[1]))), word)
 
     def start(self, component: str, pod: dict) -> Child:
         (container,) = pod["containers"]
         command, env = self.command(component, container, [*container["command"], *container["args"]])
         return ForkedChild(component, command, env, lambda name, line: self.lines.append(f"{name} | {line}"))
 
-    def probe(self, component: str, pod: dict, kind: str) -> int:
+    def succeeds(self, component: str, pod: dict, kind: str) -> bool:
+        """Do a probe as the kubelet does."""
         (container,) = pod["containers"]
-        command, env = self.command(component, container, container[kind]["exec"]["command"])
-        return forked.run(*command[2:], env=env)[0]
+        wanted = container[kind]["httpGet"]
+        assert (wanted["scheme"], wanted["port"]) == ("HTTPS", "probes")
+        try:
+            return probe("127.0.0.1", self.port(component, PROBES), wanted["path"])[0] == 200
+        except OSError:
+            return False
 
 
 @contextmanager
@@ -121,25 +125,25 @@ HERE = tuple(
 
 
 def test_the_rendered_commands_make_a_stack(tiny_pair: Path, tls: Path, tmp_path: Path) -> None:
-    specs = pods(render("values-small.yaml", *HERE, "apiKeys.secretName=keys"))
+    specs = pods(render("values-small.yaml", *HERE, "apiKeys.secretName=keys", "prefill.kvDisk.size=1Gi"))
     keys = tmp_path / "keys.json"
     api_key = keyfile.create(keys, "test")
     machine = LocalCluster(tiny_pair, tls, tmp_path, keys)
     with running(machine, specs) as children:
 
-        def alive_and(probe: str) -> bool:
+        def alive_and(kind: str) -> bool:
             assert all(child.returncode is None for child in children.values()), "\n".join(machine.lines)
-            return all(machine.probe(component, specs[component], probe) == 0 for component in children)
+            return all(machine.succeeds(component, specs[component], kind) for component in children)
 
-        wait_until(lambda: alive_and("startupProbe"), 120, "startup probes succeed", pause=1.0)
+        wait_until(lambda: alive_and("startupProbe"), 120, "startup probes succeed", pause=0.5)
         wait_until(
-            lambda: alive_and("readinessProbe"), 60, "readiness probes succeed, once the workers have joined", pause=1.0
+            lambda: alive_and("readinessProbe"), 60, "readiness probes succeed, once the workers have joined", pause=0.5
         )
         assert alive_and("livenessProbe")
         address = f"127.0.0.1:{machine.port('', 7600)}"
         of_pods, of_clients = (
             ClientTls(folder / "ca.crt", folder / "tls.crt", folder / "tls.key", "overfill")
-            for folder in (tls / "overfill-tls", tls / "overfill-client-tls")
+            for folder in (tls / "overfill-tls-router", tls / "overfill-tls-client")
         )
         with Client(address, tls=of_pods) as pod:
             assert pod.status().process is not None, "as the notes tell operators to ask"
@@ -151,8 +155,10 @@ def test_the_rendered_commands_make_a_stack(tiny_pair: Path, tls: Path, tmp_path
             with pytest.raises(PermissionDenied, match="operator or router"):
                 client.drain("decode-x7")
             wait_until(lambda: {w.id for w in client.status().workers} == {"prefill-x7", "decode-x7"}, 60, "both join")
-            answer = client.generate([20, 21, 22], sampling=SamplingParams(max_tokens=4, temperature=0.0), timeout=60)
+            prompt = [20, 21, 22] * 12
+            answer = client.generate(prompt, sampling=SamplingParams(max_tokens=4, temperature=0.0), timeout=60)
         assert len(answer.token_ids) == 4
+        wait_until(lambda: [*tmp_path.glob("overfill/*/*-*")], 60, "the prefill worker saves the prompt's KV")
         # The command of `helm test` without its prompt, because the tiny pair has no tokenizer.
         (container,) = specs["test"]["containers"]
         first = container["command"][2].partition(";")[0]

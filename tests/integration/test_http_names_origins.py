@@ -65,7 +65,7 @@ def test_a_page_that_is_allowed_asks_for_leave_without_a_key_and_then_with_one(g
     assert {"authorization", "x-stainless-os"} <= set(headers["access-control-allow-headers"].split(","))
     assert "access-control-allow-credentials" not in headers
 
-    body = {"model": stack.router._handler.tiers.model, "prompt": "x", "max_tokens": 1}
+    body = {"model": stack.router.cores[0].handler.tiers.model, "prompt": "x", "max_tokens": 1}
     shown = {"origin": PAGE}
     status, headers, _ = ask(stack, "POST", "/v1/completions", shown | bearer(key), body)
     assert (status, headers["access-control-allow-origin"]) == (200, PAGE)

@@ -74,6 +74,14 @@ async def spare(spare_hello, tiny_pair, executor):
     await worker.peer.close()
 
 
+@pytest.mark.parametrize("spare_hello", [["--revision=r2"]], indirect=True)
+async def test_kv_of_another_revision_is_computed_and_not_borrowed(workers, spare):
+    prompt = prompt_of(50)
+    await spare.prefill(prompt)
+    got = await workers.alike.prefill(prompt, holder_of(spare.hello))
+    assert (got.cached, got.peer) == (0, 0)
+
+
 @pytest.mark.parametrize("at_once", [True, False], ids=["at once", "pulled"])
 async def test_borrowed_kv_is_the_holders_bit_by_bit_and_the_next_token_is_the_same(workers, monkeypatch, at_once):
     if not at_once:

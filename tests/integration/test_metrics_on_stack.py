@@ -90,7 +90,7 @@ def test_workers_by_state_and_where_their_metrics_are(tiny_pair):
         for stream in streams:
             next(stream.__enter__())
         now = scrape(stack)
-        assert now["workers", "prefill", "ready", ""] == now["workers", "decode", "ready", "default"] == 2
+        assert now["workers", "", "prefill", "ready", ""] == now["workers", "", "decode", "ready", "default"] == 2
         groups = json.loads(call(f"http://{stack.router._exporter.address}/targets").body)
         by_stage = {group["labels"]["stage"]: group["targets"][0] for group in groups}
         assert [*by_stage] == ["router", "prefill", "decode", "prefill+decode"]
@@ -118,7 +118,7 @@ def test_a_worker_that_vanishes_is_counted_and_one_that_drains_is_not(stack, tin
     def run(name, *, drained):
         running = mock_worker(DecodeConfig, {"pair": tiny_pair, "routers": stack.grpc, "worker_id": name})
         stack.call(running.__aenter__())
-        wait_until(lambda: scrape(stack)["workers", "decode", "ready", "default"] == 2, 10, f"{name} has joined")
+        wait_until(lambda: scrape(stack)["workers", "", "decode", "ready", "default"] == 2, 10, f"{name} has joined")
         if drained:
             with Client(stack.grpc) as client:
                 client.drain(name)
@@ -126,7 +126,9 @@ def test_a_worker_that_vanishes_is_counted_and_one_that_drains_is_not(stack, tin
             stack.call(running.__aexit__(None, None, None))
         states = ("ready", "starting", "draining", "silent")
         wait_until(
-            lambda: sum(scrape(stack)["workers", "decode", s, "default"] for s in states) == 1, 10, f"{name} has left"
+            lambda: sum(scrape(stack)["workers", "", "decode", s, "default"] for s in states) == 1,
+            10,
+            f"{name} has left",
         )
 
     before = scrape(stack)["workers_lost_total", "decode", "default"]

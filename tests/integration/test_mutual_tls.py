@@ -24,10 +24,10 @@ from overfill.client import Client, ClientTls, OverfillError, SamplingParams
 from overfill.kv.peers import PrefillPeer
 from overfill.model.manifest import Pair
 from overfill.rpc import certificates
-from overfill.rpc.access import Role
+from overfill.rpc.access import Role, role_dns
 from overfill.rpc.channel import open_sync_channel
 from overfill.rpc.tls import Credentials
-from overfill.v1 import decode_pb2, registry_pb2, registry_pb2_grpc
+from overfill.v1 import admin_pb2, admin_pb2_grpc, decode_pb2, registry_pb2, registry_pb2_grpc
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -41,7 +41,7 @@ def certs(tmp_path):
 
 def shown(folder, role):
     files = certificates.role_files(folder, role)
-    return ClientTls(files.ca, files.cert, files.key, certificates.NAME)
+    return ClientTls(files.ca, files.cert, files.key, "overfill")
 
 
 def test_roles_on_a_whole_stack(tiny_pair, certs):
@@ -61,7 +61,11 @@ def test_roles_on_a_whole_stack(tiny_pair, certs):
                     list(registry_pb2_grpc.RegistryStub(channel).Join(iter([hello]), timeout=10))
                 assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED, role
             for worker in workers:
-                with Client(worker.address, tls=shown(certs, role)) as client, pytest.raises(OverfillError):
+                channel = open_sync_channel(worker.address, shown(certs, role), role=Role.WORKER)
+                with channel, pytest.raises(grpc.RpcError):
+                    admin_pb2_grpc.AdminStub(channel).Status(admin_pb2.StatusRequest(), timeout=5)
+                client = Client(worker.address, tls=shown(certs, role))
+                with client, pytest.raises(OverfillError, match="its role"):  # the worker's is not a router's
                     client.status(timeout=5)
         with Client(address, tls=shown(certs, Role.OPERATOR)) as client:
             client.drain("decode-0")
@@ -174,7 +178,7 @@ def serial(address, folder):
     host, _, port = address.rpartition(":")
     with (
         socket.create_connection((host, int(port)), 10) as plain,
-        context.wrap_socket(plain, server_hostname="localhost") as connection,
+        context.wrap_socket(plain, server_hostname=role_dns(None)) as connection,
     ):
         return x509.load_der_x509_certificate(connection.getpeercert(binary_form=True)).serial_number
 

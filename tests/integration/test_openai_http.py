@@ -293,7 +293,7 @@ def test_a_draining_router_says_so(tiny_pair):
         openai.OpenAI(base_url=f"{stack.url}/v1", api_key="x", max_retries=0) as client,
     ):
         model = client.models.list().data[0].id
-        stack.router._handler.drain()
+        stack.router._requests.drain()
         with pytest.raises(openai.InternalServerError) as caught:
             client.chat.completions.create(model=model, messages=HI)
         assert caught.value.status_code == 503
@@ -354,7 +354,7 @@ def test_more_answers_than_a_key_may_ever_have_are_the_request_s_fault(tiny_pair
     held = {name: bearer(keys.create(file, name, rate=2.0, concurrency=3)) for name in names}
     with mock_stack(tiny_pair, api_keys=file) as stack:
         for name, n, prompts in (("n", 3, ["x"]), ("prompts", 1, ["x", "y", "z"])):
-            body = {"model": stack.router._handler.tiers.model, "prompt": prompts, "n": n, "max_tokens": 2}
+            body = {"model": stack.router.cores[0].handler.tiers.model, "prompt": prompts, "n": n, "max_tokens": 2}
             status, _, answer = call(f"{stack.url}/v1/completions", body, held[name])
             error = json.loads(answer)["error"]
             assert (status, error["param"]) == (400, "n")
@@ -363,7 +363,7 @@ def test_more_answers_than_a_key_may_ever_have_are_the_request_s_fault(tiny_pair
         status, _, answer = call(f"{stack.url}/v1/completions", body, held["neither"])
         assert (status, len(json.loads(answer)["choices"])) == (200, 2), answer
         idle(stack)
-        assert not any(usage.running for usage in stack.router._handler._key_limiter._usage.values())
+        assert not any(usage.running for usage in stack.router._requests._key_limiter._usage.values())
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")

@@ -114,7 +114,7 @@ async def test_ranks_admit_workers_only_and_listen_where_they_were_told(tiny_pai
 
     def shown(role):
         files = certificates.role_files(tmp_path, role)
-        return ClientTls(files.ca, files.cert, files.key, certificates.NAME)
+        return ClientTls(files.ca, files.cert, files.key, "overfill")
 
     files, port = shown(Role.WORKER), free_ports(2)
     tls = [f"--tls-cert={files.cert}", f"--tls-key={files.key}", f"--tls-ca={files.ca}", "--tls-name=overfill"]

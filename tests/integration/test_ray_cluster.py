@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from stacks import Load, mocked, wait_until
 
 from overfill.client import Client, SamplingParams
 from overfill.errors import OverfillError
+from overfill.making.tiny import make_tiny_pair
 from overfill.stack.ports import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -146,3 +148,67 @@ def test_a_second_stack_starts_and_stops_without_touching_the_first(cluster, con
     assert taken.wait() == 1
     assert "give another --name" in "\n".join(taken.lines)
     assert answers(address)
+
+
+def of_revision(address, revision):
+    """Returns the ids of a revision's workers that answer."""
+    try:
+        with Client(address) as client:
+            return {w.id for w in client.status().workers if w.revision == revision and w.process is not None}
+    except OverfillError:
+        return set()
+
+
+def shares(address):
+    """Returns the share of each revision on one router; None while it does not answer."""
+    try:
+        with Client(address) as client:
+            return {revision.name: revision.percent for revision in client.rollout().revisions}
+    except OverfillError:
+        return None
+
+
+@pytest.mark.timeout(1200)  # most replicas are replaced twice
+def test_new_weights_replace_the_old_ones_with_no_failed_request(cluster, config, tmp_path):
+    """The steps of docs/how-to/ray.md."""
+    config = copy.deepcopy(config)
+    (application,) = config["applications"]
+    application.pop("deployments", None)
+    args = application["args"]
+    for name in ("router", "prefill", "decode"):
+        args[name] |= {"num_cpus": 0.1, "replicas": 2}
+    addresses = [f"127.0.0.1:{port}" for port in args["router"]["ports"]]
+    both = ",".join(addresses)
+    cluster.deploy(config, tmp_path)
+    for address in addresses:
+        wait_until(lambda a=address: complete(a), 300, "the stack is there")
+    pools = {name: args[name] for name in ("prefill", "decode")}
+    new = {"revision": "r2", "pair": str(make_tiny_pair(tmp_path / "new", seed=1)), **pools}
+    with Load(both, 4, 40) as load:  # each takes two seconds
+        load.wait_for_answers(4)
+        args["canary"] = new
+        cluster.deploy(config, tmp_path)
+        for address in addresses:
+            wait_until(lambda a=address: shares(a) == {"": 100, "r2": 0}, 300, "both revisions are served")
+            wait_until(lambda a=address: len(of_revision(a, "r2")) == 4, 300, "the new workers are there")
+        load.wait_for_answers(4)
+        assert {answer.identity.revision for answer in load.answers} == {""}
+        with Client(addresses[0]) as client:
+            client.set_rollout("r2", 100)
+        wait_until(lambda: shares(addresses[1]) == {"": 0, "r2": 100}, 60, "the other router learns of the change")
+        load.wait_for_answers(12)
+        assert {answer.identity.revision for answer in load.answers[-4:]} == {"r2"}
+        canary = of_revision(both, "r2")
+        del args["canary"]
+        args |= new
+        cluster.deploy(config, tmp_path)
+        for address in addresses:
+            wait_until(lambda a=address: shares(a) == {"r2": 100}, 300, "only the new revision is served")
+            wait_until(
+                lambda a=address: len(now := of_revision(a, "r2")) == 4 and not now & canary, 300, "its workers are new"
+            )
+        load.wait_for_answers(4)
+    assert load.errors == []
+    assert of_revision(both, "") == set()
+    deployments = {name.rpartition("-")[0] for name in of_revision(both, "r2")}
+    assert deployments == {name.rpartition("-")[0] for name in canary} == {"prefill-r2", "decode-r2"}

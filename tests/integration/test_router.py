@@ -33,7 +33,7 @@ from overfill.v1 import (
     inference_pb2_grpc,
     registry_pb2,
 )
-from services.router import inference, request_handler
+from services.router import inference, open_requests
 from services.router.app import Router
 from services.router.limits import READ_GRACE
 
@@ -282,10 +282,10 @@ async def test_a_stop_string_cuts_the_answer_and_cancels_the_worker(stack, clien
 
 
 async def test_a_stop_string_frees_the_worker_before_the_client_has_read_what_it_cut(stack, tokenizer):
-    handler = stack.router._handler
+    handler = stack.router.cores[0].handler
     request = inference_pb2.GenerateRequest(sampling=greedy(64).to_proto(), stop=["END"])
     request.token_ids.ids.extend(PROMPT)
-    with handler.hold_quota() as hold:
+    with handler.requests.hold_quota() as hold:
         checked = await handler.check(request, hold, asyncio.get_running_loop().time())
         generation = handler.start(checked, hold)
     with generation:
@@ -363,7 +363,7 @@ async def test_a_client_that_reads_nothing_is_given_up(stack, monkeypatch):
     try:
         async with asyncio.timeout(20):
             await call.ended.wait()  # although the answer has not ended
-            assert not stack.router._handler._running
+            assert not stack.router._requests._running
             with pytest.raises(grpc.aio.AioRpcError, match=r"the client has read nothing for 0\.3 s") as ended:
                 async for _ in rpc:
                     pass
@@ -385,10 +385,10 @@ async def test_a_key_whose_client_reads_no_first_message_is_refused_until_it_has
         grpc.aio.insecure_channel(stack.address, options=narrow) as channel,
         open_channel(stack.address) as other,
     ):
-        handler = stack.router._handler
+        handler = stack.router.cores[0].handler
         unread = inference_pb2_grpc.InferenceStub(channel).Generate(request(), metadata=metadata)
-        await until(lambda: handler._running)
-        await until(lambda: not handler._running)
+        await until(lambda: handler.requests._running)
+        await until(lambda: not handler.requests._running)
 
         async def is_refused():
             asking = inference_pb2_grpc.InferenceStub(other).Generate(request(), metadata=metadata)
@@ -407,23 +407,23 @@ async def test_a_key_whose_client_reads_no_first_message_is_refused_until_it_has
 
 
 async def test_a_drain_does_not_wait_for_a_client_that_does_not_read_a_complete_answer(tiny_pair, monkeypatch):
-    monkeypatch.setattr(request_handler, "READ_GRACE", 0.1)
+    monkeypatch.setattr(open_requests, "READ_GRACE", 0.1)
     async with asyncio.timeout(30):
         async with running(tiny_pair, grace_period=60) as stack:
             await stack.staff()
             channel, _rpc, call = await unread(stack, 1900)
             call.done(LENGTH)
             await stack.idle()
-            assert stack.router._handler._running, "or the test proves nothing"
+            assert stack.router._requests._running, "or the test proves nothing"
         await channel.close(None)
 
 
 async def test_a_drain_waits_for_a_client_that_reads_a_complete_answer_slowly(stack, monkeypatch):
-    monkeypatch.setattr(request_handler, "READ_GRACE", 100.0)
-    loop, handler = asyncio.get_running_loop(), stack.router._handler
+    monkeypatch.setattr(open_requests, "READ_GRACE", 100.0)
+    loop, handler = asyncio.get_running_loop(), stack.router.cores[0].handler
     real, skipped = loop.time, 0
     monkeypatch.setattr(loop, "time", lambda: real() + skipped)
-    with handler.hold_quota() as hold:
+    with handler.requests.hold_quota() as hold:
         answer = handler.start(await handler.check(request(), hold, loop.time()), hold)
     with answer:
         reading = asyncio.ensure_future(answer.next())
@@ -434,7 +434,7 @@ async def test_a_drain_waits_for_a_client_that_reads_a_complete_answer_slowly(st
         call.tokens(1, [21])
         call.done(LENGTH)
         await stack.idle()
-        waiting = asyncio.ensure_future(handler.wait_idle())
+        waiting = asyncio.ensure_future(handler.requests.wait_idle())
         await asyncio.sleep(0)
         skipped += 60
         assert await answer.next()  # tells that the client has the first delta
@@ -506,7 +506,7 @@ async def test_a_draining_router_finishes_running_requests_and_refuses_new_ones(
         asking = asyncio.create_task(client.generate(PROMPT, sampling=greedy()))
         call = await stack.first.calls.get()
         stack.router.drain()
-        await until(lambda: stack.router._handler.draining)
+        await until(lambda: stack.router._requests.draining)
         with pytest.raises(Unavailable, match="shutting down"):
             await client.generate(PROMPT, sampling=greedy())
         assert (await client.status()).process.draining
@@ -541,7 +541,7 @@ async def test_a_drain_ends_its_answers_although_its_port_cannot_be_opened_again
 
         monkeypatch.setattr(RpcServer, "start", start)
         stack.router.drain()
-        await until(lambda: stack.router._handler.draining)
+        await until(lambda: stack.router._requests.draining)
         await call.answer([20])
         assert list((await asking).token_ids) == [20]
 
@@ -550,10 +550,10 @@ async def test_an_unread_answer_does_not_outlast_the_grace_period(tiny_pair):
     router = Router(RouterConfig(pair=tiny_pair, port=0, grace_period=0))
     await router.start()
     serving = asyncio.create_task(router.run())
-    handler = router._handler
+    handler = router.cores[0].handler
     request = inference_pb2.GenerateRequest(sampling=greedy().to_proto())
     request.token_ids.ids.extend(PROMPT)
-    with handler.hold_quota() as hold:
+    with handler.requests.hold_quota() as hold:
         checked = await handler.check(request, hold, asyncio.get_running_loop().time())
         answer = handler.start(checked, hold)
     with answer:

@@ -38,7 +38,7 @@ def wait_for_reports(stack):
 def ask(stack, headers, turn, **fields):
     """Sends a turn of a conversation, whose beginning all agents share; returns the workers and the cached tokens."""
     messages = [{"role": "user", "content": "The instructions of an agent. " * 8 + " and then" * (20 * turn)}]
-    body = {"model": stack.router._handler.tiers.model, "messages": messages, "max_tokens": 2, **fields}
+    body = {"model": stack.router.cores[0].handler.tiers.model, "messages": messages, "max_tokens": 2, **fields}
     wait_for_reports(stack)
     reply = call(f"{stack.url}/v1/chat/completions", body, headers=headers)
     assert reply.status == 200, reply.body
@@ -63,7 +63,7 @@ def test_the_turns_of_each_session_go_to_one_worker_of_each_stage(stack):
     with Client(stack.grpc) as client:
         answer = client.chat([Message("user", "x")], sampling=SamplingParams(max_tokens=2), session="secret-codex")
     assert answer.decode_worker == decode
-    asked = {"model": stack.router._handler.tiers.model}
+    asked = {"model": stack.router.cores[0].handler.tiers.model}
     messages = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
     for path, body in (
         ("/v1/responses", {"input": "x", "max_output_tokens": 2, "prompt_cache_key": "secret-codex"}),
@@ -108,7 +108,7 @@ def test_status_top_and_metrics_count_sessions_without_their_names(stack, capsys
 @pytest.mark.parametrize("drop", [True, False])
 def test_prompts_with_other_attribution_lines_share_their_beginning(tiny_pair, drop):
     with mock_stack(tiny_pair, http=0, drop_attribution=drop) as stack:
-        model = stack.router._handler.tiers.model
+        model = stack.router.cores[0].handler.tiers.model
 
         def send(path, body, **more):
             return json.loads(call(f"{stack.url}{path}", {"model": model, **body, **more}).body)

@@ -87,7 +87,7 @@ async def test_a_router_that_drains_sends_its_clients_to_the_other_behind_the_sa
         for _ in range(10):
             assert (await ask(client, 3)).usage.completion_tokens == 3
             await complete()
-        await until(lambda: leaving._handler.draining)  # from now on it refuses clients that are still connected
+        await until(lambda: leaving._requests.draining)  # from now on it refuses clients that are still connected
         assert (await ask(client, 3)).usage.completion_tokens == 3
         await complete()
         assert not long.done()
@@ -102,7 +102,7 @@ async def test_a_client_that_reaches_a_draining_router_again_connects_once_more(
         long = asyncio.create_task(ask(client, 300))
         await until(lambda: leaving.dispatcher.num_jobs == 1)
         leaving.drain()
-        await until(lambda: leaving._handler.draining)
+        await until(lambda: leaving._requests.draining)
         with pytest.raises(ShuttingDown):
             await ask(client, 3)
         proxy.forward_to(other.address)

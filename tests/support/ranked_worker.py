@@ -22,7 +22,7 @@ from overfill.engine.vllm.ranks.worker import WorkerRanks
 from overfill.model.manifest import Half
 from overfill.rpc.worker import WorkerHost
 from overfill.settings.config import PrefillConfig, WorkerConfig
-from services.hosting import run_worker_process
+from services.hosting import OnReady, run_worker_process
 from services.prefill import main as prefill
 
 SILENCE = 6.0  # seconds; a machine under load must not make a rank silent
@@ -53,7 +53,7 @@ def _ready(host: WorkerHost) -> None:
     print(json.dumps({"address": host.address, "shares": shares, "pids": _pids}), flush=True)
 
 
-async def _serve(config: PrefillConfig) -> int:
+async def _serve(config: PrefillConfig, on_ready: OnReady) -> int:
     code = await prefill.serve(config, _ready)
     print(len(listening(_pids)), flush=True)
     _links[0].close()
@@ -65,4 +65,4 @@ async def _serve(config: PrefillConfig) -> int:
 if __name__ == "__main__":
     prefill.load_half_of = _with_ranks
     config = PrefillConfig.parse(sys.argv[1:])
-    run_worker_process(_serve(config), config)
+    run_worker_process(_serve, config)

@@ -76,6 +76,18 @@ def test_rules_keep_releases_apart():
     assert merged == []
 
 
+def test_worker_counts_of_two_revisions_are_added():
+    merged = [
+        (one.where, str(node))
+        for one in expressions()
+        for node in nodes(promql_parser.parse(one.text))
+        if isinstance(node, promql_parser.AggregateExpr)
+        and getattr(node.expr, "name", "") == "overfill_router_workers"
+        and "revision" not in node.modifier.labels
+    ]
+    assert merged == []
+
+
 def test_every_query_of_a_dashboard_selects_the_release():
     wanted = {("namespace", "$namespace"), ("app_kubernetes_io_instance", "$release")}
     without = [

@@ -131,7 +131,7 @@ def test_a_lost_rank_ends_its_worker_and_its_answers_continue_elsewhere(imported
     certs = tmp_path / "certs"
     certificates.make(certs)
     files = certificates.role_files(certs, Role.CLIENT)
-    tls = ClientTls(files.ca, files.cert, files.key, certificates.NAME)
+    tls = ClientTls(files.ca, files.cert, files.key, "overfill")
     settings = engines("overfill", "vllm") | {"decode_tensor_parallel_size": "2"}
     reference, prompt = TwoStageReference(imported), prompts(9)[8]
     with (

@@ -80,7 +80,8 @@ def overview() -> Dashboard:
             lines(
                 "Workers",
                 {
-                    "{{stage}} {{tier}} {{state}}": "max by (stage, tier, state) (overfill_router_workers)",
+                    "{{stage}} {{tier}} {{state}}": "sum by (stage, tier, state) "
+                    "(max by (stage, tier, state, revision) (overfill_router_workers))",
                 },
                 span=6,
             ),

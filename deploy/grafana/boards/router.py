@@ -51,6 +51,19 @@ def router() -> Dashboard:
                 PER_SECOND,
             ),
         ],
+        "Revisions": [
+            lines(
+                "Share of new conversations",
+                {"{{revision}}": "max by (revision) (overfill_router_rollout_percent) / 100"},
+                SHARE,
+                what="As it is set now. A stack without revisions has one line, without a name.",
+            ),
+            lines(
+                "Requests by revision",
+                {"{{revision}} {{outcome}}": rate("overfill_router_revision_requests_total", "revision, outcome")},
+                PER_SECOND,
+            ),
+        ],
         "Keys": [
             lines(
                 "Requests by key", {"{{key}}": rate("overfill_router_key_requests_total", "key")}, PER_SECOND, span=12

@@ -49,6 +49,7 @@ class RequestResult:
         sample_index: Number of the answer, from which other tokens are drawn with the same seed.
         answer_start: Index of the first prompt token that the decoder computes; None means the prompt's length.
         parts: Tier and index of the first token of each part of the answer.
+        revision: Revision that the answer names; empty in a stack without revisions.
         told_parts: The same for those parts that began while the answer streamed, as the stream told them.
         longest_pause: Longest time without a new token, in seconds, including the wait for the first one.
         slow: True if the client read slowly.
@@ -69,6 +70,7 @@ class RequestResult:
     answer_start: int | None = None
     parts: tuple[tuple[str, int], ...] = ()
     told_parts: tuple[tuple[str, int], ...] = ()
+    revision: str = ""
     migrations: int = 0
     longest_pause: float = 0.0
     slow: bool = False
@@ -259,6 +261,7 @@ class LoadGenerator:
         usage = answer.usage
         result.cached_tokens = usage.cached_tokens
         result.peer_tokens, result.disk_tokens = usage.peer_tokens, usage.disk_tokens
+        result.revision = answer.identity.revision
         result.answer_start = (answer.identity.answer_start if answer.identity else 0) or None
 
     def _connect(self, number: int) -> AsyncClient:

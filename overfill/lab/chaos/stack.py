@@ -76,6 +76,13 @@ class BreakableStack(ProcessRunner):
             return self.routers
         return [worker.id for worker in self.placed.workers if stage in worker.kind.stages]
 
+    def like(self, stage: str, name: str) -> set[str]:
+        """Returns the names of a stage's processes that can replace ``name``: those of its revision, and itself."""
+        if stage == "router":
+            return set(self.routers)
+        revision = self.placed.worker(name).config.revision
+        return {one for one in self.names(stage) if self.placed.worker(one).config.revision == revision}
+
     def process(self, name: str) -> Child:
         """Returns the process that currently has the name."""
         return next(child for child in [*self._routers, *self._workers] if child.name == name)

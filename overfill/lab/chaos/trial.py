@@ -11,6 +11,7 @@ import random
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
@@ -167,6 +168,10 @@ class TrialResult:
         memory = sum(one.cached_tokens for one in answered) - peer - disk
         return {"memory": memory / prompts, "peer": peer / prompts, "disk": disk / prompts}
 
+    def revisions(self) -> dict[str, int]:
+        """Returns revision -> number of answers that name it."""
+        return dict(Counter(one.revision for one in self.ended("answered")))
+
     def delays(self) -> list[float]:
         """Returns the delay of each migrated answer in seconds, ascending: its longest pause minus the usual one."""
         usual = self.usual_pause()
@@ -175,13 +180,16 @@ class TrialResult:
 
     def judge(
         self,
-        references: Mapping[str, TwoStageReference],
+        references: Mapping[str, Mapping[str, TwoStageReference]],
         max_tokens: int,
         report: Callable[[str, int, int], None],
     ) -> tuple[Summary, set[str]]:
-        """Compares each part of every answer with the reference of its tier or adapter.
+        """Compares each part of every answer with the reference of its tier or adapter, in the revision that it names.
 
         Equal answers to equal requests are judged once.
+
+        Args:
+            references: revision -> tier or adapter -> its reference.
 
         Returns the summary of all answers, and the requests whose answers are wrong.
         """
@@ -191,8 +199,11 @@ class TrialResult:
         for one in answered:
             answer = one.parts, tuple(one.prompt), one.token_ids, one.finish_reason
             request = one.sampling, one.sample_index
-            if (key := (*answer, *request, one.answer_start)) not in known:
-                known[key] = judge_parts(references, *answer, max_tokens, *request, one.answer_start)
+            if (key := (*answer, *request, one.answer_start, one.revision)) not in known:
+                if (of_revision := references.get(one.revision)) is None:
+                    known[key] = JudgedAnswer((), f"names the revision {one.revision!r}, whose pair was not given")
+                else:
+                    known[key] = judge_parts(of_revision, *answer, max_tokens, *request, one.answer_start)
             judged.append(known[key])
             if not known[key].correct:
                 wrong.add(one.request)
@@ -403,8 +414,8 @@ class _TrialRun:
     def _may_hit(self, fault: PlannedFault, name: str) -> bool:
         if name in self._down:
             return False
-        ready = self._ready(fault.target)
-        replaceable = len(ready) > 1 or len(self._stack.names(fault.target)) == 1
+        ready, like = self._ready(fault.target), self._stack.like(fault.target, name)
+        replaceable = len(ready & like) > 1 or len(like) == 1
         return name in ready and (fault.kind not in SILENCING or replaceable)
 
     def _ready(self, stage: str) -> set[str]:

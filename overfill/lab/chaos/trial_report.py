@@ -30,7 +30,7 @@ class TrialReport:
         summary: Comparison of all answers with the reference.
         wrong: Requests whose answers are wrong.
         settings: Options of the command.
-        needed: Sources of KV, "peer" and "disk", without which the trial proves nothing.
+        needed: Sources of KV, "peer" and "disk", and revisions, without which the trial proves nothing.
     """
 
     result: TrialResult
@@ -41,16 +41,17 @@ class TrialReport:
 
     @property
     def unused(self) -> list[str]:
-        """The needed sources from which no token came."""
-        shares = self.result.cached_shares()
-        return [source for source in self.needed if not shares[source]]
+        """The needed sources from which no token came, and the needed revisions without an answer."""
+        used = self.result.cached_shares() | self.result.revisions()
+        return [source for source in self.needed if not used.get(source)]
 
     @property
     def passed(self) -> bool:
         """True if every request was answered right or refused with a reason, and the stack ended clean.
 
         No answer may have changed its tier unasked. Clean means: all blocks were free within 2 s, no worker leaked or
-        is missing, every process exited as it should. KV came from all needed sources.
+        is missing, every process exited as it should. KV came from all needed sources, and answers from all needed
+        revisions.
         """
         result = self.result
         freed = result.freed_after is not None and result.freed_after <= FREED_WITHIN
@@ -138,6 +139,7 @@ class TrialReport:
             "cached_shares": _rounded(result.cached_shares()),
             "cached_shares_after_faults": _rounded(result.cached_shares(result.calm_from)),
             "unused_sources": self.unused,
+            "revisions": {} if len(found := result.revisions()) < 2 else found,
             "tiers": self.tiers(),
             "tier_problems": result.tier_problems,
             "cells": self.cells(),

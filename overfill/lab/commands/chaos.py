@@ -37,6 +37,7 @@ from overfill.settings.values import EngineChoice
 if TYPE_CHECKING:
     from overfill.model.manifest import Pair
     from overfill.stack.placed import PlacedStack
+    from overfill.stack.spec import StackSpec
     from overfill.telemetry.progress import Report
 
 _LONGEST = 1024  # tokens of a prompt with its answer, unless the workers have a limit
@@ -44,6 +45,7 @@ _TIME_LIMIT = 3600.0  # seconds after which no new fault begins
 _CONCURRENT_FAULTS = 2
 _SOAK_LOAD = 0.7  # rate of a soak's requests, as a share of the capacity
 _FALLBACK_SHARE = 0.25  # share of the requests that allow the next tier to go on with their answer
+REVISIONS = ("r1", "r2")  # names of the two revisions of a stack with --canary-pair
 _SAMPLED_SHARE = 0.5  # share of the requests that are sampled
 
 # Not auto: by default, every machine breaks the same engine.
@@ -119,6 +121,12 @@ _ENGINE = click.Choice(get_args(EngineChoice))
 @click.option(
     "--decode", type=click.IntRange(0), help="Number of decode workers.  [default: 3, or 0 with --colocated]"
 )  # fmt: skip
+@click.option(
+    "--canary-pair",
+    metavar="PAIR",
+    help="Pair of a new revision, which has as many workers and gets half of the conversations. tiny has other "
+    "random weights than --pair.",
+)
 @click.option(
     "--num-adapters",
     type=click.IntRange(0),
@@ -206,6 +214,7 @@ def chaos_command(
     colocated: int,
     prefill: int | None,
     decode: int | None,
+    canary_pair: str | None,
     num_adapters: int,
     routers: int,
     requests: int,
@@ -234,6 +243,9 @@ def chaos_command(
     that wrote it, and only requests that allow it, a quarter, may change their tier. A tier may lose its last worker.
     With --num-adapters, they are spread over the adapters too; no answer may change its adapter.
 
+    With --canary-pair, each answer is checked by the pair of the revision that it names. An answer that mixes revisions
+    is wrong, and both revisions must answer.
+
     Half of the requests are greedy, the others are sampled. A sampled token is right if it has the greatest key in the
     reference's draw. It is a tie if its key is within 0.001 divided by the temperature of that. A token at the edge of
     top-k, top-p or min-p is a tie too, if a change of the logits by 0.001 would move it across.
@@ -254,6 +266,8 @@ def chaos_command(
     if tiers:
         check_replaced("pair", "decode")
         _check_tiers(tiers, colocated)
+    if canary_pair is not None and (tiers or colocated or num_adapters):
+        raise click.UsageError("--canary-pair: leave out --tier, --colocated and --num-adapters")
     counts = count_workers(colocated, prefill, decode, bool(tiers))
     engines: dict[Target, EngineChoice] = {"prefill": prefill_engine, "decode": decode_engine}
     ranks = {stage: num_ranks for stage, engine in engines.items() if engine == "vllm"} if num_ranks > 1 else NO_RANKS
@@ -282,7 +296,7 @@ def chaos_command(
         if num_adapters:
             folder = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-adapters-")))
             trial_settings |= {"adapters": str(folder), "max_adapters": str(num_adapters)}
-        plan, prompts = prepare(pair, tiers, counts, routers, exits, report, trial_settings)
+        plan, prompts = prepare(pair, tiers, counts, routers, exits, report, trial_settings, canary_pair)
         if rolling:
             chosen = rolling_restart([w.id for w in plan.workers if "prefill" in w.kind.stages], pause)
         first = plan.tiers[0]
@@ -305,10 +319,11 @@ def chaos_command(
             longest=plan.workers[0].config.max_model_len or _LONGEST,
         )
         result = asyncio.run(run_trial(plan, trial, report, hosts))
-        references = load_references(plan.tiers)
-        references |= references[first.name].with_adapters(adapters)
+        references = {one.name: load_references(one.tiers) for one in plan.routers[0].revisions}
+        for of_revision in references.values():
+            of_revision |= of_revision[first.name].with_adapters(adapters)
         summary, wrong = result.judge(references, max_tokens, report)
-    needed = ("disk",) if kv_disk else ("peer",) if turns > 1 else ()
+    needed = [*(("disk",) if kv_disk else ("peer",) if turns > 1 else ()), *(REVISIONS if len(references) > 1 else ())]
     judged = TrialReport(result, summary, wrong, {key: _plain(value) for key, value in settings.items()}, needed)
     if report_file is not None:
         report_file.write_text(json.dumps(judged.as_dict(), indent=1) + "\n", encoding="utf-8")
@@ -398,12 +413,14 @@ def prepare(
     exits: ExitStack,
     report: Report,
     settings: dict[str, Any],
+    canary_pair: str | None = None,
 ) -> tuple[PlacedStack, list[list[int]]]:
     """Returns the processes of a float32 stack, and prompts. ``exits`` removes the folder of tiny pairs.
 
     Args:
         tiers: tiers, which replace ``pair`` and the number of decode workers. Empty means one pair.
         counts: numbers of workers, by argument of ``describe``.
+        canary_pair: pair of a new revision; None means that there is none.
     """
     from overfill.making.conversations import shipped_conversations
     from overfill.making.tiny import make_tiny_pair, make_tiny_tiers
@@ -423,9 +440,13 @@ def prepare(
             tiers = make_tiny_tiers(Path(parent), tiers, head_dim=head_dim)
         else:
             folder = make_tiny_pair(Path(parent) / "tiny", head_dim=head_dim)
+            if canary_pair == "tiny":
+                canary_pair = str(make_tiny_pair(Path(parent) / "canary", head_dim=head_dim, seed=1))
         defaults = {"kv_memory": "8MiB"} | (_TINY_ON_VLLM if on_vllm else {})
         settings |= {name: value for name, value in defaults.items() if settings.get(name) is None}
     spec = describe(folder, routers=routers, threads=1, settings=settings, tiers=tiers, **counts)
+    if canary_pair is not None:
+        spec = _with_canary(spec, canary_pair)
     spec = resolve_pairs(spec, report)
     plan = place(spec)
     tokenizer = load_tokenizer(Path(plan.routers[0].pair) / "full")
@@ -433,6 +454,14 @@ def prepare(
     limit = plan.workers[0].config.max_model_len or 512
     questions = [c.messages[0]["content"] for c in shipped_conversations("development")]
     return plan, [chat_token_ids(tokenizer, question)[:limit] for question in questions]
+
+
+def _with_canary(spec: StackSpec, pair: str) -> StackSpec:
+    """Returns the stack with a new revision, which has as many workers and gets half of the conversations."""
+    old, new = REVISIONS
+    document = spec.document()
+    pools = {name: document.get(name, {}) for name in ("prefill", "decode")}
+    return spec.read({**document, "revision": old, "canary": {"revision": new, "percent": 50, "pair": pair, **pools}})
 
 
 def _plain(value: object) -> object:

@@ -12,7 +12,7 @@ from typing import TypeVar
 from overfill.api.key_file import create
 from overfill.lab.hosts.network import Host, HostNetwork
 from overfill.rpc import certificates
-from overfill.rpc.access import Role
+from overfill.rpc.access import NAME, Role
 from overfill.rpc.tls import ClientTls
 from overfill.settings.config import ServiceConfig
 from overfill.stack.placed import PlacedStack
@@ -55,7 +55,7 @@ def place(plan: PlacedStack, addresses: Mapping[str, str], folder: Path, key_fil
 
     def moved(config: _Config, name: str, role: Role, **more: object) -> _Config:
         files = certificates.role_files(folder, role)
-        tls = {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca, "tls_name": certificates.NAME}
+        tls = {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca, "tls_name": NAME}
         return config.model_copy(update={"host": addresses[name], "port": _PORT, **tls, **more})
 
     operator = certificates.role_files(folder, Role.OPERATOR)
@@ -65,5 +65,5 @@ def place(plan: PlacedStack, addresses: Mapping[str, str], folder: Path, key_fil
             moved(router, f"router-{index}", Role.ROUTER, api_keys=key_file)
             for index, router in enumerate(plan.routers)
         ),
-        operator_tls=ClientTls(operator.ca, operator.cert, operator.key, certificates.NAME),
+        operator_tls=ClientTls(operator.ca, operator.cert, operator.key, NAME),
     )

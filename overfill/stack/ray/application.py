@@ -29,6 +29,11 @@ def serve_config(spec: StackSpec, name: str, objectives: dict[str, float] | None
     """
     policy: dict[str, Any] = dict(objectives or {})
     tiers = {tier: own for tier, pool in spec.tiers.items() if (own := _objectives(pool))}
+    if spec.canary is not None:
+        of_canary = {tier: _objectives(pool) for tier, pool in spec.canary.tiers.items()}
+        tiers |= {
+            f"{tier}-{spec.canary.revision}": own for tier, own in of_canary.items() if own != tiers.get(tier, {})
+        }
     if tiers:
         policy["tiers"] = tiers
     ScalingPolicy(**policy)  # check here, because an error in Serve's controller would not reach the user

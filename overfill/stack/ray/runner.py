@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from overfill.process.held_folder import hold_folder
+from overfill.rpc.access import Role
 from overfill.rpc.channel import open_sync_channel
 from overfill.rpc.tls import Credentials
 from overfill.stack.ask import router_status
@@ -184,7 +185,7 @@ class RayRunner:
     def _drain_routers(self, grace: float) -> None:
         """Drains the routers first, so that running and queued requests finish while all workers are available."""
         for address in self.addresses:
-            channel = open_sync_channel(address, self._credentials)
+            channel = open_sync_channel(address, self._credentials, role=Role.ROUTER)
             with channel, contextlib.suppress(Exception):  # a dead router has nothing to finish
                 admin_pb2_grpc.AdminStub(channel).Drain(admin_pb2.DrainRequest(), timeout=5)
         deadline = time.monotonic() + grace + _MARGIN

@@ -47,6 +47,8 @@ from services.router.http.one_answer import OneAnswer
 from services.router.http.request import Headers, Request
 from services.router.quota_hold import QuotaHold
 from services.router.request_handler import RequestHandler
+from services.router.revisions import Revisions
+from services.router.served_tiers import ServedTiers
 
 B = TypeVar("B", bound=schema.Strict)
 S = TypeVar("S", bound=schema.Sampling)
@@ -96,7 +98,7 @@ class HttpApi:
 
     def __init__(
         self,
-        handler: RequestHandler,
+        revisions: Revisions,
         access: AccessPolicy,
         unready: Callable[[], str],
         status: Callable[[], Awaitable[admin_pb2.StatusResponse]],
@@ -106,20 +108,20 @@ class HttpApi:
         local: bool = True,
         allowed_origins: Sequence[str] = (),
     ) -> None:
-        self._handler = handler
+        self._revisions = revisions
         self._access = access
         self._local_names_only = local and access.keys is None
-        self._metrics = handler.statistics.metrics
+        self._metrics = revisions.main.statistics.metrics
         self._unready = unready
         self._status = status
         self._adapters = adapters
         self._share_port = share_port
         self._cors = Cors(allowed_origins)
         self._parser = BoundedExecutor(threads=1)
-        self._tokens = TokenTexts(handler.tokenizer)
+        self._tokens = {core.revision: TokenTexts(core.handler.tokenizer) for core in revisions.cores}
         self._encoding = asyncio.Lock()
         self._started = int(time.time())
-        self._model_changes = 0  # of the roster when the lists were made
+        self._lists_of: tuple[RequestHandler, int] | None = None  # and the changes of its roster
         self._model_lists: dict[frozenset[str] | None, bytes] = {}  # encoded, by the tiers that an API key may use
         answers = (
             ("/v1/chat/completions", "POST", self._chat),
@@ -208,18 +210,22 @@ class HttpApi:
         request.respond(status, encode(content), [_JSON, *headers, *self._cors.headers(request)])
 
     async def _models(self, request: Request, caller: ApiKey | None) -> None:
-        tiers, lists, usable = self._handler.tiers, self._model_lists, None if caller is None else caller.tiers
-        if self._model_changes != tiers.roster.changes:
-            self._model_changes = tiers.roster.changes
+        handler, lists, usable = self._revisions.main, self._model_lists, None if caller is None else caller.tiers
+        tiers = handler.tiers
+        if self._lists_of != (now := (handler, tiers.roster.changes)):
+            self._lists_of = now
             lists.clear()
         if usable not in lists:
             if len(lists) >= _MAX_MODEL_LISTS:
                 del lists[next(iter(lists))]
-            lists[usable] = encode(list_models([self._model_json(name, caller) for name in tiers.listed(caller)]))
+            lists[usable] = encode(
+                list_models([self._model_json(tiers, name, caller) for name in tiers.listed(caller)])
+            )
         request.respond(200, lists[usable], [_JSON, *self._cors.headers(request)])
 
     async def _model(self, request: Request, caller: ApiKey | None) -> None:
-        self._json(request, self._model_json(request.path.removeprefix("/v1/models/"), caller))
+        name = request.path.removeprefix("/v1/models/")
+        self._json(request, self._model_json(self._revisions.main.tiers, name, caller))
 
     async def _load_adapter(self, request: Request, caller: ApiKey | None) -> None:
         body = await read(request, schema.LoadAdapterRequest, lambda body: body, self._parser)
@@ -267,19 +273,22 @@ class HttpApi:
                 prompt.session = session
             return asked, id
 
-        handler = self._handler
-        with handler.hold_quota(caller, _APIS[request.path]) as hold:
+        handler = self._revisions.main
+        with handler.requests.hold_quota(caller, _APIS[request.path]) as hold:
             # What is not valid, or has not arrived when the client disconnects, counts only as an HTTP request.
             with handler.statistics.refusing(hold, ApiError, asyncio.CancelledError):
                 asked, id = await self._read(request, shape, convert_with_id, hold)
             received = asyncio.get_running_loop().time()  # the upload is not the router's time
 
-            def envelope(choice: TierChoice) -> Envelope:
-                name, fingerprint = handler.tiers.model_name(choice), handler.tiers.fingerprint(choice)
-                return Envelope(kind, id, name, self._pair_json(choice.tier), fingerprint, self._tokens)
-
-            answers = RunningChoices(handler, asked, envelope, self._span(request), self._encoding)
             with handler.statistics.refusing(hold, ApiError), own_fields(asked.own_field):
+                handler = self._revisions.choose(asked.prompts[0], caller)  # one revision for the whole response
+
+                def envelope(choice: TierChoice) -> Envelope:
+                    name, fingerprint = handler.tiers.model_name(choice), handler.tiers.fingerprint(choice)
+                    tokens = self._tokens[handler.tiers.revision]
+                    return Envelope(kind, id, name, _pair_json(handler.tiers, choice.tier), fingerprint, tokens)
+
+                answers = RunningChoices(handler, asked, envelope, self._span(request), self._encoding)
                 await answers.start(received, hold)
         headers = [(b"x-request-id", id.encode()), *self._cors.headers(request)]
         with own_fields(asked.own_field), answers:
@@ -297,10 +306,11 @@ class HttpApi:
         await self._answer_once(request, caller, MessagesRequest, messages.messages, "msg_")
 
     async def _count_tokens(self, request: Request, caller: ApiKey | None) -> None:
-        with self._handler.hold_quota(caller) as hold:
+        handler = self._revisions.main
+        with handler.requests.hold_quota(caller) as hold:
             asked, own_field = await self._read(request, CountTokensRequest, messages.count_tokens, hold)
             with own_fields(own_field):
-                ids = await self._handler.tokenize(asked, hold)
+                ids = await handler.tokenize(asked, hold)
         id = _request_id(request, None, "req_")
         self._json(request, {"input_tokens": len(ids)}, [(b"request-id", id.encode())])
 
@@ -317,7 +327,7 @@ class HttpApi:
         Args:
             convert: translates the body; it gets the router's id of the request too.
         """
-        handler, id = self._handler, _request_id(request, None, prefix)
+        handler, id = self._revisions.main, _request_id(request, None, prefix)
         request.answer_id = id
 
         def convert_with_session(body: B) -> Translation:
@@ -325,18 +335,19 @@ class HttpApi:
             asked.generate.session = session_of(request.header, body.named_session)
             return asked
 
-        with handler.hold_quota(caller, _APIS[request.path]) as hold:
+        with handler.requests.hold_quota(caller, _APIS[request.path]) as hold:
             with handler.statistics.refusing(hold, ApiError, asyncio.CancelledError):
                 asked = await self._read(request, shape, convert_with_session, hold)
             received = asyncio.get_running_loop().time()  # the upload is not the router's time
             span = self._span(request)
             try:
                 with handler.statistics.refusing(hold, ApiError), own_fields(asked.own_field):
+                    handler = self._revisions.choose(asked.generate, caller)
                     answer = handler.start(await handler.check(asked.generate, hold, received), hold)
             except BaseException as error:
                 span.end(error)
                 raise
-        served = Served(id, handler.tiers.model_name(answer.choice), self._pair_json(answer.choice.tier))
+        served = Served(id, handler.tiers.model_name(answer.choice), _pair_json(handler.tiers, answer.choice.tier))
         headers = [(b"x-request-id", id.encode()), *self._cors.headers(request)]
         if is_anthropic(request.path, request.headers):
             headers.append((b"request-id", id.encode()))
@@ -355,15 +366,17 @@ class HttpApi:
         return tracing.serve("router.request", trace, route=request.path)
 
     async def _tokenize(self, request: Request, caller: ApiKey | None) -> None:
-        with self._handler.hold_quota(caller) as hold:
+        handler = self._revisions.main
+        with handler.requests.hold_quota(caller) as hold:
             asked = await self._read(request, schema.TokenizeRequest, translate.tokenize, hold)
-            ids = await self._handler.tokenize(asked, hold)
-        self._json(request, {"tokens": ids, "count": len(ids), "max_model_len": self._handler.tiers.max_model_len()})
+            ids = await handler.tokenize(asked, hold)
+        self._json(request, {"tokens": ids, "count": len(ids), "max_model_len": handler.tiers.max_model_len()})
 
     async def _detokenize(self, request: Request, caller: ApiKey | None) -> None:
-        with self._handler.hold_quota(caller) as hold:
+        handler = self._revisions.main
+        with handler.requests.hold_quota(caller) as hold:
             asked = await self._read(request, schema.DetokenizeRequest, translate.detokenize, hold)
-            text = await self._handler.detokenize(asked, hold)
+            text = await handler.detokenize(asked, hold)
         self._json(request, {"prompt": text})
 
     async def _read(self, request: Request, shape: type[B], convert: Callable[[B], T], hold: QuotaHold) -> T:
@@ -391,7 +404,7 @@ class HttpApi:
 
     async def _stack_status(self, request: Request, caller: ApiKey | None) -> None:
         status = StackStatus.from_proto(await self._status())
-        content = {"model": self._handler.tiers.model, **stack_json(status)}
+        content = {"model": self._revisions.main.tiers.model, **stack_json(status)}
         self._json(request, content, [(b"cache-control", b"no-store")])
 
     async def _page(self, request: Request, caller: ApiKey | None) -> None:
@@ -404,13 +417,15 @@ class HttpApi:
     async def _redirect(self, request: Request, caller: ApiKey | None) -> None:
         request.respond(307, b"", [(b"location", b"/ui")])
 
-    def _model_json(self, name: str, caller: ApiKey | None) -> dict[str, Any]:
-        model = self._handler.tiers.describe(name, caller)
-        return describe_model(model, self._started, self._pair_json(model.tier))
+    def _model_json(self, tiers: ServedTiers, name: str, caller: ApiKey | None) -> dict[str, Any]:
+        model = tiers.describe(name, caller)
+        return describe_model(model, self._started, _pair_json(tiers, model.tier))
 
-    def _pair_json(self, tier: str) -> dict[str, Any]:
-        pair = self._handler.tiers.pair(tier)
-        return {"name": pair.name, "full_digest": pair.full_digest, "decoder_digest": pair.decoder_digest}
+
+def _pair_json(tiers: ServedTiers, tier: str) -> dict[str, Any]:
+    pair = tiers.pair(tier)
+    described = {"name": pair.name, "full_digest": pair.full_digest, "decoder_digest": pair.decoder_digest}
+    return described | {"revision": tiers.revision} if tiers.revision else described
 
 
 def _listed(names: Sequence[str]) -> bytes:

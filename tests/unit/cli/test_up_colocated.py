@@ -110,7 +110,7 @@ def test_drain_counts_the_requests_of_both_stages(
 ) -> None:
     def entry(stage: str, running: int) -> Any:
         process = SimpleNamespace(load=SimpleNamespace(running=running, waiting=1))
-        return SimpleNamespace(id="colocated-0", stage=stage, tier=None, process=process)
+        return SimpleNamespace(id="colocated-0", stage=stage, tier=None, revision="", process=process)
 
     def status(workers: Any) -> Any:
         return SimpleNamespace(workers=workers, several_tiers=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 from peft_adapters import add_tiny_adapter
 
 from overfill.cli import verify
-from overfill.client import AnswerPart
+from overfill.client import AnswerIdentity, AnswerPart
 from overfill.errors import Unavailable
 from overfill.making.tiny import make_tiny_pair
 from overfill.model.adapter import read_record
@@ -33,6 +34,7 @@ class Stack:
     def __init__(self, folder: Path) -> None:
         self.reference = TwoStageReference(folder)
         self.tiers = {"": self.reference}
+        self.revisions = {"": self.reference}  # with several, the questions take turns
         self.tokenizer = load_tokenizer(folder / "full")
         self.starts: dict[str, Callable[[list[int]], int]] = {}  # of adapters: where the decoder takes over
         self.digests: dict[str, str] = {}
@@ -56,9 +58,15 @@ class Stack:
     def status(self) -> SimpleNamespace:
         tiers = [None, *self.tiers]  # the first process is the prefill worker
         workers = [
-            SimpleNamespace(id=p.id, stage=p.stage, process=p, tier=t or None)
+            SimpleNamespace(id=p.id, stage=p.stage, process=p, tier=t or None, revision="")
             for p, t in zip(self.processes, tiers, strict=False)
         ]
+        if len(self.revisions) > 1:
+            workers = [
+                SimpleNamespace(id=p.id, stage=p.stage, process=p, tier=None, revision=name)
+                for name, reference in self.revisions.items()
+                for p in (self.process("prefill", None, reference), self.process("decode", "raw", reference))
+            ]
         return SimpleNamespace(workers=workers)
 
     def generate(self, prompt: list[Any], sampling: Any, tier: str) -> SimpleNamespace:
@@ -67,12 +75,24 @@ class Stack:
         question = None if isinstance(prompt[0], int) else QUESTIONS.index(prompt[0].content)
         ids = prompt if question is None else chat_token_ids(self.tokenizer, prompt[0].content)
         start = self.starts[tier](ids) if tier in self.starts else None
-        token_ids = self.tiers[tier].generate(ids, sampling.max_tokens, start)
+        revision = [*self.revisions][(question or 0) % len(self.revisions)]
+        writer = self.revisions[revision] if revision else self.tiers[tier]
+        token_ids = writer.generate(ids, sampling.max_tokens, start)
+        pair = writer.pair
         answer = SimpleNamespace(
             parts=(AnswerPart(tier or "default", 0),),
             token_ids=tuple(token_ids),
             finish_reason="length" if len(token_ids) == sampling.max_tokens else "stop",
-            identity=SimpleNamespace(adapter_digest=self.digests.get(tier, ""), answer_start=start or 0),
+            identity=AnswerIdentity(
+                full_digest=pair.full_digest,
+                config_digest=pair.config_digest,
+                tokenizer_digest=pair.tokenizer_digest,
+                decoder_digest=pair.decoder_digest,
+                decoder_config_digest=pair.decoder_config_digest,
+                adapter_digest=self.digests.get(tier, ""),
+                revision=revision,
+                answer_start=start or 0,
+            ),
             usage=SimpleNamespace(
                 prompt_tokens=len(ids),
                 cached_tokens=16 if tier == "fast" else 8 if tier == "full" else 0,
@@ -244,6 +264,9 @@ def test_an_answer_of_another_tier_is_wrong_or_was_not_asked_for(
         (["--tier=a=x", "--tier=a=y"], "two tiers have the name 'a'"),
         (["--adapters=."], "--adapters needs --adapter"),
         (["--tier=a=x", "--ask=b"], "--ask b: give it a --tier; tiers are a"),
+        (["--tier=a=x", "--canary-pair=y"], "--canary-tier for each --tier"),
+        (["--canary-tier=a=x"], "--canary-tier for each --tier"),
+        (["--canary-pair=y", "--adapter=a"], "--adapter: an adapter belongs to one revision"),
     ],
 )
 def test_tiers_that_contradict_each_other_are_bad_usage(options: list[str], says: str, tmp_path: Path) -> None:
@@ -261,6 +284,58 @@ def test_a_file_without_questions_is_bad_usage(content: str, tmp_path: Path) -> 
     file.write_text(content)
     with pytest.raises(click.UsageError, match="questions"):
         verify.read_questions(file)
+
+
+@pytest.fixture
+def rolling(stack: Stack, tmp_path: Path) -> str:
+    """Makes a stack with two revisions of it, which share no weights; returns the option that names the new pair."""
+    new = make_tiny_pair(tmp_path / "new", seed=1)
+    stack.revisions = {"r1": stack.reference, "r2": TwoStageReference(new)}
+    return f"--canary-pair={new}"
+
+
+def test_each_answer_is_judged_by_the_pair_of_the_revision_that_it_names(
+    stack: Stack, rolling: str, run: Callable[..., Any]
+) -> None:
+    report = json.loads(run(rolling, "--json").stdout)
+    assert (report["identical"], report["revisions"]) == (3, {"r1": 2, "r2": 1})
+    assert isinstance(run().exception, verify.CannotVerify), "the pair of r2 is unknown"
+
+
+def of_the_other_weights(stack: Stack, answer: SimpleNamespace) -> None:
+    answer.token_ids = tuple(stack.reference.generate(chat_token_ids(stack.tokenizer, QUESTIONS[1]), MAX_TOKENS))
+
+
+def of_another_pair(stack: Stack, answer: SimpleNamespace) -> None:
+    pair = stack.reference.pair
+    answer.identity = replace(answer.identity, full_digest=pair.full_digest, decoder_digest=pair.decoder_digest)
+
+
+def of_no_revision(stack: Stack, answer: SimpleNamespace) -> None:
+    answer.identity = replace(answer.identity, revision="r3")
+
+
+@pytest.mark.parametrize(
+    ("mixed", "says"),
+    [
+        (of_the_other_weights, "wrong token"),
+        (of_another_pair, "names the revision 'r2', whose pair has another full_digest and decoder_digest"),
+        (of_no_revision, "names the revision 'r3'; the stack's workers have 'r1', 'r2'"),
+    ],
+)
+def test_an_answer_that_mixes_revisions_is_wrong(
+    mixed: Callable[..., None], says: str, stack: Stack, rolling: str, run: Callable[..., Any]
+) -> None:
+    def tamper(index: int, answer: SimpleNamespace) -> SimpleNamespace:
+        if index == 1:
+            mixed(stack, answer)
+        return answer
+
+    stack.tamper = tamper
+    result = run(rolling, "--json")
+    assert result.return_value == 1
+    (row,) = json.loads(result.stdout)["failures"]
+    assert (row["question"], row["problem"]) == (2, says)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServi
     def __init__(self) -> None:
         self.script: list[say.Response | Exception | str] = list(say.GOOD)
         self.requests: list[inference_pb2.GenerateRequest] = []
+        self.rollouts: list[admin_pb2.ChangeRolloutRequest] = []
         self.time_remaining: list[float | None] = []
         self.abandoned = threading.Event()
         self.on_request: Callable[[], object] = lambda: None
@@ -76,6 +77,13 @@ class FakeRouter(inference_pb2_grpc.InferenceServicer, admin_pb2_grpc.AdminServi
                 admin_pb2.PoolStatus(stage=common_pb2.STAGE_DECODE, ready=0, expected=2, tier="fast"),
             ],
         )
+
+    async def ChangeRollout(self, request: Any, context: Any) -> Any:
+        self.rollouts.append(request)
+        pool = admin_pb2.PoolStatus(stage=common_pb2.STAGE_DECODE, ready=2, expected=3)
+        new = admin_pb2.RevisionStatus(name="r2", percent=25, ready=True, pools=[pool], running=4)
+        old = admin_pb2.RevisionStatus(name="r1", percent=75)
+        return admin_pb2.RolloutStatus(revisions=[old, new], target_percent=50, remaining_seconds=9.5, paused=True)
 
 
 @contextmanager

@@ -172,3 +172,30 @@ def test_trace_is_in_seconds() -> None:
     assert (answer.trace.first_kv_received, answer.trace.kv_bytes, answer.trace.kv_chunks) == (1.0, 8, 2)
     assert answer.trace.broken_streams == 3
     assert answer.trace.prefill.layer_end == (1.0, 2.0)
+
+
+def identity(revision: str) -> inference_pb2.AnswerIdentity:
+    return inference_pb2.AnswerIdentity(revision=revision)
+
+
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        [say.accepted(identity=identity("r1")), say.delta(0, [10]), say.accepted(identity=identity("r2"))],
+        [
+            say.accepted(identity=identity("r1")),
+            say.delta(0, [10]),
+            say.delta(1, [11], parts=[say.part("fast", 1, identity=identity("r2"))]),
+        ],
+    ],
+    ids=["by the next router", "by a part"],
+)
+def test_an_answer_of_two_revisions_is_an_error(mixed: list[inference_pb2.GenerateResponse]) -> None:
+    with pytest.raises(InternalError, match="'r1' began the answer, and 'r2'"):
+        fold([*mixed, say.finished()])
+
+
+def test_another_router_may_begin_an_answer_without_tokens_with_another_revision() -> None:
+    first, second = (say.accepted(identity=identity(name)) for name in ("r1", "r2"))
+    _, answer = fold([first, second, say.delta(0, [10]), say.finished()])
+    assert answer.identity.revision == "r2"

@@ -510,6 +510,38 @@ def test_models_and_status(sdk, router):
     assert (answering.process.kv.dtype, answering.process.codec) == ("bfloat16", "raw")
 
 
+@pytest.mark.parametrize(
+    ("method", "arguments", "options", "request_"),
+    [
+        ("rollout", [], {}, {}),
+        ("set_rollout", ["r2", 50], {"over": 600}, {"set": {"revision": "r2", "percent": 50, "over_seconds": 600}}),
+        ("pause_rollout", [], {}, {"pause": True}),
+        ("undo_rollout", [], {}, {"undo": True}),
+    ],
+)
+def test_each_change_of_a_rollout_is_a_request_of_its_own(sdk, router, method, arguments, options, request_):
+    status = sdk.run(router.address, method, *arguments, **options)
+    assert router.rollouts == [admin_pb2.ChangeRolloutRequest(**request_)]
+    old, new = status.revisions
+    assert (old.name, old.percent, old.ready, old.pools) == ("r1", 75, False, {})
+    assert (new.name, new.ready, new.running, new.pools) == ("r2", True, 4, {"decode": PoolStatus(2, 3)})
+    assert (status.target_percent, status.remaining_seconds, status.paused) == (50, 9.5, True)
+
+
+def test_the_status_of_a_stack_counts_the_workers_of_both_revisions():
+    decode = {"stage": common_pb2.STAGE_DECODE, "tier": "full"}
+    pools = [
+        admin_pb2.PoolStatus(**decode, ready=1, expected=2, revision="r1", brownout=True),
+        admin_pb2.PoolStatus(**decode, ready=2, expected=2, revision="r2"),
+    ]
+    worker = admin_pb2.WorkerStatus(id="d", stage=common_pb2.STAGE_DECODE, revision="r2")
+    status = StackStatus.from_proto(admin_pb2.StatusResponse(pools=pools, workers=[worker]))
+    assert status.pools == {"decode": PoolStatus(3, 4)}
+    assert status.tiers == {"full": PoolStatus(3, 4, "full", brownout=True)}
+    assert status.with_revisions
+    assert status.workers[0].revision == "r2"
+
+
 def test_status_names_the_address_that_answered(sdk, router, another_router):
     """The router says that it listens on 0.0.0.0:7600."""
     assert sdk.run(router.address, "status").process.address == router.address

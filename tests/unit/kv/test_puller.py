@@ -19,7 +19,7 @@ class Channel:
 def opened(monkeypatch):
     opened = []
 
-    def open_channel(address, tls, ping_timeout):
+    def open_channel(address, tls, ping_timeout, role):
         opened.append(Channel(address))
         return opened[-1]
 

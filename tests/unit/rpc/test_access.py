@@ -51,7 +51,7 @@ def test_processes_and_operators_need_no_key(rule: Rule, role: Role) -> None:
 
 def test_a_client_s_certificate_does_not_operate_the_stack() -> None:
     client = frozenset({Role.CLIENT})
-    for method in ("/overfill.v1.Admin/Drain", "/overfill.v1.Registry/Join"):
+    for method in ("/overfill.v1.Admin/Drain", "/overfill.v1.Admin/ChangeRollout", "/overfill.v1.Registry/Join"):
         with pytest.raises(PermissionDenied, match="the caller's certificate has client"):
             WITH_KEYS.check(ROUTER_RPCS[method], "secret", client)
     with pytest.raises(Unauthenticated, match="API key"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import stat
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -17,13 +18,15 @@ from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from overfill.cli.main import main
-from overfill.errors import InvalidRequest
+from overfill.client import AsyncClient
+from overfill.errors import InvalidRequest, Unavailable
 from overfill.rpc import certificates
 from overfill.rpc import reload as reload_module
-from overfill.rpc.access import ROUTER_RPCS, WORKER_RPCS, AccessPolicy, Role, role_uri, roles_of
+from overfill.rpc.access import ROUTER_RPCS, WORKER_RPCS, AccessPolicy, Role, role_dns, role_uri, roles_of
 from overfill.rpc.channel import open_channel, open_sync_channel
 from overfill.rpc.server import RpcServer
-from overfill.rpc.tls import ClientTls, ServerTls
+from overfill.rpc.tls import ClientTls, ServerTls, TlsError
+from overfill.settings.config import RouterConfig
 from overfill.v1 import admin_pb2, admin_pb2_grpc, decode_pb2, decode_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 Outcome = grpc.StatusCode | str
@@ -93,9 +96,9 @@ async def worker(folder: Path) -> AsyncIterator[str]:
     await server.stop()
 
 
-async def outcome(address: str, tls: ClientTls | None, method: str) -> Outcome:
+async def outcome(address: str, tls: ClientTls | None, method: str, role: Role | None = None) -> Outcome:
     """Makes an empty call; returns its status, or "handshake" if the connection failed before HTTP/2."""
-    async with open_channel(address, tls) as channel:
+    async with open_channel(address, tls, role=role) as channel:
         call = channel.unary_unary(method)(b"", timeout=20)  # type: ignore[type-var]
         try:
             await call
@@ -107,7 +110,7 @@ async def outcome(address: str, tls: ClientTls | None, method: str) -> Outcome:
 
 
 DESCRIBE, MODELS = "/overfill.v1.Decode/Describe", "/overfill.v1.Inference/ListModels"
-STATUS = "/overfill.v1.Admin/Status"
+STATUS, HEALTH = "/overfill.v1.Admin/Status", "/grpc.health.v1.Health/Check"
 OK, DENIED = grpc.StatusCode.OK, grpc.StatusCode.PERMISSION_DENIED
 
 
@@ -131,7 +134,7 @@ async def test_a_router_accepts_clients_and_refuses_workers_as_clients(folder: P
     )
 
 
-@pytest.mark.parametrize("method", [DESCRIBE, "/grpc.health.v1.Health/Check"])
+@pytest.mark.parametrize("method", [DESCRIBE, HEALTH])
 async def test_strangers_do_not_get_past_the_handshake(folder: Path, worker: str, router: str, method: str) -> None:
     mine = certificates.role_files(folder, Role.ROUTER)
     other = certificates.role_files(folder / "other", Role.ROUTER)
@@ -161,8 +164,7 @@ async def test_a_client_s_certificate_cannot_be_a_worker_s(folder: Path) -> None
         )
         address = await server.start("127.0.0.1:0")
         tls = client_tls(folder, Role.ROUTER)
-        # No name is checked, so that the certificate itself is the reason.
-        assert await outcome(address, tls, "/grpc.health.v1.Health/Check") == "handshake", what
+        assert await outcome(address, tls, HEALTH) == "handshake", what
         await server.stop()
 
 
@@ -178,24 +180,64 @@ async def test_a_client_s_certificate_as_a_server_s_is_refused_for_its_use(folde
         certificates._SERVERS = made
     cert.write_bytes(pem)
     key.write_bytes(pem_key)
+    names = [x509.DNSName(role_dns(None))]
     for serves, expected in ((True, OK), (False, "handshake")):
-        files = (cert, key) if serves else _without_server_use(folder, peers)
+        files = (cert, key) if serves else _certificate(folder, peers, names, x509.ExtendedKeyUsageOID.CLIENT_AUTH)
         server = RpcServer(ServerTls(*files, folder / certificates.BOTH_CA), access=AccessPolicy(WORKER_RPCS))
         server.set_ready(True)
         address = await server.start("127.0.0.1:0")
-        found = await outcome(address, client_tls(folder, Role.ROUTER), "/grpc.health.v1.Health/Check")
+        found = await outcome(address, client_tls(folder, Role.ROUTER), HEALTH)
         assert found == expected, serves
         await server.stop()
 
 
-def _without_server_use(folder: Path, issuer: certificates.Authority) -> tuple[Path, Path]:
-    """Makes a client's certificate that has a server's names."""
+@pytest.mark.parametrize("own", [*Role])
+async def test_a_server_of_one_role_cannot_pose_as_one_of_another(folder: Path, own: Role) -> None:
+    files = certificates.role_files(folder, own)
+    server = RpcServer(ServerTls(files.cert, files.key, folder / certificates.BOTH_CA), access=AccessPolicy())
+    address = await server.start("127.0.0.1:0")
+    for caller, role in (
+        (Role.ROUTER, Role.WORKER),
+        (Role.WORKER, Role.WORKER),
+        (Role.ROUTER, Role.ROUTER),
+        (Role.WORKER, Role.ROUTER),
+        (Role.CLIENT, Role.ROUTER),
+    ):
+        expected = OK if role is own else "handshake"
+        assert await outcome(address, client_tls(folder, caller), HEALTH, role) == expected, (caller, role)
+    by_host = replace(client_tls(folder, Role.CLIENT), name="")
+    assert await outcome(address, by_host, HEALTH) == (OK if own is Role.ROUTER else "handshake")
+    await server.stop()
+
+
+async def test_a_certificate_without_a_role_s_name_is_refused_with_what_to_do(folder: Path) -> None:
+    """Certificates from before clients checked roles."""
+    issuer = certificates._authority(folder, certificates.PEERS_CA)
+    names = [x509.UniformResourceIdentifier(role_uri(Role.ROUTER)), x509.DNSName("overfill")]
+    cert, key = _certificate(folder, issuer, names, x509.ExtendedKeyUsageOID.SERVER_AUTH)
+    server = RpcServer(ServerTls(cert, key, folder / certificates.BOTH_CA), access=AccessPolicy())
+    address = await server.start("127.0.0.1:0")
+    async with AsyncClient(address, tls=client_tls(folder, Role.CLIENT)) as client:
+        with pytest.raises(Unavailable, match="make certificates for each role with `overfill certs`"):
+            await client.status()
+    await server.stop()
+    settings = {"tls_cert": cert, "tls_key": key, "tls_ca": folder / certificates.BOTH_CA, "tls_name": "overfill"}
+    with pytest.raises(TlsError, match=r"router\.role\.overfill\.internal: .*give one of the role router"):
+        RouterConfig(pair="default", **settings).check_files()
+    files = certificates.role_files(folder, Role.ROUTER)
+    RouterConfig(pair="default", **{**settings, "tls_cert": files.cert, "tls_key": files.key}).check_files()
+
+
+def _certificate(
+    folder: Path, issuer: certificates.Authority, names: list[x509.GeneralName], use: x509.ObjectIdentifier
+) -> tuple[Path, Path]:
+    """Makes a certificate and key with ``names``, for ``use`` only."""
     key = certificates.ec.generate_private_key(certificates.ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x")])
     builder = certificates._builder(name, issuer.certificate.subject, key, 1)
-    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("overfill")]), critical=False)
-    builder = builder.add_extension(x509.ExtendedKeyUsage([x509.ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
-    cert, path = folder / "useless.crt", folder / "useless.key"
+    builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    builder = builder.add_extension(x509.ExtendedKeyUsage([use]), critical=False)
+    cert, path = folder / "made.crt", folder / "made.key"
     cert.write_bytes(certificates._pem(builder.sign(issuer.key, certificates.hashes.SHA256())))
     path.write_bytes(certificates._key_pem(key))
     return cert, path
@@ -337,7 +379,7 @@ async def _serial(address: str, folder: Path) -> int:
     context.load_cert_chain(files.cert, files.key)
     context.set_alpn_protocols(["h2"])
     host, _, port = address.rpartition(":")
-    _, writer = await asyncio.open_connection(host, int(port), ssl=context, server_hostname="overfill")
+    _, writer = await asyncio.open_connection(host, int(port), ssl=context, server_hostname=role_dns(None))
     data = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
     writer.close()
     return x509.load_der_x509_certificate(data).serial_number

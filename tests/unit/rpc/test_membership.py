@@ -10,6 +10,7 @@ from overfill.errors import Incompatible, Unavailable
 from overfill.kv.journal import KeyJournal
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.rpc import membership as membership_module
+from overfill.rpc.access import Role
 from overfill.rpc.membership import Membership
 from overfill.rpc.server import RpcServer
 from overfill.rpc.tls import ClientTls, Credentials
@@ -171,6 +172,62 @@ async def test_a_router_that_cannot_be_joined_is_warned_of(monkeypatch, caplog):
             await asyncio.sleep(0.01)
 
 
+async def test_a_router_without_the_worker_s_revision_is_asked_until_it_has_it_and_the_log_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(membership_module, "WARN_AFTER", 0.0)
+    refusals = []
+    async with registry() as (router, address):
+        router.errors += [Unavailable("worker w has the revision 'r2'; this router serves 'r1'")] * 3
+        async with member(address, on_refused=refusals.append) as worker:
+            await worker.joined.wait()
+            assert router.hellos.qsize() == 4
+    assert refusals == []
+    assert "cannot join router" in caplog.text
+    assert "has the revision 'r2'" in caplog.text
+
+
+def rollout(generation, tie_break=0, **fields):
+    return registry_pb2.Rollout(generation=generation, tie_break=tie_break, revision="r2", **fields)
+
+
+async def test_the_newest_rollout_of_any_router_is_in_every_report_also_to_a_router_that_starts_later():
+    async with registry() as (first, one), registry() as (second, two), member(one, two) as worker:
+
+        async def told(router, *sent):
+            for state in sent:
+                first.outbox.put_nowait(registry_pb2.JoinResponse(rollout=state))
+            while (report := await router.reports.get()).rollout != sent[0]:
+                pass
+            return report
+
+        assert not (await second.reports.get()).HasField("rollout")
+        await told(second, rollout(2, 5, to_percent=40))
+        await told(second, rollout(2, 6, to_percent=50), rollout(2, 5), rollout(1, 9))
+        assert worker.rollout == rollout(2, 6, to_percent=50)
+        second.outbox.put_nowait(None)
+        await second.hellos.get()
+        await second.hellos.get()
+        assert (await told(second, rollout(3))).rollout.generation == 3
+
+
+async def test_no_generation_that_a_faulty_router_sends_ends_the_changes():
+    async with registry() as (router, address), member(address):
+        for state in (rollout(2**64 - 1), rollout(1)):
+            router.outbox.put_nowait(registry_pb2.JoinResponse(rollout=state))
+        while (await router.reports.get()).rollout != rollout(1):
+            pass
+
+
+async def test_a_rollout_that_is_too_large_to_repeat_is_ignored(caplog):
+    async with registry() as (router, address), member(address) as worker:
+        large = registry_pb2.Rollout(generation=9, revision="r" * 600)
+        for state in (large, rollout(1)):
+            router.outbox.put_nowait(registry_pb2.JoinResponse(rollout=state))
+        while not (await router.reports.get()).HasField("rollout"):
+            pass
+        assert worker.rollout == rollout(1)
+    assert "ignored a Rollout" in caplog.text
+
+
 async def test_credits_that_one_router_does_not_use_go_to_one_that_queues():
     async with registry() as (first, one), registry() as (second, other), member(one, other):
         await first.report_with(6)
@@ -296,18 +353,18 @@ async def test_one_look_up_without_a_router_that_restarts_ends_no_worker(monkeyp
 async def test_a_router_found_by_name_has_to_prove_the_name(monkeypatch, told, expected):
     asked = asyncio.Queue()
 
-    def open_channel(address, tls):
-        asked.put_nowait((address, tls.tls.name))
+    def open_channel(address, tls, role):
+        asked.put_nowait((address, tls.tls.name, role))
         raise Unavailable("not today")
 
     monkeypatch.setattr(membership_module, "open_channel", open_channel)
     Name(monkeypatch, "10.1.2.3:7600")
     tls = Credentials(ClientTls(name=told))
     async with member("dns:///routers.internal:7600", tls=tls):
-        assert await asked.get() == ("10.1.2.3:7600", expected)
+        assert await asked.get() == ("10.1.2.3:7600", expected, Role.ROUTER)
     asked = asyncio.Queue()
     async with member("router-0.internal:7600", tls=tls):
-        assert await asked.get() == ("router-0.internal:7600", told)
+        assert await asked.get() == ("router-0.internal:7600", told, Role.ROUTER)
 
 
 async def test_an_address_that_was_given_itself_stays_when_a_name_omits_it(monkeypatch):

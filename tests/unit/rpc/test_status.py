@@ -154,8 +154,8 @@ def test_statuses_that_grpc_made_up_name_the_peer(
         (
             "last error: UNKNOWN: ipv4:10.0.0.1:7: Custom verification check failed with error: UNAUTHENTICATED: "
             "Hostname Verification Check failed.",
-            "its certificate does not name this address: set the name that it does name (--tls-name, tls_name), which "
-            "is overfill with `overfill certs`",
+            "its certificate does not name this address, or its role where the name is overfill: give a name that it "
+            "has (--tls-name, tls_name), or make certificates for each role with `overfill certs`",
         ),
         (
             "last error: UNKNOWN: ipv4:10.0.0.1:7: Tls handshake failed (TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: "

@@ -91,11 +91,12 @@ async def test_a_worker_names_its_engine_in_its_descriptions_and_its_status():
 
 async def test_a_worker_says_how_long_its_process_took_to_be_ready(monkeypatch):
     monkeypatch.setattr(startup, "_began", time.monotonic() - 1000.0)
-    hello = registry_pb2.Hello(worker_id="w")
+    hello = registry_pb2.Hello(worker_id="w", stages=[common_pb2.STAGE_DECODE])
     host = WorkerHost(RpcServer(), hello, HANDLE, routers=[], tls=None, grace=0.0)
     assert await host.run("127.0.0.1:0", lambda host: host.drain()) == 0
     assert 1000.0 <= hello.startup_seconds <= time.monotonic() - startup._began
     assert hello.max_num_seqs == HANDLE.capacity
+    assert host.status().startup_seconds == hello.startup_seconds
 
 
 async def test_a_worker_may_have_as_many_connections_as_its_server_accepts(monkeypatch):
@@ -194,6 +195,7 @@ async def test_a_worker_is_ready_from_its_first_join_until_it_drains():
     async with grpc.aio.insecure_channel(host.address) as channel:
         statuses = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert (await statuses.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert host.unready() == "the worker has joined no router"
         second, _ = await router(address)
         assert (await statuses.read()).status == health_pb2.HealthCheckResponse.SERVING
         await second.stop()
@@ -201,7 +203,9 @@ async def test_a_worker_is_ready_from_its_first_join_until_it_drains():
             await asyncio.sleep(0.01)
         alone = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
         assert alone.status == health_pb2.HealthCheckResponse.SERVING
+        assert host.unready() == ""
         host.drain()
+        assert host.unready() == "the worker is draining"
         assert (await statuses.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     assert await running == 0
 

@@ -22,7 +22,7 @@ def serve_tiers() -> Callable[..., ServedTiers]:
         config = SimpleNamespace(vocab_size=100, max_positions=64)
         pairs: Any = {
             name: SimpleNamespace(
-                name=f"{name}-pair", full_config=config, full_digest="0" * 64, decoder_digest=name[0] * 64
+                name=f"{name}-pair", full_config=config, full_digest="0" * 64, decoder_digest=name[0] * 64, revision=""
             )
             for name in names
         }

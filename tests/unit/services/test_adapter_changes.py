@@ -58,7 +58,7 @@ def change(roster, monkeypatch):
         for id in workers:
             if roster.find(id) is None:
                 roster.join(worker_info(id, DECODE, tier="fast" if id[0] == "f" else "default"))
-        changes = await AdapterChanges(roster, SimpleNamespace(channel=channel)).change(name, load=load)
+        changes = await AdapterChanges([roster], SimpleNamespace(channel=channel)).change(name, load=load)
         return {one.worker_id: None if one.error is None else type(one.error) for one in changes}
 
     return change

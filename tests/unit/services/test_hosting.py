@@ -33,7 +33,8 @@ async def leaves(code):
 async def breaks():
     raise KeyError("a bug")
 
-run_worker_process({}, DecodeConfig.parse(["--pair=x", "--routers=127.0.0.1:1", "--threads=1"]))
+config = DecodeConfig.parse(["--pair=x", "--routers=127.0.0.1:1", "--threads=1"])
+run_worker_process(lambda config, on_ready: {}, config)
 """
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from cores import one_revision
 from http_memory import MemoryClient, echo, new_state, parse
 
 from overfill.rpc import certificates
@@ -333,7 +334,7 @@ async def test_who_asks_is_decided_by_one_head(data: bytes, keys: bool, status: 
     tiers = SimpleNamespace(listed=lambda caller: [], roster=SimpleNamespace(changes=0))
     statistics = SimpleNamespace(metrics=RouterMetrics())
     handler = SimpleNamespace(statistics=statistics, tiers=tiers, tokenizer=None)
-    api = HttpApi(handler, access, lambda: "", None, None, share_port=False)  # type: ignore[arg-type]
+    api = HttpApi(one_revision(handler), access, lambda: "", None, None, share_port=False)  # type: ignore[arg-type]
     client = MemoryClient(new_state(api))
     client.send(data)
     await client.until(lambda: parse(client.received) != [])

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, Self, cast
 
 import pytest
+from cores import one_revision
 from jobs import worker_info
 
 from overfill.api.keys import ApiKey
@@ -33,7 +34,9 @@ from overfill.telemetry.router_metrics import RouterMetrics
 from overfill.v1 import common_pb2, decode_pb2, inference_pb2, registry_pb2
 from services.router.adapter_changes import WorkerChange
 from services.router.http.app import HttpApi
+from services.router.revisions import Revisions
 from services.router.served_tiers import ServedTiers
+from services.router.shared import Shared
 from services.router.statistics import Statistics
 
 
@@ -64,23 +67,28 @@ class FakeGeneration:
 
 
 class FakeHandler:
-    """Answers with the tiers ``written_by``, or raises ``error``. Records what it was asked for in ``requests``."""
+    """Answers with the tiers ``written_by``, or raises ``error``. Records what it was asked for in ``asked``."""
 
     tokenizer = executor = None
 
     def __init__(self, tiers: ServedTiers) -> None:
         self.tiers = tiers
-        self.statistics = Statistics(RouterMetrics(), None)  # type: ignore[arg-type]
-        self.requests: list[inference_pb2.GenerateRequest] = []
+        self.statistics = Statistics(Shared(None, RouterMetrics()), None)  # type: ignore[arg-type]
+        self.asked: list[inference_pb2.GenerateRequest] = []
         self.written_by = ["default"]
         self.brownout_from = ""
         self.error: Exception | None = None
 
-    def hold_quota(self, *_: Any) -> nullcontext[SimpleNamespace]:
-        return nullcontext(SimpleNamespace(take=lambda *_: None, tier="", api="chat"))
+    @property
+    def requests(self) -> SimpleNamespace:
+        hold = SimpleNamespace(take=lambda *_: None, tier="", revision=None, api="chat")
+        return SimpleNamespace(hold_quota=lambda *_: nullcontext(hold))
+
+    def shorten(self, request: inference_pb2.GenerateRequest) -> None:
+        pass
 
     async def check(self, request: inference_pb2.GenerateRequest, *_: Any) -> Job:
-        self.requests.append(request)
+        self.asked.append(request)
         if self.error is not None:
             raise self.error
         return Job(start=decode_pb2.StartDecode(), prompt_token_ids=[1, 2, 3])
@@ -120,7 +128,7 @@ def handler(serve_tiers: Callable[..., ServedTiers]) -> FakeHandler:
 
 @pytest.fixture
 async def client(handler: Any, serve: Any) -> Http:
-    api = HttpApi(handler, AccessPolicy(), lambda: "", None, None, share_port=False)  # type: ignore[arg-type]
+    api = HttpApi(one_revision(handler), AccessPolicy(), lambda: "", None, None, share_port=False)  # type: ignore[arg-type]
     _, address = await serve(api)
     return Http(*address)
 
@@ -174,7 +182,7 @@ async def test_the_lists_of_models_of_api_keys_are_their_own(handler: Any, serve
     tiers = {"all": None} | {f"k{number}": frozenset({"full", f"x{number}"}) for number in range(9)}
     keys = {shown: ApiKey(shown, "0" * 64, "2026-01-01", tiers=usable) for shown, usable in tiers.items()}
     access = AccessPolicy(keys=lambda shown: keys[shown])
-    api = HttpApi(handler, access, lambda: "", None, None, share_port=False)  # type: ignore[arg-type]
+    api = HttpApi(one_revision(handler), access, lambda: "", None, None, share_port=False)  # type: ignore[arg-type]
     _, (host, port) = await serve(api)
 
     async def listed(shown: str) -> list[str]:
@@ -193,7 +201,7 @@ async def test_the_lists_of_models_of_api_keys_are_their_own(handler: Any, serve
 async def test_the_fields_reach_the_handler_unchanged(client: Http, handler: FakeHandler) -> None:
     await ask(client, model="tiny:full", tier="full", fallback="default", allow_brownout=True)
     await client.post("/v1/completions", model="tiny", prompt=["a", "b"], tier="full")
-    seen = [(r.model, r.tier, r.fallback, r.allow_brownout) for r in handler.requests]
+    seen = [(r.model, r.tier, r.fallback, r.allow_brownout) for r in handler.asked]
     assert seen == [("tiny:full", "full", "default", True), *[("tiny", "full", "", False)] * 2]
 
 
@@ -288,7 +296,7 @@ async def test_a_change_of_adapters_is_done_only_when_every_worker_has_done_it(
         return [WorkerChange(f"d{index}", common_pb2.Adapter(), error) for index, error in enumerate(errors)]
 
     adapters: Any = SimpleNamespace(change=change)
-    api = HttpApi(handler, AccessPolicy(), lambda: "", None, adapters, share_port=False)  # type: ignore[arg-type]
+    api = HttpApi(one_revision(handler), AccessPolicy(), lambda: "", None, adapters, share_port=False)  # type: ignore[arg-type]
     _, address = await serve(api)
     answered, text = await Http(*address).post("/v1/unload_lora_adapter", lora_name="judge")
     assert answered == status
@@ -308,7 +316,7 @@ async def test_only_a_key_with_the_scope_admin_changes_adapters(
 
     key = ApiKey("ci", "0" * 64, "2026-01-01", scopes=frozenset(scopes))
     access, adapters = AccessPolicy(keys=lambda shown: key), cast("Any", SimpleNamespace(change=change))
-    api = HttpApi(handler, access, lambda: "", None, adapters, share_port=False)  # type: ignore[arg-type]
+    api = HttpApi(one_revision(handler), access, lambda: "", None, adapters, share_port=False)  # type: ignore[arg-type]
     _, (host, port) = await serve(api)
     headers = {"content-type": "application/json", "authorization": "Bearer k"}
     request = urllib.request.Request(f"http://{host}:{port}/v1/load_lora_adapter", b'{"lora_name": "judge"}', headers)
@@ -319,3 +327,32 @@ async def test_only_a_key_with_the_scope_admin_changes_adapters(
         with error:
             answered = error.code
     assert answered == status
+
+
+@pytest.mark.parametrize(("percent", "revision"), [(0.0, "r1"), (99.9, "r2")])
+async def test_a_conversation_s_revision_answers_and_says_so(
+    serve_tiers: Callable[..., ServedTiers], serve: Any, percent: float, revision: str
+) -> None:
+    handlers = {}
+    for name in ("r1", "r2"):
+        handlers[name] = FakeHandler(serve_tiers("default", "full"))
+        handlers[name].tiers.revision = name
+    cores: Any = [
+        SimpleNamespace(revision=name, handler=handler, can_answer=lambda *_: True)
+        for name, handler in handlers.items()
+    ]
+    api = HttpApi(Revisions(cores, percent), AccessPolicy(), lambda: "", None, None, share_port=False)  # type: ignore[arg-type]
+    _, address = await serve(api)
+    client = Http(*address)
+    whole = await ask(client)
+    assert (whole["system_fingerprint"], whole["overfill"]["pair"]["revision"]) == (
+        f"fp_dddddddddddd-{revision}",
+        revision,
+    )
+    status, _ = await client.post(
+        "/v1/messages", model="tiny", max_tokens=1, messages=[{"role": "user", "content": "Hi"}]
+    )
+    assert status == 200
+    assert {name: len(handler.asked) for name, handler in handlers.items()} == {"r1": 0, "r2": 0} | {revision: 2}
+    listed = (await client.get("/v1/models"))[1]["data"]
+    assert {model["overfill"]["pair"]["revision"] for model in listed} == {"r1"}, "the old one, below 100 percent"

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+from cores import one_revision
 
 from overfill.errors import DeadlineExceeded, Overloaded
 from overfill.rpc import shares
@@ -38,7 +39,7 @@ async def check(*arguments):
 HANDLER = SimpleNamespace(
     tiers=SimpleNamespace(identity=lambda writer, job: inference_pb2.AnswerIdentity()),
     check=check,
-    hold_quota=nullcontext,
+    requests=SimpleNamespace(hold_quota=nullcontext),
     start=lambda *arguments: Answer(),
     statistics=SimpleNamespace(refusing=nullcontext),
 )
@@ -47,7 +48,7 @@ HANDLER = SimpleNamespace(
 async def test_a_key_whose_answers_are_not_read_is_refused_until_one_has_ended(monkeypatch):
     monkeypatch.setattr(inference, "STALLED_TIMEOUT", 0.0)
     monkeypatch.setattr(shares, "MAX_UNREAD_BYTES", 100)
-    servicer, callers = InferenceServicer(HANDLER), RpcShares(100)
+    servicer, callers = InferenceServicer(one_revision(HANDLER)), RpcShares(100)
 
     async def ask(key):
         rpc = callers.open(SimpleNamespace(name=key), True, "")

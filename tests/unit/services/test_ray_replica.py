@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ from overfill.rpc.access import Role
 from overfill.rpc.constants import MAX_CONNECTIONS
 from overfill.rpc.server import RpcServer
 from overfill.rpc.tls import TlsError
+from overfill.stack.ray.policy import latest
 from overfill.stack.spec import RouterSpec, StackSpec
 from services.router.app import Router
 
@@ -103,3 +105,17 @@ async def test_a_router_whose_port_is_taken_says_so_once_and_starts_when_it_is_f
     assert f"127.0.0.1:{port}" in warning
     assert "retries for 40 s" in warning
     assert "--http off" in warning
+
+
+async def test_the_policy_reads_each_revision_s_signals_of_a_router() -> None:
+    sent = {"": {"arrivals": 1.0}, "r2": {"arrivals": 2.0, "arrivals.fast": 3.0}}
+    cores = [
+        SimpleNamespace(revision=name, signals=SimpleNamespace(read=lambda now, own=numbers: own))
+        for name, numbers in sent.items()
+    ]
+    replica = SimpleNamespace(_service=SimpleNamespace(cores=cores))
+    reported = await replicas.RouterReplica.record_autoscaling_stats(replica)
+    series = {name: {"router": [SimpleNamespace(value=value)]} for name, value in reported.items()}
+    assert {revision: latest(series, revision) for revision in sent} == {
+        revision: {"router": numbers} for revision, numbers in sent.items()
+    }

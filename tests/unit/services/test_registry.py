@@ -4,9 +4,10 @@ import asyncio
 from contextlib import asynccontextmanager
 
 import pytest
+from cores import revisions_of
 from jobs import make_job
 
-from overfill.errors import Incompatible, InvalidRequest, OverfillError
+from overfill.errors import Incompatible, InvalidRequest, OverfillError, Unavailable
 from overfill.kv.journal import MAX_KEYS
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.routing.async_dispatcher import AsyncDispatcher
@@ -20,7 +21,7 @@ from overfill.rpc.access import Role
 from overfill.rpc.constants import WIRE_VERSION
 from overfill.rpc.tls import TlsError
 from overfill.settings.config import RouterConfig
-from overfill.v1 import common_pb2, registry_pb2
+from overfill.v1 import admin_pb2, common_pb2, registry_pb2
 from services.router import registry as registry_module
 from services.router.app import Router
 from services.router.registry import RegistryServicer
@@ -45,16 +46,10 @@ def test_a_field_that_a_router_must_know_is_refused_and_any_other_ignored():
             registry_module.check_fields(with_field(number))
 
 
-def test_a_revision_which_no_part_of_this_version_serves_is_refused_by_name():
-    with pytest.raises(Incompatible, match=r"worker d sets hello\.model\.revision") as error:
-        registry_module.check_fields(changed(model=common_pb2.ModelIdentity(revision="2")))
-    assert error.value.fields == ("hello.model.revision",)
-
-
 async def refusal(hello):
     """Joins with ``hello`` and returns the error with which the router refuses it."""
     roster = Roster()
-    servicer = RegistryServicer("r", roster, AsyncDispatcher(Dispatcher(roster)), Connector())
+    servicer = RegistryServicer("r", revisions_of(roster), Connector())
     stream = Stream()
     stream.said.put_nowait(registry_pb2.JoinRequest(hello=hello))
     stream.said.put_nowait(None)
@@ -87,13 +82,8 @@ def changed(**fields):
             ("wire_version",),
             f"wire version {WIRE_VERSION - 1} (software unknown); this router speaks {WIRE_VERSION}",
         ),
-        (
-            {"model": common_pb2.ModelIdentity(revision="2")},
-            ("hello.model.revision",),
-            "hello.model.revision",
-        ),
     ],
-    ids=["tier", "wire", "later fields"],
+    ids=["tier", "wire"],
 )
 async def test_a_worker_that_cannot_join_is_refused_as_incompatible(fields, refused, says):
     error = await refusal(changed(**fields))
@@ -149,7 +139,7 @@ async def joined():
     roster = Roster()
     dispatcher = CountingDispatcher(Dispatcher(roster))
     stream = Stream()
-    servicer = RegistryServicer("r", roster, dispatcher, Connector())
+    servicer = RegistryServicer("r", revisions_of(roster, dispatcher=dispatcher), Connector())
     stream.said.put_nowait(registry_pb2.JoinRequest(hello=HELLO))
     joining = asyncio.create_task(servicer.Join(stream.messages(), stream))
     assert (await stream.heard.get()).HasField("welcome")
@@ -201,7 +191,7 @@ async def test_a_worker_that_vanishes_before_it_is_welcomed_leaves_no_trace():
             raise asyncio.CancelledError
 
     roster, stream = Roster(), Gone()
-    servicer = RegistryServicer("r", roster, AsyncDispatcher(Dispatcher(roster)), Connector())
+    servicer = RegistryServicer("r", revisions_of(roster), Connector())
     stream.said.put_nowait(registry_pb2.JoinRequest(hello=changed(metrics_address="h:9")))
     with pytest.raises(asyncio.CancelledError):
         await servicer.Join(stream.messages(), stream)
@@ -216,7 +206,7 @@ async def test_a_worker_to_which_no_channel_opens_is_not_waited_for():
     roster, stream, placed = Roster(tiers=[Tier("full"), Tier("fast")]), Stream(), []
     roster.join_all(WorkerInfo.from_hello(changed(worker_id="other", tier="fast")))
     dispatcher = AsyncDispatcher(Dispatcher(roster))
-    servicer = RegistryServicer("r", roster, dispatcher, Failing())
+    servicer = RegistryServicer("r", revisions_of(roster, dispatcher=dispatcher), Failing())
     job = make_job("a", 10, 10, tier="full", fallback="fast")
     stream.said.put_nowait(registry_pb2.JoinRequest(hello=changed(tier="full")))
     with pytest.raises(TlsError):
@@ -230,7 +220,7 @@ async def test_a_worker_to_which_no_channel_opens_is_not_waited_for():
 async def test_a_worker_joins_while_a_router_s_certificate_is_being_replaced(tiny_pair, tmp_path):
     certificates.make(tmp_path)
     files = certificates.role_files(tmp_path, Role.ROUTER)
-    tls = {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca, "tls_name": certificates.NAME}
+    tls = {"tls_cert": files.cert, "tls_key": files.key, "tls_ca": files.ca, "tls_name": "overfill"}
     router = Router(RouterConfig(pair=str(tiny_pair), http="off", metrics_port="off", **tls))
     files.cert.write_bytes(certificates.role_files(tmp_path, Role.WORKER).cert.read_bytes())  # its key follows later
     (info,) = WorkerInfo.from_hello(HELLO)
@@ -238,15 +228,15 @@ async def test_a_worker_joins_while_a_router_s_certificate_is_being_replaced(tin
     await router._connector.close()
 
 
-async def test_scrape_targets_and_counts_name_the_tier():
+async def test_scrape_targets_name_tier_and_revision():
     roster, stream = Roster(tiers=[Tier("full"), Tier("fast")]), Stream()
-    servicer = RegistryServicer("r", roster, AsyncDispatcher(Dispatcher(roster)), Connector())
-    stream.said.put_nowait(registry_pb2.JoinRequest(hello=changed(tier="fast", metrics_address="h:9")))
+    servicer = RegistryServicer("r", revisions_of(roster, names=("r2",)), Connector())
+    hello = of_revision("r2", tier="fast", metrics_address="h:9")
+    stream.said.put_nowait(registry_pb2.JoinRequest(hello=hello))
     joining = asyncio.create_task(servicer.Join(stream.messages(), stream))
     await stream.heard.get()
-    assert servicer.targets() == [{"targets": ["h:9"], "labels": {"stage": "decode", "worker": "d", "tier": "fast"}}]
-    counts = {labels: count for labels, count in registry_module.worker_counts(roster, 0.0) if count}
-    assert counts == {("decode", "fast", "starting"): 1}, "it has not reported yet"
+    labels = {"stage": "decode", "worker": "d", "tier": "fast", "revision": "r2"}
+    assert servicer.targets() == [{"targets": ["h:9"], "labels": labels}]
     stream.said.put_nowait(None)
     await joining
     assert servicer.targets() == []
@@ -254,7 +244,7 @@ async def test_scrape_targets_and_counts_name_the_tier():
 
 async def test_a_worker_with_both_stages_is_a_member_of_two_pools_and_leaves_both():
     roster, stream, lost = Roster(), Stream(), []
-    servicer = RegistryServicer("r", roster, AsyncDispatcher(Dispatcher(roster)), Connector(), lost.append)
+    servicer = RegistryServicer("r", revisions_of(roster), Connector(), lost.append)
     hello = changed(stages=[PREFILL, DECODE], metrics_address="h:9")
     stream.said.put_nowait(registry_pb2.JoinRequest(hello=hello))
     joining = asyncio.create_task(servicer.Join(stream.messages(), stream))
@@ -293,7 +283,7 @@ async def test_a_worker_with_both_stages_is_a_member_of_two_pools_and_leaves_bot
 )
 async def test_a_worker_that_reports_what_it_may_not_leaves_with_its_keys(report, field):
     roster, stream = Roster(), Stream()
-    servicer = RegistryServicer("r", roster, AsyncDispatcher(Dispatcher(roster)), Connector())
+    servicer = RegistryServicer("r", revisions_of(roster), Connector())
     good = registry_pb2.Report(prefix=registry_pb2.PrefixDelta(added=range(MAX_KEYS)))
     for message in (
         registry_pb2.JoinRequest(hello=changed(stages=[PREFILL])),
@@ -314,3 +304,99 @@ async def test_a_worker_that_returns_with_other_stages_leaves_its_earlier_pools(
     roster.join_all(WorkerInfo.from_hello(changed(stages=[PREFILL, DECODE], incarnation=1)))
     (worker,) = roster.join_all(WorkerInfo.from_hello(changed(stages=[DECODE], incarnation=2)))
     assert roster.workers() == [worker]
+
+
+def of_revision(revision, **fields):
+    return changed(model=common_pb2.ModelIdentity(revision=revision), **fields)
+
+
+@asynccontextmanager
+async def joining(servicer, hello):
+    """Yields the stream of a worker that has been welcomed."""
+    stream = Stream()
+    stream.said.put_nowait(registry_pb2.JoinRequest(hello=hello))
+    task = asyncio.create_task(servicer.Join(stream.messages(), stream))
+    assert (await stream.heard.get()).HasField("welcome")
+    yield stream
+    stream.said.put_nowait(None)
+    await task
+
+
+async def test_workers_join_the_pools_of_their_revision_and_others_are_told_to_come_again():
+    old, new = Roster(), Roster()
+    servicer = RegistryServicer("r", revisions_of(old, new), Connector())
+    async with joining(servicer, HELLO), joining(servicer, of_revision("r2", worker_id="e")):
+        assert [[worker.id for worker in roster.workers()] for roster in (old, new)] == [["d"], ["e"]]
+    assert old.workers() == new.workers() == []
+    stream = Stream()
+    stream.said.put_nowait(registry_pb2.JoinRequest(hello=of_revision("r3")))
+    with pytest.raises(Unavailable, match="revision 'r3'; this router serves '' and 'r2'"):
+        await servicer.Join(stream.messages(), stream)
+
+
+async def test_a_worker_that_restarts_with_another_revision_leaves_the_pools_of_the_old_one():
+    old, new, lost = Roster(), Roster(), []
+    servicer = RegistryServicer("r", revisions_of(old, new), Connector(), lost.append)
+    async with joining(servicer, HELLO) as first:
+        async with joining(servicer, of_revision("r2", incarnation=7)):
+            assert (old.workers(), [worker.id for worker in new.workers()]) == ([], ["d"])
+            first.report(routers=1)  # its host died, and says this late
+            await settled()
+            assert old.workers() == []
+        assert new.workers() == []
+    assert len(lost) == 1
+
+
+async def test_a_live_worker_of_another_revision_keeps_its_id():
+    old, new = Roster(), Roster()
+    servicer = RegistryServicer("r", revisions_of(old, new), Connector())
+    async with joining(servicer, HELLO) as first:
+        first.report(routers=1)
+        await settled()
+        stream = Stream()
+        stream.said.put_nowait(registry_pb2.JoinRequest(hello=of_revision("r2", incarnation=7, address="h:2")))
+        with pytest.raises(Incompatible, match="a live worker at h:1 has the id 'd'"):
+            await servicer.Join(stream.messages(), stream)
+        assert [worker.id for worker in old.workers()] == ["d"]
+
+
+async def test_a_change_of_shares_goes_to_all_workers_and_a_newer_one_is_taken_from_a_report():
+    revisions = revisions_of(Roster(), Roster())
+    servicer = RegistryServicer("r", revisions, Connector())
+    async with joining(servicer, HELLO) as one, joining(servicer, of_revision("r2", worker_id="e")) as other:
+        await settled()
+        assert one.heard.empty(), "the settings' share is no news"
+        revisions.change(admin_pb2.ChangeRolloutRequest(set=admin_pb2.SetShare(revision="r2", percent=5)))
+        told = [(await stream.heard.get()).rollout for stream in (one, other)]
+        assert told == [revisions.state.to_proto()] * 2
+        newer = registry_pb2.Rollout()
+        newer.CopyFrom(told[0])
+        newer.generation, newer.to_percent = 9, 80.0
+        other.said.put_nowait(registry_pb2.JoinRequest(report=registry_pb2.Report(credits=1, rollout=newer)))
+        assert (await one.heard.get()).rollout == newer
+        async with joining(servicer, changed(worker_id="f")) as late:
+            assert (await late.heard.get()).rollout == newer
+
+
+async def test_a_worker_that_reports_ever_newer_states_wakes_the_others_rarely(monkeypatch):
+    monkeypatch.setattr(registry_module, "LEARN_GAP", 3600.0)
+    revisions = revisions_of(Roster(), Roster())
+    servicer = RegistryServicer("r", revisions, Connector())
+    async with joining(servicer, HELLO) as one, joining(servicer, of_revision("r2", worker_id="e")) as other:
+        for stream, generations in ((other, range(1, 50)), (one, [60])):
+            for generation in generations:
+                rollout = registry_pb2.Rollout(generation=generation, revision="r2")
+                stream.said.put_nowait(registry_pb2.JoinRequest(report=registry_pb2.Report(credits=1, rollout=rollout)))
+                await settled()
+            assert revisions.state.generation == generations[0], "another worker's is taken"
+
+
+async def test_a_router_with_one_revision_neither_sends_nor_reads_a_rollout():
+    revisions = revisions_of(Roster())
+    servicer = RegistryServicer("r", revisions, Connector())
+    async with joining(servicer, HELLO) as stream:
+        rollout = registry_pb2.Rollout(generation=1, to_percent=50.0)
+        stream.said.put_nowait(registry_pb2.JoinRequest(report=registry_pb2.Report(credits=1, rollout=rollout)))
+        await settled()
+        assert stream.heard.empty()
+        assert revisions.state.generation == 0

@@ -14,7 +14,6 @@ from overfill.api.families.hermes import Hermes
 from overfill.api.keys import ApiKey
 from overfill.errors import InvalidRequest, Overloaded, ShuttingDown
 from overfill.kv import keys
-from overfill.routing.admission import KeyLimiter
 from overfill.routing.affinity import PrefixAffinity
 from overfill.routing.pool import Roster
 from overfill.routing.worker import PREFILL
@@ -24,6 +23,7 @@ from services.router.bounded_executor import BoundedExecutor
 from services.router.limits import RequestLimits
 from services.router.request_handler import LONG_REQUEST, MAX_DETOKENIZED, RequestHandler
 from services.router.served_tiers import ServedTiers
+from services.router.shared import Shared
 from services.router.statistics import Statistics
 
 LONG = "x" * LONG_REQUEST
@@ -79,14 +79,12 @@ def submitted():
 
 def new_handler(tokenizer, dispatcher, max_positions, roster=None):
     config = SimpleNamespace(vocab_size=100, max_positions=max_positions)
-    pair: Any = SimpleNamespace(full_config=config, identity=True)
+    pair: Any = SimpleNamespace(full_config=config, identity=True, revision="")
     roster = roster or Roster()
     tiers = ServedTiers(["tiny"], {roster.default_tier: pair}, roster)
     unused: Any = SimpleNamespace(arrived=lambda *_: None)
-    statistics = Statistics(RouterMetrics(), unused)
-    return RequestHandler(
-        tiers, tokenizer, unused, dispatcher, unused, statistics, KeyLimiter(), RequestLimits(max_attempts=1)
-    )
+    shared = Shared(unused, RouterMetrics(), limits=RequestLimits(max_attempts=1))
+    return RequestHandler(tiers, tokenizer, unused, dispatcher, Statistics(shared, unused), shared)
 
 
 @pytest.fixture
@@ -114,17 +112,17 @@ def new_key(**limits):
 
 
 async def check(handler, key):
-    with handler.hold_quota(key) as hold:
+    with handler.requests.hold_quota(key) as hold:
         await handler.check(GENERATE, hold, 0.0)
 
 
 async def tokenize(handler, key):
-    with handler.hold_quota(key) as hold:
+    with handler.requests.hold_quota(key) as hold:
         await handler.tokenize(TOKENIZE, hold)
 
 
 async def detokenize(handler, key):
-    with handler.hold_quota(key) as hold:
+    with handler.requests.hold_quota(key) as hold:
         await handler.detokenize(DETOKENIZE, hold)
 
 
@@ -157,13 +155,13 @@ async def test_a_refused_request_counts_against_its_key_s_rate(handler, tokenize
 async def test_prompts_of_one_request_are_charged_once_and_together(handler, tokenizer):
     key = new_key(concurrency=2)
     tokenizer.proceed.set()
-    with handler.hold_quota(key) as hold:
+    with handler.requests.hold_quota(key) as hold:
         hold.take(0.0)  # before the body is read, and then for all prompts
         hold.take(0.0, 2)
         for _ in range(2):
             with pytest.raises(InvalidRequest, match="has 100 tokens"):
                 await handler.check(GENERATE, hold, 0.0)
-    with handler.hold_quota(key) as hold:
+    with handler.requests.hold_quota(key) as hold:
         hold.take(0.0)
         with pytest.raises(InvalidRequest, match="n: asks for 3 answers"):
             hold.take(0.0, 3)
@@ -215,7 +213,7 @@ async def test_answers_to_one_prompt_hash_its_blocks_once(tokenizer, submitted, 
     roster, worker = prefill_worker([1] * 100)
     handler = new_handler(tokenizer, submitted, 200, roster)
     hashed_in.clear()
-    with handler.hold_quota() as hold:
+    with handler.requests.hold_quota() as hold:
         checked = await handler.check(inference_pb2.GenerateRequest(text=text), hold, 0.0)
         answers = [handler.start(checked.sample(index), hold) for index in range(8)]
     for job in submitted:
@@ -237,7 +235,7 @@ async def test_what_prefix_caches_cannot_have_of_a_scored_prompt_does_not_count_
     roster, worker = prefill_worker()
     handler, place = new_handler(tokenizer, submitted, 200, roster), roster.prefixes.place
     sampling = common_pb2.SamplingParams(prompt_logprobs=1)
-    with handler.hold_quota() as hold:
+    with handler.requests.hold_quota() as hold:
         job = await handler.check(inference_pb2.GenerateRequest(text="x", sampling=sampling, **scored), hold, 0.0)
         plain = await handler.check(inference_pb2.GenerateRequest(text="x"), hold, 0.0)
     place(job, worker)
@@ -249,32 +247,32 @@ async def test_a_drain_waits_for_a_request_that_is_tokenized(submitted, tokenize
     handler = new_handler(tokenizer, submitted, 200)
 
     async def begin():
-        with handler.hold_quota() as hold:
+        with handler.requests.hold_quota() as hold:
             handler.start(await handler.check(GENERATE, hold, 0.0), hold)
 
     beginning = asyncio.ensure_future(begin())
     assert await asyncio.to_thread(tokenizer.begun.wait, 30)
-    handler.drain()
-    idle = asyncio.ensure_future(handler.wait_idle())
+    handler.requests.drain()
+    idle = asyncio.ensure_future(handler.requests.wait_idle())
     await asyncio.sleep(0)
     assert not idle.done()
     tokenizer.proceed.set()
     await beginning
     assert len(submitted) == 1, "it was accepted before the drain"
     assert not idle.done()
-    handler.abort_all(ShuttingDown("too late"))
+    handler.requests.abort_all(ShuttingDown("too late"))
     await asyncio.wait_for(idle, 30)
 
 
 async def test_nothing_starts_once_all_is_aborted(submitted, tokenizer):
     handler = new_handler(tokenizer, submitted, 200)
     tokenizer.proceed.set()
-    with handler.hold_quota() as hold:
+    with handler.requests.hold_quota() as hold:
         checked = await handler.check(GENERATE, hold, 0.0)
-        handler.abort_all(ShuttingDown("too late"))
+        handler.requests.abort_all(ShuttingDown("too late"))
         with pytest.raises(ShuttingDown):
             handler.start(checked, hold)
-        await asyncio.wait_for(handler.wait_idle(), 30)
+        await asyncio.wait_for(handler.requests.wait_idle(), 30)
     assert not submitted
 
 
@@ -289,7 +287,10 @@ async def test_a_short_request_with_tools_does_not_wait_for_long_ones(tokenizer)
 
 async def test_a_request_to_detokenize_has_a_limit(handler, tokenizer):
     ids = inference_pb2.DetokenizeRequest(ids=[1] * (MAX_DETOKENIZED + 1))
-    with handler.hold_quota() as hold, pytest.raises(InvalidRequest, match="ids: has 262145 ids; at most 262144"):
+    with (
+        handler.requests.hold_quota() as hold,
+        pytest.raises(InvalidRequest, match="ids: has 262145 ids; at most 262144"),
+    ):
         await handler.detokenize(ids, hold)
 
 
@@ -304,7 +305,7 @@ async def test_a_chat_that_its_template_makes_long_is_tokenized_in_a_thread(toke
     for calls in (1, LONG_REQUEST // 64):  # of a few bytes each
         message = inference_pb2.ChatMessage(role="assistant", tool_calls=[inference_pb2.ToolCall(name="f")] * calls)
         request = inference_pb2.TokenizeRequest(chat=inference_pb2.Chat(messages=[message]))
-        with handler.hold_quota(None) as hold:
+        with handler.requests.hold_quota(None) as hold:
             assert await handler.tokenize(request, hold) == [1]
     assert [thread is threading.main_thread() for thread in threads] == [True, False]
 
@@ -312,5 +313,5 @@ async def test_a_chat_that_its_template_makes_long_is_tokenized_in_a_thread(toke
 @pytest.mark.parametrize("priority", [-3, 3])
 async def test_a_priority_out_of_range_is_refused(handler, priority):
     request = inference_pb2.GenerateRequest(text="x", priority=priority)
-    with handler.hold_quota() as hold, pytest.raises(InvalidRequest, match=f"^priority: .*got {priority}$"):
+    with handler.requests.hold_quota() as hold, pytest.raises(InvalidRequest, match=f"^priority: .*got {priority}$"):
         await handler.check(request, hold, 0.0)

@@ -16,6 +16,7 @@ from overfill.v1 import common_pb2, decode_pb2, inference_pb2
 from services.router import pace
 from services.router.pace import Pace
 from services.router.running_answer import RunningAnswer
+from services.router.shared import Shared
 from services.router.statistics import Statistics
 
 TEXT = "one two three four five six seven eight nine ten"
@@ -54,7 +55,7 @@ class Answer:
             self.relay,
             text,
             inference_pb2.Accepted(),
-            Statistics(RouterMetrics(), signals),
+            Statistics(Shared(None, RouterMetrics()), signals),
             self.pace,
             on_read=lambda now: None,
             close=lambda relay, error: relay.close(),

@@ -202,6 +202,16 @@ def test_the_port_of_metrics_can_be_set_or_off(capsys: pytest.CaptureFixture[str
     assert "--metrics-host" in refused(RouterConfig, ["--pair", "p", "--metrics-host", "0.0.0.0"], capsys)
 
 
+def test_probes_are_off_by_default_and_open_to_others_only_with_a_certificate(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    open_host = ["--pair", "p", "--probe-host", "0.0.0.0"]
+    assert DecodeConfig.parse(open_host).probe_port == "off"
+    assert "--probe-host 0.0.0.0" in refused(DecodeConfig, [*open_host, "--probe-port", "7691"], capsys)
+    certificate = ["--tls-cert", "tls.crt", "--tls-key", "tls.key"]
+    assert DecodeConfig.parse([*open_host, *certificate, "--probe-port", "7691"]).probe_port == 7691
+
+
 @pytest.mark.parametrize(
     ("kind", "argv"),
     [
@@ -267,6 +277,7 @@ def test_settings_by_name_make_the_same_configuration_and_the_same_errors() -> N
         (PrefillConfig, "--tensor-parallel-size 4 --data-port 65533", "rank 3 would have port 65536, above 65535"),
         (PrefillConfig, "--tensor-parallel-size 4 --data-port 7600 --port 7603", "up to 7603, and --port is 7603"),
         (PrefillConfig, "--data-port 7690 --metrics-port 7690", "--metrics-port is 7690"),
+        (PrefillConfig, "--data-port 7691 --probe-port 7691", "--probe-port is 7691"),
     ],
 )
 def test_ranks_that_cannot_be_are_refused_by_name(
@@ -313,3 +324,33 @@ def test_a_folder_for_kv_is_refused_where_it_could_not_be_used(
 ) -> None:
     PrefillConfig.parse(["--pair", "p", *flags])
     assert advice in refused(PrefillConfig, ["--pair", "p", "--kv-disk", "kv", *flags], capsys)
+
+
+def test_a_router_serves_one_revision_or_during_a_rollout_two() -> None:
+    one = RouterConfig.parse(["--pair", "a", "--revision", "r1"]).revisions
+    assert [(revision.name, revision.tiers[0].pair) for revision in one] == [("r1", "a")]
+    argv = ["--tiers", "fast=a;full=b", "--default-tier", "full", "--canary-revision", "r2"]
+    old, new = RouterConfig.parse([*argv, "--canary-tiers", "fast=c;full=d:2", "--canary-percent", "12.5"]).revisions
+    assert (old.name, [tier.pair for tier in old.tiers]) == ("", ["b", "a"])
+    assert (new.name, [tier.pair for tier in new.tiers]) == ("r2", ["d", "c"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--revision", "R1"], "REVISION): must be 1 to 32 lower-case"),
+        (["--canary-pair", "q"], "--canary-pair needs --canary-revision"),
+        (["--canary-percent", "5"], "--canary-percent needs --canary-revision"),
+        (["--canary-revision", "r2"], "--canary-revision r2: give either --canary-pair or --canary-tiers"),
+        (["--canary-revision", "r2", "--canary-pair", "q", "--canary-tiers", "a=b"], "--canary-revision r2: give"),
+        (["--revision", "r2", "--canary-revision", "r2", "--canary-pair", "q"], "--canary-revision r2: --revision"),
+        (["--canary-revision", "r2", "--canary-pair", "q", "--canary-percent", "101"], "CANARY_PERCENT): must be"),
+        (["--canary-revision", "r2", "--canary-pair", "q", "--canary-percent", "nan"], "CANARY_PERCENT): must be"),
+        (["--canary-revision", "r2", "--canary-tiers", "a=b;default=c"], "--canary-tiers: both revisions must have"),
+        (["--canary-revision", "r2", "--canary-tiers", "default=b;default=c"], "two tiers have the name 'default'"),
+    ],
+)
+def test_a_wrong_revision_is_refused_by_its_flag(
+    argv: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says in refused(RouterConfig, ["--pair", "p", *argv], capsys)

@@ -10,7 +10,7 @@ import cloudpickle
 
 from overfill.routing.signals import COUNTS
 from overfill.stack.ray import policy as policy_module
-from overfill.stack.ray.policy import ScalingPolicy, latest
+from overfill.stack.ray.policy import ScalingPolicy, latest, name_signals
 
 STATE = ("ready", "colocated", "draining", "waiting_jobs", "waiting_tokens", "running", "kv_tokens", "max_num_seqs")
 ZERO = dict.fromkeys(
@@ -27,11 +27,12 @@ ZERO = dict.fromkeys(
 
 @dataclass
 class App:
-    """Stands in for Serve: three deployments, and the last report of each router."""
+    """Stands in for Serve: three deployments and ``others``, and the last report of each router."""
 
     routers: dict[str, dict[str, float]] = field(default_factory=dict)
     decode_target: int = 1
     tiers: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
     now: float = 100.0
 
     def contexts(self) -> dict[str, Any]:
@@ -54,6 +55,7 @@ class App:
             "id-p": context("prefill", 4, 1),
             **{f"id-d-{tier}": context(f"decode-{tier}", 6, 1) for tier in self.tiers},
             **({} if self.tiers else {"id-d": context("decode", 6, self.decode_target)}),
+            **{f"id-{name}": context(name, 5, 1) for name in self.others},
         }
 
 
@@ -114,6 +116,29 @@ def test_each_tiers_deployment_follows_its_own_load_and_prefill_the_sum() -> Non
 def test_a_single_named_tier_has_the_numbers_without_a_name() -> None:
     app = App({"r1": busy(16)}, tiers=("full",))
     assert make(app, step=[0.05, 0.01, 0.0])(app.contexts())[0] == {"id-p": 1, "id-d-full": 4}
+
+
+def test_each_revisions_deployments_follow_its_own_load() -> None:
+    app = App({"r1": busy(16)}, others=("prefill-r2", "decode-r2"))
+    decide = make(app, step=[0.05, 0.01, 0.0])
+    assert decide(app.contexts())[0] == {"id-p": 1, "id-d": 4}, "no router knows the new revision yet"
+    app.now += 1
+    app.routers["r1"] = busy(4) | name_signals(busy(20), "r2")
+    assert decide(app.contexts())[0] == {"id-p": 1, "id-d": 4, "id-prefill-r2": 1, "id-decode-r2": 5}
+    app.now += 1
+    app.routers["r1"] = busy(4)  # a router without the new revision took its place
+    assert decide(app.contexts())[0]["id-decode-r2"] == 5
+
+
+def test_a_tier_has_other_settings_in_one_revision_if_they_are_given() -> None:
+    app = App(others=("prefill-r2", "decode-full-r2", "decode-fast-r2"), tiers=("full", "fast"))
+    fast: dict[str, Any] = {"step": [0.01, 0.005, 0.0]}
+    decide = make(app, step=[0.05, 0.01, 0.0], tiers={"fast": fast, "fast-r2": {}})
+    load = busy(32) | of_tier("full", busy(16)) | of_tier("fast", busy(16))
+    app.routers["r1"] = load | name_signals(load, "r2")
+    expected = {"decode-full": 4, "decode-fast": 1, "decode-full-r2": 4, "decode-fast-r2": 4}
+    sizes = {app.contexts()[id].deployment_name: size for id, size in decide(app.contexts())[0].items()}
+    assert sizes == {"prefill": 1, "prefill-r2": 1} | expected
 
 
 def test_bounds_are_the_deployments() -> None:

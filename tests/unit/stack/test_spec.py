@@ -10,7 +10,8 @@ import yaml
 from pydantic import ValidationError
 from shipped_config import SHIPPED, for_several_machines
 
-from overfill.rpc.certificates import NAME
+from overfill.rpc import certificates
+from overfill.rpc.access import NAME
 from overfill.settings.config import ColocatedConfig, DecodeConfig
 from overfill.settings.reader import BadSettings
 from overfill.settings.tiers import PoolSpec
@@ -227,7 +228,7 @@ def test_wrong_settings_are_named_before_anything_is_deployed(fields: dict[str, 
         ({"router": {"prots": [1]}}, "router.prots: no such field; did you mean ports?"),
         ({"tiers": {"a": {"pair": "p", "fall_back": "b"}}}, "tiers.a.fall_back: no such field; did you mean fallback?"),
         ({"tiers": {"a": {"pair": "p", "name": "b"}}}, "tiers.a.name: got 'b'; the key is the tier's name"),
-        ({"colour": "red"}, "colour: no such field; the fields are colocated, decode, "),
+        ({"colour": "red"}, "colour: no such field; the fields are canary, colocated, decode, "),
     ],
 )
 def test_an_unknown_field_is_named_with_the_nearest_one(document: dict[str, Any], message: str) -> None:
@@ -245,9 +246,10 @@ LAUGHS = ", ".join(("a0: &a0 [x]", *LEVELS))
     ("name", "text", "message"),
     [
         ("a.yaml", "decode: {settings: {kv_memry: 1}}", "kv_memry: no such setting; did you mean kv_memory?"),
-        ("a.yaml", "settings: {port: 5}", "settings: port: the other fields of the document set this"),
-        ("a.yaml", "router: {settings: {share_port: /run/x}}", "router: share_port: the other fields of the document"),
-        ("a.yaml", "decode: {settings: {pair: p, routers: 'a:1'}}", "decode: pair, routers: the other fields of the"),
+        ("a.yaml", "settings: {port: 5}", "settings: port: the stack sets this for each process itself"),
+        ("a.yaml", "settings: {probe_port: 5}", "settings: probe_port: the stack sets this for each process itself"),
+        ("a.yaml", "router: {settings: {share_port: /run/x}}", "router: share_port: the stack sets this"),
+        ("a.yaml", "decode: {settings: {pair: p, routers: 'a:1'}}", "decode: pair, routers: the stack sets this"),
         ("a.yaml", "decode: {replicas: 1}\ndecode: {replicas: 2}", "the key decode appears twice"),
         ("a.json", '{"name": "a", "name": "b"}', "the key name appears twice"),
         ("a.yaml", "? [a]\n: b", "found unhashable key"),
@@ -349,9 +351,12 @@ def test_a_wrong_objective_is_refused_before_deployment() -> None:
         serve_config(spec(decode={"max_replicas": 4}), "chat", {"tfft": 1.0})
 
 
-def test_the_shipped_config_s_advice_for_several_machines_is_complete() -> None:
+def test_the_shipped_config_s_advice_for_several_machines_is_complete(tmp_path: Path) -> None:
     (application,) = for_several_machines()["applications"]
-    made = StackSpec(**application["args"])
+    args = application["args"]
+    assert args["tls"]
+    certificates.make(tmp_path)
+    made = StackSpec(**{**args, "tls": str(tmp_path)})
     assert made.router_config().host == "0.0.0.0"
     assert {given["name"] for given in application["deployments"]} == made.deployments.keys()
     # Certificates name the stack, and processes connect to addresses.

@@ -26,7 +26,9 @@ def fits(document: dict[str, Any]) -> bool:
 
 
 def test_the_page_has_an_example_of_each_kind_of_stack() -> None:
-    assert [*EXAMPLES] == ["default.yaml", "colocated.yaml", "split.yaml", "tiers.yaml", "ray.yaml"]
+    assert [*EXAMPLES] == [
+        "default.yaml", "colocated.yaml", "split.yaml", "tiers.yaml", "canary.yaml", "ray.yaml"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -52,6 +54,10 @@ def test_an_example_is_a_stack_and_comes_back_from_what_is_printed(name: str, tm
         {"settings": {"kv_memroy": "1GiB"}},
         {"prefill": {"settings": {"kv_codec": "int8"}}},
         {"runner": "docker"},
+        {"canary": {"pair": "p"}},
+        {"canary": {"revision": "r2", "pair": "p", "colocated": {}}},
+        {"canary": {"revision": "r2", "pair": "p", "decode": {"settings": {"kv_memroy": "1GiB"}}}},
+        {"canary": {"revision": "r2", "pair": "p", "percent": 101}},
     ],
 )
 def test_the_schema_refuses_what_the_command_refuses(document: dict[str, Any]) -> None:

@@ -263,21 +263,47 @@ def test_refusals_by_reason():
     assert values(metrics, "overfill_router_failed_attempts_total")["transfer_failed",] == 1
 
 
+def test_each_revision_has_its_requests_and_needs():
+    metrics = RouterMetrics(revisions=("r1", "r2"))
+    metrics.ended(None, "default", "chat", "r1")
+    metrics.ended(None, "default", "grpc", "r2")
+    metrics.ended(None, "default", "chat", "r2")
+    metrics.refused(errors.Unavailable("x"), "default", "chat", "r2")
+    metrics.refused(errors.InvalidRequest("field", "x"), "", "chat", None)
+    of_revisions = values(metrics, "overfill_router_revision_requests_total")
+    assert {labels: count for labels, count in of_revisions.items() if count} == {
+        ("ok", "r1"): 1,
+        ("ok", "r2"): 2,
+        ("unavailable", "r2"): 1,
+    }
+    requests = values(metrics, "overfill_router_requests_total")
+    assert requests["chat", "ok", "default"] == 2
+    assert sum(requests.values()) == 5
+    for revision, ready in (("r1", 3), ("r2", 1)):
+        scaler = Scaler(ScalingConfig(), {"default": ScalingConfig()})
+        metrics.scaling(scaler.targets(0.0, PoolState(ready=ready), {"default": PoolState(ready=ready)}), revision)
+    targets = values(metrics, "overfill_router_scaling_target_workers")
+    assert (targets["r1", "prefill", ""], targets["r2", "prefill", ""]) == (3, 1)
+
+
 def test_inputs_needs_and_decisions_of_the_scaling_policy_are_exported():
     metrics = RouterMetrics(("full", "fast"))
     scaler = Scaler(ScalingConfig(), {"full": ScalingConfig(), "fast": ScalingConfig()})
     ready = PoolState(ready=1)
     pools = {"full": ready, "fast": ready}
     metrics.scaling(scaler.targets(0.0, ready, pools))
-    one_each = {("prefill", ""): 1, ("decode", "full"): 1, ("decode", "fast"): 1}
+    one_each = {("", "prefill", ""): 1, ("", "decode", "full"): 1, ("", "decode", "fast"): 1}
     assert values(metrics, "overfill_router_scaling_target_workers") == one_each
     queued = PoolState(ready=1, waiting_jobs=500, waiting_tokens=500_000)
     metrics.scaling(scaler.targets(1.0, queued, pools | {"full": PoolState(ready=1, running=200)}))
     targets = values(metrics, "overfill_router_scaling_target_workers")
-    assert targets["prefill", ""] > 1
-    assert (targets["decode", "full"], targets["decode", "fast"]) == (4, 1)
-    assert values(metrics, "overfill_router_scaling_needed_workers")["prefill", ""] > 1
-    assert values(metrics, "overfill_router_scaling_input")["waiting_tokens", "prefill", ""] == 500_000
+    assert targets["", "prefill", ""] > 1
+    assert (targets["", "decode", "full"], targets["", "decode", "fast"]) == (4, 1)
+    metrics.router_need(1.5)
+    needed = values(metrics, "overfill_router_scaling_needed_workers")
+    assert needed["", "prefill", ""] > 1
+    assert needed["", "router", ""] == 1.5
+    assert values(metrics, "overfill_router_scaling_input")["waiting_tokens", "", "prefill", ""] == 500_000
     decisions = values(metrics, "overfill_router_scaling_decisions_total")
     assert decisions["up", "prefill", ""] == decisions["up", "decode", "full"] == 1
     assert decisions["up", "decode", "fast"] == decisions["down", "prefill", ""] == 0

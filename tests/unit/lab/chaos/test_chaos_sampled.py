@@ -41,7 +41,7 @@ def results(tiny_pair: Path) -> list[RequestResult]:
 
 def judged(references: dict[str, TwoStageReference], results: list[RequestResult]) -> TrialReport:
     trial = TrialResult(results, freed_after=0.0)
-    return TrialReport(trial, *trial.judge(references, MAX_TOKENS, silent), {})
+    return TrialReport(trial, *trial.judge({"": references}, MAX_TOKENS, silent), {})
 
 
 def test_answers_of_the_engine_are_right(

@@ -51,7 +51,7 @@ def test_each_part_is_judged_at_the_token_that_the_answer_names(tiny_tiers: tupl
         answer.append(references[tier].score(prompt, [*answer, 0])[-1].reference_id)
     good = RequestResult("good", prompt, "full", "fast", token_ids=tuple(answer), parts=SWITCHED)
     late, early = (replace(good, request=f"at {at}", parts=(("full", 0), ("fast", at))) for at in (4, 2))
-    summary, wrong = TrialResult([good, late, early]).judge(references, 6, silent)
+    summary, wrong = TrialResult([good, late, early]).judge({"": references}, 6, silent)
     assert (summary.correct, wrong) == (1, {"at 4", "at 2"})
     other = RequestResult("other", prompt, "default", "none", parts=(("default", 0),))
     counts = TrialReport(TrialResult([good, late, other]), summary, wrong, {}).tiers()
@@ -77,6 +77,6 @@ def test_an_adapters_answer_is_judged_from_where_its_decoder_began(tiny_pair: Pa
     good = replace(good, finish_reason="length" if len(answer) == 6 else "stop")
     wrong_start = replace(good, request="start", answer_start=29)
     wrong_writer = replace(good, request="writer", parts=(("task-0", 0),))
-    summary, wrong = TrialResult([good, wrong_start, wrong_writer]).judge(references, 6, silent)
+    summary, wrong = TrialResult([good, wrong_start, wrong_writer]).judge({"": references}, 6, silent)
     assert (summary.correct, wrong) == (1, {"start", "writer"})
     assert wrong_writer.tier_problem == "writer: tier task-1 was asked, but task-0 wrote a part"

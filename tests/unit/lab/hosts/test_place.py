@@ -23,4 +23,4 @@ def test_each_process_has_its_host_and_mutual_tls(tmp_path):
     for worker in (*plan.prefill, *plan.decode):
         assert worker.routers == plan.addresses
         assert worker.host == addresses[worker.worker_id]
-    assert plan.client_tls.name == certificates.NAME
+    assert plan.client_tls.name == "overfill"
