@@ -129,7 +129,7 @@ def test_the_extra_of_load_tests_has_all_that_load_tests_import() -> None:
     modules = [
         *(f"overfill.lab.loadtest.{name}" for name in ("locustfile", "html_report")),
         *(f"overfill.lab.simulate.{name}" for name in ("stack", "plot")),
-        *(f"overfill.lab.bench.serve.{name}" for name in ("compare", "targets", "report")),
+        "overfill.lab.traffic.targets",
     ]
     done = run_in(("loadtest",), f"import {', '.join(modules)}")
     assert done.returncode == 0, done.stderr
@@ -158,7 +158,6 @@ MISSING = {
     "pair build --full x --out pair": "huggingface_hub",
     "pair lm-eval default --tasks x": "lm_eval",
     "bench decode": "torch",
-    "bench serve": "aiohttp",
     "loadtest": "locust",
     "simulate": "numpy",
 }

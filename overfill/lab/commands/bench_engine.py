@@ -140,7 +140,7 @@ def _settings(
     report: Report,
 ) -> EngineSettings:
     from overfill.lab.bench.engine.measure import EngineSettings
-    from overfill.lab.bench.engine.peers.environment import install
+    from overfill.lab.peers.environment import install
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
 

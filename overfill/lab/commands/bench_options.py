@@ -46,9 +46,9 @@ def json_option(command: _F) -> _F:
 
 
 def install_option(command: _F) -> _F:
-    """``--install-vllm``."""
+    """``--install``: whether to install peers and tools that are missing."""
     return click.option(
-        "--install-vllm", is_flag=True, help="First install vLLM into OVERFILL_HOME/envs, unless it is there (3 GB)."
+        "--install", is_flag=True, help="First install missing peers and tools into OVERFILL_HOME/envs."
     )(command)
 
 

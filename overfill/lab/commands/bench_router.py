@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from overfill.cli.options import Number
-from overfill.lab.bench.measurement import print_measurements
+from overfill.lab.measurement import print_measurements
 from overfill.lab.commands.bench_options import json_option, pair_folder
 
 

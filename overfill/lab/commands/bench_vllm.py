@@ -159,7 +159,7 @@ def _measure_host(
 ) -> int:
     """Runs ``--host``; returns the exit code."""
     from overfill.engine.device import native_dtype, resolve_device
-    from overfill.lab.bench.measurement import Measurement, measurements_table
+    from overfill.lab.measurement import Measurement, measurements_table
     from overfill.lab.bench.vllm.engines import VllmSettings
     from overfill.lab.bench.vllm.environment import describe_environment
     from overfill.lab.bench.vllm.host import MAX_MODEL_LEN, StepProfile, measure_host, profiles_table

@@ -37,8 +37,6 @@ from overfill.cli.main import main
         ("simulate --profile bogus", "--profile: must be one of cpu"),
         ("simulate --trace bogus.csv", "--trace: bogus.csv cannot be read"),
         ("simulate --colocated 1 --profile h100-l4", "--profile: colocated_kv_tokens: the profile"),
-        ("bench serve --target foo", "--target: 'foo' is not a target"),
-        ("bench serve --objective bogus=1", "--objective: 'bogus=1' is not a limit"),
         ("loadtest --target foo", "--target: 'foo' has no port"),
         ("loadtest --users 0", "'--users'"),
         ("loadtest --duration nan", "'--duration'"),

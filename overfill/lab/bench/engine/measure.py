@@ -17,8 +17,8 @@ from overfill.kv.tensors import TORCH_DTYPES
 from overfill.lab.bench.engine.bounds import decode_step_seconds, prefill_seconds
 from overfill.lab.bench.engine.machine import Machine, MachineProbe
 from overfill.lab.bench.engine.overfill_engine import EngineWorkload, OverfillEngine, load_engines
-from overfill.lab.bench.engine.peers.environment import NOT_INSTALLED, python_of
-from overfill.lab.bench.engine.peers.process import PeerProcess
+from overfill.lab.peers.environment import NOT_INSTALLED, python_of
+from overfill.lab.peers.process import PeerProcess
 from overfill.lab.bench.engine.protocol import BenchEngine
 from overfill.lab.bench.engine.rows import Row
 from overfill.lab.bench.engine.turns import BenchPlan, Timings, in_turns

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from overfill.lab.bench.measurement import Measurement
+from overfill.lab.measurement import Measurement
 from overfill.lab.bench.router.bare_server import SendingPace
 from overfill.lab.bench.router.load import Api, LoadProcesses
 from overfill.lab.bench.router.windows import CLIENTS, WORKERS, Windows, paced_stack

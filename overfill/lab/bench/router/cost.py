@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from overfill.lab.bench.measurement import Measurement
+from overfill.lab.measurement import Measurement
 from overfill.lab.bench.router.bare_server import SendingPace, bare_server
 from overfill.lab.bench.router.load import LoadProcesses, Protocol
 from overfill.lab.bench.router.recording import record

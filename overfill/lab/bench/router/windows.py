@@ -15,7 +15,7 @@ import psutil
 
 from overfill.client import Client
 from overfill.errors import Unavailable
-from overfill.lab.bench.cpu_clock import cpu_seconds
+from overfill.lab.cpu_clock import cpu_seconds
 from overfill.lab.bench.router.bare_server import SendingPace
 from overfill.lab.bench.router.load import TOKEN_TEXT, Api, Load, LoadProcesses, Protocol, Received
 from overfill.lab.bench.router.recording import make_request

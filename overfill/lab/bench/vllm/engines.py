@@ -21,8 +21,8 @@ from typing import Any
 from overfill.client import Answer, AsyncClient, Client, SamplingParams
 from overfill.errors import InternalError
 from overfill.kv.spec import DTypeName
-from overfill.lab.bench.cpu_clock import cpu_seconds
-from overfill.lab.bench.engine.peers.process import JsonProcess
+from overfill.lab.cpu_clock import cpu_seconds
+from overfill.lab.peers.process import JsonProcess
 from overfill.lab.bench.vllm.window import DecodeWindow, decode_window
 from overfill.model.manifest import Pair
 from overfill.stack.child import Child

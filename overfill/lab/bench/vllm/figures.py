@@ -8,7 +8,7 @@ from statistics import mean, median
 
 from rich.table import Table
 
-from overfill.lab.bench.measurement import Measurement, measurements_table
+from overfill.lab.measurement import Measurement, measurements_table
 from overfill.lab.bench.vllm.window import DecodeWindow
 
 MAX_GAIN_DIFFERENCE = 0.05

@@ -23,9 +23,9 @@ from typing import Any, ClassVar
 from rich.table import Table
 
 from overfill.client import Grammar, SamplingParams
-from overfill.lab.bench.cpu_clock import cpu_seconds
-from overfill.lab.bench.engine.peers.process import JsonProcess, PeerFailed
-from overfill.lab.bench.measurement import Measurement
+from overfill.lab.cpu_clock import cpu_seconds
+from overfill.lab.peers.process import JsonProcess, PeerFailed
+from overfill.lab.measurement import Measurement
 from overfill.lab.bench.router.load import Load, LoadProcesses
 from overfill.lab.bench.router.windows import wait_for_first_tokens
 from overfill.lab.bench.vllm.engines import Log, PlainEngine, VllmSettings, plain_environment, stack_plan
@@ -136,7 +136,7 @@ class _SyncPeer(JsonProcess):
 
     def __init__(self, model: Path, settings: VllmSettings, vocab_size: int, folder: Path) -> None:
         self._clock = new_file(folder / "sync.steps")
-        module = "overfill.lab.bench.engine.peers.subprocess_peer"
+        module = "overfill.lab.peers.subprocess_peer"
         command = [sys.executable, "-m", "overfill.lab.bench.vllm.step_clock", str(self._clock), module]
         environment = plain_environment(settings) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         super().__init__(_IN_PROCESS, command, environment, folder / "sync.log")

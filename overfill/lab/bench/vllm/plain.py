@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from overfill.lab.bench.cpu_clock import cpu_seconds
+from overfill.lab.cpu_clock import cpu_seconds
 from overfill.lab.bench.vllm.window import decode_window
 
 

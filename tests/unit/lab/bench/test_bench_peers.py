@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from overfill.lab.bench.engine.peers import environment, process
-from overfill.lab.bench.engine.peers.environment import (
+from overfill.lab.peers import environment, process
+from overfill.lab.peers.environment import (
     PeerEnvironment,
     PeerInstallFailed,
     install,
     python_of,
 )
-from overfill.lab.bench.engine.peers.process import PeerFailed, PeerProcess
+from overfill.lab.peers.process import PeerFailed, PeerProcess
 
 FAKE = """
 import sys

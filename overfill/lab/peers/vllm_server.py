@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from overfill.lab.bench.engine.peers.process import PeerFailed
+from overfill.lab.peers.process import PeerFailed
 from overfill.stack.child import Child, stop
 from overfill.stack.ports import free_ports
 

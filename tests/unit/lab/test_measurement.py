@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from overfill.lab.bench.measurement import Measurement, print_measurements
+from overfill.lab.measurement import Measurement, print_measurements
 
 
 def test_a_median_shows_the_range_of_its_rounds(capsys):

