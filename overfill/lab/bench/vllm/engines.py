@@ -35,7 +35,7 @@ from overfill.telemetry.progress import Report
 Log = Callable[[str, str], None]
 
 STEPS, SECONDS = 64, 1.0
-"""A window of ours has at least as many steps, and lasts at least so long, unless the answers are too short."""
+"""A window of ours has so many steps and seconds at least, unless the answers are too short for it."""
 
 _TOKENS = re.compile(rb'"completion_tokens":(\d+)')
 _PAUSE = 1.25
@@ -91,8 +91,9 @@ class StackEngine:
         """
 
         async def run() -> DecodeWindow:
-            most = max_tokens // 2
-            streams = [self._tokens(prompt, max_tokens) for prompt in prompts]
+            model, most = f"{self._stack.model}:{self._tier}", max_tokens // 2
+            bodies = [completion_body(model, prompt, max_tokens, extensions=True) for prompt in prompts]
+            streams = [completion_counts(self._stack.url, body) for body in bodies]
             return await decode_window(streams, min(STEPS, most), self._cpu, seconds=SECONDS, most=most)
 
         window = asyncio.run(run())
@@ -116,39 +117,18 @@ class StackEngine:
         threads = {str(one.id): one.user_time + one.system_time for one in psutil.Process(self._worker).threads()}
         return {"worker": cpu_seconds(self._worker), "router": cpu_seconds(self._router), **threads}
 
-    async def _tokens(self, prompt: list[int], max_tokens: int) -> AsyncGenerator[int, None]:
-        """Streams a completion over HTTP. Reads no more of it than its token counts: the client shares the cores."""
-        model = f"{self._stack.model}:{self._tier}"
-        body = json.dumps(completion_body(model, prompt, max_tokens, extensions=True))
-        address = urlsplit(self._stack.url)
-        reader, writer = await asyncio.open_connection(address.hostname, address.port)
-        try:
-            head = f"POST {address.path}/completions HTTP/1.1\r\nhost: {address.netloc}\r\nconnection: close\r\n"
-            head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-            writer.write(f"{head}{body}".encode())
-            rest = b""
-            while received := await reader.read(1 << 16):
-                events, _, rest = (rest + received).rpartition(b"\n\n")
-                if counts := _TOKENS.findall(events):
-                    yield int(counts[-1])
-        finally:
-            writer.close()
-
 
 class PlainEngine(JsonProcess):
     """One model in plain vLLM, in a process of its own. The constructor starts the process and loads the model.
 
     Args:
         in_process: Use vLLM's synchronous engine instead of ``AsyncLLM``.
-        more: Further arguments of vLLM.
 
     Raises:
         PeerFailed: vLLM did not start.
     """
 
-    def __init__(
-        self, name: str, model: Path, settings: VllmSettings, log: Path, *, in_process: bool = False, **more: Any
-    ) -> None:
+    def __init__(self, name: str, model: Path, settings: VllmSettings, log: Path, *, in_process: bool = False) -> None:
         environment = child_environment(os.environ, settings.threads) | _PLAIN_ENVIRONMENT
         super().__init__(name, [sys.executable, "-m", "overfill.lab.bench.vllm.plain"], environment, log)
         arguments = {
@@ -158,7 +138,7 @@ class PlainEngine(JsonProcess):
             "skip_tokenizer_init": True,
             "disable_log_stats": True,
         }
-        arguments |= settings.common() | dict(settings.engine_args) | more
+        arguments |= settings.common() | dict(settings.engine_args)
         try:
             self.ask("load", in_process=in_process, arguments=arguments)
         except BaseException:
@@ -173,6 +153,26 @@ class PlainEngine(JsonProcess):
         """When each token of one answer arrived."""
         times: list[float] = self.ask("answer", prompt=prompt, max_tokens=max_tokens)["times"]
         return times
+
+
+async def completion_counts(url: str, body: Mapping[str, Any]) -> AsyncGenerator[int, None]:
+    """Streams a completion whose events have token counts, and yields the counts.
+
+    It reads no more than these, because the client shares the cores with what is measured.
+    """
+    address, content = urlsplit(url), json.dumps(body)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    try:
+        head = f"POST {address.path}/completions HTTP/1.1\r\nhost: {address.netloc}\r\nconnection: close\r\n"
+        head += f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+        writer.write(f"{head}{content}".encode())
+        rest = b""
+        while received := await reader.read(1 << 16):
+            events, _, rest = (rest + received).rpartition(b"\n\n")
+            if counts := _TOKENS.findall(events):
+                yield int(counts[-1])
+    finally:
+        writer.close()
 
 
 @contextmanager

@@ -9,14 +9,13 @@ import pytest
 from click.testing import CliRunner
 
 from overfill.errors import InternalError
-from overfill.lab.bench.vllm.engines import StackEngine
+from overfill.lab.bench.vllm.engines import completion_counts
 from overfill.lab.bench.vllm.host import host_figures
 from overfill.lab.bench.vllm.stages import PromptRound, StagesPlan, decode_figures, prompt_figures
 from overfill.lab.bench.vllm.window import DecodeWindow, decode_window
 from overfill.lab.commands import bench_vllm
 from overfill.lab.measurement import Measurement
 from overfill.lab.peers.process import JsonProcess, PeerFailed
-from overfill.lab.stacks import ServedStack
 
 
 class Streams:
@@ -69,45 +68,30 @@ async def test_a_window_lasts_until_its_time_has_passed_or_the_answers_are_long_
     assert (long.before, long.tokens) == (2, 35)  # the first one has 20 tokens
 
 
-EVENT = b'20\r\ndata: {"choices":[],"usage":{"completion_tokens":%d,"total_tokens":9}}\n\n\r\n'
-
-
-@pytest.fixture
-async def stack():
-    """A stack whose worker is this process. It answers any request with 64 tokens, of which each second one is missing
-    from the counts, and tears the events apart."""
+async def test_a_completion_s_token_counts_are_read_from_torn_events():
     requests = []
 
     async def answer(reader, writer):
         head = await reader.readuntil(b"\r\n\r\n")
         length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-        requests.append(json.loads(await reader.readexactly(length)))
-        for count in range(2, 66, 2):
-            for part in (EVENT % count)[:40], (EVENT % count)[40:]:
-                writer.write(part)
-                await writer.drain()
+        requests.append((head.split(b"\r\n")[0], json.loads(await reader.readexactly(length))))
+        events = b"".join(
+            b'41\r\ndata: {"choices":[],"usage":{"completion_tokens":%d,"total_tokens":99}}\n\n\r\n' % count
+            for count in range(2, 66, 2)
+        )
+        for start in range(0, len(events), 11):
+            writer.write(events[start : start + 11])
+            await asyncio.sleep(0)  # lets the client read
         writer.close()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    processes = {"router": os.getpid(), "decode-fast-0": os.getpid()}
     async with server:
-        yield ServedStack("127.0.0.1:1", f"http://127.0.0.1:{port}/v1", "m", processes), requests
-
-
-async def test_the_window_of_a_stack_counts_tokens_of_completions_in_its_tier(stack):
-    served, requests = stack
-    window = await asyncio.to_thread(StackEngine(served, "fast").decode, [[1, 2], [3, 4]], 40)
-    assert window.rows == 2
-    assert window.tokens >= 40  # half of the longest answers, because they are too short for the usual window
-    assert window.cpu.keys() >= {"worker", "router", "thread"}
-    assert {(one["model"], one["max_tokens"], one["ignore_eos"]) for one in requests} == {("m:fast", 40, True)}
-    assert sorted(one["prompt"] for one in requests) == [[1, 2], [3, 4]]
-
-
-async def test_an_answer_of_a_stack_that_ends_early_fails_the_window(stack):
-    with pytest.raises(InternalError, match="a sequence ended after 64 tokens, before all had decoded 64 together"):
-        await asyncio.to_thread(StackEngine(stack[0], "fast").decode, [[1]], 400)
+        port = server.sockets[0].getsockname()[1]
+        counts = [count async for count in completion_counts(f"http://127.0.0.1:{port}/v1", {"prompt": [1]})]
+    assert requests == [(b"POST /v1/completions HTTP/1.1", {"prompt": [1]})]
+    assert counts[-1] == 64
+    assert set(counts) <= set(range(2, 66, 2))
+    assert sorted(set(counts)) == counts
 
 
 PLAIN = """
