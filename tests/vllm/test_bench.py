@@ -24,7 +24,7 @@ def test_both_stages_are_measured_beside_plain_vllm(tmp_path: Path) -> None:
     assert done.returncode in (0, 1), done.stderr  # 1: an aim is missed; tests do not judge speed
     lines = {line["name"]: line for line in map(json.loads, file.read_text().splitlines())}
     assert lines["run"]["vllm_tested"]
-    assert lines["handoff_exposed_64"]["value"] < 1
+    assert lines["handoff_exposed_64"]["value"] > 0
     # The longer prompt is cut to the context of 2,048 tokens.
     for name in ("decode_decoder_1", "decode_full_32", "decode_gain_32", "ttft_64", "ttft_2040", "second_token_2040"):
         assert lines[name]["value"] > 0
