@@ -16,7 +16,7 @@ import numpy as np
 
 from overfill.client import TTFT_PARTS
 from overfill.lab.loadtest.plan import LoadPlan
-from overfill.lab.loadtest.report import ResultTable
+from overfill.lab.loadtest.tables import ResultTable
 from overfill.lab.traffic.outcome import PERCENTILES, Outcome, samples
 from overfill.version import __version__
 
@@ -52,7 +52,7 @@ def write_report(
     body = [
         f"<h1>Load test: {'every objective met' if passed else 'objectives missed'}</h1>",
         f"<p>{escape(_description(plan, outcomes))}</p>",
-        *map(_table, tables),
+        *map(_table, [tables[-1], *tables[:-1]]),  # the objectives first
         f"<p>The client sent 99 % of the requests within {np.percentile(late, 99):.1f} ms of when due.</p>",
         *_plots([outcome for outcome in outcomes if outcome.ok]),
         *map(_table, [failures, options] if errors else [options]),

@@ -1,36 +1,26 @@
-"""Reports a load test: tables, missed objectives, records, and the exit code."""
+"""Ends a load test: prints tables and missed objectives, writes the plan's files, and gives the exit code."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TextIO
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from overfill.lab.loadtest.plan import LoadPlan
-from overfill.lab.measurement import Measurement
-from overfill.lab.traffic.outcome import PERCENTILES, Objective, Outcome, figures, samples
-from overfill.lab.traffic.run_objectives import judge, of_each_request, value_text
+from overfill.lab.loadtest.tables import ResultTable, result_tables
+from overfill.lab.traffic.outcome import Outcome
+from overfill.lab.traffic.run_objectives import judge, value_text
 
 MET, MISSED, NOT_MEASURED = 0, 1, 2
 """Exit codes: every objective is met, one is missed, nothing could be measured."""
 
 _WIDTH = 120
-
-
-@dataclass(frozen=True, slots=True)
-class ResultTable:
-    """A table of the results, for the terminal and for the HTML report."""
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
+_NARROW = 4
+"""Number of columns up to which a table has wide gaps."""
 
 
 def conclude(plan: LoadPlan, outcomes: Sequence[Outcome], out: TextIO, err: TextIO) -> int:
@@ -38,7 +28,7 @@ def conclude(plan: LoadPlan, outcomes: Sequence[Outcome], out: TextIO, err: Text
     if not outcomes:
         return nothing_measured("no request was sent", err)
     verdicts = judge(plan.objectives, outcomes)
-    tables = [_figure_table(outcomes), *_tier_table(outcomes, of_each_request(verdicts)), _objective_table(verdicts)]
+    tables = result_tables(outcomes, verdicts)
     if err.isatty():
         print(file=err)  # below the progress line
     console = Console(file=out, highlight=False, width=None if out.isatty() else _WIDTH)
@@ -65,63 +55,11 @@ def nothing_measured(reason: str, err: TextIO) -> int:
     return NOT_MEASURED
 
 
-def _figure_table(outcomes: Sequence[Outcome]) -> ResultTable:
-    """A row per latency, then rows of one figure each."""
-    found = {figure.name: figure.value for figure in figures(outcomes)}
-    labels = {"ttft": "time to first token, ms", "itl": "between tokens, ms", "e2e": "end to end, ms"}
-    rows = [(label, *(_cell(found[f"{name}_p{p}"], 1e3) for p in PERCENTILES)) for name, label in labels.items()]
-    if shares := samples(outcomes, "unattributed"):
-        rows.append(("TTFT unattributed, %", *(_cell(mark, 1e2) for mark in np.percentile(shares, PERCENTILES))))
-    rows += [(f"{name.replace('_', ' ')} per second", _cell(found[name])) for name in ("requests", "output_tokens")]
-    rows.append(("answered", f"{sum(outcome.ok for outcome in outcomes)} of {len(outcomes)}"))
-    return ResultTable("Figures", ("", *(f"p{percentile}" for percentile in PERCENTILES)), rows)
-
-
-def _tier_table(outcomes: Sequence[Outcome], objective: Objective) -> list[ResultTable]:
-    """A row per tier, ordered by name; no table unless requests named tiers.
-
-    Attainment is the share of a tier's requests that were answered within the limits of ``objective``.
-    """
-    rows = []
-    for tier in sorted({outcome.tier for outcome in outcomes} - {""}):
-        of_tier = [outcome for outcome in outcomes if outcome.tier == tier]
-        found = {figure.name: figure.value for figure in figures(of_tier, objective)}
-        writers = Counter(outcome.written_by or "unknown" for outcome in of_tier if outcome.ok)
-        rows.append(
-            (
-                tier,
-                str(len(of_tier)),
-                str(writers.total()),
-                f"{100 * found['attainment']:.1f} %",
-                *(_cell(found[name], 1e3) for name in ("ttft_p50", "ttft_p90", "itl_p90")),
-                ", ".join(f"{name} {count}" for name, count in sorted(writers.items())) or "–",
-            )
-        )
-    head = ("tier", "requests", "answered", "attainment", "TTFT p50, ms", "p90, ms", "ITL p90, ms", "written by")
-    return [ResultTable("Tiers", head, rows)] if rows else []
-
-
-def _objective_table(verdicts: Sequence[Measurement]) -> ResultTable:
-    rows = [
-        (
-            one.name,
-            *(value_text(value, one.unit) for value in (one.value, one.bound)),
-            "met" if one.reached else "MISSED",
-        )
-        for one in verdicts
-    ]
-    return ResultTable("Objectives", ("objective", "measured", "at most", ""), rows)
-
-
 def _rich(table: ResultTable) -> Table:
-    made = Table(box=None, padding=(0, 1))
+    made = Table(box=None, padding=(0, 1 if len(table.head) > _NARROW else 2))
     for column, title in enumerate(table.head):
         cells = [row[column] for row in table.rows if column < len(row)]
         made.add_column(title, justify="right" if all(cell[:1].isdigit() or cell == "–" for cell in cells) else "left")
     for row in table.rows:
         made.add_row(*row)
     return made
-
-
-def _cell(value: float, factor: float = 1.0) -> str:
-    return "–" if math.isnan(value) else f"{factor * value:,.1f}"

@@ -86,7 +86,7 @@ async def _show_progress(outcomes: Sequence[Outcome], total: int | None, err: Te
     start, end = ("\r\033[K", "") if terminal else ("", "\n")
     while True:
         await asyncio.sleep(_TERMINAL_SECONDS if terminal else _LOG_SECONDS)
-        found = {figure.name: figure.value for figure in figures(outcomes[-_RECENT:])}
+        found = figures(outcomes[-_RECENT:])
         parts = [
             f"{time.monotonic() - began:.0f} s",
             f"{len(outcomes)}{'' if total is None else f' of {total}'} answered",

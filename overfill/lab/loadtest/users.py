@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, Unpack
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from typing import Any, ClassVar, Unpack
 
 import grpc.experimental.gevent
 from locust import User, task
@@ -28,8 +29,6 @@ from overfill.lab.traffic.traces import TraceRequest
 
 grpc.experimental.gevent.init_gevent()  # before the first channel; otherwise gRPC's threads block all greenlets
 
-_T = TypeVar("_T")
-
 _API_KEY = "OVERFILL_API_KEY"
 _TIMEOUT = (10.0, 600.0)
 """Maximum seconds for a connection to an OpenAI endpoint, and between two parts of its answer."""
@@ -41,8 +40,8 @@ class TimedUser(User):
     abstract = True
     protocol: ClassVar[str]
 
-    def timed(self, name: str, ask: Callable[[Callable[[int], None]], _T]) -> _T:
-        """Sends a request by ``ask``, whose argument takes the number of tokens received so far. Returns the answer.
+    def timed(self, name: str, counts: Iterable[int]) -> None:
+        """Adds a request to locust's statistics. ``counts`` sends it, and yields the number of tokens received so far.
 
         Raises:
             RescheduleTask: The request failed. The statistics count it, and locust goes on with another task.
@@ -60,7 +59,8 @@ class TimedUser(User):
             )
 
         try:
-            answer = ask(lambda tokens: times.extend([time.perf_counter()] * (tokens - len(times))))
+            for tokens in counts:
+                times += [time.perf_counter()] * (tokens - len(times))
             if not times:
                 raise RequestFailed("no token arrived")
         except (OverfillError, RequestFailed) as error:
@@ -71,7 +71,6 @@ class TimedUser(User):
         for gap in outcome.gaps:
             fire("ITL", gap)
         fire("end to end", outcome.e2e)
-        return answer
 
 
 class ClientUser(TimedUser):
@@ -98,15 +97,15 @@ class ClientUser(TimedUser):
             RescheduleTask: The request failed. The statistics count it, and locust goes on with another task.
         """
 
-        def stream(on_tokens: Callable[[int], None]) -> Answer:
-            tokens = 0
-            with self.client.stream(prompt, **options) as stream:
-                for delta in stream:
-                    tokens += len(delta.token_ids)
-                    on_tokens(tokens)
-                return stream.answer
+        answers: list[Answer] = []
 
-        return self.timed(name, stream)
+        def counts() -> Iterator[int]:
+            with self.client.stream(prompt, **options) as stream:
+                yield from accumulate(len(delta.token_ids) for delta in stream)
+                answers.append(stream.answer)
+
+        self.timed(name, counts())
+        return answers[0]
 
 
 class GrpcUser(ClientUser):
@@ -136,30 +135,24 @@ class OpenAiUser(TimedUser):
 
     @task
     def synthetic(self) -> None:
-        given = self.environment.parsed_options
-        prompt = _prompt(given)
+        self.timed("", self._counts(self.environment.parsed_options))
 
-        def stream(on_tokens: Callable[[int], None]) -> None:
-            try:
-                self._stream(prompt, given.output_tokens, given.tier, on_tokens)
-            except (RequestException, ValueError, KeyError, TypeError) as error:
-                raise RequestFailed(f"{type(error).__name__}: {error}") from error
-
-        self.timed("", stream)
-
-    def _stream(self, prompt: list[int], max_tokens: int, tier: str, on_tokens: Callable[[int], None]) -> None:
-        url, events = self.host.rstrip("/"), openai.CompletionEvents()
-        if not self._model:
-            self._model = self._session.get(f"{url}/models", timeout=_TIMEOUT).json()["data"][0]["id"]
-        body = openai.completion_body(self._model, prompt, max_tokens, extensions=True, tier=tier)
-        with self._session.post(f"{url}/completions", json=body, stream=True, timeout=_TIMEOUT) as response:
-            if response.status_code != 200:
-                raise RequestFailed(f"HTTP {response.status_code}: {openai.error_message(response.text)}")
-            rest = b""
-            for chunk in response.iter_content(None):  # iter_lines would wait for chunks of its own size
-                *lines, rest = (rest + chunk).split(b"\n")
-                for line in lines:
-                    on_tokens(events.push(line))
+    def _counts(self, given: Any) -> Iterator[int]:
+        url, events, rest = self.host.rstrip("/"), openai.CompletionEvents(), b""
+        try:
+            if not self._model:
+                self._model = self._session.get(f"{url}/models", timeout=_TIMEOUT).json()["data"][0]["id"]
+            body = openai.completion_body(
+                self._model, _prompt(given), given.output_tokens, extensions=True, tier=given.tier
+            )
+            with self._session.post(f"{url}/completions", json=body, stream=True, timeout=_TIMEOUT) as response:
+                if response.status_code != 200:
+                    raise RequestFailed(f"HTTP {response.status_code}: {openai.error_message(response.text)}")
+                for chunk in response.iter_content(None):  # iter_lines would wait for chunks of its own size
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    yield from map(events.push, lines)
+        except (RequestException, ValueError, KeyError, TypeError) as error:
+            raise RequestFailed(f"{type(error).__name__}: {error}") from error
         events.end()
 
 
@@ -174,7 +167,7 @@ def add_options(parser: LocustArgumentParser, **_: Any) -> None:
 
 def choose_user(environment: Environment, **_: Any) -> None:
     """Keeps the class of users that the scheme of ``--host`` names, unless the command line names classes."""
-    given = environment.parsed_options
+    given: Any = environment.parsed_options
     if not (given.user_classes or given.class_picker or isinstance(environment.runner, WorkerRunner)):
         chosen = OpenAiUser if (environment.host or "").startswith("http") else GrpcUser
         environment.user_classes[:] = [chosen]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from overfill.client import TTFT_PARTS, Timing
 from overfill.errors import InvalidRequest
-from overfill.lab.measurement import Measurement
 
 PERCENTILES = (50, 90, 99)
 
@@ -129,10 +128,11 @@ def samples(outcomes: Sequence[Outcome], name: str) -> list[float]:
     return [value for outcome in done if (value := getattr(outcome, name)) is not None]
 
 
-def figures(outcomes: Sequence[Outcome], objective: Objective | None = None) -> list[Measurement]:
-    """Computes the figures of a run: latencies, throughput, failures, and goodput if there is an objective.
+def figures(outcomes: Sequence[Outcome], objective: Objective | None = None) -> dict[str, float]:
+    """Computes the figures of a run by name: latencies in seconds, rates per second, and the number of failures.
 
-    A latency that no answer has is NaN.
+    With an objective, ``goodput`` are the answers per second that meet it, and ``attainment`` is their share of all
+    requests. A latency that no answer has is NaN.
     """
     import numpy as np  # imported here: parsing a load test's options must not need it
 
@@ -142,15 +142,14 @@ def figures(outcomes: Sequence[Outcome], objective: Objective | None = None) -> 
     def per_second(count: int) -> float:
         return count / span if span > 0 else 0.0
 
-    found = []
+    found: dict[str, float] = {}
     for name in ("ttft", "itl", "e2e"):
         marks = np.percentile(samples(done, name) or [math.nan], PERCENTILES)
-        found += [Measurement(f"{name}_p{p}", float(mark), "s") for p, mark in zip(PERCENTILES, marks, strict=True)]
-    found.append(Measurement("output_tokens", per_second(sum(outcome.tokens for outcome in done)), "tokens/s"))
-    found.append(Measurement("requests", per_second(len(done)), "1/s"))
-    found.append(Measurement("failed", float(len(outcomes) - len(done)), "requests"))
+        found |= {f"{name}_p{p}": float(mark) for p, mark in zip(PERCENTILES, marks, strict=True)}
+    found["output_tokens"] = per_second(sum(outcome.tokens for outcome in done))
+    found["requests"] = per_second(len(done))
+    found["failed"] = len(outcomes) - len(done)
     if objective is not None:
         good = sum(objective.met(outcome) for outcome in outcomes)
-        found.append(Measurement("goodput", per_second(good), "1/s"))
-        found.append(Measurement("attainment", good / len(outcomes) if outcomes else 0.0, "of requests"))
+        found |= {"goodput": per_second(good), "attainment": good / max(1, len(outcomes))}
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncIterator, Sequence
-from types import TracebackType
 from typing import Self
 
 import aiohttp
@@ -48,7 +47,6 @@ class OpenAiTarget:
         self._extensions = extensions
         self._own = {"fallback": fallback, "allow_brownout": allow_brownout}
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         # No limits here: ``run_load`` limits requests and time.
@@ -56,19 +54,15 @@ class OpenAiTarget:
         self._session = aiohttp.ClientSession(
             headers=self._headers, connector=connector, timeout=aiohttp.ClientTimeout(total=None)
         )
-        if self._model is None:
-            try:
-                self._model = await self._first_model(self._session)
-            except BaseException:
-                await self._session.close()
-                raise
+        try:
+            self._model = self._model or await self._first_model()
+        except BaseException:
+            await self._session.close()
+            raise
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._session is not None:
-            await self._session.close()
+    async def __aexit__(self, *exc: object) -> None:
+        await self._session.close()
 
     async def stream(
         self, prompt: Sequence[int], max_tokens: int, received: ReceivedAnswer, tier: str = ""
@@ -77,8 +71,6 @@ class OpenAiTarget:
         body = openai.completion_body(
             self._model, prompt, max_tokens, extensions=self._extensions, tier=tier, **self._own
         )
-        if self._session is None:
-            raise RequestFailed("the target is not open")
         events = openai.CompletionEvents()
         try:
             async with self._session.post(f"{self._url}/completions", json=body) as response:
@@ -91,9 +83,9 @@ class OpenAiTarget:
         events.end()
         received.timing, received.tier = events.timing, events.tier
 
-    async def _first_model(self, session: aiohttp.ClientSession) -> str:
+    async def _first_model(self) -> str:
         try:
-            async with session.get(f"{self._url}/models") as response:
+            async with self._session.get(f"{self._url}/models") as response:
                 if response.status != 200:
                     raise RequestFailed(f"HTTP {response.status}: {openai.error_message(await response.text())}")
                 return str((await response.json())["data"][0]["id"])
@@ -118,29 +110,22 @@ class GrpcTarget:
         fallback: str = "",
         allow_brownout: bool = False,
     ) -> None:
-        self._address, self._tls, self._key = address, tls, key
         self._fallback, self._allow_brownout = fallback, allow_brownout or None
-        self._client: AsyncClient | None = None
-
-    async def __aenter__(self) -> Self:
         try:
-            self._client = AsyncClient(self._address, tls=self._tls, api_key=self._key)
+            self._client = AsyncClient(address, tls=tls, api_key=key)
         except ValueError as error:
             raise RequestFailed(str(error)) from error
+
+    async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._client is not None:
-            await self._client.close()
+    async def __aexit__(self, *exc: object) -> None:
+        await self._client.close()
 
     async def stream(
         self, prompt: Sequence[int], max_tokens: int, received: ReceivedAnswer, tier: str = ""
     ) -> AsyncIterator[int]:
         """As of ``Target``."""
-        if self._client is None:
-            raise RequestFailed("the target is not open")
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         tokens = 0
         try:

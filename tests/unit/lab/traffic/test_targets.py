@@ -125,7 +125,7 @@ async def test_our_endpoint_is_told_tiers_and_key_and_tells_its_time(fake):
 async def test_broken_answers_are_failures_and_not_latencies(fake):
     async with OpenAiTarget(fake.url) as target:
         outcomes = await run_load(target, synthetic(3, "burst", 1, 7, 13, 0), 100)
-    found = {figure.name: figure.value for figure in figures(outcomes)}
+    found = figures(outcomes)
     assert [outcome.error for outcome in outcomes] == ["the stream broke off"] * 3
     assert found["failed"] == 3
     assert found["ttft_p50"] != found["ttft_p50"], "NaN"
@@ -201,7 +201,7 @@ def test_goodput_counts_requests_that_meet_every_limit():
         Outcome(1.0, (), "HTTP 500"),
         Outcome(2.0, (2.5, 2.6, 4.0), "broke off"),
     ]
-    found = {f.name: f.value for f in figures(outcomes, Objective.parse("ttft=1.5, itl=0.5"))}
+    found = figures(outcomes, Objective.parse("ttft=1.5, itl=0.5"))
     span = 3.1
     assert found["goodput"] == pytest.approx(1 / span)
     assert found["attainment"] == pytest.approx(0.2)
