@@ -9,15 +9,15 @@ import asyncio
 import math
 import time
 from array import array
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from overfill.client.answers import Timing
 from overfill.lab.traffic.outcome import Outcome, RequestFailed
 from overfill.lab.traffic.traces import TraceRequest
 
-Send = Callable[[], Awaitable[object]]
+Send = Callable[[], Coroutine[Any, Any, object]]
 """Sends the next request and waits for its end. It raises nothing for a request that failed."""
 
 Users = int | Callable[[float], int]
@@ -62,11 +62,7 @@ class Target(Protocol):
         """
 
 
-def never() -> bool:
-    return False
-
-
-async def open_loop(send: Send, times: Iterable[float], over: Callable[[], bool] = never) -> None:
+async def open_loop(send: Send, times: Iterable[float], over: Callable[[], bool] = lambda: False) -> None:
     """Sends a request at each of ``times``, without waiting for earlier ones. Returns when all have ended.
 
     Args:
@@ -79,7 +75,7 @@ async def open_loop(send: Send, times: Iterable[float], over: Callable[[], bool]
             await asyncio.sleep(due - (time.perf_counter() - start))
             if over():
                 return
-            group.create_task(_await(send))
+            group.create_task(send())
 
 
 async def closed_loop(send: Send, users: Users, over: Callable[[], bool]) -> None:
@@ -107,10 +103,6 @@ async def closed_loop(send: Send, users: Users, over: Callable[[], bool]) -> Non
             if not callable(users):
                 return
             await asyncio.sleep(_USERS_SECONDS)
-
-
-async def _await(send: Send) -> None:
-    await send()
 
 
 async def run_load(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,9 @@ from overfill.lab.traffic.outcome import Objective, Outcome, RequestFailed, figu
 from overfill.lab.traffic.play import run_load
 from overfill.lab.traffic.targets import GrpcTarget, OpenAiTarget
 from overfill.lab.traffic.traces import TraceRequest, synthetic
-from overfill.rpc.tls import ClientTls
+from overfill.rpc import certificates
+from overfill.rpc.access import Role
+from overfill.rpc.tls import ClientTls, ServerTls
 
 
 class FakeServer:
@@ -66,8 +69,8 @@ class FakeServer:
         return response
 
 
-@pytest.fixture
-def fake():
+@contextmanager
+def running(tls=None):
     """A running ``FakeServer``; its address is ``url``."""
     server = FakeServer()
     loop = asyncio.new_event_loop()
@@ -80,9 +83,9 @@ def fake():
         app.router.add_post("/v1/completions", server.completions)
         runner = web.AppRunner(app)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
         await site.start()
-        server.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+        server.url = f"{'https' if tls else 'http'}://127.0.0.1:{runner.addresses[0][1]}/v1"
         ready.set()
         await stop.wait()
         await runner.cleanup()
@@ -94,6 +97,12 @@ def fake():
     loop.call_soon_threadsafe(stop.set)
     thread.join()
     loop.close()
+
+
+@pytest.fixture
+def fake():
+    with running() as server:
+        yield server
 
 
 LOAD = synthetic(5, "burst", 1, 7, 4, 0)
@@ -142,6 +151,18 @@ async def test_a_server_that_answers_nothing_says_why(fake):
         await OpenAiTarget("http://127.0.0.1:9/v1").__aenter__()
     with pytest.raises(RequestFailed, match="cannot be used"):
         await OpenAiTarget(fake.url, tls=ClientTls(__file__)).__aenter__()
+
+
+async def test_an_endpoint_is_shown_a_certificate_and_its_own_is_checked(tmp_path):
+    certificates.make(tmp_path / "certs")
+    files, router = (certificates.role_files(tmp_path / "certs", role) for role in (Role.CLIENT, Role.ROUTER))
+    with running(ServerTls(router.cert, router.key, router.ca).contexts().value) as server:
+        async with OpenAiTarget(server.url, tls=ClientTls(files.ca, files.cert, files.key)) as target:
+            outcomes = await run_load(target, LOAD, 100)
+        assert all(outcome.ok for outcome in outcomes)
+        for wrong in (None, ClientTls(files.ca)):
+            with pytest.raises(RequestFailed, match="does not answer as an OpenAI endpoint does"):
+                await OpenAiTarget(server.url, tls=wrong).__aenter__()
 
 
 class FakeClient:
