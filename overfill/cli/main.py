@@ -76,7 +76,6 @@ EXTRAS: dict[str, str] = {
     "bench": "server",
     "bench router": "loadtest,server",
     "bench tasks": "pairs",
-    "bench serve": "loadtest",
     "loadtest": "loadtest",
     "simulate": "loadtest",
     "demo": "server",
