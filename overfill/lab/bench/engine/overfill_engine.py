@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -41,18 +41,8 @@ from overfill.request.params import SamplingParams
 
 _GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 _BLOCK_SIZE = 16
-
-
-@dataclass(frozen=True, slots=True)
-class EngineWorkload:
-    """The largest batch of a run, and the maximum tokens (prompt and answer) of a sequence."""
-
-    batch: int
-    tokens: int
-
-    def cache_bytes(self, token_bytes: int) -> int:
-        """Bytes of a KV cache for the workload and one more sequence, from which prompts are copied."""
-        return (self.batch + 1) * (self.tokens // _BLOCK_SIZE + 2) * _BLOCK_SIZE * token_bytes
+_STEP_TOKENS = 2048
+_ADAPTER_RANK = 16
 
 
 def load_engines(
@@ -60,19 +50,19 @@ def load_engines(
     *,
     dtype: DTypeName | None,
     device: torch.device,
-    quantize: Quantization | None,
+    quantize: Quantization | None = None,
     kv_cache_dtype: KvCacheDtype = "auto",
-    workload: EngineWorkload,
-    max_num_batched_tokens: int,
+    batch: int,
+    tokens: int,
     adapters: int = 0,
-    adapter_rank: int = 16,
 ) -> list[OverfillEngine]:
     """Loads the full model and the decoder, each with a KV cache of its own.
 
     Args:
         quantize: Weights of the decoder. None means the pair's recipe.
         kv_cache_dtype: KV cache of the decoder.
-        adapters: number of random adapters of ``adapter_rank``, with products for all projections.
+        batch, tokens: Most sequences at once, and most tokens (prompt and answer) of one.
+        adapters: Number of random adapters, with products for all projections.
 
     Returns:
         An engine that decodes with the full model, one that decodes with the decoder, and one that decodes with the
@@ -80,38 +70,40 @@ def load_engines(
         ``kv_cache_dtype`` "auto", because it would equal the first; the third, without adapters.
 
     Raises:
-        NotEnoughMemory: The workload does not fit.
+        NotEnoughMemory: The caches do not fit.
     """
     if quantize is not None:
         pair = replace(pair, quantize=quantize)
+    same = pair.identity and kv_cache_dtype == "auto"
 
     def load(half: Half) -> Stage:
-        cached = "auto" if half == "full" else kv_cache_dtype
+        of_decoder = half == "decoder"
         options = EngineOptions(
             device,
             dtype,
             _BLOCK_SIZE,
-            max_num_seqs=workload.batch,
-            max_num_batched_tokens=max_num_batched_tokens,
-            kv_cache_dtype=cached,
-            max_adapters=adapters if half == "decoder" else 0,
-            max_adapter_rank=adapter_rank,
+            max_num_seqs=batch,
+            max_num_batched_tokens=_STEP_TOKENS,
+            kv_cache_dtype=kv_cache_dtype if of_decoder else "auto",
+            max_adapters=adapters if of_decoder else 0,
+            max_adapter_rank=_ADAPTER_RANK,
         )
         loaded = load_half(pair, half, options)
-        engines = 2 if half == "decoder" and adapters and not same else 1  # that use its cache
-        memory = engines * workload.cache_bytes(loaded.requirement.block_bytes // _BLOCK_SIZE)
-        options = replace(options, kv_memory=memory, max_model_len=workload.tokens + _BLOCK_SIZE)
+        engines = 2 if of_decoder and adapters and not same else 1  # that use its cache
+        # One sequence more, from which prompts are copied.
+        blocks = engines * (batch + 1) * (tokens // _BLOCK_SIZE + 2)
+        memory = blocks * loaded.requirement.block_bytes
+        options = replace(options, kv_memory=memory, max_model_len=tokens + _BLOCK_SIZE)
         return size_pools([replace(loaded, options=options)])[0]
 
-    same = pair.identity and kv_cache_dtype == "auto"
     full = load("full")
-    engines = [OverfillEngine("full", full, full, max_num_batched_tokens)]
+    engines = [OverfillEngine("full", full, full)]
     if adapters or not same:
         decoder = load("decoder")
         if not same:
-            engines.append(OverfillEngine("decoder", full, decoder, max_num_batched_tokens))
+            engines.append(OverfillEngine("decoder", full, decoder))
         if adapters:
-            engines.append(OverfillEngine("adapters", full, decoder, max_num_batched_tokens, adapters))
+            engines.append(OverfillEngine("adapters", full, decoder, adapters))
     return engines
 
 
@@ -125,7 +117,7 @@ class OverfillEngine:
         adapters: number of slots of ``parts`` that get a random adapter.
     """
 
-    def __init__(self, name: str, full: Stage, parts: Stage, max_num_batched_tokens: int, adapters: int = 0) -> None:
+    def __init__(self, name: str, full: Stage, parts: Stage, adapters: int = 0) -> None:
         self.name = name
         assert isinstance(full.runner, ModelRunner)
         assert isinstance(parts.runner, ModelRunner)
@@ -134,17 +126,14 @@ class OverfillEngine:
         self._full_runner, self._runner = full.runner, parts.runner
         self._prefill_events: list[PrefillEvent] = []
         self._events: list[DecodeEvent] = []
-        self._prefill = PrefillEngine(
-            full.runner, full.pool, max_num_batched_tokens, 1 << 20, self._prefill_events.extend
-        )
-        self._decode = DecodeEngine(parts.runner, parts.pool, 1 << 20, max_num_batched_tokens, self._events.extend)
+        self._prefill = PrefillEngine(full.runner, full.pool, _STEP_TOKENS, 1 << 20, self._prefill_events.extend)
+        self._decode = DecodeEngine(parts.runner, parts.pool, 1 << 20, _STEP_TOKENS, self._events.extend)
         self._ids: list[str] = []
         self._adapters = adapters
         for slot in range(adapters):
             assert parts.adapters is not None
-            rank = parts.adapters.max_rank
-            products = random_products(self._runner.model.config, slot, rank)
-            adapter = LoraAdapter(AdapterRecord(f"random-{slot}", "", "", rank), products)
+            products = random_products(self._runner.model.config, slot, _ADAPTER_RANK)
+            adapter = LoraAdapter(AdapterRecord(f"random-{slot}", "", "", _ADAPTER_RANK), products)
             parts.adapters.stage(slot, adapter)
             self._decode.handle(ChangeAdapter(slot, adapter))
         self._pop_events()
@@ -167,9 +156,12 @@ class OverfillEngine:
         return str(self._runner.cache.k.dtype).removeprefix("torch.")
 
     def begin(self, batch: int, prompt_tokens: int, steps: int) -> None:
+        """Starts ``batch`` sequences after a prompt of ``prompt_tokens`` tokens, with room for ``steps`` more each."""
         prompt = random_prompt(self._full.pair.full_config.vocab_size, prompt_tokens, 0)
         source = PrefillSequence("prompt", prompt, _GREEDY)
         first = self._prefill_all([source])["prompt"]
+        pair = self._parts.pair
+        layers = range(pair.full_config.num_layers) if self._parts is self._full else pair.layer_map
         limit = StopRule.of(_GREEDY, (), steps + 2)
         try:
             for index in range(batch):
@@ -185,9 +177,7 @@ class OverfillEngine:
                     source.blocks,
                     self._runner.cache,
                     event.blocks,
-                    self._parts.pair.layer_map
-                    if self._parts is not self._full
-                    else range(self._full.pair.full_config.num_layers),
+                    layers,
                     prompt_tokens,
                 )
                 self._decode.handle(Start(sequence.id, first))
@@ -195,15 +185,18 @@ class OverfillEngine:
             self._prefill.handle(Release("prompt"))
 
     def steps(self, count: int) -> list[float]:
+        """Decodes ``count`` tokens of every sequence, greedily. Returns the seconds of each step."""
         return [self._step() for _ in range(count)]
 
     def end(self) -> None:
+        """Frees the sequences."""
         for id in self._ids:
             self._decode.handle(Release(id))
         self._ids = []
         self._events.clear()
 
     def prefill(self, lengths: Sequence[int]) -> float:
+        """Seconds from submitting prompts of these lengths, all at once, to the first token of each."""
         sequences = [
             PrefillSequence(str(i), random_prompt(self._full.pair.full_config.vocab_size, length, i), _GREEDY)
             for i, length in enumerate(lengths)
@@ -214,9 +207,6 @@ class OverfillEngine:
         for sequence in sequences:
             self._prefill.handle(Release(sequence.id))
         return elapsed
-
-    def close(self) -> None:
-        self.end()
 
     def _prefill_all(self, sequences: Sequence[PrefillSequence]) -> dict[str, int]:
         """Prefills ``sequences``. Returns their first tokens by sequence id; their KV stays in their blocks."""
