@@ -69,9 +69,8 @@ def measurements_table(measurements: Iterable[Measurement], more: Mapping[str, s
         more: title of a further column -> attribute that it shows.
     """
     shown = list(measurements)
-    values = {
-        key: {one.of.get(key, "") for one in shown} for key in dict.fromkeys(key for one in shown for key in one.of)
-    }
+    names = dict.fromkeys(key for one in shown for key in one.of)
+    values = {key: {one.of[key] for one in shown if key in one.of} for key in names}
     keys = [key for key, found in values.items() if len(found) > 1]
     alike = ", ".join(f"{key} {found.pop()}" for key, found in values.items() if len(found) == 1)
     table = Table(caption=alike or None)

@@ -12,10 +12,9 @@ from overfill.cli.options import dtype_option, option_errors
 from overfill.lab.commands.bench_options import Counts, json_option, pair_option
 
 if TYPE_CHECKING:
-    from overfill.kv.spec import DTypeName
-    from overfill.lab.bench.engine.measure import EngineSettings
+    from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
+    from overfill.lab.bench.engine.measure import EngineRun
     from overfill.lab.measurement import Measurement
-    from overfill.telemetry.progress import Report
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -58,15 +57,24 @@ def _common_options(command: _F) -> _F:
     help="Also measure the decoder with this many adapters of rank 16, which the sequences have in turn.",
 )
 @option_errors()
-def decode_command(as_json: bool, batches: tuple[int, ...], context: int, **settings: Any) -> int:
+def decode_command(
+    as_json: bool,
+    batches: tuple[int, ...],
+    context: int,
+    steps: int,
+    quantize: Quantization | None,
+    kv_cache_dtype: KvCacheDtype,
+    adapters: int,
+    **common: Any,
+) -> int:
     """Measure decode: tokens per second of the full model and of the decoder, at each batch size.
 
     The peer `machine` is the speed that this machine's memory bandwidth and matrix rate allow. Both are measured in
     the same run, in turns with the engines.
     """
-    from overfill.lab.bench.engine.measure import bench_decode
-
-    return _print(lambda given, report: bench_decode(given, batches, context, report), as_json, **settings)
+    return _print(
+        lambda run: run.decode(batches, context, steps, quantize, kv_cache_dtype, adapters), as_json, **common
+    )
 
 
 @click.command("prefill", short_help="Prompt tokens per second of prefill, beside the bound.")
@@ -74,30 +82,28 @@ def decode_command(as_json: bool, batches: tuple[int, ...], context: int, **sett
 @click.option("--context", "lengths", type=Counts(), default="512,2048", show_default=True, help="Tokens per prompt.")
 @click.option("--batch", "batches", type=Counts(), default="1,4", show_default=True, help="Prompts at once.")
 @option_errors()
-def prefill_command(as_json: bool, lengths: tuple[int, ...], batches: tuple[int, ...], **settings: Any) -> int:
+def prefill_command(as_json: bool, lengths: tuple[int, ...], batches: tuple[int, ...], **common: Any) -> int:
     """Measure prefill: prompt tokens per second of the full model, for one prompt and for several at once."""
-    from overfill.lab.bench.engine.measure import bench_prefill
-
-    return _print(lambda given, report: bench_prefill(given, lengths, batches, report), as_json, **settings)
+    return _print(lambda run: run.prefill(lengths, batches), as_json, **common)
 
 
 def _print(
-    measure: Callable[[EngineSettings, Report], Iterator[Measurement]],
+    measure: Callable[[EngineRun], Iterator[Measurement]],
     as_json: bool,
     *,
     pair: str,
     dtype: DTypeName | None,
     threads: int | None,
-    **settings: Any,
+    device: str,
+    rounds: int,
 ) -> int:
     from overfill.cli.progress import show_progress
-    from overfill.lab.bench.engine.measure import EngineSettings
+    from overfill.lab.bench.engine.measure import EngineRun
     from overfill.lab.measurement import print_measurements
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
 
     with show_progress() as report:
         loaded = Pair.load(resolve_pair(pair, report))
-        given = EngineSettings(loaded, dtype, threads=threads or len(os.sched_getaffinity(0)), **settings)
-        found = list(measure(given, report))
+        found = list(measure(EngineRun(loaded, dtype, device, threads or len(os.sched_getaffinity(0)), rounds, report)))
     return print_measurements(found, as_json)
