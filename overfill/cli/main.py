@@ -75,7 +75,7 @@ EXTRAS: dict[str, str] = {
     "pair show": "server",
     "bench": "server",
     "bench router": "loadtest,server",
-    "bench tasks": "pairs",
+    "bench quality": "loadtest,server",
     "loadtest": "loadtest",
     "simulate": "loadtest",
     "demo": "server",
