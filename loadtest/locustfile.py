@@ -1,5 +1,10 @@
-"""Locust file for ``locust -f loadtest/locustfile.py``: exports users and load shapes of ``overfill.lab.loadtest``."""
+"""Locust file for ``locust -f loadtest/locustfile.py``: users of ``overfill.lab.loadtest.users`` and their options."""
 
-from overfill.lab.loadtest.locustfile import GrpcUser, OpenAiUser, PlannedShape
+from locust import events
 
-__all__ = ["GrpcUser", "OpenAiUser", "PlannedShape"]
+from overfill.lab.loadtest.users import GrpcUser, OpenAiUser, add_options, choose_user
+
+__all__ = ["GrpcUser", "OpenAiUser"]
+
+events.init_command_line_parser.add_listener(add_options)
+events.init.add_listener(choose_user)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ class Measurement:
         bound: Upper limit for ``value``, or lower limit if ``at_least``. None means no limit.
         peer, peer_value: Something else that did the same in the same run, and its value.
         low, high: Minimum and maximum over the rounds; ``value`` is then the median.
+        of: What was measured, such as the batch, by name. These are fields of the JSON line.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Measurement:
     peer_value: float | None = None
     low: float | None = None
     high: float | None = None
+    of: Mapping[str, str | int] = field(default_factory=dict)
 
     @classmethod
     def median(cls, name: str, values: Sequence[float], unit: str, bound: float | None = None, **more: Any) -> Self:
@@ -71,24 +73,36 @@ class Measurement:
 
     def to_json(self) -> str:
         """A line of JSON, with numbers rounded to four digits and NaN as null."""
-        found = asdict(self) | {"peer_ratio": self.peer_ratio, "reached": self.reached}
+        found = {"name": self.name, **self.of} | asdict(self)
+        found |= {"peer_ratio": self.peer_ratio, "reached": self.reached}
+        del found["of"]
         return json.dumps({k: _digits(v) if isinstance(v, float) else v for k, v in found.items()})
 
 
 def measurements_table(measurements: Iterable[Measurement], more: Mapping[str, str] = MappingProxyType({})) -> Table:
-    """A table with a line per measurement. ``more``: title of a further column -> attribute that it shows."""
-    table = Table()
-    for column in ("", "measured", "", "rounds", "bound", "peer", *more):
+    """A table with a line per measurement, and a column per key of ``of``. What all have alike is in the caption.
+
+    Args:
+        more: title of a further column -> attribute that it shows.
+    """
+    shown = list(measurements)
+    names = dict.fromkeys(key for one in shown for key in one.of)
+    values = {key: {one.of[key] for one in shown if key in one.of} for key in names}
+    keys = [key for key, found in values.items() if len(found) > 1]
+    alike = ", ".join(f"{key} {found.pop()}" for key, found in values.items() if len(found) == 1)
+    table = Table(caption=alike or None)
+    for column in ("", *keys, "measured", "", "rounds", "bound", "peer", *more):
         table.add_column(column, justify="left" if column in ("", "peer") else "right", no_wrap=True)
-    for one in measurements:
+    for one in shown:
         bound = "" if one.bound is None else f"{'≥' if one.at_least else '≤'} {one.bound:,g}"
         peer = "" if one.peer_value is None else f"{one.peer}: {_number(one.peer_value)}"
         if one.peer_ratio is not None:
             peer += f" ({_number(one.peer_ratio)} x)"
         rounds = "" if one.low is None or one.high is None else f"{_number(one.low)} to {_number(one.high)}"
         verdict = bound if one.reached else f"{bound}, missed"
+        about = [str(one.of.get(key, "")) for key in keys]
         cells = [_number(getattr(one, attribute)) for attribute in more.values()]
-        table.add_row(one.name, _number(one.value), one.unit, rounds, verdict, peer, *cells)
+        table.add_row(one.name, *about, _number(one.value), one.unit, rounds, verdict, peer, *cells)
     return table
 
 

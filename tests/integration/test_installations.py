@@ -127,7 +127,7 @@ def test_the_router_s_extra_has_what_a_router_imports() -> None:
 
 def test_the_extra_of_load_tests_has_all_that_load_tests_import() -> None:
     modules = [
-        *(f"overfill.lab.loadtest.{name}" for name in ("locustfile", "html_report")),
+        *(f"overfill.lab.loadtest.{name}" for name in ("users", "run", "html_report")),
         *(f"overfill.lab.simulate.{name}" for name in ("stack", "plot")),
         "overfill.lab.traffic.targets",
     ]
@@ -158,7 +158,7 @@ MISSING = {
     "pair build --full x --out pair": "huggingface_hub",
     "pair lm-eval default --tasks x": "lm_eval",
     "bench decode": "torch",
-    "loadtest": "locust",
+    "loadtest": "aiohttp",
     "simulate": "numpy",
 }
 

@@ -1,4 +1,4 @@
-"""Tests ``overfill loadtest`` over both protocols on a stack of real processes; locust runs in its own process."""
+"""Tests ``overfill loadtest`` over both protocols on a stack of real processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests ``locust -f loadtest/locustfile.py`` on mock workers: its options work or are refused by name."""
+"""Tests ``locust -f loadtest/locustfile.py`` on mock workers: its users, and locust's own options, page and workers."""
 
 from __future__ import annotations
 
@@ -29,49 +29,24 @@ def stack(tiny_pair):
         yield stack
 
 
-# Runs in a process of its own, because importing the locustfile patches gRPC for gevent permanently.
-ASK = """
-import contextlib, io, json, sys
-from locust.argument_parser import parse_options
-from locust.env import Environment
-from overfill.lab.loadtest import locustfile
-
-for arguments in json.loads(sys.argv[2]):
-    said, code = io.StringIO(), 0
-    with contextlib.redirect_stderr(said):
-        try:
-            options = parse_options(["-f", sys.argv[1], "--headless", *arguments])
-            locustfile._init(Environment(parsed_options=options))
-        except SystemExit as left:
-            code = left.code
-    print(json.dumps([code, said.getvalue()]))
-"""
-
-
-def locust(*arguments):
-    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=150, env=ENVIRONMENT, check=False)
-
-
-def test_locusts_page_and_its_workers_have_what_the_page_says(stack, tmp_path):
-    """The page starts the test with another host and run time than the command line; a worker sends the requests."""
-    told = tmp_path / "told.jsonl"
+def test_locusts_page_and_its_workers_have_what_the_page_says(stack):
+    """The page starts the test with the host of another protocol than the command line; a worker sends the requests."""
     page, bus = free_ports("127.0.0.1", 2)
     master = [f"--web-port={page}", "--web-host=127.0.0.1", "--master", f"--master-bind-port={bus}"]
-    with started(*master, "--host=grpc://127.0.0.1:9", f"--records={told}", *SHORT) as main:
+    with started(*master, "--class-picker", "--host=grpc://127.0.0.1:9", *SHORT) as main:
         url = f"http://127.0.0.1:{page}"
         with started("--worker", "--master-host=127.0.0.1", f"--master-port={bus}"):
             until(lambda: asked(f"{url}/stats/requests")["workers"])
             form = {"host": f"{stack.url}/v1", "user_count": 3, "spawn_rate": 5, "run_time": "2s"}
-            assert asked(f"{url}/swarm", form)["success"]
+            assert asked(f"{url}/swarm", form | {"user_classes": "OpenAiUser"})["success"]
             # The worker's last report may arrive after the test has stopped.
             until(lambda: (now := asked(f"{url}/stats/requests"))["state"] == "stopped" and now["stats"])
-            until(lambda: asked(f"{url}/stats/requests")["stats"][-1]["num_requests"])
+            until(lambda: (now := asked(f"{url}/stats/requests")["stats"])[-1]["num_requests"] and len(now) == 4)
+            stats = asked(f"{url}/stats/requests")["stats"]
         main.send_signal(signal.SIGTERM)
         assert main.wait(30) == 0
-    found = records(told)
-    assert found
-    assert all(record["error"] is None for record in found)
+    assert {entry["name"] for entry in stats} == {"TTFT", "ITL", "end to end", "Aggregated"}
+    assert [entry["num_failures"] for entry in stats] == [0] * 4
 
 
 @contextmanager
@@ -101,48 +76,56 @@ def until(holds):
         time.sleep(0.05)
 
 
-def records(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def statistics(file, *arguments):
+    """Runs locust without its page. Returns its statistics by name, and what it printed on stderr."""
+    command = [sys.executable, "-m", "locust", "-f", str(file), "--headless", "--json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=ENVIRONMENT, check=False)
+    return {entry["name"]: entry for entry in json.loads(done.stdout)}, done.stderr
 
 
-def test_host_users_spawn_rate_and_run_time_are_locusts(stack, tmp_path):
-    told = tmp_path / "told.jsonl"
-    done = locust(
-        f"--host=grpc://{stack.grpc}", "--users=2", "--spawn-rate=1", "--run-time=3s", f"--records={told}", *SHORT
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Shape test updating to 2 users at 1.00 spawn rate" in done.stderr
-    found = records(told)
-    assert found
-    assert all(record["error"] is None for record in found)
-    # The default would be 60 s.
-    assert found[-1]["due"] - found[0]["due"] < 30
+# Locust's clock for --run-time begins before its imports, so a short one may end before the first request.
+ENDS_AFTER_FIVE = """
+from itertools import count
+
+import gevent
+from locust import events
+
+ended = count(1)
 
 
-REFUSED = [
-    (["--host=grpc://127.0.0.1:1", "--target=grpc://127.0.0.1:2"], "--host"),
-    (["--run-time=5s", "--duration=6"], "--run-time"),
-    (["--stop-timeout=5s"], "--stop-timeout"),
-    (["--exit-code-on-error=3"], "--exit-code-on-error"),
-    (["--class-picker"], "--class-picker"),
-    (["--tags", "a"], "--tags"),
-    (["--exclude-tags", "a"], "--exclude-tags"),
-    (["--config-users", '{"user_class_name": "GrpcUser", "weight": 2}'], "--config-users"),
-    (["--rate=1", "--requests=1", "--spawn-rate=2"], "--spawn-rate"),
-    (["--rate=1", "--requests=1", "--users=2"], "--users"),
-    (["--host=127.0.0.1"], "--host"),
-    (["OpenAiUser"], "OpenAiUser"),
-]
+@events.init.add_listener
+def limit(environment, **_):
+    def request(name, **_):
+        if name == "end to end" and next(ended) == 5:
+            gevent.spawn(environment.runner.quit)
+
+    environment.events.request.add_listener(request)
+"""
 
 
-def test_options_that_cannot_work_are_refused_by_name():
-    wanted = json.dumps([arguments for arguments, _ in REFUSED])
-    command = [sys.executable, "-c", ASK, str(LOCUSTFILE), wanted]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=ENVIRONMENT, check=True)
-    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    for (arguments, flag), (code, said) in zip(REFUSED, answers, strict=True):
-        assert code == 2, arguments
-        assert f"loadtest: {flag}: " in said
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Our locust file, and one that ends the test after five requests."""
+    limit = tmp_path_factory.mktemp("locust") / "limit.py"
+    limit.write_text(ENDS_AFTER_FIVE)
+    return f"{LOCUSTFILE},{limit}"
+
+
+@pytest.mark.parametrize("protocol", ["gRPC", "OpenAI"])
+def test_the_scheme_of_the_host_decides_which_users_run(stack, files, protocol):
+    host = f"grpc://{stack.grpc}" if protocol == "gRPC" else f"{stack.url}/v1"
+    stats, _ = statistics(files, f"--host={host}", "--users=2", "--spawn-rate=2", *SHORT)
+    assert {entry["method"] for entry in stats.values()} == {protocol}
+    assert stats["end to end"]["num_failures"] == 0
+    answers = stats["TTFT"]["num_requests"]
+    assert answers == stats["end to end"]["num_requests"] > 0
+    assert stats["ITL"]["num_requests"] == 3 * answers, "answers have the tokens that --output-tokens says"
+
+
+def test_a_failed_request_is_counted(stack, files):
+    stats, _ = statistics(files, f"--host={stack.url}/v1", "--tier=none", *SHORT)
+    assert stats.keys() == {"end to end"}
+    assert stats["end to end"]["num_failures"] == stats["end to end"]["num_requests"] > 0
 
 
 OWN_TASKS = """
@@ -170,11 +153,8 @@ class Asker(ClientUser):
 def test_tasks_of_ones_own_are_in_the_statistics(stack, tmp_path):
     file = tmp_path / "locustfile.py"
     file.write_text(OWN_TASKS)
-    command = [sys.executable, "-m", "locust", "-f", str(file), "--headless", "--json", "--run-time=60s"]
-    host = f"--host=grpc://{stack.grpc}"
-    done = subprocess.run([*command, host], capture_output=True, text=True, timeout=150, env=ENVIRONMENT, check=False)
-    stats = {entry["name"]: entry for entry in json.loads(done.stdout)}
-    assert "AssertionError" not in done.stderr
+    stats, said = statistics(file, "--run-time=60s", f"--host=grpc://{stack.grpc}")
+    assert "AssertionError" not in said
     counts = {name: (entry["num_requests"], entry["num_failures"]) for name, entry in stats.items()}
     assert counts == {
         "short TTFT": (3, 0),

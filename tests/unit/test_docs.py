@@ -33,8 +33,7 @@ OTHER_PROGRAM = re.compile(rf"(?:^|[ /])({_OTHER}) ")
 # Options of locust, docker, Ray, Dynamo and vLLM that the text names without a command.
 OTHER_OPTIONS = {
     *("--query-gpu", "--format", "--gpus", "--shm-size", "--num_processes"),  # of nvidia-smi, docker, accelerate
-    *("--client-tls-cert", "--client-tls-key", "--run-time", "--spawn-rate", "--expect-workers", "--stop-timeout"),
-    *("--exit-code-on-error", "--class-picker", "--config-users", "--tags", "--exclude-tags", "--build-arg"),
+    *("--host", "--run-time", "--stop-timeout", "--class-picker", "--build-arg"),
     *("--migration-limit", "--shutdown-timeout", "--dashboard-host", "--num-cpus"),
     *("--include_path", "--model_args"),  # of lm_eval
 }

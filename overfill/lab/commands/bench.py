@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from overfill.lab.commands.bench_engine import decode_command, prefill_command
+from overfill.lab.commands.bench_quality import quality_command
 from overfill.lab.commands.bench_router import router_command
-from overfill.lab.commands.bench_tasks import tasks_command
 from overfill.lab.commands.bench_vllm import vllm_command
 
 
@@ -18,8 +18,8 @@ def bench_group() -> None:
 for command in (
     decode_command,
     prefill_command,
+    quality_command,
     router_command,
-    tasks_command,
     vllm_command,
 ):
     bench_group.add_command(command)

@@ -1,4 +1,4 @@
-"""Load tests with locust: plan, users, workload, and a verdict against objectives.
+"""Load tests: a plan, the test that plays it, and a report against objectives; and users for locust.
 
 No torch.
 """

@@ -1,79 +1,97 @@
-"""State of a load test in one locust process: plan, this process's requests, outcomes, and clock."""
+"""Plays a load test on its target, and shows how it goes."""
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
-from typing import Any
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any, TextIO
 
-from overfill.lab.loadtest.measure import from_record, to_record
 from overfill.lab.loadtest.plan import LoadPlan
-from overfill.lab.loadtest.workload import ProcessShard, Workload
-from overfill.lab.traffic.outcome import Outcome
+from overfill.lab.traffic.outcome import Outcome, RequestFailed, figures
+from overfill.lab.traffic.play import Target, run_load
+from overfill.lab.traffic.targets import GrpcTarget, OpenAiTarget
+from overfill.lab.traffic.traces import TraceRequest
+from overfill.rpc.tls import ClientTls
 
-PREPARE_SECONDS = 60.0
-"""Maximum seconds for making prompts before the first request. The others are made when they are sent."""
+_WARM_UP_TOKENS = (64, 4)  # prompt, answer
+_WARM_UP_BLOCK = -1
+"""Block of the warm-up's prompt, which no trace has. So no later prompt finds it in a prefix cache."""
 
-_SLACK = 30.0
-"""Seconds after the last request's timeout, after which the test stops waiting for processes that do not report."""
+_TERMINAL_SECONDS = 1.0
+_LOG_SECONDS = 10.0
+_RECENT = 500
+"""Number of the latest outcomes whose latencies the progress line shows."""
 
 
-class LoadTestRun:
-    """A load test in a process that sends requests, or in the master, which collects the reports of the others.
+def run_test(
+    plan: LoadPlan, requests: Iterable[TraceRequest], tls: ClientTls | None, api_key: str | None, err: TextIO
+) -> list[Outcome]:
+    """Plays the ``requests`` of a plan and writes progress to ``err``. Returns the outcomes, sorted by due time.
 
-    Attributes:
-        plan, workload: Options and requests of the test.
-        shard: Requests that this process sends. None means that the test has not started here.
-        outcomes: Outcomes of finished requests; on a worker, those not reported yet.
-        failure: Reason why nothing can be measured. None means that it can.
+    Ctrl-C ends the test. Requests that have not ended then have failed, and in an open loop those not sent too.
+
+    Raises:
+        RequestFailed: The target does not answer.
     """
+    outcomes: list[Outcome] = []
+    total = len(requests) if isinstance(requests, Sequence) else None
 
-    def __init__(self, plan: LoadPlan) -> None:
-        self.set_plan(plan)
-        self.shard: ProcessShard | None = None
-        self.outcomes: list[Outcome] = []
-        self.failure: str | None = None
-        # The anchor makes times comparable between processes; perf_counter keeps them steady within one.
-        self._anchor = time.time() - time.perf_counter()
+    async def play() -> None:
+        async with _target(plan, tls, api_key) as target:
+            await _warm_up(plan, target)
+            progress = asyncio.create_task(_show_progress(outcomes, total, err))
+            try:
+                await run_load(
+                    target,
+                    requests,
+                    plan.vocab_size,
+                    concurrency=None if plan.open_loop else plan.users_at,
+                    duration=math.inf if plan.open_loop else plan.seconds,
+                    timeout=plan.timeout,
+                    ended=outcomes.append,
+                )
+            finally:
+                progress.cancel()
 
-    def clock(self) -> float:
-        """Seconds since the epoch."""
-        return self._anchor + time.perf_counter()
+    with suppress(KeyboardInterrupt):
+        asyncio.run(play())
+    if plan.open_loop and outcomes:
+        latest = max(outcome.due for outcome in outcomes)
+        outcomes += [Outcome(latest, (), "never sent")] * ((total or 0) - len(outcomes))
+    return sorted(outcomes, key=lambda outcome: outcome.due)
 
-    def set_plan(self, plan: LoadPlan) -> None:
-        """Replaces the plan. Raises InvalidRequest when its trace cannot be read."""
-        self.plan = plan
-        self.workload = Workload(plan)
 
-    def begin(self, index: int, processes: int) -> None:
-        """Starts the test in this process, number ``index`` of ``processes`` that send requests."""
-        self.shard = ProcessShard(self.workload.total, index, processes)
-        if self.workload.total is not None:
-            self.workload.prepare(self.shard, PREPARE_SECONDS)
+def _target(plan: LoadPlan, tls: ClientTls | None, api_key: str | None) -> OpenAiTarget | GrpcTarget:
+    own: dict[str, Any] = {"fallback": plan.fallback, "allow_brownout": plan.allow_brownout}
+    if plan.http:
+        return OpenAiTarget(plan.target, plan.model, api_key, tls=tls, **own)
+    return GrpcTarget(plan.address, tls, api_key, **own)
 
-    def is_over(self, elapsed: float) -> bool:
-        """Returns True if the test, after ``elapsed`` seconds, has all its outcomes or will get no more."""
-        total = self.workload.total
-        if self.failure is not None or (total is not None and len(self.outcomes) >= total):
-            return True
-        if self.plan.open_loop:
-            return elapsed > PREPARE_SECONDS + self.workload.last_arrival + self.plan.timeout + _SLACK
-        assert self.plan.seconds is not None
-        return elapsed >= self.plan.seconds
 
-    def all_outcomes(self) -> list[Outcome]:
-        """Returns all outcomes, with a failed one for each request of a process that never reported."""
-        total = self.workload.total if self.plan.open_loop else None
-        lost = max(0, (total or 0) - len(self.outcomes))
-        latest = max((outcome.due for outcome in self.outcomes), default=0.0)
-        return [*self.outcomes, *[Outcome(latest, (), "never reported back")] * lost]
+async def _warm_up(plan: LoadPlan, target: Target) -> None:
+    """Sends a short request to each tier, to open connections. Raises RequestFailed if one failed."""
+    prompt, answer = _WARM_UP_TOKENS
+    requests = [TraceRequest(0.0, prompt, answer, (_WARM_UP_BLOCK,), prompt, tier=tier) for tier in plan.tiers]
+    for outcome in await run_load(target, requests, plan.vocab_size, concurrency=1, timeout=plan.timeout):
+        if outcome.error is not None:
+            raise RequestFailed(outcome.error)
 
-    def report(self, data: dict[str, Any]) -> None:
-        """Moves the outcomes into ``data``, which a worker sends to the master."""
-        data["overfill"] = {"outcomes": [to_record(outcome) for outcome in self.outcomes], "failure": self.failure}
-        self.outcomes.clear()
 
-    def collect(self, data: dict[str, Any]) -> None:
-        """Adds the outcomes that a worker sent."""
-        reported = data.get("overfill", {})
-        self.outcomes += [from_record(record) for record in reported.get("outcomes", ())]
-        self.failure = self.failure or reported.get("failure")
+async def _show_progress(outcomes: Sequence[Outcome], total: int | None, err: TextIO) -> None:
+    """Writes one line that is updated in a terminal, or a line every 10 s in a log."""
+    began, terminal = time.monotonic(), err.isatty()
+    start, end = ("\r\033[K", "") if terminal else ("", "\n")
+    while True:
+        await asyncio.sleep(_TERMINAL_SECONDS if terminal else _LOG_SECONDS)
+        found = figures(outcomes[-_RECENT:])
+        parts = [
+            f"{time.monotonic() - began:.0f} s",
+            f"{len(outcomes)}{'' if total is None else f' of {total}'} answered",
+            f"{sum(not outcome.ok for outcome in outcomes)} failed",
+            *(f"{name} {1e3 * found[name]:.0f} ms" for name in ("ttft_p90", "itl_p90") if not math.isnan(found[name])),
+        ]
+        err.write(f"{start}{', '.join(parts)}{end}")
+        err.flush()

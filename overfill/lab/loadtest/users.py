@@ -1,109 +1,91 @@
-"""Locust users for gRPC, for OpenAI endpoints, and for tasks of one's own. Importing patches the process (gevent).
+"""Locust users: for gRPC, for OpenAI endpoints, and for tasks of one's own. Importing patches the process (gevent).
 
 Each answer adds three kinds of entries to locust's statistics: ``TTFT``, ``ITL`` (one per gap between two tokens) and
-``end to end``, which also counts failures.
+``end to end``, which also counts failures. ``overfill loadtest`` does not use locust.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import time
-from typing import ClassVar, Unpack
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from typing import Any, ClassVar, Unpack
 
-import gevent
 import grpc.experimental.gevent
-from gevent.pool import Group
 from locust import User, task
+from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.exception import RescheduleTask
+from locust.runners import WorkerRunner
+from requests import RequestException, Session
 
-from overfill.client import Answer, Client, Options, Prompt
+from overfill.client import Answer, Client, Options, Prompt, SamplingParams
 from overfill.errors import OverfillError
-from overfill.lab.loadtest.measure import measure
-from overfill.lab.loadtest.plan import API_KEY, LoadPlan
-from overfill.lab.loadtest.run import LoadTestRun
-from overfill.lab.loadtest.transports import GrpcTransport, OpenAiTransport
+from overfill.lab.traffic import openai
 from overfill.lab.traffic.outcome import Outcome, RequestFailed
+from overfill.lab.traffic.traces import TraceRequest
 
 grpc.experimental.gevent.init_gevent()  # before the first channel; otherwise gRPC's threads block all greenlets
 
-_IDLE_SECONDS = 0.2
+_API_KEY = "OVERFILL_API_KEY"
+_TIMEOUT = (10.0, 600.0)
+"""Maximum seconds for a connection to an OpenAI endpoint, and between two parts of its answer."""
 
 
-class LoadUser(User):
-    """Sends a request after each answer. In an open loop, sends all requests of its process when they are due."""
+class TimedUser(User):
+    """A user whose answers are timed token by token."""
 
     abstract = True
     protocol: ClassVar[str]
-    transport: ClassVar[type[GrpcTransport] | type[OpenAiTransport]]
 
-    def __init__(self, environment: Environment) -> None:
-        super().__init__(environment)
-        self._load_run = run_of(environment)
-        self._transport = self.transport(self._load_run.plan)
+    def timed(self, name: str, counts: Iterable[int]) -> None:
+        """Adds a request to locust's statistics. ``counts`` sends it, and yields the number of tokens received so far.
 
-    def on_stop(self) -> None:
-        self._transport.close()
+        Raises:
+            RescheduleTask: The request failed. The statistics count it, and locust goes on with another task.
+        """
+        due, times = time.perf_counter(), list[float]()
 
-    @task
-    def ask(self) -> None:
-        shard = self._load_run.shard
-        if shard is None:
-            gevent.sleep(_IDLE_SECONDS)
-        elif self._load_run.plan.open_loop:
-            self._send_when_due()
-        elif (ordinal := shard.take()) is None:
-            gevent.sleep(_IDLE_SECONDS)
-        else:
-            self._send(ordinal, None)
+        def fire(what: str, seconds: float, exception: Exception | None = None) -> None:
+            self.environment.events.request.fire(
+                request_type=self.protocol,
+                name=f"{name} {what}".strip(),
+                response_time=1e3 * seconds,
+                response_length=len(times),
+                exception=exception,
+                context={},
+            )
 
-    def _send_when_due(self) -> None:
-        run, running = self._load_run, Group()
-        assert run.shard is not None
-        start = run.clock()
-        while (ordinal := run.shard.take()) is not None:
-            due = start + run.workload[ordinal].arrival
-            gevent.sleep(max(0.0, due - run.clock()))
-            running.spawn(self._send, ordinal, due)
-        running.join()
-        gevent.sleep(_IDLE_SECONDS)
-
-    def _send(self, ordinal: int, due: float | None) -> None:
-        run = self._load_run
-        request = run.workload[ordinal]
-        prompt = run.workload.prompt(ordinal)
-        tier = run.workload.tier(ordinal)
-        outcome = measure(self._transport, prompt, request.output_tokens, run.plan.timeout, due, run.clock, tier)
-        run.outcomes.append(outcome)
-        _fire(self.environment, self.protocol, "", outcome, run.clock(), len(prompt))
+        try:
+            for tokens in counts:
+                times += [time.perf_counter()] * (tokens - len(times))
+            if not times:
+                raise RequestFailed("no token arrived")
+        except (OverfillError, RequestFailed) as error:
+            fire("end to end", time.perf_counter() - due, error)
+            raise RescheduleTask(str(error)) from error
+        outcome = Outcome(due, tuple(times))
+        fire("TTFT", outcome.ttft)
+        for gap in outcome.gaps:
+            fire("ITL", gap)
+        fire("end to end", outcome.e2e)
 
 
-class GrpcUser(LoadUser):
-    """A user that sends requests over gRPC."""
-
-    protocol = "gRPC"
-    transport = GrpcTransport
-
-
-class OpenAiUser(LoadUser):
-    """A user that sends requests to an OpenAI endpoint and streams the answers."""
-
-    protocol = "OpenAI"
-    transport = OpenAiTransport
-
-
-class ClientUser(User):
+class ClientUser(TimedUser):
     """A user with a client of the stack, for locust files with tasks of one's own.
 
     ``--host`` is the router's address, with or without ``grpc://``. The variable OVERFILL_API_KEY has the key.
     """
 
     abstract = True
+    protocol = "gRPC"
     host = "grpc://127.0.0.1:7600"
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
-        self.client = Client(self.host.removeprefix("grpc://"), api_key=os.environ.get(API_KEY) or None)
+        self.client = Client(self.host.removeprefix("grpc://"), api_key=os.environ.get(_API_KEY) or None)
 
     def on_stop(self) -> None:
         self.client.close()
@@ -114,60 +96,83 @@ class ClientUser(User):
         Raises:
             RescheduleTask: The request failed. The statistics count it, and locust goes on with another task.
         """
-        due, times = time.perf_counter(), list[float]()
-        answer: Answer | None = None
-        error: str | None = None
-        try:
+
+        answers: list[Answer] = []
+
+        def counts() -> Iterator[int]:
             with self.client.stream(prompt, **options) as stream:
-                for delta in stream:
-                    times += [time.perf_counter()] * len(delta.token_ids)
-                answer = stream.answer
-            error = None if times else "no token arrived"
-        except OverfillError as failure:
-            error = f"{type(failure).__name__}: {failure}"
-        prompt_tokens = answer.usage.prompt_tokens if answer is not None else 0
-        outcome = Outcome(due, tuple(times), error)
-        _fire(self.environment, GrpcUser.protocol, f"{name} ", outcome, time.perf_counter(), prompt_tokens)
-        if answer is None or error is not None:
-            raise RescheduleTask(error)
-        return answer
+                yield from accumulate(len(delta.token_ids) for delta in stream)
+                answers.append(stream.answer)
+
+        self.timed(name, counts())
+        return answers[0]
 
 
-def _fire(
-    environment: Environment, protocol: str, prefix: str, outcome: Outcome, now: float, prompt_tokens: int
-) -> None:
-    """Adds an outcome to locust's statistics; ``now`` is the time at which a failed request ended."""
+class GrpcUser(ClientUser):
+    """Sends synthetic prompts to a stack over gRPC, each after the answer to the last one."""
 
-    def fire(name: str, seconds: float, exception: Exception | None = None) -> None:
-        environment.events.request.fire(
-            request_type=protocol,
-            name=f"{prefix}{name}",
-            response_time=1e3 * seconds,
-            response_length=outcome.tokens,
-            exception=exception,
-            context={"prompt_tokens": prompt_tokens},
-        )
-
-    if outcome.ok:
-        fire("TTFT", outcome.ttft)
-        for gap in outcome.gaps:
-            fire("ITL", gap)
-        fire("end to end", outcome.e2e)
-    else:
-        fire("end to end", now - outcome.due, RequestFailed(outcome.error))
+    @task
+    def synthetic(self) -> None:
+        given = self.environment.parsed_options
+        sampling = SamplingParams(temperature=0, max_tokens=given.output_tokens, ignore_eos=True)
+        self.ask("", _prompt(given), sampling=sampling, tier=given.tier)
 
 
-def user_class(plan: LoadPlan) -> type[LoadUser]:
-    """Returns the class of users for the plan's target."""
-    return OpenAiUser if plan.http else GrpcUser
+class OpenAiUser(TimedUser):
+    """Sends synthetic prompts to an OpenAI endpoint and streams the answers. ``--host`` includes ``/v1``."""
+
+    protocol = "OpenAI"
+    host = "http://127.0.0.1:8000/v1"
+
+    def __init__(self, environment: Environment) -> None:
+        super().__init__(environment)
+        self._session, self._model = Session(), ""
+        if key := os.environ.get(_API_KEY):
+            self._session.headers["Authorization"] = f"Bearer {key}"
+
+    def on_stop(self) -> None:
+        self._session.close()
+
+    @task
+    def synthetic(self) -> None:
+        self.timed("", self._counts(self.environment.parsed_options))
+
+    def _counts(self, given: Any) -> Iterator[int]:
+        url, events, rest = self.host.rstrip("/"), openai.CompletionEvents(), b""
+        try:
+            if not self._model:
+                self._model = self._session.get(f"{url}/models", timeout=_TIMEOUT).json()["data"][0]["id"]
+            body = openai.completion_body(
+                self._model, _prompt(given), given.output_tokens, extensions=True, tier=given.tier
+            )
+            with self._session.post(f"{url}/completions", json=body, stream=True, timeout=_TIMEOUT) as response:
+                if response.status_code != 200:
+                    raise RequestFailed(f"HTTP {response.status_code}: {openai.error_message(response.text)}")
+                for chunk in response.iter_content(None):  # iter_lines would wait for chunks of its own size
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    yield from map(events.push, lines)
+        except (RequestException, ValueError, KeyError, TypeError) as error:
+            raise RequestFailed(f"{type(error).__name__}: {error}") from error
+        events.end()
 
 
-def attach(environment: Environment, run: LoadTestRun) -> None:
-    """Stores ``run`` in locust's environment."""
-    environment.overfill = run  # type: ignore[attr-defined]
+def add_options(parser: LocustArgumentParser, **_: Any) -> None:
+    """Adds the options of the synthetic requests to locust's."""
+    group = parser.add_argument_group("OverFill", "Synthetic requests.")
+    group.add_argument("--prompt-tokens", type=int, default=512, help="Length of a prompt.")
+    group.add_argument("--output-tokens", type=int, default=128, help="Length of an answer.")
+    group.add_argument("--vocab-size", type=int, default=32_000, help="Prompts are random token ids below this number.")
+    group.add_argument("--tier", default="", help="Tier of the requests; empty means the server's default tier.")
 
 
-def run_of(environment: Environment) -> LoadTestRun:
-    run = environment.overfill  # type: ignore[attr-defined]
-    assert isinstance(run, LoadTestRun)
-    return run
+def choose_user(environment: Environment, **_: Any) -> None:
+    """Keeps the class of users that the scheme of ``--host`` names, unless the command line names classes."""
+    given: Any = environment.parsed_options
+    if not (given.user_classes or given.class_picker or isinstance(environment.runner, WorkerRunner)):
+        chosen = OpenAiUser if (environment.host or "").startswith("http") else GrpcUser
+        environment.user_classes[:] = [chosen]
+
+
+def _prompt(given: Any) -> list[int]:
+    # The seed is random, so that no two processes send the same prompts.
+    return TraceRequest(0.0, given.prompt_tokens, given.output_tokens).prompt(given.vocab_size, random.getrandbits(64))

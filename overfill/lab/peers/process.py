@@ -1,9 +1,8 @@
-"""Runs vLLM in an environment of its own: starts ``subprocess_peer.py`` there and drives it over JSON lines."""
+"""A process that is driven over JSON lines, such as a peer in an environment of its own."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -12,7 +11,6 @@ from typing import IO, Any
 
 from overfill.errors import OverfillError
 
-_SCRIPT = Path(__file__).with_name("subprocess_peer.py")
 _LAST_LINES = 8
 
 
@@ -70,38 +68,3 @@ class JsonProcess:
         if stdin is None or stdout is None:
             raise AssertionError("stdin and stdout are pipes")
         return stdin, stdout
-
-
-class PeerProcess(JsonProcess):
-    """vLLM in another process, as a ``BenchEngine``. The constructor starts the process and loads the model.
-
-    Args:
-        log: File for the engine's output; its last lines are shown when the engine fails.
-        options: Arguments of the engine's class, and ``vocab_size``.
-
-    Raises:
-        PeerFailed: The engine did not start.
-    """
-
-    def __init__(self, python: Path, threads: int, log: Path, **options: Any) -> None:
-        # ``threads`` overrides the number that the environment sets for this process.
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-        environment.pop("PYTHONPATH", None)
-        super().__init__("vllm", [str(python), str(_SCRIPT)], environment, log)
-        try:
-            self.ask("load", **options)
-        except BaseException:
-            self.close()
-            raise
-
-    def begin(self, batch: int, prompt_tokens: int, steps: int) -> None:
-        self.ask("begin", batch=batch, prompt_tokens=prompt_tokens, steps=steps)
-
-    def steps(self, count: int) -> list[float]:
-        return [float(seconds) for seconds in self.ask("steps", count=count)["seconds"]]
-
-    def end(self) -> None:
-        self.ask("end")
-
-    def prefill(self, lengths: Sequence[int]) -> float:
-        return float(self.ask("prefill", lengths=list(lengths))["seconds"])

@@ -307,9 +307,9 @@ def _from_bench(path: Path, text: str) -> Profile:
             continue
         try:
             row = json.loads(line)
-            name, batch, context, value = row["name"], row["batch"], row["context"], row["value"]
             if row["unit"] != "tokens/s":
                 continue
+            name, batch, context, value = row["name"], row["batch"], row["context"], row["value"]
             if name == "prefill":
                 prefill.append((float(context), context / value))
             elif name == "decode_decoder":

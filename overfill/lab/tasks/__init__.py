@@ -1,1 +1,1 @@
-"""Four synthetic tasks over one prompt, with answers that can be graded exactly, to train and judge adapters on."""
+"""Four synthetic tasks over one prompt, graded exactly: their data, and scores of what a stack answers."""

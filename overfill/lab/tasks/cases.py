@@ -10,7 +10,10 @@ import random
 from calendar import month_name
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
+
+from overfill.api.tokenizer import Tokenizer
+from overfill.making.conversations import Conversation
 
 FIRST = ("Anna", "Ben", "Carla", "David", "Elena", "Felix", "Grace", "Hugo", "Irene", "Jonas", "Karen", "Leo", "Maria")
 LAST = ("Adler", "Brandt", "Costa", "Dahl", "Evans", "Fuchs", "Garcia", "Hansen", "Ivers", "Kruger", "Lopez", "Meyer")
@@ -193,3 +196,22 @@ def prompt(case: Case, rng: random.Random, tokens: int, num_tokens: Callable[[st
     while (left := left - num_tokens(" " + (sentence := rng.choice(HANDBOOK)))) > 0:
         sentences.append(sentence)
     return "Handbook: " + " ".join(sentences) + "\n\n" + text
+
+
+def conversations(tokenizer: Tokenizer, tokens: int, number: int, seed: int) -> dict[str, list[Conversation]]:
+    """Makes ``number`` conversations of each task; those at one index have the same prompt.
+
+    Args:
+        tokens: Length of each prompt at most, with the chat template's tokens.
+    """
+
+    def num_tokens(text: str) -> int:
+        return len(tokenizer.encode_continuation(text))
+
+    template = len(tokenizer.encode_chat([{"role": "user", "content": ""}]))
+    made: dict[str, list[Conversation]] = {task: [] for task in TASKS}
+    for case, rng in islice(cases(seed), number):
+        question = {"role": "user", "content": prompt(case, rng, tokens - template, num_tokens)}
+        for task, answer in TASKS.items():
+            made[task].append(Conversation((question, {"role": "assistant", "content": answer(case)}), kind=task))
+    return made

@@ -1,1 +1,1 @@
-"""Traces of requests, their OpenAI messages, their outcomes, and the objectives that a run must meet."""
+"""The load generator: traces of requests, servers under load, outcomes, and the objectives that a run must meet."""

@@ -40,15 +40,11 @@ class CompletionEvents:
     Attributes:
         timing: The server's own timing. Our server sends it after the last token; others send none.
         tier: Tier that wrote the end of the answer; empty until our server says so.
-        token_ids: Tokens of the answer, if the request asked for them.
-        prompt_tokens, cached_tokens: Tokens of the prompt, and those that a prefix cache had; 0 until the server says.
     """
 
     def __init__(self) -> None:
         self.timing: Timing | None = None
         self.tier = ""
-        self.token_ids: list[int] = []
-        self.prompt_tokens = self.cached_tokens = 0
         self._tokens = 0
         self._finished = False
 
@@ -75,11 +71,8 @@ class CompletionEvents:
         if ours := event.get("overfill"):
             choice = ours["choices"][0]
             self.timing, self.tier = timing(choice["timing"]), choice.get("tier") or ""
-        for choice in event.get("choices") or ():
-            self.token_ids += choice.get("token_ids") or ()
         if usage := event.get("usage"):
-            self._tokens, self.prompt_tokens = int(usage["completion_tokens"]), int(usage.get("prompt_tokens", 0))
-            self.cached_tokens = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+            self._tokens = int(usage["completion_tokens"])
         elif any(choice.get("text") for choice in event.get("choices") or ()):
             self._tokens += 1
         return self._tokens

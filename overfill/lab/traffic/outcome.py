@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -119,15 +120,6 @@ class Objective:
         return ", ".join(f"{name} <= {getattr(self, name):g} s" for name in names if getattr(self, name) is not None)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadFigure:
-    """A figure of a run: number, name and unit. ``value`` None means that nothing was measured."""
-
-    name: str
-    value: float | None
-    unit: str
-
-
 def samples(outcomes: Sequence[Outcome], name: str) -> list[float]:
     """Returns all values of ``ttft``, ``e2e`` or ``unattributed`` (one per answer) or of ``itl`` (one per gap)."""
     done = [outcome for outcome in outcomes if outcome.ok]
@@ -136,26 +128,28 @@ def samples(outcomes: Sequence[Outcome], name: str) -> list[float]:
     return [value for outcome in done if (value := getattr(outcome, name)) is not None]
 
 
-def figures(outcomes: Sequence[Outcome], objective: Objective | None) -> list[LoadFigure]:
-    """Computes the figures of a run: latencies, throughput, failures, and goodput if there is an objective."""
+def figures(outcomes: Sequence[Outcome], objective: Objective | None = None) -> dict[str, float]:
+    """Computes the figures of a run by name: latencies in seconds, rates per second, and the number of failures.
+
+    With an objective, ``goodput`` are the answers per second that meet it, and ``attainment`` is their share of all
+    requests. A latency that no answer has is NaN.
+    """
     import numpy as np  # imported here: parsing a load test's options must not need it
 
     done = [outcome for outcome in outcomes if outcome.ok]
     span = max((outcome.times[-1] for outcome in done), default=0.0) - min((o.due for o in outcomes), default=0.0)
-    found = []
+
+    def per_second(count: int) -> float:
+        return count / span if span > 0 else 0.0
+
+    found: dict[str, float] = {}
     for name in ("ttft", "itl", "e2e"):
-        values = samples(done, name)
-        marks = np.percentile(values, PERCENTILES) if values else [None] * len(PERCENTILES)
-        found += [
-            LoadFigure(f"{name}_p{p}", None if mark is None else float(mark), "s")
-            for p, mark in zip(PERCENTILES, marks, strict=True)
-        ]
-    tokens = sum(outcome.tokens for outcome in done)
-    found.append(LoadFigure("output_tokens", tokens / span if span > 0 else 0.0, "tokens/s"))
-    found.append(LoadFigure("requests", len(done) / span if span > 0 else 0.0, "1/s"))
-    found.append(LoadFigure("failed", float(len(outcomes) - len(done)), "requests"))
+        marks = np.percentile(samples(done, name) or [math.nan], PERCENTILES)
+        found |= {f"{name}_p{p}": float(mark) for p, mark in zip(PERCENTILES, marks, strict=True)}
+    found["output_tokens"] = per_second(sum(outcome.tokens for outcome in done))
+    found["requests"] = per_second(len(done))
+    found["failed"] = len(outcomes) - len(done)
     if objective is not None:
         good = sum(objective.met(outcome) for outcome in outcomes)
-        found.append(LoadFigure("goodput", good / span if span > 0 else 0.0, "1/s"))
-        found.append(LoadFigure("attainment", good / len(outcomes) if outcomes else 0.0, "of requests"))
+        found |= {"goodput": per_second(good), "attainment": good / max(1, len(outcomes))}
     return found

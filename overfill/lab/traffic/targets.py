@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self
 
 import aiohttp
@@ -13,24 +12,8 @@ from overfill.client import AsyncClient, SamplingParams
 from overfill.errors import OverfillError
 from overfill.lab.traffic import openai
 from overfill.lab.traffic.outcome import RequestFailed
+from overfill.lab.traffic.play import ReceivedAnswer
 from overfill.rpc.tls import ClientTls
-
-
-@dataclass(slots=True)
-class ReceivedAnswer:
-    """What one answer brings besides the times of its tokens. A target fills it while it streams the answer.
-
-    Attributes:
-        token_ids: the answer's tokens.
-        prompt_tokens, cached_tokens: tokens of the prompt, and those that no worker computed for this request.
-        peer_tokens, disk_tokens: parts of ``cached_tokens`` that came from another worker and from disk.
-    """
-
-    token_ids: list[int] = field(default_factory=list)
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    peer_tokens: int = 0
-    disk_tokens: int = 0
 
 
 class OpenAiTarget:
@@ -40,45 +23,54 @@ class OpenAiTarget:
         url: URL of the endpoint, including ``/v1``.
         model: Name of the model. None means the first that the endpoint lists.
         key: API key.
+        tls: Certificates for https; ``name`` is not used. None trusts the system's.
         extensions: Use two extensions that vLLM and our endpoint have, and others may refuse: answers of full length
             (``ignore_eos``), and a token count in every message. Without them, every message counts as one token until
             the usage at the end corrects the number.
+        fallback, allow_brownout: Fields of every request that only our endpoint has.
     """
 
-    def __init__(self, url: str, model: str | None = None, key: str | None = None, *, extensions: bool = True) -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        key: str | None = None,
+        *,
+        tls: ClientTls | None = None,
+        extensions: bool = True,
+        fallback: str = "",
+        allow_brownout: bool = False,
+    ) -> None:
         self._url = url.rstrip("/")
         self._model = model
+        self._tls = tls
         self._extensions = extensions
+        self._own = {"fallback": fallback, "allow_brownout": allow_brownout}
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         # No limits here: ``run_load`` limits requests and time.
+        connector = aiohttp.TCPConnector(limit=0, ssl=_context(self._tls))
         self._session = aiohttp.ClientSession(
-            headers=self._headers, connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None)
+            headers=self._headers, connector=connector, timeout=aiohttp.ClientTimeout(total=None)
         )
-        if self._model is None:
-            try:
-                self._model = await self._first_model(self._session)
-            except BaseException:
-                await self._session.close()
-                raise
+        try:
+            self._model = self._model or await self._first_model()
+        except BaseException:
+            await self._session.close()
+            raise
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._session is not None:
-            await self._session.close()
+    async def __aexit__(self, *exc: object) -> None:
+        await self._session.close()
 
     async def stream(
-        self, prompt: Sequence[int], max_tokens: int, received: ReceivedAnswer | None = None
+        self, prompt: Sequence[int], max_tokens: int, received: ReceivedAnswer, tier: str = ""
     ) -> AsyncIterator[int]:
-        """As of ``Target``. Only vLLM's server fills ``received``: ours sends token ids over gRPC alone."""
-        asks = {} if received is None else {"return_token_ids": True}
-        body = openai.completion_body(self._model, prompt, max_tokens, extensions=self._extensions, **asks)
-        if self._session is None:
-            raise RequestFailed("the target is not open")
+        """As of ``Target``. Only our endpoint fills ``received``."""
+        body = openai.completion_body(
+            self._model, prompt, max_tokens, extensions=self._extensions, tier=tier, **self._own
+        )
         events = openai.CompletionEvents()
         try:
             async with self._session.post(f"{self._url}/completions", json=body) as response:
@@ -89,57 +81,77 @@ class OpenAiTarget:
         except (aiohttp.ClientError, ValueError, KeyError, TypeError) as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
         events.end()
-        if received is not None:
-            received.token_ids = events.token_ids
-            received.prompt_tokens, received.cached_tokens = events.prompt_tokens, events.cached_tokens
+        received.timing, received.tier = events.timing, events.tier
 
-    async def _first_model(self, session: aiohttp.ClientSession) -> str:
+    async def _first_model(self) -> str:
         try:
-            async with session.get(f"{self._url}/models") as response:
+            async with self._session.get(f"{self._url}/models") as response:
+                if response.status != 200:
+                    raise RequestFailed(f"HTTP {response.status}: {openai.error_message(await response.text())}")
                 return str((await response.json())["data"][0]["id"])
         except (aiohttp.ClientError, ValueError, KeyError, IndexError, TypeError) as error:
             raise RequestFailed(f"{self._url}/models does not answer as an OpenAI endpoint does: {error!r}") from error
 
 
 class GrpcTarget:
-    """Streams from a stack of ours over gRPC. ``tls`` and ``key`` are those of ``AsyncClient``."""
+    """Streams from a stack of ours over gRPC.
 
-    def __init__(self, address: str, tls: ClientTls | None = None, key: str | None = None) -> None:
-        self._address, self._tls, self._key = address, tls, key
-        self._client: AsyncClient | None = None
+    Args:
+        tls, key: Those of ``AsyncClient``.
+        fallback, allow_brownout: Fields of every request.
+    """
 
-    async def __aenter__(self) -> Self:
+    def __init__(
+        self,
+        address: str,
+        tls: ClientTls | None = None,
+        key: str | None = None,
+        *,
+        fallback: str = "",
+        allow_brownout: bool = False,
+    ) -> None:
+        self._fallback, self._allow_brownout = fallback, allow_brownout or None
         try:
-            self._client = AsyncClient(self._address, tls=self._tls, api_key=self._key)
+            self._client = AsyncClient(address, tls=tls, api_key=key)
         except ValueError as error:
             raise RequestFailed(str(error)) from error
+
+    async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._client is not None:
-            await self._client.close()
+    async def __aexit__(self, *exc: object) -> None:
+        await self._client.close()
 
     async def stream(
-        self, prompt: Sequence[int], max_tokens: int, received: ReceivedAnswer | None = None
+        self, prompt: Sequence[int], max_tokens: int, received: ReceivedAnswer, tier: str = ""
     ) -> AsyncIterator[int]:
-        """As of ``Target``; fills ``received``."""
-        if self._client is None:
-            raise RequestFailed("the target is not open")
+        """As of ``Target``."""
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         tokens = 0
         try:
-            async with self._client.stream(list(prompt), sampling=sampling) as stream:
+            async with self._client.stream(
+                list(prompt),
+                sampling=sampling,
+                tier=tier,
+                fallback=self._fallback,
+                allow_brownout=self._allow_brownout,
+            ) as stream:
                 async for delta in stream:
                     tokens += len(delta.token_ids)
                     yield tokens
-                answer = stream.answer
+                received.timing, received.tier = stream.answer.timing, stream.answer.tier
         except OverfillError as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
-        if received is not None:
-            usage = answer.usage
-            received.token_ids = list(answer.token_ids)
-            received.prompt_tokens, received.cached_tokens = usage.prompt_tokens, usage.cached_tokens
-            received.peer_tokens = usage.peer_tokens
-            received.disk_tokens = usage.disk_tokens
+
+
+def _context(tls: ClientTls | None) -> ssl.SSLContext | bool:
+    """Returns how HTTPS checks the server and shows a certificate. True means as usual."""
+    if tls is None:
+        return True
+    try:
+        context = ssl.create_default_context(cafile=tls.ca)
+        if tls.cert is not None:
+            context.load_cert_chain(tls.cert, tls.key)
+    except OSError as error:
+        raise RequestFailed(f"the TLS files {tls.ca}, {tls.cert} and {tls.key} cannot be used: {error}") from error
+    return context

@@ -38,6 +38,7 @@ class TraceRequest:
         blocks: One number per ``block_tokens`` of the prompt. Prompts whose first numbers are equal share a prefix.
             Empty means that no shared prefix is known.
         answer_blocks: Numbers of the blocks after the prompt's full ones that the answer fills; empty means unknown.
+        tier: Tier that the request names; empty means none.
     """
 
     arrival: float
@@ -46,6 +47,7 @@ class TraceRequest:
     blocks: tuple[int, ...] = ()
     block_tokens: int = MOONCAKE_BLOCK
     answer_blocks: tuple[int, ...] = ()
+    tier: str = ""
 
     def prompt(self, vocab_size: int, seed: int) -> list[int]:
         """Returns random token ids of the prompt's length. Equal numbers in ``blocks`` give equal tokens."""

@@ -35,3 +35,17 @@ def test_a_missed_bound_is_printed_and_sets_the_exit_code(capsys, value, bound, 
     one = Measurement("figure", value, "s", bound=bound, at_least=at_least)
     assert print_measurements([Measurement("other", 1.0, "s"), one], as_json=False) == code
     assert ("missed" in capsys.readouterr().out) == bool(code)
+
+
+def test_what_was_measured_is_a_field_of_the_line_and_a_column_where_it_differs(capsys):
+    ones = [Measurement("rate", 5.0, "tokens/s", of={"batch": n, "device": "cpu"}) for n in (8, 32)]
+    print_measurements(ones, as_json=True)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["name"], line["batch"], line["device"]) for line in lines] == [
+        ("rate", 8, "cpu"),
+        ("rate", 32, "cpu"),
+    ]
+    print_measurements(ones, as_json=False)
+    out = capsys.readouterr().out
+    assert "batch" in out
+    assert " ".join(out.split()).count("device cpu") == 1

@@ -1,1 +1,1 @@
-"""Decode and prefill speed of our engine, beside vLLM and the bound that this machine sets."""
+"""Decode and prefill speed of our engine, beside the bound that this machine sets."""

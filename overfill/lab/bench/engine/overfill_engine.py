@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -31,8 +31,7 @@ from overfill.engine.sequence import (
 )
 from overfill.engine.stage import Stage
 from overfill.errors import InternalError
-from overfill.kv.cache import copy_sequence
-from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
+from overfill.kv.spec import KvCacheDtype
 from overfill.lab.bench.engine.bounds import ModelCost
 from overfill.making.tiny import random_products
 from overfill.model.adapter import AdapterRecord, LoraAdapter
@@ -41,205 +40,134 @@ from overfill.request.params import SamplingParams
 
 _GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 _BLOCK_SIZE = 16
+_QUEUE = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class EngineWorkload:
-    """The largest batch of a run, and the maximum tokens (prompt and answer) of a sequence."""
-
-    batch: int
-    tokens: int
-
-    def cache_bytes(self, token_bytes: int) -> int:
-        """Bytes of a KV cache for the workload and one more sequence, from which prompts are copied."""
-        return (self.batch + 1) * (self.tokens // _BLOCK_SIZE + 2) * _BLOCK_SIZE * token_bytes
-
-
-def load_engines(
-    pair: Pair,
-    *,
-    dtype: DTypeName | None,
-    device: torch.device,
-    quantize: Quantization | None,
-    kv_cache_dtype: KvCacheDtype = "auto",
-    workload: EngineWorkload,
-    max_num_batched_tokens: int,
-    adapters: int = 0,
-    adapter_rank: int = 16,
-) -> list[OverfillEngine]:
-    """Loads the full model and the decoder, each with a KV cache of its own.
-
-    Args:
-        quantize: Weights of the decoder. None means the pair's recipe.
-        kv_cache_dtype: KV cache of the decoder.
-        adapters: number of random adapters of ``adapter_rank``, with products for all projections.
-
-    Returns:
-        An engine that decodes with the full model, one that decodes with the decoder, and one that decodes with the
-        decoder and an adapter for each sequence, in turn. The second is left out for an identity pair with
-        ``kv_cache_dtype`` "auto", because it would equal the first; the third, without adapters.
+def load(pair: Pair, half: Half, options: EngineOptions, tokens: int, *, engines: int = 1) -> Stage:
+    """Loads a half with a KV cache for ``options.max_num_seqs`` sequences of ``tokens`` tokens in each of ``engines``.
 
     Raises:
-        NotEnoughMemory: The workload does not fit.
+        NotEnoughMemory: The cache does not fit.
     """
-    if quantize is not None:
-        pair = replace(pair, quantize=quantize)
-
-    def load(half: Half) -> Stage:
-        cached = "auto" if half == "full" else kv_cache_dtype
-        options = EngineOptions(
-            device,
-            dtype,
-            _BLOCK_SIZE,
-            max_num_seqs=workload.batch,
-            max_num_batched_tokens=max_num_batched_tokens,
-            kv_cache_dtype=cached,
-            max_adapters=adapters if half == "decoder" else 0,
-            max_adapter_rank=adapter_rank,
-        )
-        loaded = load_half(pair, half, options)
-        engines = 2 if half == "decoder" and adapters and not same else 1  # that use its cache
-        memory = engines * workload.cache_bytes(loaded.requirement.block_bytes // _BLOCK_SIZE)
-        options = replace(options, kv_memory=memory, max_model_len=workload.tokens + _BLOCK_SIZE)
-        return size_pools([replace(loaded, options=options)])[0]
-
-    same = pair.identity and kv_cache_dtype == "auto"
-    full = load("full")
-    engines = [OverfillEngine("full", full, full, max_num_batched_tokens)]
-    if adapters or not same:
-        decoder = load("decoder")
-        if not same:
-            engines.append(OverfillEngine("decoder", full, decoder, max_num_batched_tokens))
-        if adapters:
-            engines.append(OverfillEngine("adapters", full, decoder, max_num_batched_tokens, adapters))
-    return engines
+    loaded = load_half(pair, half, replace(options, block_size=_BLOCK_SIZE))
+    memory = engines * options.max_num_seqs * (tokens // _BLOCK_SIZE + 2) * loaded.requirement.block_bytes
+    options = replace(loaded.options, kv_memory=memory, max_model_len=tokens + _BLOCK_SIZE)
+    return size_pools([replace(loaded, options=options)])[0]
 
 
-class OverfillEngine:
-    """Prefills with ``full`` and decodes with ``parts``, which belong to the full model or to the decoder.
-
-    In a decode run all sequences have the same prompt. The engine prefills it once and copies its KV to blocks of each
-    sequence.
+def load_decoders(
+    pair: Pair, options: EngineOptions, tokens: int, kv_cache_dtype: KvCacheDtype, adapters: int
+) -> list[BenchDecoder]:
+    """Loads what decodes, for ``options.max_num_seqs`` sequences of ``tokens`` tokens.
 
     Args:
-        adapters: number of slots of ``parts`` that get a random adapter.
+        kv_cache_dtype: KV cache of the decoder.
+        adapters: Number of random adapters, with products for all projections.
+
+    Returns:
+        The full model, the decoder, and the decoder with an adapter for each sequence, in turn. The second is left out
+        for an identity pair with ``kv_cache_dtype`` "auto", because it would equal the first; the third, without
+        adapters.
+    """
+    same = pair.identity and kv_cache_dtype == "auto"
+    found = [BenchDecoder("full", load(pair, "full", options, tokens))]
+    if adapters or not same:
+        options = replace(options, kv_cache_dtype=kv_cache_dtype, max_adapters=adapters)
+        stage = load(pair, "decoder", options, tokens, engines=2 if adapters and not same else 1)
+        if not same:
+            found.append(BenchDecoder("decoder", stage))
+        if adapters:
+            found.append(BenchDecoder("adapters", stage, adapters))
+    return found
+
+
+class BenchEngine:
+    """One half as a benchmark measures it.
+
+    Args:
+        adapters: Number of slots whose adapters the sequences use.
     """
 
-    def __init__(self, name: str, full: Stage, parts: Stage, max_num_batched_tokens: int, adapters: int = 0) -> None:
-        self.name = name
-        assert isinstance(full.runner, ModelRunner)
-        assert isinstance(parts.runner, ModelRunner)
-        self._full = full
-        self._parts = parts
-        self._full_runner, self._runner = full.runner, parts.runner
-        self._prefill_events: list[PrefillEvent] = []
-        self._events: list[DecodeEvent] = []
-        self._prefill = PrefillEngine(
-            full.runner, full.pool, max_num_batched_tokens, 1 << 20, self._prefill_events.extend
-        )
-        self._decode = DecodeEngine(parts.runner, parts.pool, 1 << 20, max_num_batched_tokens, self._events.extend)
-        self._ids: list[str] = []
-        self._adapters = adapters
-        for slot in range(adapters):
-            assert parts.adapters is not None
-            rank = parts.adapters.max_rank
-            products = random_products(self._runner.model.config, slot, rank)
-            adapter = LoraAdapter(AdapterRecord(f"random-{slot}", "", "", rank), products)
-            parts.adapters.stage(slot, adapter)
-            self._decode.handle(ChangeAdapter(slot, adapter))
-        self._pop_events()
+    def __init__(self, name: str, stage: Stage, adapters: int = 0) -> None:
+        assert isinstance(stage.runner, ModelRunner)
+        self.name, self._stage, self._runner, self._adapters = name, stage, stage.runner, adapters
 
     def cost(self, batch: int) -> ModelCost:
-        """Bytes and operations of the model that decodes, with the adapters of ``batch`` sequences."""
-        model, slots = self._runner.model, self._parts.adapters
+        """Bytes and operations of the model, with the adapters of ``batch`` sequences."""
+        model, slots = self._runner.model, self._stage.adapters
         adapters = 0 if slots is None else min(batch, self._adapters) * slots.slot_bytes
         return ModelCost.of(model.config, model.bytes_read + adapters, self._runner.cache.token_bytes)
 
     @property
     def weights(self) -> str:
-        """Weight type of the model that decodes, such as "bfloat16" or "int8"."""
+        """Type of the model's weights, such as "bfloat16" or "int8"."""
         model = self._runner.model
         return str(model.dtype).removeprefix("torch.") if model.quantize == "none" else model.quantize
 
     @property
     def kv_cache(self) -> str:
-        """Element type of the KV cache that decode reads."""
+        """Element type of the KV cache."""
         return str(self._runner.cache.k.dtype).removeprefix("torch.")
 
+    def _prompt(self, length: int, seed: int) -> list[int]:
+        """Random token ids. Speed does not depend on which ids they are."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(self._stage.pair.full_config.vocab_size, (length,), generator=generator).tolist()
+
+
+class BenchDecoder(BenchEngine):
+    """Decodes on made-up KV: no prompt is computed, because the speed does not depend on values."""
+
+    def __init__(self, name: str, stage: Stage, adapters: int = 0) -> None:
+        super().__init__(name, stage, adapters)
+        self._events: list[DecodeEvent] = []
+        self._engine = DecodeEngine(
+            self._runner, stage.pool, _QUEUE, stage.options.max_num_batched_tokens, self._events.extend
+        )
+        self._ids: list[str] = []
+        cache = self._runner.cache
+        for tensor in (cache.k, cache.v, cache.k_scales, cache.v_scales):
+            if tensor is not None:
+                tensor.random_(2)  # Pages that were never written would all be one page of zeros, read from a cache.
+        for slot in range(adapters):
+            assert stage.adapters is not None
+            rank = stage.adapters.max_rank
+            products = random_products(self._runner.model.config, slot, rank)
+            adapter = LoraAdapter(AdapterRecord(f"random-{slot}", "", "", rank), products)
+            stage.adapters.stage(slot, adapter)
+            self._engine.handle(ChangeAdapter(slot, adapter))
+        self._pop_events()
+
     def begin(self, batch: int, prompt_tokens: int, steps: int) -> None:
-        prompt = random_prompt(self._full.pair.full_config.vocab_size, prompt_tokens, 0)
-        source = PrefillSequence("prompt", prompt, _GREEDY)
-        first = self._prefill_all([source])["prompt"]
-        limit = StopRule.of(_GREEDY, (), steps + 2)
-        try:
-            for index in range(batch):
-                sequence = DecodeSequence(f"{self.name}-{index}", list(prompt), [], _GREEDY, limit)
-                sequence.adapter = index % self._adapters if self._adapters else None
-                self._decode.handle(Reserve(sequence))
-                (event,) = self._pop_events()
-                if not isinstance(event, Reserved):
-                    raise InternalError(f"the engine reserved no KV blocks: {event}")
-                self._ids.append(sequence.id)
-                copy_sequence(
-                    self._full_runner.cache,
-                    source.blocks,
-                    self._runner.cache,
-                    event.blocks,
-                    self._parts.pair.layer_map
-                    if self._parts is not self._full
-                    else range(self._full.pair.full_config.num_layers),
-                    prompt_tokens,
-                )
-                self._decode.handle(Start(sequence.id, first))
-        finally:
-            self._prefill.handle(Release("prompt"))
+        """Starts ``batch`` sequences after a prompt of ``prompt_tokens`` tokens, with room for ``steps`` more each."""
+        prompt, limit = self._prompt(prompt_tokens, 0), StopRule.of(_GREEDY, (), steps + 2)
+        for index in range(batch):
+            sequence = DecodeSequence(f"{self.name}-{index}", list(prompt), [], _GREEDY, limit)
+            sequence.adapter = index % self._adapters if self._adapters else None
+            self._engine.handle(Reserve(sequence))
+            (event,) = self._pop_events()
+            if not isinstance(event, Reserved):
+                raise InternalError(f"the engine reserved no KV blocks: {event}")
+            self._ids.append(sequence.id)
+            self._engine.handle(Start(sequence.id, prompt[-1]))
 
     def steps(self, count: int) -> list[float]:
+        """Decodes ``count`` tokens of every sequence, greedily. Returns the seconds of each step."""
         return [self._step() for _ in range(count)]
 
     def end(self) -> None:
+        """Frees the sequences."""
         for id in self._ids:
-            self._decode.handle(Release(id))
+            self._engine.handle(Release(id))
         self._ids = []
         self._events.clear()
-
-    def prefill(self, lengths: Sequence[int]) -> float:
-        sequences = [
-            PrefillSequence(str(i), random_prompt(self._full.pair.full_config.vocab_size, length, i), _GREEDY)
-            for i, length in enumerate(lengths)
-        ]
-        start = time.perf_counter()
-        self._prefill_all(sequences)
-        elapsed = time.perf_counter() - start
-        for sequence in sequences:
-            self._prefill.handle(Release(sequence.id))
-        return elapsed
-
-    def close(self) -> None:
-        self.end()
-
-    def _prefill_all(self, sequences: Sequence[PrefillSequence]) -> dict[str, int]:
-        """Prefills ``sequences``. Returns their first tokens by sequence id; their KV stays in their blocks."""
-        for sequence in sequences:
-            self._prefill.handle(Submit(sequence))
-        firsts: dict[str, int] = {}
-        while len(firsts) < len(sequences):
-            if not self._prefill.step():
-                raise InternalError("the prompts do not fit into the KV cache")
-            for event in self._prefill_events:
-                if isinstance(event, SequenceFailed):
-                    raise event.error
-                if isinstance(event, PromptComputed) and event.first is not None:
-                    firsts[event.id] = event.first.token_id
-            self._prefill_events.clear()
-        return firsts
 
     def _step(self) -> float:
         """Runs the engine until every sequence has one more token. Returns the seconds."""
         remaining = len(self._ids)
         start = time.perf_counter()
         while remaining > 0:
-            self._decode.step()
+            self._engine.step()
             for event in self._pop_events():
                 if isinstance(event, SequenceFailed):
                     raise event.error
@@ -254,7 +182,32 @@ class OverfillEngine:
         return events
 
 
-def random_prompt(vocab_size: int, length: int, seed: int) -> list[int]:
-    """Random token ids. Speed does not depend on which ids they are."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocab_size, (length,), generator=generator).tolist()
+class BenchPrefiller(BenchEngine):
+    """Computes prompts with the full model."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__("full", stage)
+        self._events: list[PrefillEvent] = []
+        self._engine = PrefillEngine(
+            self._runner, stage.pool, stage.options.max_num_batched_tokens, _QUEUE, self._events.extend
+        )
+
+    def prefill(self, lengths: Sequence[int]) -> float:
+        """Seconds from submitting prompts of these lengths, all at once, to the first token of each."""
+        prompts = {str(seed): self._prompt(length, seed) for seed, length in enumerate(lengths)}
+        start = time.perf_counter()
+        for id, prompt in prompts.items():
+            self._engine.handle(Submit(PrefillSequence(id, prompt, _GREEDY)))
+        remaining = len(prompts)
+        while remaining:
+            if not self._engine.step():
+                raise InternalError("the prompts do not fit into the KV cache")
+            for event in self._events:
+                if isinstance(event, SequenceFailed):
+                    raise event.error
+                remaining -= isinstance(event, PromptComputed)
+            self._events.clear()
+        seconds = time.perf_counter() - start
+        for id in prompts:
+            self._engine.handle(Release(id))
+        return seconds

@@ -1,7 +1,8 @@
-"""Tests vLLM's environment: its installation, and its process, driven by JSON lines."""
+"""Tests a peer's environment: its installation, and its process, driven by JSON lines."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from overfill.lab.peers.environment import (
     install,
     python_of,
 )
-from overfill.lab.peers.process import PeerFailed, PeerProcess
+from overfill.lab.peers.process import JsonProcess, PeerFailed
 
 FAKE = """
 import sys
@@ -47,34 +48,34 @@ subprocess_peer.main(Fake)
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch):
+def fake(tmp_path):
     script = tmp_path / "fake.py"
     script.write_text(FAKE.format(folder=str(Path(process.__file__).parent)))
-    monkeypatch.setattr(process, "_SCRIPT", script)
-    peer = PeerProcess(Path(sys.executable), 1, tmp_path / "log", vocab_size=64, largest=10)
+    peer = JsonProcess("vllm", [sys.executable, str(script)], os.environ, tmp_path / "log")
+    peer.ask("load", vocab_size=64, largest=10)
     yield peer
     peer.close()
 
 
 def test_a_peer_process_decodes_and_prefills(fake):
-    fake.begin(3, 5, 4)
-    assert len(fake.steps(4)) == 4
-    fake.end()
-    assert fake.prefill([4, 7]) > 0
-    fake.begin(1, 2, 3)  # and again
-    assert all(seconds >= 0 for seconds in fake.steps(3))
+    fake.ask("begin", batch=3, prompt_tokens=5, steps=4)
+    assert len(fake.ask("steps", count=4)["seconds"]) == 4
+    fake.ask("end")
+    assert fake.ask("prefill", lengths=[4, 7])["seconds"] > 0
+    fake.ask("begin", batch=1, prompt_tokens=2, steps=3)  # and again
+    assert all(seconds >= 0 for seconds in fake.ask("steps", count=3)["seconds"])
 
 
 def test_a_peer_s_failure_says_what_it_printed(fake):
     with pytest.raises(PeerFailed, match=r"vllm failed in 'prefill': ValueError: prompt too long") as caught:
-        fake.prefill([11])
+        fake.ask("prefill", lengths=[11])
     assert "noise on stdout" in caught.value.__notes__
 
 
 def test_a_peer_that_dies_is_not_waited_for(fake):
     fake._process.kill()
     with pytest.raises(PeerFailed, match="the process exited"):
-        fake.prefill([4])
+        fake.ask("prefill", lengths=[4])
 
 
 def test_an_environment_exists_only_after_a_complete_installation(tmp_path, monkeypatch):

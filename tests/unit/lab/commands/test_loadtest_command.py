@@ -8,24 +8,30 @@ from typing import Any
 import pytest
 
 from overfill.cli.main import main
-from overfill.lab.commands import loadtest
+from overfill.lab.loadtest import run
 from overfill.lab.loadtest.plan import LoadPlan
+from overfill.rpc.tls import ClientTls
 
 
-def test_certificates_come_from_the_variables_of_client_commands(
+def test_certificates_and_key_come_from_the_variables_of_client_commands(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    plans: list[LoadPlan] = []
+    runs: list[Any] = []
 
-    def run(plan: LoadPlan, api_key: Any) -> int:
-        plans.append(plan)
-        return 0
+    def run_test(plan: LoadPlan, requests: Any, tls: Any, api_key: Any, err: Any) -> list[Any]:
+        runs.append((plan, tls, api_key))
+        return []
 
-    monkeypatch.setattr(loadtest, "_run", run)
-    assert main(["loadtest"]) == 0
+    monkeypatch.setattr(run, "run_test", run_test)
+    assert main(["loadtest", "--tier=full", "--tier=fast=2"]) == 2
     certificate = tmp_path / "ca.crt"
     certificate.touch()
     monkeypatch.setenv("OVERFILL_TLS_CA", str(certificate))
     monkeypatch.setenv("OVERFILL_TLS_NAME", "router")
-    assert main(["loadtest"]) == 0
-    assert plans == [LoadPlan(), LoadPlan(tls_ca=str(certificate), tls_name="router")]
+    monkeypatch.setenv("OVERFILL_API_KEY", "secret")
+    monkeypatch.setenv("OVERFILL_ADDRESS", "router:7600")
+    assert main(["loadtest", "--allow-brownout"]) == 2
+    assert runs == [
+        (LoadPlan(tier=("full", "fast=2")), None, None),
+        (LoadPlan(target="router:7600", allow_brownout=True), ClientTls(certificate, name="router"), "secret"),
+    ]

@@ -1,110 +1,142 @@
-"""A load test: timed requests, records between processes, its end, and its report."""
+"""A load test: its warm-up, its end by time, count or ctrl-C, and its report."""
 
 from __future__ import annotations
 
+import asyncio
 import io
-import itertools
 import json
+import signal
 
 import pytest
 
 from overfill.client import Timing
-from overfill.lab.loadtest.measure import Reported, from_record, measure, relative_to_start, to_record
+from overfill.lab.loadtest import run
 from overfill.lab.loadtest.plan import LoadPlan
-from overfill.lab.loadtest.run import LoadTestRun
-from overfill.lab.loadtest.verdict import LoadTestStatus, conclude
+from overfill.lab.loadtest.report import MET, MISSED, NOT_MEASURED, conclude
 from overfill.lab.traffic.outcome import Outcome, RequestFailed
 
 TIMING = Timing(ttft=0.9, router_queue=0.2, prefill_compute=0.5, total=2.0)
 
 
-class Canned:
-    """A transport that reports ``counts`` tokens in turn and then fails if ``failure`` is set."""
+class FakeTarget:
+    """A target that answers at once. At request ``interrupted`` the user presses ctrl-C, and no answer comes."""
 
-    def __init__(self, counts, failure=None):
-        self.counts = counts
-        self.failure = failure
+    def __init__(self, interrupted=None, failure=None):
+        self.interrupted, self.failure = interrupted, failure
+        self.asked = []
 
-    def ask(self, prompt, max_tokens, timeout, on_tokens, tier):
-        for count in self.counts:
-            on_tokens(count)
-        if self.failure:
-            raise RequestFailed(self.failure)
-        return Reported(TIMING, tier)
+    async def __aenter__(self):
+        return self
 
-    def close(self):
+    async def __aexit__(self, *exc):
         pass
 
-
-def asked(transport, due=None, tier=""):
-    ticks = itertools.count(10)
-    return measure(transport, [1], 4, 60.0, due, lambda: float(next(ticks)), tier)
-
-
-def test_tokens_of_one_message_came_together():
-    outcome = asked(Canned([1, 3]))
-    assert (outcome.due, outcome.sent, outcome.times) == (10, 10, (11, 12, 12))
-    assert outcome.timing == TIMING
-    assert asked(Canned([1]), due=7.0).ttft == 4, "a late client does not flatter the server"
+    async def stream(self, prompt, max_tokens, received, tier):
+        self.asked.append((len(prompt), max_tokens, tier))
+        if self.failure:
+            raise RequestFailed(self.failure)
+        if len(self.asked) - 2 == self.interrupted:  # after the warm-up
+            signal.raise_signal(signal.SIGINT)
+            await asyncio.Event().wait()
+        await asyncio.sleep(0)
+        yield max_tokens
 
 
-def test_a_server_s_own_count_at_the_end_counts():
-    outcome = asked(Canned([1, 2, 3, 2]))
-    assert (outcome.times, outcome.tokens, outcome.itl) == ((11, 12, 13), 2, 2.0)
+@pytest.fixture
+def tested(monkeypatch):
+    """Runs a plan on a fake target and returns its outcomes."""
+
+    def runs(target, **options):
+        plan = LoadPlan(prompt_tokens=7, output_tokens=3, vocab_size=100, **options)
+        monkeypatch.setattr(run, "_target", lambda *_: target)
+        return run.run_test(plan, plan.load(), None, None, io.StringIO())
+
+    return runs
 
 
-def test_a_failed_request_says_why():
-    assert asked(Canned([1], "the stream broke off")).error == "the stream broke off"
-    assert asked(Canned([])).error == "no token arrived"
+def test_each_tier_gets_a_short_request_first_which_is_in_no_figure(tested):
+    target = FakeTarget()
+    outcomes = tested(target, tier=("full", "fast"), requests=3)
+    assert target.asked[:2] == [(64, 4, "full"), (64, 4, "fast")]
+    assert len(target.asked) == 5
+    assert [outcome.tokens for outcome in outcomes] == [3] * 3
 
 
-def test_outcomes_survive_the_way_to_the_master():
-    master, worker = LoadTestRun(LoadPlan(requests=2)), LoadTestRun(LoadPlan(requests=2))
-    worker.outcomes = [asked(Canned([1, 2]), tier="full"), asked(Canned([], "refused"))]
-    assert (worker.outcomes[0].tier, worker.outcomes[0].written_by) == ("full", "full")
-    sent, data = list(worker.outcomes), {}
-    worker.report(data)
-    assert worker.outcomes == []
-    master.collect(json.loads(json.dumps(data)))
-    assert master.outcomes == sent
-    assert from_record(to_record(sent[0])) == sent[0]
-    assert master.is_over(0.0)
+def test_a_target_that_fails_at_the_first_request_is_not_measured(tested):
+    target = FakeTarget(failure="no such tier")
+    with pytest.raises(RequestFailed, match="no such tier"):
+        tested(target, requests=3)
+    assert len(target.asked) == 1
 
 
-def test_a_process_that_never_reports_is_not_waited_for_and_counts_as_failed():
-    run = LoadTestRun(LoadPlan(rate=10.0, requests=5, timeout=3.0))
-    run.outcomes = [asked(Canned([1]))]
-    assert not run.is_over(1.0)
-    assert run.is_over(1000.0)
-    assert [outcome.ok for outcome in run.all_outcomes()] == [True] + [False] * 4
+def test_the_time_ends_a_test(tested):
+    outcomes = tested(FakeTarget(), duration=0.2, users=2)
+    assert outcomes
+    assert all(outcome.ok for outcome in outcomes), "what runs when the time is over is waited for"
+    assert outcomes == sorted(outcomes, key=lambda outcome: outcome.due)
 
 
-def test_times_count_from_the_first_request():
-    later, first = Outcome(105.0, (106.0,), sent=105.5), Outcome(100.0, (), "refused")
-    assert relative_to_start([later, first]) == [Outcome(0.0, (), "refused"), Outcome(5.0, (6.0,), sent=5.5)]
+def test_ctrl_c_ends_a_test_and_what_has_not_ended_has_failed(tested):
+    arrivals = tested(FakeTarget(interrupted=1), rate=100.0, requests=4)
+    assert [outcome.error for outcome in arrivals] == [None, "the run was interrupted", "never sent", "never sent"]
+    users = tested(FakeTarget(interrupted=1), users=1)
+    assert [outcome.error for outcome in users] == [None, "the run was interrupted"]
 
 
-@pytest.mark.parametrize(
-    ("objective", "result"), [("ttft_p99=2", LoadTestStatus.MET), ("ttft_p99=0.5", LoadTestStatus.MISSED)]
-)
-def test_the_end_prints_judges_and_writes_a_page_that_needs_nothing_else(objective, result, tmp_path):
+@pytest.mark.parametrize(("objective", "code"), [("ttft_p99=2", MET), ("ttft_p99=0.5", MISSED)])
+def test_the_end_prints_judges_and_writes_a_page_that_needs_nothing_else(objective, code, tmp_path):
     page, records = tmp_path / "report.html", tmp_path / "records.jsonl"
-    run = LoadTestRun(LoadPlan(objective=objective, report=str(page), records=str(records)))
-    run.outcomes = [Outcome(i, (i + 1.0, i + 1.5), sent=float(i), timing=TIMING) for i in range(20)]
+    plan = LoadPlan(objective=objective, report=page, records=records, tier=("full",))
+    outcomes = [
+        Outcome(i, (i + 1.0, i + 1.5), sent=float(i), timing=TIMING, tier="full", written_by="cheap") for i in range(20)
+    ]
     out, err = io.StringIO(), io.StringIO()
-    assert conclude(run, out, err) is result
-    assert "1,000.0" in out.getvalue()
-    assert ("ttft_p99: 1000.0 ms (at most 500.0 ms)" in err.getvalue()) == (result is LoadTestStatus.MISSED)
+    assert conclude(plan, outcomes, out, err) == code
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    assert ["time", "to", "first", "token,", "ms", "1,000.0", "1,000.0", "1,000.0"] in lines
+    assert [
+        "full",
+        "20",
+        "20",
+        "100.0" if code == MET else "0.0",
+        "%",
+        "1,000.0",
+        "1,000.0",
+        "500.0",
+        "cheap",
+        "20",
+    ] in lines
+    assert ["ttft_p99", "1000.0", "ms", "2000.0", "ms", "met"] in lines or code == MISSED
+    assert ("loadtest: missed: ttft_p99: 1000.0 ms (at most 500.0 ms)" in err.getvalue()) == (code == MISSED)
     html = page.read_text()
     assert html.count("<svg") == 2
     assert "unattributed" in html
     assert not [mark for mark in ("<script", "<link", "<img", " src=") if mark in html]
-    assert len(records.read_text().splitlines()) == 20
+    assert str(tmp_path) not in html, "only names of files"
+    told = [json.loads(line) for line in records.read_text().splitlines()]
+    assert len(told) == 20
+    assert told[1]["times"] == [2.0, 2.5]
+    assert told[1]["timing"]["prefill_compute"] == 0.5
+
+
+def test_failures_are_counted_and_told(tmp_path):
+    page = tmp_path / "report.html"
+    outcomes = [Outcome(0.0, (1.0,), sent=0.0), Outcome(0.5, (), "<refused>", sent=0.5), Outcome(0.6, (), "never sent")]
+    out, err = io.StringIO(), io.StringIO()
+    assert conclude(LoadPlan(report=page), outcomes, out, err) == MISSED
+    assert "1 of 3" in out.getvalue()
+    assert "2 requests failed; the first: <refused>" in err.getvalue()
+    assert "missed: errors: 2 (at most 0)" in err.getvalue()
+    assert "<td>1</td><td>&lt;refused&gt;</td>" in page.read_text()
+
+
+def test_a_report_of_failures_alone_has_no_plots(tmp_path):
+    page = tmp_path / "report.html"
+    assert conclude(LoadPlan(report=page), [Outcome(0.0, (), "refused")], io.StringIO(), io.StringIO()) == MISSED
+    assert "<svg" not in page.read_text()
 
 
 def test_nothing_measured_is_told_apart_from_missed():
-    run = LoadTestRun(LoadPlan())
-    run.failure = "the server does not answer"
     err = io.StringIO()
-    assert conclude(run, io.StringIO(), err) is LoadTestStatus.NOT_MEASURED
-    assert "the server does not answer" in err.getvalue()
+    assert conclude(LoadPlan(), [], io.StringIO(), err) == NOT_MEASURED
+    assert "nothing was measured: no request was sent" in err.getvalue()

@@ -1,40 +1,47 @@
-"""The four tasks over one prompt: their data, and the judge of what adapters answer."""
+"""The four tasks over one prompt: their data, and what ``overfill bench quality`` says about an endpoint's answers."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Collection
+import threading
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from click.testing import CliRunner
+from aiohttp import web
+from click.testing import CliRunner, Result
 
 from overfill.api.tokenizer import Tokenizer
-from overfill.lab.commands.bench_tasks import tasks_command
-from overfill.lab.tasks.cases import TASKS, cases
-from overfill.lab.tasks.judge import MAX_ANSWER, Judge, TaskWriter
-from overfill.making.conversations import Transcript, encode, read_conversations
-from overfill.making.identity_pair import identity_pair
+from overfill.lab.commands.bench_quality import quality_command
+from overfill.lab.tasks.cases import TASKS, cases, conversations
+from overfill.lab.tasks.quality import TargetFailed
+from overfill.making.conversations import encode, read_conversations
 from overfill.model.manifest import Pair
-from tests.support.peft_adapters import add_tiny_adapter, load_peft
+from overfill.settings.tiers import TierSpec
+from tests.support.peft_adapters import add_tiny_adapter
+
+QUESTIONS = 4
+
+
+def run(*options: str) -> Result:
+    return CliRunner().invoke(quality_command, options, standalone_mode=False)
 
 
 def test_all_tasks_have_the_same_prompts_of_about_the_wanted_length(tiny_pair: Path, tmp_path: Path) -> None:
-    with identity_pair(tiny_pair / "full") as folder:
-        done = CliRunner().invoke(tasks_command, ["--pair", str(folder), "--write", str(tmp_path)])
+    done = run(f"--tier=full={tiny_pair}", "--write", str(tmp_path))
     assert done.exit_code == 0, done.output
     tokenizer = Tokenizer.load(tiny_pair / "full")
     by_task = {task: read_conversations(tmp_path / f"{task}.jsonl") for task in TASKS}
-    prompts = {task: [c.prompt for c in conversations] for task, conversations in by_task.items()}
+    prompts = {task: [c.prompt for c in made] for task, made in by_task.items()}
     assert all(each == prompts["row"] for each in prompts.values())
     assert len(set(prompts["row"])) == 1000
     held_out = [c.prompt for c in read_conversations(tmp_path / "row.held-out.jsonl")]
     assert not set(held_out) & set(prompts["row"])
-    for conversations in by_task.values():
-        transcripts = encode(conversations[:50], tokenizer)
+    for made in by_task.values():
+        transcripts = encode(made[:50], tokenizer)
         assert len({t.answer for t in transcripts}) > 40
 
 
@@ -45,46 +52,114 @@ def test_every_answer_follows_from_its_case() -> None:
         assert sum(order.product == case.order.product for order in case.orders) == 1
 
 
-def test_the_judge_counts_the_greedy_answers_of_transformers(tiny_pair: Path, tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(5)
-    prompts = [tuple(torch.randint(2, 512, (n,), generator=generator).tolist()) for n in (7, 12, 9)]
-    with identity_pair(tiny_pair / "full") as folder:
-        pair = Pair.load(folder)
-        adapter = add_tiny_adapter(pair, tmp_path / "adapters", "task")
-        adapted = load_peft(pair, adapter)
-        judge = Judge(pair, {"task": adapter}, 12 + MAX_ANSWER, "float32")
-        own, base = TaskWriter("task", "task", own_prefill=True), TaskWriter("task", "", own_prefill=False)
-        kept = TaskWriter("task", "task", own_prefill=False)
-        counted = {}
-        for name, writer in {"own": own, "base": base}.items():
-            expected = []
-            for prompt in prompts:
-                with adapted.disable_adapter() if writer is base else torch.no_grad():
-                    expected.append(_greedy(adapted, prompt, pair.full_config.eos_token_ids))
-            transcripts = [Transcript((*p, *a), len(p), tail=2) for p, a in zip(prompts, expected, strict=True)]
-            counted[name] = judge.scores([own, kept, base], {"task": transcripts}, "judging", lambda *_: None)
-    assert counted["own"] == {own: 3, kept: 0, base: 0}
-    assert counted["base"] == {own: 0, kept: 0, base: 3}
+class Endpoint:
+    """An endpoint with two tiers and an adapter of ``row``. The adapter knows every answer but the first one.
+
+    Attributes:
+        bodies: requests for answers.
+        status: HTTP status of answers.
+    """
+
+    def __init__(self, known: dict[str, str]) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.status = 200
+        self._known = known
+
+    async def models(self, request: web.Request) -> web.Response:
+        same = {"full_digest": "a", "decoder_digest": "a"}
+        pruned = same | {"decoder_digest": "b"}
+        return web.json_response(
+            {
+                "data": [
+                    {"id": "fast", "parent": None, "overfill": {"tier": "fast", "pair": pruned}},
+                    {"id": "fast:fast", "parent": None, "overfill": {"tier": "fast", "pair": pruned}},
+                    {"id": "fast:full", "parent": None, "overfill": {"tier": "full", "pair": same}},
+                    {"id": "fast:row-1", "root": "row-1", "parent": "fast", "overfill": {"tier": "full", "pair": same}},
+                    {"id": "fast:joke", "root": "joke", "parent": "fast", "overfill": {"tier": "full", "pair": same}},
+                ]
+            }
+        )
+
+    async def answer(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.bodies.append(body)
+        if self.status != 200:
+            return web.json_response({"error": {"message": "too many requests"}}, status=self.status)
+        text = self._known[body["messages"][-1]["content"]] if body["model"] == "fast:row-1" else "I do not know."
+        choice = {"message": {"role": "assistant", "content": text}}
+        return web.json_response({"choices": [choice], "usage": {"completion_tokens": 5}})
 
 
-@torch.inference_mode()
-def _greedy(model: Any, prompt: tuple[int, ...], stop: Collection[int]) -> tuple[int, ...]:
-    ids = list(prompt)
-    while len(ids) < len(prompt) + MAX_ANSWER:
-        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        if ids[-1] in stop:
-            break
-    return tuple(ids[len(prompt) :])
+@pytest.fixture
+def endpoint(tiny_pair: Path) -> Iterator[tuple[str, Endpoint]]:
+    """URL of an endpoint that runs in a thread, and the endpoint."""
+    judged = conversations(Tokenizer.load(tiny_pair / "full"), 200, QUESTIONS, 1_000_000)["row"]
+    known = {c.messages[0]["content"]: c.messages[1]["content"] for c in judged}
+    known[judged[0].messages[0]["content"]] += "!"
+    served = Endpoint(known)
+    app = web.Application()
+    app.add_routes([web.get("/v1/models", served.models), web.post("/v1/chat/completions", served.answer)])
+    loop, ready = asyncio.new_event_loop(), threading.Event()
+    runner = web.AppRunner(app)
+    url = ""
+
+    async def start() -> None:
+        nonlocal url
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+        ready.set()
+
+    thread = threading.Thread(target=lambda: (loop.run_until_complete(start()), loop.run_forever()))
+    thread.start()
+    ready.wait()
+    yield url, served
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
 
 
-def test_a_pruned_pair_is_refused(tiny_pair: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(tasks_command, ["--pair", str(tiny_pair), "--write", str(tmp_path)])
-    assert done.exit_code == 2
-    assert "must be an identity pair" in done.output
+def test_each_writer_is_scored_beside_the_full_model(tiny_pair: Path, endpoint: tuple[str, Endpoint]) -> None:
+    url, served = endpoint
+    options = f"--tier=full={tiny_pair}", f"--target={url}", f"--examples={QUESTIONS}", "--shots=2"
+    done = run(*options, "--json")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    right = {(row["task"], row["writer"]): row["value"] for row in rows if row["name"] == "right"}
+    assert right == {(task, tier): 0 for task in TASKS for tier in ("full", "fast")} | {("row", "row-1"): 0.75}
+    of_adapter = {row["name"]: row for row in rows if row["writer"] == "row-1"}
+    assert of_adapter["answer_tokens"]["value"] == 5
+    assert of_adapter["token_rate"]["peer"] == "full model alone"
+    assert of_adapter["token_rate"]["peer_value"] > 0
+    assert of_adapter["token_rate"]["answers"] == QUESTIONS
+    assert not any("cpu" in name for name in of_adapter)  # whose processes are not known
+    assert all(body["temperature"] == 0 for body in served.bodies)
+    # A tier learns the task from two worked examples of it. The adapter gets its question alone.
+    lengths = {body["model"]: len(body["messages"]) for body in served.bodies}
+    assert lengths == {"fast:full": 5, "fast:fast": 5, "fast:row-1": 1}
+    (line,) = [line for line in run(*options).output.splitlines() if "row-1" in line]
+    assert "75.0 %" in line
 
 
-@pytest.mark.parametrize("options", [[], ["--write", "a", "--adapters", "."]])
-def test_it_either_writes_or_scores(options: list[str]) -> None:
-    done = CliRunner().invoke(tasks_command, options)
-    assert done.exit_code == 2
-    assert "give --write FOLDER or --adapters FOLDER" in done.output
+def test_an_endpoint_that_refuses_is_an_error(tiny_pair: Path, endpoint: tuple[str, Endpoint]) -> None:
+    url, served = endpoint
+    served.status = 429
+    done = run(f"--tier=full={tiny_pair}", f"--target={url}", "--examples=8")
+    assert isinstance(done.exception, TargetFailed)
+    assert "HTTP 429: too many requests" in str(done.exception)
+
+
+@pytest.mark.slow
+def test_a_stack_is_started_and_its_cpu_time_counted(tiny_tiers: tuple[TierSpec, ...], tmp_path: Path) -> None:
+    tiers = {tier.name: tier for tier in tiny_tiers}
+    add_tiny_adapter(Pair.load(Path(tiers["full"].pair)), tmp_path / "adapters", "row")
+    options = [f"--tier={name}={tiers[name].pair}" for name in ("full", "fast")]
+    done = run(*options, f"--adapters={tmp_path / 'adapters'}", "--examples=2", "--shots=0", "--json")
+    assert done.exception is None, done.output
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    cpu = {(row["task"], row["writer"]): row["value"] for row in rows if row["name"] == "answer_cpu"}
+    assert cpu.keys() == {(task, tier) for task in TASKS for tier in ("full", "fast")} | {("row", "row")}
+    assert all(value > 0 for value in cpu.values())
+    # Random weights answer nothing right, so no right answer has a cost.
+    assert {row["value"] for row in rows if row["name"] == "right_answer_cpu"} == {None}
