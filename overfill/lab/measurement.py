@@ -42,6 +42,23 @@ class Measurement:
         """Makes a measurement from one value per round."""
         return cls(name, statistics.median(values), unit, bound, **more, low=min(values), high=max(values))
 
+    @classmethod
+    def beside(
+        cls,
+        name: str,
+        values: Sequence[float],
+        unit: str,
+        peer: str,
+        peer_values: Sequence[float],
+        limit: float | None = None,
+        *,
+        at_least: bool = False,
+    ) -> Self:
+        """Makes a measurement from one value per round, ours and a peer's; ``limit`` is a multiple of the peer's."""
+        value = statistics.median(peer_values)
+        bound = None if limit is None else limit * value
+        return cls.median(name, values, unit, bound, at_least=at_least, peer=peer, peer_value=value)
+
     @property
     def reached(self) -> bool:
         """True if ``value`` meets ``bound``; False for NaN."""

@@ -1,4 +1,4 @@
-"""A process that is driven over JSON lines, such as a peer in an environment of its own."""
+"""A process that is driven over JSON lines, such as plain vLLM."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""OverFill's two stages on vLLM beside plain vLLM: decode, first token and handoff, in one run."""
+"""OverFill's two stages on vLLM beside plain vLLM, in one run: decode, first token, handoff, and the host's work."""

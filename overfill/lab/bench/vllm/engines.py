@@ -1,7 +1,6 @@
-"""The engines of a run: full model and decoder behind a router of ours, and each alone in plain vLLM.
+"""The engines of a run: decode workers of ours, each a tier of one stack, and plain vLLM in processes of their own.
 
-Two routers share one prefill worker. One has a decode worker with the decoder. The other has one with the full model,
-which is "the full model under our workers". All engines are open together and take turns.
+All engines are open together and take turns. They have the same settings, and no prefix caches.
 """
 
 from __future__ import annotations
@@ -9,29 +8,38 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
+import re
 import sys
 import time
-import urllib.request
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from overfill.client import Answer, AsyncClient, Client, SamplingParams
-from overfill.errors import InternalError
+import psutil
+
+from overfill.client import Answer, Client, SamplingParams
 from overfill.kv.spec import DTypeName
+from overfill.lab.bench.vllm.window import CpuTimes, DecodeWindow, decode_window
 from overfill.lab.cpu_clock import cpu_seconds
 from overfill.lab.peers.process import JsonProcess
-from overfill.lab.bench.vllm.window import DecodeWindow, decode_window
-from overfill.model.manifest import Pair
-from overfill.stack.child import Child
-from overfill.stack.describe import describe
-from overfill.stack.placed import PlacedStack, place
-from overfill.stack.ports import free_ports
-from overfill.stack.process_runner import child_environment, running
+from overfill.lab.stacks import ServedStack, served
+from overfill.lab.traffic.openai import completion_body
+from overfill.settings.tiers import TierSpec
+from overfill.stack.process_runner import child_environment
+from overfill.telemetry.progress import Report
 
 Log = Callable[[str, str], None]
+
+STEPS, SECONDS = 64, 1.0
+"""A window of ours has so many steps and seconds at least, unless the answers are too short for it."""
+
+_TOKENS = re.compile(rb'"completion_tokens":(\d+)')
+_PAUSE = 1.25
+"""Seconds before a turn. Processes of plain vLLM spin for a second after their last message."""
 
 _PLAIN_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # as in our workers
@@ -39,7 +47,6 @@ _PLAIN_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-_PROMPT_TOKENS_COMPUTED = "overfill_decode_prompt_tokens_computed_total"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,200 +54,172 @@ class VllmSettings:
     """Settings that all engines share.
 
     Attributes:
-        device: ``auto``, ``cpu`` or ``cuda``, for our workers; plain vLLM has one device.
         threads: CPU threads of each engine.
         kv_memory: Bytes of each engine's KV cache.
-        engine_args: Arguments of vLLM by name, for all engines.
+        engine_args: Arguments of vLLM by name.
     """
 
     dtype: DTypeName
-    device: str
     threads: int
     max_num_seqs: int
-    max_num_batched_tokens: int
     max_model_len: int
     kv_memory: int
     engine_args: Mapping[str, Any]
 
+    def common(self) -> dict[str, Any]:
+        """Settings that workers and vLLM call by the same names."""
+        return {
+            "dtype": self.dtype,
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": max(2048, self.max_num_seqs),
+            "max_model_len": self.max_model_len,
+        }
+
 
 class StackEngine:
-    """A decode worker behind a router of ours, measured by a client of the SDK.
+    """A tier of a stack of ours, with one decode worker."""
 
-    Args:
-        address: The router's.
-        prefill, decode: The workers' processes.
-    """
+    def __init__(self, stack: ServedStack, tier: str) -> None:
+        self._stack, self._tier = stack, tier
+        self._worker, self._router = stack.processes[f"decode-{tier}-0"], stack.processes["router"]
 
-    def __init__(self, address: str, prefill: Child, decode: Child) -> None:
-        self.address = address
-        self._prefill, self._decode = prefill.pid, decode.pid
+    def decode(self, prompts: Sequence[list[int]], max_tokens: int) -> DecodeWindow:
+        """Tokens while all ``prompts`` are decoded.
 
-    def decode(self, prompts: Sequence[list[int]], max_tokens: int, steps: int) -> DecodeWindow:
-        """Tokens while all ``prompts`` are decoded; CPU time is the decode worker's."""
+        Raises:
+            InternalError: an answer ended before.
+        """
 
         async def run() -> DecodeWindow:
-            async with AsyncClient(self.address) as client:
-                streams = [_counts(client, prompt, max_tokens) for prompt in prompts]
-                return await decode_window(streams, steps, lambda: cpu_seconds(self._decode))
+            model, most = f"{self._stack.model}:{self._tier}", max_tokens // 2
+            bodies = [completion_body(model, prompt, max_tokens, extensions=True) for prompt in prompts]
+            streams = [completion_counts(self._stack.url, body) for body in bodies]
+            return await decode_window(streams, min(STEPS, most), self._cpu, seconds=SECONDS, most=most)
 
-        return asyncio.run(run())
+        window = asyncio.run(run())
+        # The thread that steps vLLM is by far the busiest one. Threads have no names outside of their process.
+        thread = max(spent for name, spent in window.cpu.items() if name not in ("worker", "router"))
+        return replace(window, cpu={**window.cpu, "thread": thread})
 
-    def answer(self, prompt: list[int], max_tokens: int) -> tuple[list[float], float, Answer]:
-        """One answer: when each token arrived, CPU seconds of the prefill worker, and the answer."""
+    def answer(self, prompt: list[int], max_tokens: int) -> tuple[list[float], Answer]:
+        """One answer, and when each of its tokens arrived."""
+        with Client(self._stack.address) as client:
+            client.models()  # connects
+            start, times = time.perf_counter(), list[float]()
+            sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+            stream = client.stream(prompt, sampling=sampling, tier=self._tier)
+            with stream:
+                for delta in stream:
+                    times += [time.perf_counter() - start] * len(delta.token_ids)
+            return times, stream.answer
 
-        async def run() -> tuple[list[float], float, Answer]:
-            async with AsyncClient(self.address) as client:
-                await client.models()  # connects
-                before, start = cpu_seconds(self._prefill), time.perf_counter()
-                times: list[float] = []
-                stream = client.stream(prompt, sampling=_greedy(max_tokens))
-                async with stream:
-                    async for delta in stream:
-                        times += [time.perf_counter() - start] * len(delta.token_ids)
-                return times, cpu_seconds(self._prefill) - before, stream.answer
-
-        return asyncio.run(run())
+    def _cpu(self) -> CpuTimes:
+        threads = {str(one.id): one.user_time + one.system_time for one in psutil.Process(self._worker).threads()}
+        return {"worker": cpu_seconds(self._worker), "router": cpu_seconds(self._router), **threads}
 
 
 class PlainEngine(JsonProcess):
     """One model in plain vLLM, in a process of its own. The constructor starts the process and loads the model.
 
     Args:
-        whole: Count CPU time of all of vLLM's processes, not of the one that computes.
+        in_process: Use vLLM's synchronous engine instead of ``AsyncLLM``.
 
     Raises:
         PeerFailed: vLLM did not start.
     """
 
-    def __init__(self, name: str, model: Path, settings: VllmSettings, log: Path, whole: bool = False) -> None:
-        environment = plain_environment(settings)
+    def __init__(self, name: str, model: Path, settings: VllmSettings, log: Path, *, in_process: bool = False) -> None:
+        environment = child_environment(os.environ, settings.threads) | _PLAIN_ENVIRONMENT
         super().__init__(name, [sys.executable, "-m", "overfill.lab.bench.vllm.plain"], environment, log)
         arguments = {
             "model": str(model),
-            "dtype": settings.dtype,
-            "max_model_len": settings.max_model_len,
-            "max_num_seqs": settings.max_num_seqs,
-            "max_num_batched_tokens": settings.max_num_batched_tokens,
             "kv_cache_memory_bytes": settings.kv_memory,
             "enable_prefix_caching": False,
             "skip_tokenizer_init": True,
             "disable_log_stats": True,
-            **settings.engine_args,
         }
+        arguments |= settings.common() | dict(settings.engine_args)
         try:
-            self.ask("load", arguments=arguments, whole=whole)
+            self.ask("load", in_process=in_process, arguments=arguments)
         except BaseException:
             self.close()
             raise
 
     def decode(self, prompts: Sequence[list[int]], max_tokens: int, steps: int) -> DecodeWindow:
         """Tokens while all ``prompts`` are decoded."""
-        found = self.ask("decode", prompts=prompts, max_tokens=max_tokens, steps=steps)
-        return DecodeWindow(**found | {"before": tuple(found["before"])})
+        return DecodeWindow(**self.ask("decode", prompts=prompts, max_tokens=max_tokens, steps=steps))
 
-    def answer(self, prompt: list[int], max_tokens: int) -> tuple[list[float], float]:
-        """One answer: when each token arrived, and CPU seconds."""
-        found = self.ask("answer", prompt=prompt, max_tokens=max_tokens)
-        return found["times"], found["cpu"]
-
-
-def plain_environment(settings: VllmSettings) -> dict[str, str]:
-    """Environment of a process with plain vLLM."""
-    return child_environment(os.environ, settings.threads) | _PLAIN_ENVIRONMENT
+    def answer(self, prompt: list[int], max_tokens: int) -> list[float]:
+        """When each token of one answer arrived."""
+        times: list[float] = self.ask("answer", prompt=prompt, max_tokens=max_tokens)["times"]
+        return times
 
 
-@contextmanager
-def two_stage_stack(pair: Pair, settings: VllmSettings, log: Log) -> Iterator[str]:
-    """A stack of one prefill and one decode worker. Yields the router's address.
+async def completion_counts(url: str, body: Mapping[str, Any]) -> AsyncGenerator[int, None]:
+    """Streams a completion whose events have token counts, and yields the counts.
 
-    Raises:
-        StartFailed: a process exited.
+    It reads no more than these, because the client shares the cores with what is measured.
     """
-    plan = stack_plan(pair.folder, settings, free_ports("127.0.0.1", 1)[0])
-    with running(plan, log):
-        yield plan.addresses[0]
+    address, content = urlsplit(url), json.dumps(body)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    try:
+        head = f"POST {address.path}/completions HTTP/1.1\r\nhost: {address.netloc}\r\nconnection: close\r\n"
+        head += f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+        writer.write(f"{head}{content}".encode())
+        rest = b""
+        while received := await reader.read(1 << 16):
+            events, _, rest = (rest + received).rpartition(b"\n\n")
+            if counts := _TOKENS.findall(events):
+                yield int(counts[-1])
+    finally:
+        writer.close()
 
 
 @contextmanager
-def both_stacks(
-    pair: Pair, identity: Path, settings: VllmSettings, log: Log
-) -> Iterator[tuple[StackEngine, StackEngine]]:
-    """Yields the decoder and the full model, each in a decode worker behind its router; one prefill worker feeds both.
+def stack_engines(pairs: Mapping[str, Path], settings: VllmSettings, log: Log) -> Iterator[dict[str, StackEngine]]:
+    """Starts a stack with one prefill worker. Yields its tiers by name.
 
     Args:
-        identity: Folder of the pair whose halves are both the full model.
+        pairs: Name of a tier -> folder of its pair. All pairs have the same full model.
 
     Raises:
         StartFailed: a process exited.
     """
-    ports = free_ports("127.0.0.1", 2)
-    ours, full = stack_plan(pair.folder, settings, ports[0]), stack_plan(identity, settings, ports[1])
-    joins = ours.join_addresses + full.join_addresses
-    prefill = [replace(w, config=w.config.model_copy(update={"routers": joins})) for w in ours.of_stage("prefill")]
-    of_full = [
-        replace(w, config=w.config.model_copy(update={"worker_id": "decode-full"})) for w in full.of_stage("decode")
-    ]
-    plan = replace(ours, routers=ours.routers + full.routers, workers=(*prefill, *ours.of_stage("decode"), *of_full))
-    with running(plan, log) as stack:
-        first = stack.worker(prefill[0].id)
-        workers = [stack.worker(decode.id) for decode in plan.of_stage("decode")]
-        decoder, full_model = (
-            StackEngine(address, first, worker) for address, worker in zip(plan.addresses, workers, strict=True)
-        )
-        yield decoder, full_model
+    tiers = [TierSpec(name=name, pair=str(folder)) for name, folder in pairs.items()]
+    own = {"engine": "vllm", "engine_args": json.dumps(dict(settings.engine_args)), "kv_memory": settings.kv_memory}
+    of_workers = {**settings.common(), **own, "prefix_cache": False}
+    first = next(iter(pairs.values()))
+    with served(first, settings=of_workers, log=log, tiers=tiers, threads=settings.threads) as stack:
+        yield {name: StackEngine(stack, name) for name in pairs}
 
 
-def prompt_tokens_computed(address: str) -> float:
-    """Prompt tokens that the decode workers of a router have computed, by their metric.
+class Turns:
+    """The turns of the engines: random prompts, pauses and progress."""
 
-    Raises:
-        InternalError: a worker does not export the metric.
-    """
-    with Client(address) as client:
-        workers = [w.process for w in client.status().workers if w.process is not None and w.stage == "decode"]
-    total = 0.0
-    for worker in workers:
-        with urllib.request.urlopen(f"http://{worker.metrics_address}/metrics", timeout=10) as response:
-            lines = response.read().decode().splitlines()
-        values = [line.split()[-1] for line in lines if line.startswith(_PROMPT_TOKENS_COMPUTED)]
-        if not values:
-            raise InternalError(f"{worker.id} does not export {_PROMPT_TOKENS_COMPUTED}")
-        total += sum(map(float, values))
-    return total
+    def __init__(self, rounds: int, vocab_size: int, report: Report) -> None:
+        self._rounds, self._vocab_size, self._report = rounds, vocab_size, report
+        self._rng = random.Random(0)
 
+    def rounds(self, name: str) -> Iterator[None]:
+        """Yields once per round, and reports the progress."""
+        for done in range(self._rounds):
+            self._report(name, done, self._rounds)
+            yield
+        self._report(name, self._rounds, self._rounds)
 
-def stack_plan(folder: Path, settings: VllmSettings, port: int) -> PlacedStack:
-    """A router on ``port``, a prefill and a decode worker, all on this machine and without prefix caches."""
-    return place(
-        describe(
-            folder,
-            port=port,
-            threads=settings.threads,
-            settings={
-                "engine": "vllm",
-                "engine_args": json.dumps(dict(settings.engine_args)),
-                "dtype": settings.dtype,
-                "device": settings.device,
-                "max_num_seqs": settings.max_num_seqs,
-                "max_num_batched_tokens": settings.max_num_batched_tokens,
-                "max_model_len": settings.max_model_len,
-                "kv_memory": settings.kv_memory,
-                "prefix_cache": False,
-                "log_level": "warning",
-                "grace_period": 2,
-            },
-        )
-    )
+    def prompts(self, count: int, length: int) -> list[list[int]]:
+        """Prompts for a turn that begins now. No two prompts share a prefix."""
+        time.sleep(_PAUSE)
+        return [[self._rng.randrange(2, self._vocab_size) for _ in range(length)] for _ in range(count)]
 
+    def decode(
+        self, rows: int, length: int, max_tokens: int, ours: StackEngine, *peers: PlainEngine
+    ) -> tuple[DecodeWindow, ...]:
+        """A turn of each engine at ``rows`` rows with prompts of ``length`` tokens; peers take as many steps as ours.
 
-def _greedy(max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-
-
-async def _counts(client: AsyncClient, prompt: list[int], max_tokens: int) -> AsyncGenerator[int, None]:
-    count = 0
-    stream = client.stream(prompt, sampling=_greedy(max_tokens))
-    async with stream:
-        async for delta in stream:
-            count += len(delta.token_ids)
-            yield count
+        Under our workers, sequences decode while other prompts wait for the prefill worker. Plain vLLM starts all of
+        them at nearly the same time. Longer prompts give its sequences the same contexts.
+        """
+        own = ours.decode(self.prompts(rows, length), max_tokens)
+        longer = length + round(own.before)
+        return own, *(peer.decode(self.prompts(rows, longer), max_tokens, own.steps) for peer in peers)

@@ -17,7 +17,7 @@ from overfill.version import __version__
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Versions, and the device with its driver. ``vllm_tested`` is True for a release of the tested range."""
     release = installed()
-    return {
+    found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "overfill": __version__,
         "vllm": str(release),
@@ -25,19 +25,18 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "vllm_tested": untested_warning(release) is None,
         "torch": torch.__version__,
         "device": str(device),
-        **(_gpu(device) if device.type == "cuda" else _cpu()),
+        "device_name": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
     }
-
-
-def _gpu(device: torch.device) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "device_name": properties.name,
-        "device_memory": properties.total_memory,
-        "compute_capability": f"{properties.major}.{properties.minor}",
+    if device.type != "cuda":
+        return found
+    gpu = torch.cuda.get_device_properties(device)
+    return found | {
+        "device_name": gpu.name,
+        "device_memory": gpu.total_memory,
+        "compute_capability": f"{gpu.major}.{gpu.minor}",
         "cuda": torch.version.cuda,
         "driver": _driver(),
-        "cores": len(os.sched_getaffinity(0)),
     }
 
 
@@ -51,10 +50,9 @@ def _driver() -> str | None:
     return next(iter(output.splitlines()), None)
 
 
-def _cpu() -> dict[str, Any]:
+def _cpu_name() -> str | None:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {"device_name": next(names, None), "cores": len(os.sched_getaffinity(0))}
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)

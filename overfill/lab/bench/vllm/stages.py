@@ -1,0 +1,187 @@
+"""Measures both stages on vLLM beside plain vLLM: the decoder and the full model, under our workers and alone."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+from overfill.errors import InternalError
+from overfill.lab.bench.vllm.engines import Log, PlainEngine, StackEngine, Turns, VllmSettings, stack_engines
+from overfill.lab.bench.vllm.window import DecodeWindow
+from overfill.lab.measurement import Measurement
+from overfill.making.identity_pair import identity_pair
+from overfill.model.manifest import Pair
+from overfill.telemetry.progress import Report
+
+DECODE_PROMPT = 128
+"""Tokens of each prompt of a decode turn."""
+
+MAX_ANSWER = 1024
+"""Maximum tokens of a sequence in a decode turn."""
+
+ANSWER = 8
+"""Tokens of an answer to a measured prompt."""
+
+MIN_DECODE = {32: 0.95}
+"""Batch -> lower limit of the decoder's rate under our worker, as a multiple of plain vLLM's."""
+
+MIN_GAIN = 0.95
+"""Lower limit of the decoder's gain under our workers, as a multiple of its gain in plain vLLM."""
+
+MAX_TTFT = {512: 1.15, 2048: 1.10, 8192: 1.05}
+"""Prompt length that was asked for -> upper limit of the time to first token, as a multiple of a plain prefill."""
+
+MAX_EXPOSED = {2048: 0.05}
+"""Prompt length -> upper limit of the second token's wait for KV, as a share of the prefill."""
+
+_PEER = "plain vLLM"
+
+DecodeRound = Mapping[str, tuple[DecodeWindow, ...]]
+"""``decoder`` and ``full`` -> the window under our worker, and that of plain vLLM."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagesPlan:
+    """What a run measures.
+
+    Attributes:
+        batches: Sequences that decode together.
+        prompts: Prompt lengths as the user gave them; those that do not fit the context are shortened.
+        rounds: Turns of each engine.
+    """
+
+    batches: tuple[int, ...]
+    prompts: tuple[int, ...]
+    rounds: int
+
+    def lengths(self, context: int) -> dict[int, int]:
+        """Length that was asked for -> length that fits a context of ``context`` tokens."""
+        return {asked: min(asked, context - ANSWER) for asked in self.prompts}
+
+    def max_model_len(self, context: int) -> int:
+        """Maximum tokens of a prompt and its answer."""
+        longest = max(self.lengths(context).values()) + ANSWER
+        return min(context, max(longest, DECODE_PROMPT + MAX_ANSWER))
+
+    def kv_tokens(self, context: int) -> int:
+        """Tokens for which a KV cache needs memory: those that it has at most, and an eighth more."""
+        rows = max(self.batches) * min(context, DECODE_PROMPT + MAX_ANSWER)
+        return max(rows, self.max_model_len(context)) * 9 // 8
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRound:
+    """One request to the stack, and the same prompt in plain vLLM. Times are in seconds.
+
+    Attributes:
+        ttft: Time to first token, measured by the client.
+        exposed: Time from the first token's arrival to the first decode step, as a share of the prefill's compute.
+        second: Time from first to second token, measured by the client.
+        plain_ttft: Time to first token of the full model in plain vLLM.
+        plain_step: A decode step of the decoder in plain vLLM, after as long a prompt.
+    """
+
+    ttft: float
+    exposed: float
+    second: float
+    plain_ttft: float
+    plain_step: float
+
+
+def measure_stages(
+    pair: Pair, plan: StagesPlan, settings: VllmSettings, report: Report, log: Log
+) -> Iterator[Measurement]:
+    """Yields each figure when it is known.
+
+    Args:
+        log: Called with the name and each line of output of our processes.
+
+    Raises:
+        StartFailed, PeerFailed: an engine did not start.
+    """
+    context = pair.full_config.max_positions
+    with ExitStack() as stack:
+        logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overfill-bench-")))
+        folders = {"decoder": pair.folder, "full": stack.enter_context(identity_pair(pair.full_path, report=report))}
+        report("Starting engines", 0, 3)
+        ours = stack.enter_context(stack_engines(folders, settings, log))
+        plain: dict[str, PlainEngine] = {}
+        for half, model in (("decoder", pair.decoder_path), ("full", pair.full_path)):
+            report("Starting engines", 1 + len(plain), 3)
+            engine = PlainEngine(f"{_PEER} of the {half}", model, settings, logs / half)
+            plain[half] = stack.enter_context(closing(engine))
+        report("Starting engines", 3, 3)
+        max_answer = min(MAX_ANSWER, settings.max_model_len - DECODE_PROMPT)
+        turns = Turns(plan.rounds, pair.full_config.vocab_size, report)
+
+        def decode_round(batch: int) -> DecodeRound:
+            return {half: turns.decode(batch, DECODE_PROMPT, max_answer, ours[half], plain[half]) for half in ours}
+
+        lengths = plan.lengths(context)
+        report("Warming up", 0, 1)
+        decode_round(max(plan.batches))
+        _prompt_round(min(lengths.values()), turns, ours["decoder"], plain)
+        report("Warming up", 1, 1)
+        for batch in plan.batches:
+            yield from decode_figures(batch, [decode_round(batch) for _ in turns.rounds(f"Decode, batch {batch}")])
+        for asked, length in lengths.items():
+            rounds = turns.rounds(f"Prompts of {length} tokens")
+            found = [_prompt_round(length, turns, ours["decoder"], plain) for _ in rounds]
+            yield from prompt_figures(length, asked, found)
+
+
+def _prompt_round(length: int, turns: Turns, ours: StackEngine, plain: Mapping[str, PlainEngine]) -> PromptRound:
+    ((prompt,), (same_length,)) = turns.prompts(1, length), turns.prompts(1, length)
+    times, answer = ours.answer(prompt, ANSWER)
+    timing = answer.timing
+    if len(times) < 2 or timing.prefill_compute is None or timing.handoff_exposed is None:
+        raise InternalError("the answer has no second token, or no timing for prefill compute or exposed handoff")
+    (plain_ttft,) = plain["full"].answer(prompt, 1)
+    steps = plain["decoder"].answer(same_length, ANSWER)
+    return PromptRound(
+        ttft=times[0],
+        exposed=timing.handoff_exposed / timing.prefill_compute,
+        second=times[1] - times[0],
+        plain_ttft=plain_ttft,
+        plain_step=median(after - before for before, after in pairwise(steps)),
+    )
+
+
+def decode_figures(batch: int, rounds: Sequence[DecodeRound]) -> list[Measurement]:
+    """Figures of one batch."""
+
+    def rates(half: str, engine: int) -> list[float]:
+        return [found[half][engine].rate for found in rounds]
+
+    def gains(engine: int) -> list[float]:
+        return [decoder / full for decoder, full in zip(rates("decoder", engine), rates("full", engine), strict=True)]
+
+    return [
+        Measurement.beside(name, values, unit, _PEER, peers, limit, at_least=True)
+        for name, values, unit, peers, limit in (
+            (f"decode_decoder_{batch}", rates("decoder", 0), "tokens/s", rates("decoder", 1), MIN_DECODE.get(batch)),
+            (f"decode_full_{batch}", rates("full", 0), "tokens/s", rates("full", 1), None),
+            (f"decode_gain_{batch}", gains(0), "of the full model", gains(1), MIN_GAIN),
+        )
+    ]
+
+
+def prompt_figures(length: int, asked: int, rounds: Sequence[PromptRound]) -> list[Measurement]:
+    """Figures of one prompt length.
+
+    Args:
+        asked: The length that the user gave; ``length`` is shorter where the model's context is.
+    """
+    ttft, plain_ttft = [1e3 * r.ttft for r in rounds], [1e3 * r.plain_ttft for r in rounds]
+    second, plain_step = [1e3 * r.second for r in rounds], [1e3 * r.plain_step for r in rounds]
+    exposed = [r.exposed for r in rounds]
+    return [
+        Measurement.beside(f"ttft_{length}", ttft, "ms", _PEER, plain_ttft, MAX_TTFT.get(asked)),
+        Measurement.median(f"handoff_exposed_{length}", exposed, "of the prefill", MAX_EXPOSED.get(asked)),
+        Measurement.beside(f"second_token_{length}", second, "ms", "plain decode step", plain_step),
+    ]
