@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from overfill.cli.options import Number
-from overfill.lab.commands.bench_options import install_option, json_option, log_line, pair_folder
+from overfill.lab.commands.bench_options import install_option, json_option, log_line
 from overfill.lab.measurement import print_measurements
 
 _PEERS = ("dynamo", "smg", "vllm-router")
@@ -30,10 +30,9 @@ class _Peers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
 @click.command("router", short_help="CPU, latency and memory of the router, beside other projects' routers.")
 @click.option("--peers", type=_Peers(), help="Comma-separated: dynamo, smg, vllm-router; default: those installed.")
 @install_option
-@click.option("--pair", default="mock", show_default=True, help="Pair whose tokenizer and KV geometry are used.")
 @click.option("--seconds", type=Number(0.2), default=2.0, show_default=True, help="Duration of each part.")
 @json_option
-def router_command(peers: tuple[str, ...] | None, install: bool, pair: str, seconds: float, as_json: bool) -> int:
+def router_command(peers: tuple[str, ...] | None, install: bool, seconds: float, as_json: bool) -> int:
     """Measure what the router costs beside others: CPU per request and per token, time to first token, memory.
 
     All get the same streamed chat completions over HTTP, and each has its own workers behind it: mock ones, or a bare
@@ -53,5 +52,5 @@ def router_command(peers: tuple[str, ...] | None, install: bool, pair: str, seco
         for peer in peers:
             if environment.python_of(peer) is None:
                 raise click.UsageError(f"the peer {peer} is {environment.NOT_INSTALLED}")
-        found = measure_cost(pair_folder(pair), peers, seconds, log_line, report=report)
+        found = measure_cost(peers, seconds, log_line, report=report)
     return print_measurements(found, as_json)

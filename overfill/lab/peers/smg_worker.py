@@ -34,39 +34,24 @@ class Worker(service.VllmEngineServicer):  # type: ignore[misc]
             self._next = asyncio.Event()
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        prompt, tokens = len(request.tokenized.input_ids), request.sampling_params.max_tokens
+        counts = {"prompt_tokens": len(request.tokenized.input_ids)}
+        tokens = request.sampling_params.max_tokens
         for done in range(1, tokens + 1):
             if done > 1:
                 await self._next.wait()
-            chunk = pb.GenerateStreamChunk(token_ids=[self._token], prompt_tokens=prompt, completion_tokens=done)
+            chunk = pb.GenerateStreamChunk(token_ids=[self._token], completion_tokens=done, **counts)
             yield pb.GenerateResponse(chunk=chunk)
-        whole = [self._token] * tokens
-        yield pb.GenerateResponse(
-            complete=pb.GenerateComplete(
-                output_ids=whole, finish_reason="length", prompt_tokens=prompt, completion_tokens=tokens
-            )
-        )
+        whole = {"output_ids": [self._token] * tokens, "completion_tokens": tokens, "finish_reason": "length"}
+        yield pb.GenerateResponse(complete=pb.GenerateComplete(**whole, **counts))
 
     async def HealthCheck(self, request: Any, context: Any) -> Any:
         return pb.HealthCheckResponse(healthy=True)
 
-    async def Abort(self, request: Any, context: Any) -> Any:
-        return pb.AbortResponse()
-
     async def GetModelInfo(self, request: Any, context: Any) -> Any:
-        return pb.GetModelInfoResponse(
-            model_path=str(self._model),
-            tokenizer_path=str(self._model),
-            served_model_name="mock",
-            is_generation=True,
-            max_context_length=self._config["max_position_embeddings"],
-            vocab_size=self._config["vocab_size"],
-            model_type=self._config["model_type"],
-            architectures=self._config["architectures"],
-        )
-
-    async def GetServerInfo(self, request: Any, context: Any) -> Any:
-        return pb.GetServerInfoResponse(server_type="vllm-grpc", data_parallel_size=1)
+        sizes = {"max_context_length": "max_position_embeddings", "vocab_size": "vocab_size"}
+        about = {field: self._config[name] for field, name in sizes.items()}
+        about |= {"model_path": str(self._model), "tokenizer_path": str(self._model), "served_model_name": "mock"}
+        return pb.GetModelInfoResponse(is_generation=True, model_type=self._config["model_type"], **about)
 
 
 async def main(port: str, model: str, step: str) -> None:

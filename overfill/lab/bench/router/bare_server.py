@@ -31,6 +31,7 @@ _END = b"\n\n"
 class Recording:
     """An answer of our router in bytes: the events before a token, the event of one token, the events after it."""
 
+    model: str
     head: bytes
     token: bytes
     tail: bytes
@@ -49,36 +50,36 @@ def record(server: RunningRouter) -> Recording:
     place = [index for index, event in enumerate(events) if b'"content":"%b"' % server.token in event]
     if len(place) != 1:
         raise PeerFailed(f"{server.address}: expected one event with a token, got {len(place)} in {events!r}")
-    return Recording(b"".join(events[: place[0]]), events[place[0]], b"".join(events[place[0] + 1 :]))
+    return Recording(server.model, b"".join(events[: place[0]]), events[place[0]], b"".join(events[place[0] + 1 :]))
 
 
 @contextmanager
-def bare_server(recording: Recording, step: float, model: str, token: bytes) -> Iterator[RunningRouter]:
-    """Starts the server, which sends a token to each running answer every ``step`` seconds."""
+def bare_server(recording: Recording, step: float, sequences: int = 0) -> Iterator[RunningRouter]:
+    """Starts the server, which sends a token to each running answer every ``step`` seconds, to any number of them."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(recording, step, model, theirs), daemon=True)
+    process = context.Process(target=_serve, args=(recording, step, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
         assert process.pid is not None
-        yield RunningRouter(f"127.0.0.1:{ours.recv()}", model, "bare uvicorn", (process.pid,), token=token)
+        yield RunningRouter(f"127.0.0.1:{ours.recv()}", recording.model, "bare uvicorn", (process.pid,))
     finally:
         process.kill()
         process.join()
 
 
-def _serve(recording: Recording, step: float, model: str, pipe: Connection) -> None:
-    asyncio.run(_Bare(recording, step, model).serve(pipe.send))
+def _serve(recording: Recording, step: float, pipe: Connection) -> None:
+    asyncio.run(_Bare(recording, step).serve(pipe.send))
 
 
 class _Bare:
     """The running answers, and the application that sends them."""
 
-    def __init__(self, recording: Recording, step: float, model: str) -> None:
+    def __init__(self, recording: Recording, step: float) -> None:
         self._recording = recording
         self._step = step
-        self._models = json.dumps({"object": "list", "data": [{"id": model, "object": "model"}]}).encode()
+        self._models = json.dumps({"object": "list", "data": [{"id": recording.model, "object": "model"}]}).encode()
         self._next = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
 

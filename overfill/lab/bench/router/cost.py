@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from overfill.lab.bench.router.bare_server import Recording, bare_server, record
+from overfill.lab.bench.router.bare_server import bare_server, record
 from overfill.lab.bench.router.load import Load, Received, running
 from overfill.lab.cpu_clock import cpu_seconds
 from overfill.lab.measurement import Measurement
@@ -29,6 +29,7 @@ from overfill.lab.peers.environment import python_of
 from overfill.lab.peers.process import PeerFailed
 from overfill.lab.peers.routers import RunningRouter, dynamo, processes, smg, vllm_router
 from overfill.lab.stacks import served
+from overfill.pair.store import MOCK, resolve_pair
 from overfill.process.open_files import allow_connections
 from overfill.telemetry.progress import Report, silent
 
@@ -84,7 +85,6 @@ class Figures:
 
 
 def measure_cost(
-    pair: Path,
     peers: Sequence[str],
     seconds: float,
     log: Log,
@@ -95,18 +95,18 @@ def measure_cost(
     """Measures our router, then the bare server, then each of ``peers``; each takes about 12 times ``seconds``.
 
     Args:
-        pair: Pair with the tokenizer that all routers use which tokenize.
         seconds: Duration of each part; the times to first token take two.
 
     Raises:
         PeerFailed, StartFailed: A router did not start.
     """
     allow_connections(2 * max(open_streams, *streams))  # a proxy has two for each stream
-    ours = partial(our_router, pair, log=log)
-    with ours(_STEP, max(streams)) as server:
-        bare = partial(_bare, record(server), server.model)
+    pair = resolve_pair(MOCK)
+    ours = partial(our_router, pair=pair, log=log)
+    with ours(_STEP, _SPARE) as server:
+        bare = partial(bare_server, record(server))
     starts: dict[str, Start] = {"ours": ours, "bare": bare}
-    starts |= {peer: peer_start(peer, pair / _model_folder(pair), bare) for peer in peers}
+    starts |= {peer: peer_start(peer, pair / "model", bare) for peer in peers}
     found = {}
     for done, (name, start) in enumerate(starts.items()):
         report(f"Measuring {name}", done, len(starts))
@@ -116,27 +116,18 @@ def measure_cost(
 
 
 @contextmanager
-def our_router(pair: Path, step: float, sequences: int, log: Log) -> Iterator[RunningRouter]:
+def our_router(step: float, sequences: int, pair: Path, log: Log) -> Iterator[RunningRouter]:
     """Starts our router with mock workers."""
     times = {"step": step, "answer": "~", "answer_tokens": _LONGEST_ANSWER}
-    settings = {"engine": "mock", "engine_args": json.dumps(times), "max_num_seqs": sequences + _SPARE}
+    settings = {"engine": "mock", "engine_args": json.dumps(times), "max_num_seqs": sequences}
     with served(pair, settings=settings, log=log, prefill=_WORKERS, decode=_WORKERS, threads=1) as stack:
         address = stack.url.removeprefix("http://").removesuffix("/v1")
         workers = tuple(pid for name, pid in stack.processes.items() if name != "router")
-        about = "ours before mock workers"
-        yield RunningRouter(address, stack.model, about, processes(stack.processes["router"]), workers, token=b"~")
-
-
-def _bare(recording: Recording, model: str, step: float, sequences: int) -> AbstractContextManager[RunningRouter]:
-    return bare_server(recording, step, model, b"~")
-
-
-def _model_folder(pair: Path) -> str:
-    return str(json.loads((pair / "pair.json").read_text())["full"]["path"])
+        yield RunningRouter(address, stack.model, "ours", processes(stack.processes["router"]), workers)
 
 
 def peer_start(peer: str, model: Path, bare: Start) -> Start:
-    """Returns how an installed peer is started."""
+    """Returns how an installed peer is started, with the server ``bare`` behind it if it is a proxy."""
     python = python_of(peer)
     assert python is not None, peer
     if peer != "vllm-router":
@@ -152,7 +143,7 @@ def peer_start(peer: str, model: Path, bare: Start) -> Start:
 
 def measure_router(start: Start, seconds: float, streams: Sequence[int], open_streams: int) -> Figures:
     """Starts a router twice: with tokens at the usual pace, and with slow ones, to measure memory."""
-    with start(_STEP, max(streams)) as server:
+    with start(_STEP, max(AT_ONCE, *streams) + _SPARE) as server:
         turn = _Turn(server, seconds)
         turn.at_rest()
         turn.first_tokens()
@@ -160,7 +151,7 @@ def measure_router(start: Start, seconds: float, streams: Sequence[int], open_st
             turn.requests(count)
         for count in streams:
             turn.tokens(count)
-    with start(_SLOW_STEP, open_streams) as server:
+    with start(_SLOW_STEP, open_streams + _SPARE) as server:
         turn.server = server
         turn.memory(open_streams)
     return turn.figures

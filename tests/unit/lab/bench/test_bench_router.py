@@ -24,7 +24,7 @@ def event(text):
     return b'data: {"choices":[{"delta":{"content":"%b"}}]}\n\n' % text
 
 
-ANSWER = Recording(HEAD, event(b"~"), TAIL)
+ANSWER = Recording("m", HEAD, event(b"~"), TAIL)
 
 
 def wait_for(counts, condition):
@@ -55,7 +55,7 @@ def peer():
                 return
             threading.Thread(target=answer, args=(connections[-1], pieces), daemon=True).start()
 
-    def start(pieces, token=b""):
+    def start(pieces, token=b"~"):
         threading.Thread(target=accept, args=(pieces,), daemon=True).start()
         return RunningRouter(f"127.0.0.1:{listener.getsockname()[1]}", "m", "a peer", (os.getpid(),), token=token)
 
@@ -74,7 +74,7 @@ def chunked(*parts):
 class TestClient:
     @pytest.mark.parametrize("quick_ack", [False, True])
     def test_every_token_of_every_answer_is_counted(self, quick_ack):
-        server = bare_server(ANSWER, 0.001, "m", b"~")
+        server = bare_server(ANSWER, 0.001)
         with server as router, running(Load(router, 7, streams=5, quick_ack=quick_ack)) as counts:
             found = wait_for(counts, lambda found: found.ended >= 200)
         assert found.failed == 0
@@ -83,26 +83,26 @@ class TestClient:
         assert found.ended <= len(found.ttft) <= found.ended + 5
 
     def test_requests_at_a_rate_are_sent_whether_or_not_others_have_ended(self):
-        with bare_server(ANSWER, 3600, "m", b"~") as server, running(Load(server, 2, rate=500)) as counts:
+        with bare_server(ANSWER, 3600) as server, running(Load(server, 2, rate=500)) as counts:
             found = wait_for(counts, lambda found: len(found.ttft) >= 20)
         assert found.ended == found.failed == 0
 
     def test_a_load_that_runs_once_sends_no_further_request(self):
-        with bare_server(ANSWER, 0.001, "m", b"~") as server:
+        with bare_server(ANSWER, 0.001) as server:
             with running(Load(server, 1, streams=3, once=True)) as counts:
                 wait_for(counts, lambda found: found.ended == 3)
             assert counts().ended == 3
 
     def test_events_and_chunks_may_be_cut_anywhere(self, peer):
         whole = chunked(HEAD + event(b"~"), event(b"~~")[:20], event(b"~~")[20:] + TAIL.replace(b":1}", b":3}"))
-        server = peer([whole[at : at + 7] for at in range(0, len(whole), 7)], token=b"~")
+        server = peer([whole[at : at + 7] for at in range(0, len(whole), 7)])
         with running(Load(server, 3, streams=1)) as counts:
             found = wait_for(counts, lambda found: found.ended >= 3)
         assert found.failed == 0
         assert found.tokens in {3 * found.ended + begun for begun in range(4)}
 
     def test_an_event_with_other_text_is_a_token(self, peer):
-        server = peer([chunked(event(b' a \\"word\\"'), event("ü".encode()), TAIL.replace(b":1}", b":2}"))])
+        server = peer([chunked(event(b' a \\"word\\"'), event("ü".encode()), TAIL.replace(b":1}", b":2}"))], token=b"")
         with running(Load(server, 2, streams=1, once=True)) as counts:
             found = wait_for(counts, lambda found: found.ended)
         assert (found.events, found.tokens, found.failed) == (2, 2, 0)
@@ -115,7 +115,7 @@ class TestClient:
         ],
     )
     def test_an_answer_without_all_its_tokens_has_failed(self, peer, answer):
-        with running(Load(peer([answer], b"~"), 2, streams=1)) as counts:
+        with running(Load(peer([answer]), 2, streams=1)) as counts:
             assert wait_for(counts, lambda found: found.failed >= 3).ended == 0
 
     def test_a_server_that_is_not_there_is_named(self):
@@ -126,16 +126,16 @@ class TestClient:
 
 class TestBareServer:
     def test_it_sends_what_was_recorded(self):
-        with bare_server(ANSWER, 0.001, "m", b"~") as server:
+        with bare_server(ANSWER, 0.001) as server:
             assert record(server) == ANSWER
 
     def test_an_answer_whose_token_cannot_be_told_is_refused(self, peer):
         with pytest.raises(PeerFailed, match="expected one event with a token, got 0"):
-            record(peer([chunked(event(b"other"))], b"~"))
+            record(peer([chunked(event(b"other"))]))
 
 
 def test_a_router_is_measured():
-    found = measure_router(lambda step, sequences: bare_server(ANSWER, step, "m", b"~"), 0.1, (1, 4), 8)
+    found = measure_router(partial(bare_server, ANSWER), 0.1, (1, 4), 8)
     assert found.about.startswith("bare uvicorn")
     assert found.values["failed_requests"] == 0
     for name in ("ttft_p50", "ttft_p99", "ttft_64_at_once_max", "memory_at_rest"):

@@ -8,8 +8,8 @@ from overfill.lab.commands.bench import bench_group
 
 
 @pytest.mark.slow
-def test_the_router_is_measured_beside_the_bare_server(tiny_pair):
-    found = measure_cost(tiny_pair, (), 0.2, lambda name, line: None, streams=(1, 4), open_streams=8)
+def test_the_router_is_measured_beside_the_bare_server():
+    found = measure_cost((), 0.2, lambda name, line: None, streams=(1, 4), open_streams=8)
     rows = {one.name: one for one in found}
     assert len(rows) == len(found)
     assert rows["failed_requests"].value == rows["failed_requests"].peer_value == 0
