@@ -33,8 +33,6 @@ from overfill.pair.store import MOCK, resolve_pair
 from overfill.process.open_files import allow_connections
 from overfill.telemetry.progress import Report, silent
 
-PEERS = ("dynamo", "smg", "vllm-router")
-"""Other projects' routers."""
 STREAMS = (1, 32, 256)
 """Concurrent requests of the measured loads."""
 OPEN_STREAMS = 1000
@@ -205,6 +203,7 @@ class _Turn:
         router, workers, counts = self._window(_ANSWER, streams)
         self._add_cpu(f"token_cpu_{streams}", router, workers, counts.tokens)
         self._add(f"tokens_per_event_{streams}", counts.tokens / max(1, counts.events))
+        self._add(f"rate_{streams}", counts.tokens / self._seconds)  # the same for all that keep the pace
 
     def memory(self, streams: int) -> None:
         """Measures the memory of streams that have their first token and wait for the next."""
@@ -255,7 +254,7 @@ def rows(ours: Figures, bare: Figures, peers: Sequence[Figures]) -> list[Measure
     found = [one for peer in peers for one in _beside(ours, peer)]
     found.sort(key=lambda one: -np.nan_to_num(one.peer_ratio or 0))
     found += [replace(one, bound=BOUNDS.get(one.name)) for one in _beside(ours, bare)]
-    return sorted(found, key=lambda one: one.unit in ("tokens", "cores", "requests"))
+    return sorted(found, key=lambda one: one.unit in ("tokens", "tokens/s", "cores", "requests"))
 
 
 def _beside(ours: Figures, peer: Figures) -> list[Measurement]:
@@ -268,7 +267,7 @@ def _beside(ours: Figures, peer: Figures) -> list[Measurement]:
 
 def _unit(name: str) -> str:
     units = {"ttft": "ms", "memory_at": "MiB", "memory_per": "KiB", "cpu_at": "ms/s", "tokens": "tokens"}
-    units |= {_FAILED: "requests", _CLIENT: "cores"}
+    units |= {"rate": "tokens/s", _FAILED: "requests", _CLIENT: "cores"}
     return next((unit for start, unit in units.items() if name.startswith(start)), "us")
 
 

@@ -109,7 +109,7 @@ class _Client:
         self.selector = selectors.DefaultSelector()
         body = make_body(load.server.model, load.tokens)
         self.request = _HEAD % (PATH.encode(), len(body)) + body
-        self._idle: list[_Connection] = []
+        self.idle: list[_Connection] = []
 
     def run(self) -> None:
         if self.load.server.network is not None:
@@ -138,7 +138,7 @@ class _Client:
         """Notes the end of an answer, and starts the next request of a closed loop."""
         if whole:
             self.counts.ended += 1
-            self._idle.append(connection)
+            self.idle.append(connection)
         else:
             self.counts.failed += 1
             connection.close()
@@ -146,7 +146,7 @@ class _Client:
             self._begin()
 
     def _begin(self) -> None:
-        (self._idle.pop() if self._idle else _Connection(self)).begin()
+        (self.idle.pop() if self.idle else _Connection(self)).begin()
 
 
 class _Connection:
@@ -177,6 +177,9 @@ class _Connection:
             data = self._socket.recv(1 << 18)
         if self._client.load.quick_ack:  # the kernel ends this mode by itself, so it is set again each time
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        if self in self._client.idle:  # the server ends connections that nothing uses
+            self._client.idle.remove(self)
+            return self.close()
         self._received += data
         if self._head:
             head, found, rest = self._received.partition(b"\r\n\r\n")
@@ -187,9 +190,8 @@ class _Connection:
             else:
                 return None
         body, end = self._chunks()
-        whole, found, self._event = (self._event + body).rpartition(b"\n\n")
-        if found:
-            self._count(whole)
+        whole, _, self._event = (self._event + body).rpartition(b"\n\n")
+        self._count(whole)
         if end or not data:
             self._client.ended(self, end and self._usage == self._client.load.tokens)
 

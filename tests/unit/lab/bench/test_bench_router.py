@@ -39,7 +39,7 @@ def wait_for(counts, condition):
 def peer():
     """A server that answers each request with what it is given, in pieces. Yields a function that starts it."""
     listener = socket.create_server(("127.0.0.1", 0))
-    connections = []
+    connections, threads = [], []
 
     def answer(connection, pieces):
         with suppress(OSError):  # the client has gone
@@ -53,12 +53,14 @@ def peer():
                 connections.append(listener.accept()[0])
             except OSError:
                 return
-            threading.Thread(target=answer, args=(connections[-1], pieces), daemon=True).start()
+            threads.append(threading.Thread(target=answer, args=(connections[-1], pieces), daemon=True))
+            threads[-1].start()
 
     def start(pieces, token=b"~"):
         threading.Thread(target=accept, args=(pieces,), daemon=True).start()
         return RunningRouter(f"127.0.0.1:{listener.getsockname()[1]}", "m", "a peer", (os.getpid(),), token=token)
 
+    start.connections, start.threads = connections, threads
     yield start
     listener.shutdown(socket.SHUT_RDWR)
     listener.close()
@@ -117,6 +119,14 @@ class TestClient:
     def test_an_answer_without_all_its_tokens_has_failed(self, peer, answer):
         with running(Load(peer([answer]), 2, streams=1)) as counts:
             assert wait_for(counts, lambda found: found.failed >= 3).ended == 0
+
+    def test_a_connection_that_the_server_ends_between_two_requests_is_no_failure(self, peer):
+        server = peer([chunked(event(b"~"), TAIL)])
+        with running(Load(server, 1, streams=1, once=True)) as counts:
+            wait_for(counts, lambda found: found.ended == 1)
+            peer.connections[0].shutdown(socket.SHUT_WR)
+            found = wait_for(counts, lambda _: not peer.threads[0].is_alive())  # the client has ended it too
+        assert (found.ended, found.failed) == (1, 0)
 
     def test_a_server_that_is_not_there_is_named(self):
         load = Load(RunningRouter("127.0.0.1:1", "m", "a peer", ()), 1, streams=1)
