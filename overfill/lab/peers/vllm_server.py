@@ -6,7 +6,7 @@ import http.client
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from overfill.stack.child import Child, stop
 from overfill.stack.ports import free_ports
 
 _START_SECONDS = 600.0  # vLLM compiles kernels at its first start
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.2
 _GRACE = 20.0
 _KV_MEMORY = 4 << 30  # bytes
 _MAX_NUM_SEQS, _MAX_NUM_BATCHED_TOKENS = 64, 2048
@@ -67,29 +67,37 @@ def vllm_server(
     environment.pop("PYTHONPATH", None)
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would replace the argument
     # The server has child processes. It ends them on SIGTERM, but not when it is killed.
-    server = Child("vllm", command, environment, lambda name, line: None, orphaned=signal.SIGTERM)
+    server = Child("vllm's server", command, environment, lambda name, line: None, orphaned=signal.SIGTERM)
     try:
-        _wait_ready(server, host, port)
+        wait_ready([server], _START_SECONDS, lambda: _is_healthy(host, port))
         yield f"http://{host}:{port}/v1"
     finally:
         stop([server], _GRACE)
 
 
-def _wait_ready(server: Child, host: str, port: int) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline:
-        if server.returncode is not None:
-            failure = PeerFailed(f"vllm's server {server.describe_exit()} during start-up")
-            for line in server.last_lines():
-                failure.add_note(line)
-            raise failure
-        try:
-            connection = http.client.HTTPConnection(host, port, timeout=5)
-            with closing(connection):
-                connection.request("GET", "/health")
-                if connection.getresponse().status == 200:
-                    return
-        except (OSError, http.client.HTTPException):
-            pass
+def wait_ready(children: Sequence[Child], seconds: float, ready: Callable[[], bool]) -> None:
+    """Waits until a server of some processes is ready.
+
+    Raises:
+        PeerFailed: A process exited, or the time is over. The notes hold the last lines of its output.
+    """
+    deadline = time.monotonic() + seconds
+    while not ready():
+        for child in children:
+            if child.returncode is not None:
+                failure = PeerFailed(f"{child.name} {child.describe_exit()} during start-up")
+                for line in child.last_lines():
+                    failure.add_note(line)
+                raise failure
+        if time.monotonic() > deadline:
+            raise PeerFailed(f"{children[-1].name} did not answer within {seconds:g} s")
         time.sleep(_POLL_SECONDS)
-    raise PeerFailed(f"vllm's server did not answer within {_START_SECONDS:g} s")
+
+
+def _is_healthy(host: str, port: int) -> bool:
+    try:
+        with closing(http.client.HTTPConnection(host, port, timeout=5)) as connection:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False

@@ -1,187 +1,292 @@
-"""Measures what the router costs, beside bare servers that send the same bytes (``overfill bench router``).
+"""Measures what routers cost: ours, those of other projects, and a bare server (``overfill bench router``).
 
-A real router, mock workers, bare servers and client processes run on this machine. CPU time is that of the server's
-process alone, all its threads together. The kernel's clock of that process is read before and after a part of the load.
+Each runs in turn on this machine, with all its cores, and gets the same requests from the same client. CPU time is that
+of a router's processes, or of its workers', all threads together. The kernel's clock of each process is read before and
+after a part of the load.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 
+from overfill.lab.bench.router.bare_server import bare_server, record
+from overfill.lab.bench.router.load import Load, Received, running
+from overfill.lab.cpu_clock import cpu_seconds
 from overfill.lab.measurement import Measurement
-from overfill.lab.bench.router.bare_server import SendingPace, bare_server
-from overfill.lab.bench.router.load import LoadProcesses, Protocol
-from overfill.lab.bench.router.recording import record
-from overfill.lab.bench.router.windows import CLIENTS, WORKERS, Server, Windows, paced_stack
+from overfill.lab.peers.environment import python_of
+from overfill.lab.peers.process import PeerFailed
+from overfill.lab.peers.routers import RunningRouter, dynamo, processes, smg, vllm_router
+from overfill.lab.stacks import served
+from overfill.pair.store import MOCK, resolve_pair
+from overfill.process.open_files import allow_connections
+from overfill.telemetry.progress import Report, silent
 
-PEERS: dict[Protocol, str] = {"http": "bare uvicorn", "grpc": "bare grpc.aio"}
 STREAMS = (1, 32, 256)
 """Concurrent requests of the measured loads."""
-
-ANSWER = 1000
-"""Tokens of a long answer."""
-
-IDLE_STREAMS = 5000
+OPEN_STREAMS = 1000
 """Open streams whose memory is measured."""
-
 AT_ONCE = 64
-"""Streams that start at the same time."""
+"""Requests that start at the same time."""
+LOW_RATE = 50.0
+"""Requests per second of the low load."""
 
+_FAILED, _CLIENT = "failed_requests", "client"
+BOUNDS = {"request_cpu_32": 650.0, "request_cpu_256": 650.0, "token_cpu_256": 25.0, "ttft_64_at_once_max": 50.0}
+BOUNDS |= {"memory_per_stream": 12.0, _FAILED: 0}
+"""Upper limits of our router's figures."""
+
+_STEP = 0.05
+"""Seconds between two tokens of a stream, so that the most streams get 5,120 tokens/s."""
+_SLOW_STEP = 5.0
+"""The same while the memory of open streams is measured."""
+_ANSWER, _LONGEST_ANSWER = 1000, 1 << 20
 _BURSTS = 5
+_WARM_STREAMS = 8
+"""Streams that allocate what a router allocates once, before the memory of open streams is measured."""
+_WORKERS = 2 if (os.cpu_count() or 1) < 8 else 4
+"""Mock workers of each stage."""
+_SPARE = 64
+"""Sequences that a worker takes beyond those of a load, because ended ones leave a little later."""
+_DELAYED_ACK = 0.005
+"""Seconds by which quick acknowledgements must shorten the mean first token, to be used for a router. Linux delays an
+acknowledgement by up to 40 ms, and a router without TCP_NODELAY waits for it on a connection that is used again."""
+_START_SECONDS, _SETTLE_SECONDS = 60.0, 0.4
 
-_REQUEST_CPU = 650.0
-"""Bound of the CPU of a request of one token in microseconds, when several run."""
-
-_WORKERS_CPU = 1000.0
-"""Bound of the CPU of both stages' mock workers per request of two tokens in microseconds, with its KV."""
-
-_WORKERS_STREAMS = 32
-
-_TOKEN_CPU: dict[Protocol, float | None] = {"http": 25.0, "grpc": None}
-"""Bound of the CPU per token in microseconds, at the most streams and one event per token."""
-
-_STREAM_MEMORY: dict[Protocol, float] = {"http": 12.0, "grpc": 60.0}
-"""Bound of the memory of an open stream in KiB."""
-
-_TOKEN_CPU_RATIO: dict[Protocol, float] = {"http": 2.0, "grpc": 1.5}
-"""Bound of the router's CPU per token over the peer's, at the most streams and one event per token."""
-
-_HOUR = 3600.0
+Log = Callable[[str, str], None]
+Start = Callable[[float, int], AbstractContextManager[RunningRouter]]
+"""Starts a router with its workers, from the seconds between two tokens and the number of sequences."""
 
 
-class _Figures(dict[str, Measurement]):
-    """Name -> figure of one server. The bounds are for the router's."""
+@dataclass(slots=True)
+class Figures:
+    """What one router was measured to cost.
 
-    def add(
-        self, name: str, value: float | np.floating, unit: str, bound: float | None = None, at_least: bool = False
-    ) -> None:
-        self[name] = Measurement(name, float(value), unit, bound, at_least)
+    Attributes:
+        about: What ran, in words.
+        values: Name of a figure -> value. A figure of N streams has a name that ends in ``_N``.
+    """
+
+    about: str
+    values: dict[str, float] = field(default_factory=dict)
 
 
 def measure_cost(
-    pair: Path, seconds: float, streams: Sequence[int] = STREAMS, idle_streams: int = IDLE_STREAMS
+    peers: Sequence[str],
+    seconds: float,
+    log: Log,
+    streams: Sequence[int] = STREAMS,
+    open_streams: int = OPEN_STREAMS,
+    report: Report = silent,
 ) -> list[Measurement]:
-    """Measures CPU, saturation, latency and memory in about 70 times ``seconds``.
-
-    Stacks run after each other, each followed by its peers. The workers of the first have no delay. Those of the second
-    send as many tokens per second as a core of the router wrote events at saturation, so that it merges no tokens.
-    Then come two stacks for each protocol. The workers of one send a quarter more than a core of the router can pass on
-    in events of one token, so that merging sets in. Those of the other send nothing after the first token.
+    """Measures our router, then the bare server, then each of ``peers``; each takes about 12 times ``seconds``.
 
     Args:
-        seconds: Duration of each part; latencies take two.
-        streams: Numbers of concurrent requests; the last is the largest.
-        idle_streams: Number of open streams whose memory is measured.
+        seconds: Duration of each part; the times to first token take two.
+
+    Raises:
+        PeerFailed, StartFailed: A router did not start.
     """
-    router = {protocol: _Figures() for protocol in PEERS}
-    bare = {protocol: _Figures() for protocol in PEERS}
-    with LoadProcesses(CLIENTS) as clients:
-        windows = Windows(clients, seconds)
-
-        def beside_peers(
-            protocols: Collection[Protocol],
-            pace: SendingPace,
-            sequences: int,
-            measure: Callable[[Server, _Figures, _Figures], None],
-        ) -> None:
-            with paced_stack(pair, pace, sequences) as both:
-                servers = [server for server in both if server.protocol in protocols]
-                recordings = [record(server.protocol, server.address, server.model) for server in servers]
-                for server in servers:
-                    measure(server, router[server.protocol], router[server.protocol])
-            for of, recording in zip(servers, recordings, strict=True):
-                with bare_server(of.protocol, recording, pace) as (address, pid):
-                    peer = Server(of.protocol, address, pid, of.model)
-                    measure(peer, bare[of.protocol], router[of.protocol])
-
-        beside_peers(PEERS, SendingPace(), streams[-1], partial(_measure_saturation, windows, streams))
-        # At saturation tokens merge, and an event with many tokens costs more than an event with one.
-        rate = min(f["tokens_per_core"].value / f["saturated_tokens_per_event"].value for f in router.values())
-        pace = SendingPace(per_sequence=WORKERS / rate, workers=WORKERS)
-        beside_peers(PEERS, pace, streams[-1], partial(_measure_tokens, windows, streams))
-        for protocol in PEERS:
-            rate = 1.25e6 / router[protocol][f"token_cpu_{streams[-1]}"].value
-            pace = SendingPace(per_sequence=WORKERS / rate, workers=WORKERS)
-            beside_peers([protocol], pace, streams[-1], partial(_measure_merging, windows, streams[-1]))
-        for protocol in PEERS:  # a stack each, because memory that the first has freed would serve the second
-            idle = partial(_measure_open, windows, idle_streams)
-            beside_peers([protocol], SendingPace(step=_HOUR), idle_streams, idle)
-    found = [one for protocol in PEERS for one in _measurements(protocol, router[protocol], bare[protocol], streams)]
-    return [*found, Measurement("failed_requests", windows.failed, "requests", 0)]
+    allow_connections(2 * max(open_streams, *streams))  # a proxy has two for each stream
+    pair = resolve_pair(MOCK)
+    ours = partial(our_router, pair=pair, log=log)
+    with ours(_STEP, _SPARE) as server:
+        bare = partial(bare_server, record(server))
+    starts: dict[str, Start] = {"ours": ours, "bare": bare}
+    starts |= {peer: peer_start(peer, pair / "model", bare) for peer in peers}
+    found = {}
+    for done, (name, start) in enumerate(starts.items()):
+        report(f"Measuring {name}", done, len(starts))
+        found[name] = measure_router(start, seconds, streams, open_streams)
+    report("Measuring routers", len(starts), len(starts))
+    return rows(found["ours"], found["bare"], [found[peer] for peer in peers])
 
 
-def _measure_saturation(
-    windows: Windows, streams: Sequence[int], server: Server, into: _Figures, router: _Figures
-) -> None:
-    """Measures requests of one token, and long answers that arrive as fast as the server sends them."""
-    for count in streams:
-        window = windows.measure(server, 1, count)
-        bound = _REQUEST_CPU if count > 1 else None
-        into.add(f"request_cpu_{count}", window.cpu_us(window.counts.ended), "us", bound)
-        if count == 1:
-            into.add("ttft_alone_p50", 1e3 * np.percentile(window.counts.ttft, 50), "ms", 3.0)
-            into.add("ttft_alone_p95", 1e3 * np.percentile(window.counts.ttft, 95), "ms")
-    into.add("requests_per_second", window.counts.ended / window.seconds, "1/s")
-    into.add("requests_per_core", window.per_core(window.counts.ended), "1/s", 1000, at_least=True)
-    into.add("requests_cores", window.cpu / window.seconds, "cores")
-    into.add("requests_busiest_other", window.busiest, "cores")
-    ttft = windows.ttft(server, router["requests_per_second"].value / 2) or [float("nan")]
-    for percent in (50, 99):
-        into.add(f"ttft_p{percent}", 1e3 * np.percentile(ttft, percent), "ms")
-    window = windows.measure(server, ANSWER, streams[-1])
-    into.add("saturated_token_cpu", window.cpu_us(window.counts.tokens), "us")
-    into.add("saturated_tokens_per_event", window.tokens_per_event, "tokens")
-    into.add("tokens_per_second", window.counts.tokens / window.seconds, "1/s")
-    into.add("tokens_per_core", window.per_core(window.counts.tokens), "1/s", 30_000, at_least=True)
-    into.add("tokens_cores", window.cpu / window.seconds, "cores")
-    into.add("tokens_busiest_other", window.busiest, "cores")
-    if server.others:
-        window = windows.measure(server, 2, min(_WORKERS_STREAMS, streams[-1]))
-        into.add("workers_request_cpu", 1e6 * window.workers / max(1, window.counts.ended), "us", _WORKERS_CPU)
+@contextmanager
+def our_router(step: float, sequences: int, pair: Path, log: Log) -> Iterator[RunningRouter]:
+    """Starts our router with mock workers."""
+    times = {"step": step, "answer": "~", "answer_tokens": _LONGEST_ANSWER}
+    settings = {"engine": "mock", "engine_args": json.dumps(times), "max_num_seqs": sequences}
+    with served(pair, settings=settings, log=log, prefill=_WORKERS, decode=_WORKERS, threads=1) as stack:
+        address = stack.url.removeprefix("http://").removesuffix("/v1")
+        workers = tuple(pid for name, pid in stack.processes.items() if name != "router")
+        yield RunningRouter(address, stack.model, "ours", processes(stack.processes["router"]), workers)
 
 
-def _measure_tokens(windows: Windows, streams: Sequence[int], server: Server, into: _Figures, router: _Figures) -> None:
-    """Measures long answers at a fixed pace."""
-    for count in streams:
-        window = windows.measure(server, ANSWER, count)
-        # Answers that end in the window are followed by requests, whose cost is known.
-        requests = window.counts.begun * into[f"request_cpu_{count}"].value
-        per_token = window.cpu_us(window.counts.tokens) - requests / max(1, window.counts.tokens)
-        into.add(f"token_cpu_{count}", per_token, "us", _TOKEN_CPU[server.protocol] if count > 1 else None)
-        into.add(f"tokens_per_event_{count}", window.tokens_per_event, "tokens")
+def peer_start(peer: str, model: Path, bare: Start) -> Start:
+    """Returns how an installed peer is started, with the server ``bare`` behind it if it is a proxy."""
+    python = python_of(peer)
+    assert python is not None, peer
+    if peer != "vllm-router":
+        return partial({"dynamo": dynamo, "smg": smg}[peer], python, model)
+
+    @contextmanager
+    def proxy(step: float, sequences: int) -> Iterator[RunningRouter]:
+        with bare(step, sequences) as behind, vllm_router(python, behind, sequences) as router:
+            yield router
+
+    return proxy
 
 
-def _measure_merging(windows: Windows, streams: int, server: Server, into: _Figures, router: _Figures) -> None:
-    """Measures long answers at a pace at which the router begins to merge tokens."""
-    window = windows.measure(server, ANSWER, streams)
-    into.add("merging_token_cpu", window.cpu_us(window.counts.tokens), "us", 20)
-    into.add("merging_tokens_per_event", window.tokens_per_event, "tokens")
-    gaps = window.counts.gaps or [float("nan")]
-    for percent in (50, 99):
-        into.add(f"merging_itl_p{percent}", 1e3 * np.percentile(gaps, percent), "ms")
+def measure_router(start: Start, seconds: float, streams: Sequence[int], open_streams: int) -> Figures:
+    """Starts a router twice: with tokens at the usual pace, and with slow ones, to measure memory."""
+    with start(_STEP, max(AT_ONCE, *streams) + _SPARE) as server:
+        turn = _Turn(server, seconds)
+        turn.at_rest()
+        turn.first_tokens()
+        for count in streams:
+            turn.requests(count)
+        for count in streams:
+            turn.tokens(count)
+    with start(_SLOW_STEP, open_streams + _SPARE) as server:
+        turn.server = server
+        turn.memory(open_streams)
+    return turn.figures
 
 
-def _measure_open(windows: Windows, streams: int, server: Server, into: _Figures, router: _Figures) -> None:
-    """Measures streams that send nothing after the first token: their memory, and many that start at once."""
-    into.add("memory_per_stream", windows.memory(server, streams), "KiB", _STREAM_MEMORY[server.protocol])
-    bursts = [windows.ttft_at_once(server, AT_ONCE) for _ in range(_BURSTS)]
-    into.add(f"ttft_{AT_ONCE}_at_once_p50", 1e3 * np.median([np.median(ttft) for ttft in bursts]), "ms")
-    into.add(f"ttft_{AT_ONCE}_at_once_max", 1e3 * np.median([max(ttft) for ttft in bursts]), "ms", 50.0)
+class _Turn:
+    """Measures a router."""
+
+    def __init__(self, server: RunningRouter, seconds: float) -> None:
+        self.server = server
+        self.figures = Figures(server.about, {_FAILED: 0, _CLIENT: 0})
+        self._seconds = seconds
+        self._settle = min(seconds, _SETTLE_SECONDS)
+        self._quick = False
+
+    def at_rest(self) -> None:
+        time.sleep(self._settle)
+        self._add("memory_at_rest", _memory(self.server) / 2**20)
+        cpu = _cpu(self.server.router)
+        time.sleep(self._seconds)
+        self._add("cpu_at_rest", 1e3 * (_cpu(self.server.router) - cpu) / self._seconds)
+
+    def first_tokens(self) -> None:
+        """Measures the time to first token, without and with quick acknowledgements, and keeps what is better."""
+        plain, quick = (self._first_tokens(quick) for quick in (False, True))
+        self._quick = statistics.mean(quick) < statistics.mean(plain) - _DELAYED_ACK
+        if self._quick:
+            self.figures.about += ", quick ACKs"
+        for percent in (50, 99):
+            self._add(f"ttft_p{percent}", 1e3 * np.percentile(quick if self._quick else plain, percent))
+        largest = []
+        for _ in range(_BURSTS):
+            with self._running(Load(self.server, 1, AT_ONCE, once=True)) as counts:
+                largest.append(max(_wait_for_first_tokens(counts, AT_ONCE)))
+        self._add(f"ttft_{AT_ONCE}_at_once_max", 1e3 * statistics.median(largest))
+
+    def _first_tokens(self, quick: bool) -> list[float]:
+        self._quick = quick
+        with self._running(Load(self.server, 2, rate=LOW_RATE)) as counts:
+            begun = len(_wait_for_first_tokens(counts, 5))
+            time.sleep(2 * self._seconds)
+            return _wait_for_first_tokens(counts, begun + 1)[begun:]
+
+    def requests(self, streams: int) -> None:
+        """Measures requests of one token, as fast as the router answers them."""
+        router, workers, counts = self._window(1, streams)
+        self._add_cpu(f"request_cpu_{streams}", router, workers, counts.ended)
+
+    def tokens(self, streams: int) -> None:
+        """Measures long answers at a fixed pace."""
+        router, workers, counts = self._window(_ANSWER, streams)
+        self._add_cpu(f"token_cpu_{streams}", router, workers, counts.tokens)
+        self._add(f"tokens_per_event_{streams}", counts.tokens / max(1, counts.events))
+        self._add(f"rate_{streams}", counts.tokens / self._seconds)  # the same for all that keep the pace
+
+    def memory(self, streams: int) -> None:
+        """Measures the memory of streams that have their first token and wait for the next."""
+        with self._running(Load(self.server, _ANSWER, _WARM_STREAMS)) as counts:
+            _wait_for_first_tokens(counts, _WARM_STREAMS)
+        before = _memory(self.server)
+        with self._running(Load(self.server, _ANSWER, streams)) as counts:
+            _wait_for_first_tokens(counts, streams)
+            self._add("memory_per_stream", (_memory(self.server) - before) / streams / 1024)
+
+    def _window(self, tokens: int, streams: int) -> tuple[float, float, Received]:
+        """Keeps requests running. Returns CPU seconds of router and workers, and what a window of the load received."""
+        with self._running(Load(self.server, tokens, streams)) as counts:
+            _wait_for_first_tokens(counts, streams)
+            time.sleep(self._settle)
+            before, client, start = counts(), time.process_time(), time.perf_counter()
+            router, workers = _cpu(self.server.router), _cpu(self.server.workers)
+            time.sleep(self._seconds)
+            router, workers = _cpu(self.server.router) - router, _cpu(self.server.workers) - workers
+            used = (time.process_time() - client) / (time.perf_counter() - start)
+            after = counts()
+        self._add(_CLIENT, max(self.figures.values[_CLIENT], used))
+        ended, events, tokens = (getattr(after, of) - getattr(before, of) for of in ("ended", "events", "tokens"))
+        return router, workers, Received(ended=ended, events=events, tokens=tokens)
+
+    @contextmanager
+    def _running(self, load: Load) -> Iterator[Callable[[], Received]]:
+        with running(replace(load, quick_ack=self._quick)) as counts:
+            yield counts
+            self._add(_FAILED, self.figures.values[_FAILED] + counts().failed)
+        time.sleep(self._settle)  # the router notices that the client has gone
+
+    def _add_cpu(self, name: str, router: float, workers: float, count: int) -> None:
+        """Adds microseconds for each of ``count`` requests or tokens; NaN if a busy machine let none through."""
+        self._add(name, 1e6 * router / (count or math.nan))
+        if self.server.workers:
+            self._add(f"workers_{name}", 1e6 * workers / (count or math.nan))
+
+    def _add(self, name: str, value: float | np.floating) -> None:
+        self.figures.values[name] = float(value)
 
 
-def _measurements(protocol: Protocol, router: _Figures, bare: _Figures, streams: Sequence[int]) -> list[Measurement]:
-    found = [replace(one, name=f"{protocol}_{name}") for name, one in router.items() if name not in bare]
-    for name, one in bare.items():
-        found.append(replace(router[name], name=f"{protocol}_{name}", peer=PEERS[protocol], peer_value=one.value))
-    name = f"token_cpu_{streams[-1]}"
-    ratio = router[name].value / bare[name].value
-    found.append(Measurement(f"{protocol}_token_cpu_ratio_{streams[-1]}", ratio, "x", _TOKEN_CPU_RATIO[protocol]))
-    for name, bound in (("ttft_p50", 1.0), ("ttft_p99", 4.0), ("merging_itl_p99", 10.0)):
-        added = router[name].value - bare[name].value
-        found.append(Measurement(f"{protocol}_added_{name}", added, "ms", bound))
-    return found
+def rows(ours: Figures, bare: Figures, peers: Sequence[Figures]) -> list[Measurement]:
+    """A row per figure and peer: first those of other projects' routers, with where we lose most on top.
+
+    Less is better in each. What only tells how the measurement went comes last.
+    """
+    found = [one for peer in peers for one in _beside(ours, peer)]
+    found.sort(key=lambda one: -np.nan_to_num(one.peer_ratio or 0))
+    found += [replace(one, bound=BOUNDS.get(one.name)) for one in _beside(ours, bare)]
+    return sorted(found, key=lambda one: one.unit in ("tokens", "tokens/s", "cores", "requests"))
+
+
+def _beside(ours: Figures, peer: Figures) -> list[Measurement]:
+    return [
+        Measurement(name, value, _unit(name), peer=peer.about, peer_value=peer.values[name])
+        for name, value in ours.values.items()
+        if name in peer.values
+    ]
+
+
+def _unit(name: str) -> str:
+    units = {"ttft": "ms", "memory_at": "MiB", "memory_per": "KiB", "cpu_at": "ms/s", "tokens": "tokens"}
+    units |= {"rate": "tokens/s", _FAILED: "requests", _CLIENT: "cores"}
+    return next((unit for start, unit in units.items() if name.startswith(start)), "us")
+
+
+def _cpu(processes: Sequence[int]) -> float:
+    return sum(map(cpu_seconds, processes))
+
+
+def _memory(server: RunningRouter) -> int:
+    return sum(psutil.Process(pid).memory_info().rss for pid in server.router)
+
+
+def _wait_for_first_tokens(counts: Callable[[], Received], requests: int) -> list[float]:
+    """Returns the seconds to the first token of each request that has got it, once ``requests`` have."""
+    deadline = time.monotonic() + _START_SECONDS
+    while len((found := counts()).ttft) < requests:
+        if time.monotonic() > deadline:
+            raise PeerFailed(
+                f"only {len(found.ttft)} of {requests} requests got a token within {_START_SECONDS:g} s; "
+                f"{found.failed} failed"
+            )
+        time.sleep(0.02)
+    return found.ttft

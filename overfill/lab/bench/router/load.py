@@ -1,392 +1,221 @@
-"""Client processes that load a server over HTTP or gRPC, and count what it sends without reading it any further.
+"""A client that loads a server with streamed chat completions, and counts what it sends.
 
-A client process is a selector loop on raw sockets. It costs a fraction of what a server spends on the same event. The
-parent starts a ``Load`` in all processes of a ``LoadProcesses``, and reads their counts at any time.
+The client is a selector loop on raw sockets, on a thread of this process, which does nothing else meanwhile. It costs a
+fraction of what a router spends on the same event; an asyncio client costs more than most routers.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import multiprocessing
+import json
 import re
 import selectors
 import socket
-import struct
+import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
-from multiprocessing.connection import Connection
-from typing import Any, Literal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 
-from overfill.errors import Unavailable
-from overfill.v1 import inference_pb2
+from overfill.lab.peers.loopback import enter
+from overfill.lab.peers.process import PeerFailed
+from overfill.lab.peers.routers import RunningRouter
 
-TOKEN_TEXT = b"~"
-"""Text of every token that mock workers send."""
-
-Api = Literal["chat", "responses", "messages"]
-"""The APIs over HTTP."""
-
-_TOKENS: dict[Api, re.Pattern[bytes]] = {
-    "chat": re.compile(b'"content":"(~+)"'),
-    "responses": re.compile(b'"delta":"(~+)"'),
-    "messages": re.compile(b'"text":"(~+)"'),
-}
-"""The tokens of one event. Events of the end that repeat the whole text do not match."""
-
-GRPC_PATH = b"/overfill.v1.Inference/Generate"
-
-Protocol = Literal["http", "grpc"]
+PATH = "/v1/chat/completions"
+_PROMPT = "Some words of a prompt. " * 16
+_HEAD = b"POST %b HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+_CONTENT = re.compile(rb'"content":"((?:[^"\\]|\\.)+)"')
+_USAGE = re.compile(rb'"completion_tokens":(\d+)')
+_LONGEST_WAIT = 0.05
+"""Seconds after which the client looks whether it has to stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Requests that a client process sends.
+    """Requests that the client sends.
 
     Attributes:
-        address: ``host:port`` of the server.
-        requests: Whole HTTP requests, or serialized ``GenerateRequest``s, of which each client process sends one after
-            another in turn.
         tokens: Tokens of a complete answer.
         streams: Number of requests that run at any time. The next one starts when one ends.
         rate: Requests per second, sent at fixed times instead. None means ``streams``.
-        api: API of a request over HTTP.
+        once: Whether no request follows those that start first.
+        quick_ack: Whether the client acknowledges what it receives at once, and not up to 40 ms later.
     """
 
-    protocol: Protocol
-    address: str
-    requests: tuple[bytes, ...]
+    server: RunningRouter
     tokens: int
     streams: int = 0
     rate: float | None = None
-    api: Api = "chat"
+    once: bool = False
+    quick_ack: bool = False
 
 
 @dataclass(slots=True)
 class Received:
-    """What client processes have received since the load began.
+    """What the client has received since the load began.
 
     Attributes:
-        begun: Requests whose first token has arrived.
         ended: Complete answers.
         failed: Requests that ended without all their tokens.
-        events: Server-sent events or messages that carry tokens.
+        events: Server-sent events that carry text.
         tokens: Received tokens.
-        ttft: Seconds to the first token of each request that got it since the counts were last read.
-        gaps: Seconds between two events with tokens of the same stream, since the counts were last read.
-        cpu: Seconds of CPU time of each process.
+        ttft: Seconds to the first token of each request that has got it.
     """
 
-    begun: int = 0
     ended: int = 0
     failed: int = 0
     events: int = 0
     tokens: int = 0
     ttft: list[float] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-
-    def add(self, other: Received) -> None:
-        """Adds the counts of another process."""
-        for counter in fields(self):
-            setattr(self, counter.name, getattr(self, counter.name) + getattr(other, counter.name))
 
 
-class LoadProcesses:
-    """``count`` client processes. Use it as a context manager; one load runs at a time."""
+def make_body(model: str, tokens: int) -> bytes:
+    """Returns the body of a request for a greedy, streamed chat completion of ``tokens`` tokens."""
+    fields = {"model": model, "messages": [{"role": "user", "content": _PROMPT}], "max_tokens": tokens}
+    fields |= {"temperature": 0, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+    return json.dumps(fields).encode()
 
-    def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_client_process, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
 
-    def __enter__(self) -> LoadProcesses:
-        return self
+@contextmanager
+def running(load: Load) -> Iterator[Callable[[], Received]]:
+    """Runs a load. Yields a function that returns what was received so far.
 
-    def __exit__(self, *exc: object) -> None:
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.join(5)
-            process.kill()
+    Raises:
+        PeerFailed: The server cannot be reached.
+    """
+    client = _Client(load)
+    with ThreadPoolExecutor(1, "client") as thread:
+        done = thread.submit(client.run)
 
-    @contextlib.contextmanager
-    def running(self, load: Load) -> Iterator[Callable[[], Received]]:
-        """Divides ``load`` among the processes. Yields a function that returns the counts so far."""
-        count = len(self._pipes)
-        for index, pipe in enumerate(self._pipes):
-            streams = load.streams // count + (index < load.streams % count)
-            rate = None if load.rate is None else load.rate / count
-            # The processes of an open loop take turns.
-            pause = 0.0 if load.rate is None else index / load.rate
-            pipe.send((replace(load, streams=streams, rate=rate), pause))
+        def counts() -> Received:
+            if done.done():
+                done.result()
+            return replace(client.counts, ttft=list(client.counts.ttft))
+
         try:
-            yield self._counts
+            yield counts
         finally:
-            for pipe in self._pipes:
-                _ask(pipe, "stop")
-
-    def _counts(self) -> Received:
-        total = Received()
-        for pipe in self._pipes:
-            total.add(_ask(pipe, "counts"))
-        return total
-
-
-def _ask(pipe: Connection, command: str) -> Any:
-    try:
-        pipe.send(command)
-        return pipe.recv()
-    except (EOFError, OSError) as error:
-        raise Unavailable("a client process has ended; its output says why") from error
-
-
-def _client_process(pipe: Connection) -> None:
-    while True:
-        try:
-            load, pause = pipe.recv()
-        except (EOFError, OSError):
-            return
-        if not _Client(load, pipe).run(pause):
-            return
+            client.stop.set()
+        done.result()
 
 
 class _Client:
-    """Runs one ``Load`` in a client process."""
+    """Runs one ``Load`` on its thread."""
 
-    def __init__(self, load: Load, pipe: Connection) -> None:
+    def __init__(self, load: Load) -> None:
         self.load = load
-        self.requests = itertools.cycle(load.requests)
         self.counts = Received()
+        self.stop = threading.Event()
         self.selector = selectors.DefaultSelector()
-        self.selector.register(pipe, selectors.EVENT_READ, self._obey)
-        self._pipe = pipe
-        self._stopped = False
-        self._sockets: list[socket.socket] = []
-        self._idle: list[_HttpConnection] = []
-        self._grpc = _GrpcConnection(self) if load.protocol == "grpc" else None
+        body = make_body(load.server.model, load.tokens)
+        self.request = _HEAD % (PATH.encode(), len(body)) + body
+        self.idle: list[_Connection] = []
 
-    def run(self, pause: float) -> bool:
-        """Runs until the parent says stop. Returns False if the parent has gone."""
-        rate, sent, start = self.load.rate, 0, time.perf_counter() + pause
-        for _ in range(self.load.streams):
-            self._begin()
+    def run(self) -> None:
+        if self.load.server.network is not None:
+            enter(self.load.server.network)
+        rate, sent, start = self.load.rate, 0, time.perf_counter()
         try:
-            while not self._stopped:
-                wait = None
+            for _ in range(self.load.streams):
+                self._begin()
+            while not self.stop.is_set():
+                wait = _LONGEST_WAIT
                 if rate is not None:
-                    while (wait := start + sent / rate - time.perf_counter()) <= 0:
+                    while (late := time.perf_counter() - start - sent / rate) >= 0:
                         self._begin()
                         sent += 1
+                    wait = min(wait, -late)
                 for key, _ in self.selector.select(wait):
-                    key.data()
-        except EOFError:
-            return False
+                    key.data.read()
+        except OSError as error:
+            raise PeerFailed(f"{self.load.server.about}: {error}") from error
         finally:
+            for key in list(self.selector.get_map().values()):
+                key.data.close()
             self.selector.close()
-            for one in self._sockets:
-                one.close()
-        self._pipe.send("stopped")
-        return True
 
-    def connect(self, read: Callable[[], None]) -> socket.socket:
-        """Opens a connection; ``read`` is called when it has data."""
-        host, _, port = self.load.address.rpartition(":")
-        found = socket.create_connection((host, int(port)), timeout=30)
-        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.selector.register(found, selectors.EVENT_READ, read)
-        self._sockets.append(found)
-        return found
-
-    def first(self, sent: float) -> float:
-        """Notes the first token of a request that was sent at ``sent``, and returns its time."""
-        now = time.perf_counter()
-        self.counts.begun += 1
-        self.counts.ttft.append(now - sent)
-        return now
-
-    def events(self, previous: float, count: int) -> float:
-        """Notes ``count`` events with tokens that arrive now, after one at ``previous``, and returns the time."""
-        now = time.perf_counter()
-        self.counts.gaps += (now - previous, *[0.0] * (count - 1))
-        return now
-
-    def ended(self, tokens: int, connection: _HttpConnection | None = None) -> None:
+    def ended(self, connection: _Connection, whole: bool) -> None:
         """Notes the end of an answer, and starts the next request of a closed loop."""
-        if tokens == self.load.tokens:
+        if whole:
             self.counts.ended += 1
+            self.idle.append(connection)
         else:
             self.counts.failed += 1
-        if connection is not None:
-            self._idle.append(connection)
-        if self.load.rate is None:
+            connection.close()
+        if self.load.rate is None and not self.load.once:
             self._begin()
 
     def _begin(self) -> None:
-        if self._grpc is not None:
-            self._grpc.begin()
-        else:
-            (self._idle.pop() if self._idle else _HttpConnection(self)).begin()
-
-    def _obey(self) -> None:
-        command = self._pipe.recv()
-        if command == "counts":
-            self.counts.cpu = [time.process_time()]
-            self._pipe.send(self.counts)
-            self.counts.ttft.clear()
-            self.counts.gaps.clear()
-        else:
-            self._stopped = True
+        (self.idle.pop() if self.idle else _Connection(self)).begin()
 
 
-class _HttpConnection:
-    """A connection with one request at a time. It finds the tokens of an event by the name before their text."""
+class _Connection:
+    """A connection with one request at a time."""
 
     def __init__(self, client: _Client) -> None:
         self._client = client
-        self._socket = client.connect(self._read)
-        self._sent = self._last = 0.0
-        self._find_tokens = _TOKENS[client.load.api].findall
-        self._tokens = 0
-        self._rest = b""  # of an event that has not arrived as a whole
-        self._tail = b""
+        self._token = client.load.server.token
+        host, _, port = client.load.server.address.rpartition(":")
+        self._socket = socket.create_connection((host, int(port)), timeout=30)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.selector.register(self._socket, selectors.EVENT_READ, self)
 
     def begin(self) -> None:
-        self._sent, self._tokens, self._rest, self._tail = time.perf_counter(), 0, b"", b""
-        self._socket.sendall(next(self._client.requests))
+        self._sent, self._first, self._usage = time.perf_counter(), True, 0
+        self._head = True
+        self._received = self._event = b""  # a chunk, and an event, that have not arrived as a whole
+        self._socket.sendall(self._client.request)
 
-    def _read(self) -> None:
-        data = self._socket.recv(1 << 18)
-        counts = self._client.counts
-        whole, _, self._rest = (self._rest + data).rpartition(b"\n\n")
-        if found := self._find_tokens(whole):
-            events, tokens = len(found), sum(map(len, found))
-            if self._tokens:
-                self._last = self._client.events(self._last, events)
-            else:
-                self._last = self._client.first(self._sent)
-            self._tokens += tokens
-            counts.tokens += tokens
-            counts.events += events
-        self._tail = (self._tail + data)[-5:]
-        if self._tail == b"0\r\n\r\n":
-            self._client.ended(self._tokens, self)
-        elif not data or (not self._tokens and data.startswith(b"HTTP/1.1 ") and data[9:12] != b"200"):
-            # The server refused the request or closed the connection; the next request takes a new connection.
+    def close(self) -> None:
+        with suppress(KeyError):
             self._client.selector.unregister(self._socket)
-            self._socket.close()
-            self._client.ended(self._tokens)
+        self._socket.close()
 
+    def read(self) -> None:
+        data = b""
+        with suppress(ConnectionResetError):
+            data = self._socket.recv(1 << 18)
+        if self._client.load.quick_ack:  # the kernel ends this mode by itself, so it is set again each time
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        if self in self._client.idle:  # the server ends connections that nothing uses
+            self._client.idle.remove(self)
+            return self.close()
+        self._received += data
+        if self._head:
+            head, found, rest = self._received.partition(b"\r\n\r\n")
+            if found and head.startswith(b"HTTP/1.1 200"):
+                self._head, self._received = False, rest
+            elif found or not data:
+                return self._client.ended(self, False)
+            else:
+                return None
+        body, end = self._chunks()
+        whole, _, self._event = (self._event + body).rpartition(b"\n\n")
+        self._count(whole)
+        if end or not data:
+            self._client.ended(self, end and self._usage == self._client.load.tokens)
 
-_FRAME = struct.Struct(">HBBBI")
-"""Length in 16 + 8 bits, type, flags, stream."""
-
-_DATA, _HEADERS, _RST, _SETTINGS, _PING, _GOAWAY, _WINDOW = 0, 1, 3, 4, 6, 7, 8
-_END_STREAM, _ACK, _END_HEADERS = 1, 1, 4
-_LARGEST_WINDOW = (1 << 31) - 1
-_GRANT = 1 << 24
-"""Received bytes after which the connection's window is opened again."""
-
-
-class _GrpcConnection:
-    """As much HTTP/2 as a gRPC client needs to start streams and to count their messages."""
-
-    def __init__(self, client: _Client) -> None:
-        self._client = client
-        self._socket = client.connect(self._read)
-        self._received = b""
-        self._unacknowledged = 0
-        self._send_window = 65_535
-        self._waiting: deque[tuple[int, bytes]] = deque()  # bytes of the message, and the frames of the request
-        self._streams: dict[int, list[Any]] = {}  # id -> [time of the request or last event, tokens, rest of a message]
-        self._next_id = 1
-        authority = client.load.address.encode()
-        # HPACK without compression: indexed fields, then literals that are not indexed.
-        self._head = b"".join(
-            [
-                b"\x83\x86",  # :method POST, :scheme http
-                b"\x04" + bytes([len(GRPC_PATH)]) + GRPC_PATH,
-                b"\x01" + bytes([len(authority)]) + authority,
-                b"\x0f\x10\x10application/grpc",  # content-type
-                b"\x00\x02te\x08trailers",
-            ]
-        )
-        settings = struct.pack(">HIHI", 4, _LARGEST_WINDOW, 5, 1 << 20)  # window of a stream, size of a frame
-        self._socket.sendall(
-            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-            + _frame(_SETTINGS, 0, 0, settings)
-            + _frame(_WINDOW, 0, 0, struct.pack(">I", _LARGEST_WINDOW - 65_535))
-        )
-
-    def begin(self) -> None:
-        stream = self._next_id
-        self._next_id += 2
-        self._streams[stream] = [time.perf_counter(), 0, b""]
-        message = next(self._client.requests)
-        message = b"\0" + struct.pack(">I", len(message)) + message
-        head = _frame(_HEADERS, _END_HEADERS, stream, self._head)
-        self._waiting.append((len(message), head + _frame(_DATA, _END_STREAM, stream, message)))
-        self._send()
-
-    def _send(self) -> None:
-        while self._waiting and self._send_window >= self._waiting[0][0]:
-            size, frames = self._waiting.popleft()
-            self._send_window -= size
-            self._socket.sendall(frames)
-
-    def _read(self) -> None:
-        data = self._socket.recv(1 << 18)
-        if not data:
-            raise ConnectionResetError("the server closed a gRPC connection")
-        received, at = self._received + data, 0
-        while len(received) - at >= 9:
-            high, low, kind, flags, stream = _FRAME.unpack_from(received, at)
-            end = at + 9 + (high << 8 | low)
-            if len(received) < end:
+    def _chunks(self) -> tuple[bytes, bool]:
+        """Takes the whole chunks from what was received. Returns their content, and whether the last was among them."""
+        buffer, at, parts = self._received, 0, []
+        while (line := buffer.find(b"\r\n", at)) >= 0:
+            size = int(buffer[at:line], 16)
+            if len(buffer) < line + size + 4:
                 break
-            self._take(kind, flags, stream, received[at + 9 : end])
-            at = end
-        self._received = received[at:]
+            parts.append(buffer[line + 2 : line + 2 + size])
+            at = line + size + 4
+            if not size:
+                return b"".join(parts), True
+        self._received = buffer[at:]
+        return b"".join(parts), False
 
-    def _take(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
-        if kind == _DATA:
-            self._unacknowledged += len(payload)
-            if self._unacknowledged > _GRANT:
-                self._socket.sendall(_frame(_WINDOW, 0, 0, struct.pack(">I", self._unacknowledged)))
-                self._unacknowledged = 0
-            self._messages(self._streams[stream], payload)
-        elif kind == _SETTINGS and not flags & _ACK:
-            self._socket.sendall(_frame(_SETTINGS, _ACK, 0, b""))
-        elif kind == _PING and not flags & _ACK:
-            self._socket.sendall(_frame(_PING, _ACK, 0, payload))
-        elif kind == _WINDOW and stream == 0:
-            self._send_window += struct.unpack(">I", payload)[0]
-            self._send()
-        if (kind == _RST or (kind in (_DATA, _HEADERS) and flags & _END_STREAM)) and stream in self._streams:
-            self._client.ended(self._streams.pop(stream)[1])
-
-    def _messages(self, state: list[Any], payload: bytes) -> None:
-        rest = state[2] + payload
-        while len(rest) >= 5 and len(rest) >= (end := 5 + int.from_bytes(rest[1:5], "big")):
-            response = inference_pb2.GenerateResponse.FromString(rest[5:end])
-            tokens = len(response.delta.token_ids) + len(response.finished.rest.token_ids)
-            rest = rest[end:]
-            if tokens:
-                state[0] = self._client.events(state[0], 1) if state[1] else self._client.first(state[0])
-                state[1] += tokens
-                self._client.counts.events += 1
-                self._client.counts.tokens += tokens
-        state[2] = rest
-
-
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    return _FRAME.pack(len(payload) >> 8, len(payload) & 0xFF, kind, flags, stream) + payload
+    def _count(self, events: bytes) -> None:
+        counts = self._client.counts
+        if found := _CONTENT.findall(events):
+            if self._first:
+                self._first = False
+                counts.ttft.append(time.perf_counter() - self._sent)
+            counts.events += len(found)
+            counts.tokens += sum(map(len, found)) // len(self._token) if self._token else len(found)
+        if b'"usage"' in events and (usage := _USAGE.search(events)):
+            self._usage = int(usage[1])
