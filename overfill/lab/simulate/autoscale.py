@@ -11,7 +11,8 @@ from typing import Protocol
 from overfill.lab.simulate.clock import Clock
 from overfill.lab.simulate.options import SimTier
 from overfill.lab.simulate.profiles import Profile
-from overfill.lab.simulate.request import Counters, SimRequest
+from overfill.lab.simulate.request import SimRequest
+from overfill.lab.simulate.result import Counters
 from overfill.lab.simulate.workers import DECODE_ONLY, PREFILL_ONLY, SimWorker, Stages
 from overfill.routing.job import Job, JobState
 from overfill.routing.scaling import INTERVAL, PoolState, Scaler, ScalingConfig, Targets
@@ -73,7 +74,7 @@ class LoadObserver:
         worker = job.decode
         running = worker.report.load.running if worker is not None and worker.report is not None else 0
         self.scaler.finished(
-            job.tier, self._fleet.clock.now, trace.prompt_tokens, trace.output_tokens, request.itl, running
+            job.tier, self._fleet.clock.now, trace.prompt_tokens, trace.output_tokens, request.outcome.itl, running
         )
 
     def look(self) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from overfill.lab.simulate.blocks import Blocks
+from overfill.kv.keys import PromptBlocks
+from overfill.lab.simulate.blocks import CachedBlocks, KeptBlocks, KvSource, SharedLink
 from overfill.lab.simulate.clock import Clock, Event
-from overfill.lab.simulate.imports import KeptBlocks, KvSource, SharedLink
 from overfill.lab.simulate.profiles import Profile
 
 
@@ -24,27 +24,31 @@ class Ticket:
         prompt_tokens, cached, computed: Tokens of the prompt; ``computed`` includes the cached ones.
         shared: The trace's numbers of the prompt's blocks.
         owner: Object that the listener uses to identify the prompt.
-        submitted, started: Times of its arrival and of the start of its first chunk.
         local: True if the answer is written on the same worker, so that no KV is sent.
-        keys: The routers' keys of the prompt's full blocks.
         holder: Worker that the router has named to borrow KV from; empty without one.
+        submitted: Time of its arrival.
+        started: True once its first chunk has begun.
+        sent: Time at which the KV computed so far has been sent.
         imported: The part of ``cached`` that came from a "peer" or "disk".
+        prompt: Its blocks on the worker.
+        keys: The routers' keys of its full blocks that other prompts may share.
     """
 
     id: str
     prompt_tokens: int
     shared: Sequence[int]
     owner: object
+    local: bool = False
+    holder: str = ""
     cached: int = 0
     computed: int = 0
     submitted: float = 0.0
-    started: float | None = None
-    sent: float = 0.0  # time at which the KV computed so far has been sent
-    local: bool = False
+    started: bool = False
+    sent: float = 0.0
     cancelled: bool = False
-    keys: Sequence[int] = ()
-    holder: str = ""
     imported: Counter[str] = field(default_factory=Counter)
+    prompt: PromptBlocks = field(init=False)
+    keys: Sequence[int] = ()
 
     @property
     def left(self) -> int:
@@ -76,7 +80,7 @@ class SimPrefill:
         self,
         clock: Clock,
         profile: Profile,
-        blocks: Blocks,
+        blocks: CachedBlocks,
         listener: PrefillListener,
         load_changed: Callable[[], object],
         disk: KeptBlocks | None = None,
@@ -124,6 +128,9 @@ class SimPrefill:
 
     def submit(self, ticket: Ticket) -> None:
         ticket.submitted = self._clock.now
+        ticket.prompt = self.blocks.prompt(ticket.prompt_tokens, ticket.shared)
+        full = ticket.prompt_tokens // self.blocks.block_size
+        ticket.keys = ticket.prompt.keys[: min(full, len(ticket.shared))]
         self._waiting.append(ticket)
         self.queued_tokens += ticket.prompt_tokens
         self.on_ready()
@@ -137,11 +144,7 @@ class SimPrefill:
         if ticket in self._waiting:
             self._waiting.remove(ticket)
             self.queued_tokens -= ticket.left
-        elif (
-            ticket.id in self._holding
-            or ticket.id in self._importing
-            or (ticket.id in self._running and self._step is None)
-        ):
+        elif ticket.id not in self._running or self._step is None:
             self._drop(ticket)
         self.on_ready()
         self._load_changed()
@@ -174,8 +177,8 @@ class SimPrefill:
         chunks = self._schedule(max_tokens or self._model.max_num_batched_tokens)
         now = self._clock.now
         for ticket, _ in chunks:
-            if ticket.started is None:
-                ticket.started = now
+            if not ticket.started:
+                ticket.started = True
                 self._send(ticket, ticket.cached, now)
         seconds = self._model.step_seconds([(ticket.computed, count) for ticket, count in chunks])
         self.busy += seconds
@@ -185,7 +188,7 @@ class SimPrefill:
         """Gives blocks to waiting prompts. Returns True if a prompt can be computed."""
         while self._waiting and self.num_admitted < self._model.max_num_seqs:
             ticket = self._waiting[0]
-            cached = self.blocks.acquire(ticket.id, ticket.prompt_tokens, ticket.shared)
+            cached = self.blocks.acquire(ticket.id, ticket.prompt)
             if cached is None:
                 break
             self._waiting.popleft()
@@ -237,7 +240,7 @@ class SimPrefill:
         share = left if not others or oldest.left <= left else max(1, left // 2)
         counts = {oldest.id: min(share, oldest.left)}
         left -= counts[oldest.id]
-        for ticket in sorted(others, key=_left):
+        for ticket in sorted(others, key=lambda ticket: ticket.left):
             if not left:
                 break
             counts[ticket.id] = min(left, ticket.left)
@@ -297,7 +300,3 @@ class SimPrefill:
             self.queued_tokens -= ticket.left
         self._holding.pop(ticket.id, None)
         self.blocks.release(ticket.id)
-
-
-def _left(ticket: Ticket) -> int:
-    return ticket.left
