@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from overfill.cli.options import TIER, Number, option_errors
-from overfill.lab.commands.bench_options import json_option
+from overfill.lab.commands.bench_options import Counts, json_option
 from overfill.lab.simulate.load import Load
 from overfill.lab.simulate.options import DEFAULT_POLICY, POLICY_NAMES
 from overfill.settings.tiers import TierSpec
@@ -34,27 +34,6 @@ def _size_in_bytes(_context: click.Context, _option: click.Parameter, text: str)
         return TypeAdapter(ByteSize).validate_python(text)
     except ValidationError:
         raise click.BadParameter(f"must be a size such as 50GiB, got {text!r}") from None
-
-
-def _costs(_context: click.Context, _option: click.Parameter, text: str) -> tuple[float, float]:
-    try:
-        prefill, decode = (float(part) for part in text.split(","))
-    except ValueError:
-        prefill = decode = 0.0
-    if not (0 < prefill < inf and 0 < decode < inf):
-        raise click.BadParameter(f"must be two positive numbers such as 3,1, got {text!r}")
-    return prefill, decode
-
-
-def _order(_context: click.Context, _option: click.Parameter, text: str) -> tuple[str, ...]:
-    from overfill.settings.tiers import parse_order
-
-    try:
-        order = parse_order(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-    assert isinstance(order, tuple)
-    return order
 
 
 @click.command("simulate", context_settings={"show_default": True})
@@ -113,7 +92,6 @@ def _order(_context: click.Context, _option: click.Parameter, text: str) -> tupl
     "--brownout",
     default="",
     show_default=False,
-    callback=_order,
     metavar="'TIER > TIER...'",
     help="With --tier: tiers from the best to the cheapest; the next answers when one would miss an objective.",
 )
@@ -147,7 +125,7 @@ def _order(_context: click.Context, _option: click.Parameter, text: str) -> tupl
 @click.option(
     "--attainment", type=Number(0.5, 1), default=0.95, help="With --size: share of requests that must meet --objective."
 )
-@click.option("--costs", default="1,1", callback=_costs, help="With --size: costs of a prefill and of a decode worker.")
+@click.option("--costs", type=Counts(), default="1,1", help="With --size: costs of a prefill and of a decode worker.")
 @click.option(
     "--check",
     is_flag=True,
@@ -159,13 +137,13 @@ def simulate_command(
     profile_name: str,
     startup: float | None,
     tiers: tuple[TierSpec, ...],
-    brownout: tuple[str, ...],
+    brownout: str,
     objective: str,
     autoscale: bool,
     max_workers: int | None,
     size: bool,
     attainment: float,
-    costs: tuple[float, float],
+    costs: tuple[int, ...],
     as_json: bool,
     **given: Any,
 ) -> int:
@@ -184,7 +162,7 @@ def simulate_command(
 
     _check_combination(given, tiers, size=size, autoscale=autoscale, max_workers=max_workers)
     goal = Objective.parse(objective)
-    made = _tiers(tiers, brownout)
+    made, order = _tiers(tiers, brownout)
     profile = load_profile(profile_name)
     if startup is not None:
         profile = replace(profile, startup=startup)
@@ -192,9 +170,11 @@ def simulate_command(
     load = Load(seed=seed, **{f.name: given.pop(f.name) for f in fields(Load) if f.name in given})
     requests = load.read()
     scaling = _scaling(profile, goal, max_workers) if autoscale else None
-    options = SimulationOptions(tiers=made, brownout=brownout, objective=goal, scaling=scaling, seed=seed, **given)
+    options = SimulationOptions(tiers=made, brownout=order, objective=goal, scaling=scaling, seed=seed, **given)
     with show_progress() as report:
         if size:
+            if len(costs) != 2:
+                raise click.UsageError(f"--costs: must be two numbers such as 3,1, got {','.join(map(str, costs))}")
             search = SizeSearch(
                 requests, profile, options, attainment, costs, on_run=lambda one, n: report(f"Tried {one}", n, n + 1)
             )
@@ -245,15 +225,17 @@ def _scaling(profile: Profile, objective: Objective, max_workers: int | None) ->
     )
 
 
-def _tiers(specs: Sequence[TierSpec], brownout: Sequence[str]) -> tuple[SimTier, ...]:
-    """Makes the tiers of ``--tier``. Raises UsageError if one is wrong, or one of ``--brownout`` does not exist."""
+def _tiers(specs: Sequence[TierSpec], brownout: str) -> tuple[tuple[SimTier, ...], tuple[str, ...]]:
+    """Makes the tiers of ``--tier`` and the order of ``--brownout``. Raises UsageError if one is wrong."""
     from overfill.lab.simulate.options import SimTier
     from overfill.lab.simulate.profiles import load_profile
-    from overfill.settings.tiers import check_tiers
+    from overfill.settings.tiers import check_tiers, parse_order
 
     tiers = []
     try:
-        check_tiers(specs, brownout=brownout)
+        order = parse_order(brownout)
+        assert isinstance(order, tuple)
+        check_tiers(specs, brownout=order)
         for spec in specs:
             if unknown := sorted({*spec.settings, *(["fallback"] if spec.fallback else [])}.difference(_TIER_SETTINGS)):
                 allowed = ", ".join((*_TIER_SETTINGS, "ttft-objective", "itl-objective", "max"))
@@ -267,7 +249,7 @@ def _tiers(specs: Sequence[TierSpec], brownout: Sequence[str]) -> tuple[SimTier,
             raise ValueError("--tier: no request asks for any tier; give at least one a share above 0")
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    return tuple(tiers)
+    return tuple(tiers), order
 
 
 def _setting(spec: TierSpec, name: str) -> float:

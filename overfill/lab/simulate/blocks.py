@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Container, Sequence
-from typing import Protocol
 
 from overfill.kv.blocks import BlockPool
 from overfill.kv.journal import KeyJournal
@@ -44,16 +43,6 @@ class SharedLink:
         return self.free
 
 
-class KvSource(Protocol):
-    """KV that prefill workers may import, and the link over which it comes."""
-
-    @property
-    def link(self) -> SharedLink: ...
-
-    def leading(self, keys: Sequence[int], begin: int) -> int:
-        """Returns how many leading blocks of a prompt the importer has after an import; it has ``begin`` before."""
-
-
 class KeptBlocks:
     """Blocks on a disk, or those that a decode worker lends. The least recently used ones make room for others.
 
@@ -78,6 +67,7 @@ class KeptBlocks:
         self._make_room()
 
     def leading(self, keys: Sequence[int], begin: int) -> int:
+        """Returns how many leading blocks of a prompt an importer has after an import; it has ``begin`` before."""
         self._make_room()
         return _leading(self._keys, keys, begin)
 
@@ -141,7 +131,7 @@ class CachedBlocks:
         self.cache.release(owner)
 
     def leading(self, keys: Sequence[int], begin: int) -> int:
-        """As ``KvSource.leading``, of the blocks in memory."""
+        """As ``KeptBlocks.leading``, of the blocks in memory."""
         return _leading(self.cache.journal, keys, begin)
 
     def delta(self) -> registry_pb2.PrefixDelta | None:

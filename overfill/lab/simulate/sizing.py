@@ -61,7 +61,7 @@ class SizeSearch:
         profile: Profile,
         options: SimulationOptions,
         attainment: float,
-        costs: tuple[float, float] = (1.0, 1.0),
+        costs: Sequence[float] = (1.0, 1.0),
         max_workers: int = 256,
         on_run: Callable[[str, int], None] = lambda sizes, runs: None,
     ) -> None:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 from overfill.errors import InvalidRequest, OverfillError, Overloaded
 from overfill.lab.simulate.autoscale import Autoscaler, LoadObserver
-from overfill.lab.simulate.blocks import KeptBlocks, KvSource
+from overfill.lab.simulate.blocks import KeptBlocks
 from overfill.lab.simulate.clock import Clock
 from overfill.lab.simulate.decode import SequenceState, SimDecode, SimSequence
 from overfill.lab.simulate.histogram import Histogram
 from overfill.lab.simulate.options import POLICY_NAMES, SimulationOptions
-from overfill.lab.simulate.prefill import Ticket
+from overfill.lab.simulate.prefill import SimPrefill, Ticket
 from overfill.lab.simulate.profiles import Profile
 from overfill.lab.simulate.request import DecodeAttempt, SimRequest, answer_keys, attempt_of, make_job
 from overfill.lab.simulate.result import Counters, SimulationResult
@@ -130,8 +130,9 @@ class Simulation:
         if tier:
             profile = self.tiers[tier].profile
             goal = self.tiers[tier].objectives(self.options.objective)
-        if PREFILL in stages and disk is None:
-            disk = self._new_disk()
+        block_bytes, size = self._block_tokens * self.profile.kv_token_bytes, self.options.kv_disk_size
+        if PREFILL in stages and disk is None and size and block_bytes:
+            disk = KeptBlocks(lambda: size // block_bytes)
         worker = SimWorker(
             name,
             stages,
@@ -168,13 +169,6 @@ class Simulation:
             if worker.draining and not worker.active:
                 self._remove(worker)
             self._poll()
-
-    def _new_disk(self) -> KeptBlocks | None:
-        """Makes the disk of a worker that prefills; None without one."""
-        block_bytes = self._block_tokens * self.profile.kv_token_bytes
-        if not (self.options.kv_disk_size and block_bytes):
-            return None
-        return KeptBlocks(lambda: self.options.kv_disk_size // block_bytes)
 
     def _join(self, worker: SimWorker) -> None:
         if not worker.gone:
@@ -219,7 +213,7 @@ class Simulation:
         if worker.gone:
             return
         if worker.decode is not None:
-            for sequence in worker.decode.sequences():
+            for sequence in list(worker.decode.sequences):
                 emitted = worker.decode.emitted(sequence)
                 worker.decode.release(sequence)
                 self.clock.after(self.profile.hop, self._lost, sequence.owner, emitted, False)
@@ -409,7 +403,7 @@ class Simulation:
         else:
             worker.prefill.submit(ticket)
 
-    def lender(self, name: str) -> KvSource | None:
+    def lender(self, name: str) -> SimPrefill | KeptBlocks | None:
         worker = self.workers.get(name)
         return None if worker is None else worker.lent
 

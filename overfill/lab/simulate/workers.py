@@ -14,7 +14,7 @@ from typing import Protocol, TypeAlias
 from overfill.engine.turns import Turns
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.lab.simulate.blocks import CachedBlocks, KeptBlocks, KvSource
+from overfill.lab.simulate.blocks import CachedBlocks, KeptBlocks
 from overfill.lab.simulate.clock import Clock, Event
 from overfill.lab.simulate.colocated import SimTurns
 from overfill.lab.simulate.decode import DecodeListener, SimDecode, SimSequence
@@ -110,7 +110,6 @@ class SimWorker:
             self._turns = SimTurns(clock, self.prefill, self.decode, turns)
         self._profile = profile
         self._due: Event | None = None
-        self._due_at = 0.0
         self._reported = float("-inf")
 
     @property
@@ -133,14 +132,15 @@ class SimWorker:
         return tuple(self.tier if stage == DECODE else "prefill" for stage in self.stages)
 
     @property
-    def lent(self) -> KvSource | None:
+    def lent(self) -> SimPrefill | KeptBlocks | None:
         """The KV that the worker lends; None if it lends none."""
         return self.prefill if self.prefill is not None else self.returned
 
     @property
     def active(self) -> int:
         """Number of requests on the worker; one that is in both stages counts twice."""
-        return sum(engine.active for engine in (self.prefill, self.decode) if engine is not None)
+        answers = 0 if self.decode is None else len(self.decode.sequences)
+        return answers + (0 if self.prefill is None else self.prefill.active)
 
     def check(self) -> None:
         """Raises AssertionError when a counter of an engine is inconsistent."""
@@ -155,8 +155,8 @@ class SimWorker:
             kv_blocks_used=engine.used,
             kv_blocks_total=engine.total,
             block_size=self._profile.decode.block_size,
-            running=engine.num_running,
-            waiting=engine.num_waiting,
+            running=engine.batch,
+            waiting=len(engine.sequences) - engine.batch,
         )
 
     def _reports(self) -> list[registry_pb2.Report]:
@@ -174,7 +174,7 @@ class SimWorker:
                 report.load.kv_blocks_cached = engine.blocks.cache.num_cached
                 report.load.kv_blocks_total = engine.blocks.total
                 report.load.block_size = engine.blocks.block_size
-                report.load.running, report.load.waiting = engine.num_admitted, engine.num_waiting
+                report.load.running, report.load.waiting = engine.num_admitted, len(engine.waiting)
                 report.load.queued_tokens = engine.queued_tokens
                 if self.disk is not None and (delta := self.disk.delta()) is not None:
                     report.disk.CopyFrom(delta)
@@ -190,7 +190,7 @@ class SimWorker:
         """Schedules a report as soon as ``REPORT_GAP`` seconds have passed since the last one."""
         if not self.gone and self.entries:
             due = max(self._clock.now, self._reported + REPORT_GAP)
-            if self._due is None or due < self._due_at:
+            if self._due is None or due < self._due.time:
                 self._schedule(due)
 
     def push(self) -> None:
@@ -216,5 +216,4 @@ class SimWorker:
     def _schedule(self, time: float) -> None:
         if self._due is not None:
             self._due.cancel()
-        self._due_at = time
         self._due = self._clock.at(time, self.push)

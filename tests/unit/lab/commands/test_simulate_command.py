@@ -116,7 +116,7 @@ def test_workers_with_both_stages_alone_and_beside_others(capsys):
         (("--decode", "0"), 2, "each stage needs a worker"),
         (("--size", "--autoscale"), 2, "exclude each other"),
         (("--max-workers", "4"), 2, "needs --autoscale"),
-        (("--size", "--costs", "1"), 2, "two positive numbers"),
+        (("--size", "--costs", "1"), 2, "must be two numbers such as 3,1, got 1"),
         (("--size", "--objective", "itl=1e-9"), 1, "is not met by 95% of the requests"),
     ],
 )
