@@ -29,12 +29,11 @@ class SequenceState(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class SimSequence:
-    """One answer on a decode worker.
+    """One answer on a decode worker. Listeners identify it by its object.
 
     Attributes:
         prompt_tokens, output_tokens: Lengths. The answer ends after ``output_tokens``.
         emitted: Tokens of the answer when it last joined the batch; ``SimDecode.emitted`` adds those since.
-        owner: Object that the listener uses to identify the sequence.
         reserved: Blocks held while the sequence is not running.
         joined: Number of the worker's step at which it joined.
         replay: Emitted tokens that the decoder recomputes when the sequence joins.
@@ -43,7 +42,6 @@ class SimSequence:
     prompt_tokens: int
     output_tokens: int
     emitted: int
-    owner: object
     state: SequenceState = SequenceState.RECEIVING
     reserved: int = 0
     joined: int = 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import (
@@ -161,9 +161,6 @@ class Profile:
             )
         prefill, decode = replace(self.prefill, kv_tokens=tokens), replace(self.decode, kv_tokens=tokens)
         return replace(self, prefill=prefill, decode=decode)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,33 +17,26 @@ from overfill.v1 import common_pb2, decode_pb2
 _ROOT = root_key("", "")
 
 
-@dataclass(eq=False, slots=True)
-class DecodeAttempt:
-    """A request on one decode worker. Messages that arrive after ``over`` is set are stale."""
+@dataclass(eq=False, slots=True, kw_only=True)
+class DecodeAttempt(SimSequence):
+    """A request on one decode worker. Messages that arrive after ``over`` is set are stale.
+
+    Attributes:
+        ticket: Its prompt on the worker ``prefill``.
+        with_start: Prefill worker that was assigned with the start.
+    """
 
     request: SimRequest
     worker: str
-    sequence: SimSequence
     ticket: Ticket | None = None
     prefill: str = ""
-    with_start: str = ""  # prefill worker that was assigned with the start
+    with_start: str = ""
     over: bool = False
 
-    @classmethod
-    def start(cls, request: SimRequest, worker: str) -> DecodeAttempt:
-        """Starts an attempt that continues the last one: it replays the emitted tokens."""
-        trace, emitted = request.trace, request.emitted
-        sequence = SimSequence(
-            trace.prompt_tokens, trace.output_tokens, emitted, owner=None, replay=max(0, emitted - 1)
-        )
-        attempt = cls(request, worker, sequence)
-        sequence.owner = attempt
-        return attempt
 
-
-def attempt_of(sequence: SimSequence) -> DecodeAttempt:
-    assert isinstance(sequence.owner, DecodeAttempt)
-    return sequence.owner
+def attempt_of(sequence: object) -> DecodeAttempt:
+    assert isinstance(sequence, DecodeAttempt)
+    return sequence
 
 
 @dataclass(eq=False, slots=True)
@@ -68,6 +61,15 @@ class SimRequest:
     attempt: DecodeAttempt | None = None
     error: str = ""
     ended: bool = False
+
+    def start(self, worker: str) -> DecodeAttempt:
+        """Starts an attempt that continues the last one: it replays the emitted tokens."""
+        trace, emitted = self.trace, self.emitted
+        replay = max(0, emitted - 1)
+        self.attempt = DecodeAttempt(
+            trace.prompt_tokens, trace.output_tokens, emitted, replay=replay, request=self, worker=worker
+        )
+        return self.attempt
 
     @property
     def ok(self) -> bool:

@@ -200,7 +200,7 @@ class Simulation:
         self.counters.failures += 1
         sequences, tickets = worker.kill()
         for sequence in sequences:
-            self.clock.after(self.profile.hop, self._lost, sequence.owner, sequence.emitted, True)
+            self.clock.after(self.profile.hop, self._lost, sequence, sequence.emitted, True)
         for ticket in tickets:
             self.clock.after(2 * self.profile.hop, self._prefill_lost, ticket.owner, ticket, True)
         self._remove(worker)
@@ -216,7 +216,7 @@ class Simulation:
             for sequence in list(worker.decode.sequences):
                 emitted = worker.decode.emitted(sequence)
                 worker.decode.release(sequence)
-                self.clock.after(self.profile.hop, self._lost, sequence.owner, emitted, False)
+                self.clock.after(self.profile.hop, self._lost, sequence, emitted, False)
         if worker.prefill is not None:
             for ticket in worker.prefill.tickets():
                 worker.prefill.cancel(ticket)
@@ -293,7 +293,7 @@ class Simulation:
                 hops = 1 if outcome.worker.id == request.attempt.worker else 2
                 self.clock.after(hops * self.profile.hop, self._submit, request.attempt, outcome.worker.id)
             else:
-                request.attempt = attempt = DecodeAttempt.start(request, outcome.worker.id)
+                attempt = request.start(outcome.worker.id)
                 if (prefill := self.dispatcher.prefill_with_start(request.job)) is not None:
                     attempt.with_start = prefill.id
                 self.clock.after(self.profile.hop, self._reserve, attempt)
@@ -373,8 +373,8 @@ class Simulation:
             return
         worker, hop = self.workers.get(attempt.worker), self.profile.hop
         if worker is None or worker.decode is None or worker.gone:
-            self.clock.after(hop, self._lost, attempt, attempt.sequence.emitted, True)
-        elif not worker.draining and worker.decode.reserve(attempt.sequence):
+            self.clock.after(hop, self._lost, attempt, attempt.emitted, True)
+        elif not worker.draining and worker.decode.reserve(attempt):
             self.clock.after(hop, self._reserved, attempt)
             if attempt.with_start:
                 away = 0.0 if attempt.with_start == attempt.worker else hop
@@ -384,14 +384,14 @@ class Simulation:
 
     def _submit(self, attempt: DecodeAttempt, name: str) -> None:
         """Sends a prompt from the decode worker to the prefill worker that the router assigned."""
-        request, sequence = attempt.request, attempt.sequence
-        if attempt.over or sequence.state is not SequenceState.RECEIVING:
+        request = attempt.request
+        if attempt.over or attempt.state is not SequenceState.RECEIVING:
             return
         self._cancel(attempt)
         attempt.prefill = name
         attempt.ticket = ticket = Ticket(
             f"{request.job.id}/{self.clock.events}",
-            sequence.prompt_tokens,
+            attempt.prompt_tokens,
             request.trace.blocks,
             attempt,
             local=name == attempt.worker,
@@ -423,8 +423,7 @@ class Simulation:
         counters.disk_tokens += ticket.imported["disk"]
         counters.new_tokens += self._count_computed(ticket.keys, ticket.prompt_tokens)
         if ticket.local:
-            attempt = ticket.owner
-            assert isinstance(attempt, DecodeAttempt)
+            attempt = attempt_of(ticket.owner)
             self._first_token(attempt, ticket)
             self._kv_arrived(attempt, ticket)
         else:
@@ -434,7 +433,7 @@ class Simulation:
         worker = self._receiver(attempt, ticket)
         if worker is not None:
             self.clock.after(self.profile.hop, self._tokens, attempt)
-            worker.first_token(attempt.sequence)
+            worker.first_token(attempt)
 
     def kv_sent(self, ticket: Ticket) -> None:
         self.clock.after(self.profile.hop, self._kv_arrived, ticket.owner, ticket)
@@ -443,7 +442,7 @@ class Simulation:
         worker = self._receiver(attempt, ticket)
         if worker is not None:
             attempt.ticket = None
-            worker.kv_arrived(attempt.sequence)
+            worker.kv_arrived(attempt)
 
     def answer_done(self, sequence: SimSequence) -> None:
         attempt = attempt_of(sequence)
