@@ -106,13 +106,18 @@ def measurements_table(measurements: Iterable[Measurement], more: Mapping[str, s
     return table
 
 
-def print_measurements(measurements: Sequence[Measurement], as_json: bool) -> int:
-    """Prints a JSON line per measurement, or a table. Returns the exit code: 1 when one misses its bound."""
+def print_measurements(
+    measurements: Sequence[Measurement], as_json: bool, more: Mapping[str, str] = MappingProxyType({})
+) -> int:
+    """Prints a JSON line per measurement, or a table. Returns the exit code: 1 when one misses its bound.
+
+    ``more`` is as in ``measurements_table``.
+    """
     if as_json:
         for one in measurements:
             click.echo(one.to_json())
     else:
-        console().print(measurements_table(measurements))
+        console().print(measurements_table(measurements, more))
     return 0 if all(one.reached for one in measurements) else 1
 
 

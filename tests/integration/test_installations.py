@@ -128,7 +128,7 @@ def test_the_router_s_extra_has_what_a_router_imports() -> None:
 def test_the_extra_of_load_tests_has_all_that_load_tests_import() -> None:
     modules = [
         *(f"overfill.lab.loadtest.{name}" for name in ("users", "run", "html_report")),
-        *(f"overfill.lab.simulate.{name}" for name in ("stack", "plot")),
+        *(f"overfill.lab.simulate.{name}" for name in ("stack", "sizing")),
         "overfill.lab.traffic.targets",
     ]
     done = run_in(("loadtest",), f"import {', '.join(modules)}")

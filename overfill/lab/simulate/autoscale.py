@@ -11,7 +11,8 @@ from typing import Protocol
 from overfill.lab.simulate.clock import Clock
 from overfill.lab.simulate.options import SimTier
 from overfill.lab.simulate.profiles import Profile
-from overfill.lab.simulate.request import Counters, SimRequest
+from overfill.lab.simulate.request import SimRequest
+from overfill.lab.simulate.result import Counters
 from overfill.lab.simulate.workers import DECODE_ONLY, PREFILL_ONLY, SimWorker, Stages
 from overfill.routing.job import Job, JobState
 from overfill.routing.scaling import INTERVAL, PoolState, Scaler, ScalingConfig, Targets
@@ -25,23 +26,12 @@ class Fleet(Protocol):
         workers: Name -> worker, including those that are starting or draining.
     """
 
-    @property
-    def clock(self) -> Clock: ...
-
-    @property
-    def counters(self) -> Counters: ...
-
-    @property
-    def profile(self) -> Profile: ...
-
-    @property
-    def tiers(self) -> Mapping[str, SimTier]: ...
-
-    @property
-    def open(self) -> Mapping[Job, SimRequest]: ...
-
-    @property
-    def workers(self) -> Mapping[str, SimWorker]: ...
+    clock: Clock
+    counters: Counters
+    profile: Profile
+    tiers: dict[str, SimTier]
+    open: dict[Job, SimRequest]
+    workers: dict[str, SimWorker]
 
     def start_worker(self, stages: Stages, delay: float, tier: str = "") -> SimWorker:
         """Starts a worker, which is ready after ``delay``. ``tier`` is that of its answers."""
@@ -73,7 +63,7 @@ class LoadObserver:
         worker = job.decode
         running = worker.report.load.running if worker is not None and worker.report is not None else 0
         self.scaler.finished(
-            job.tier, self._fleet.clock.now, trace.prompt_tokens, trace.output_tokens, request.itl, running
+            job.tier, self._fleet.clock.now, trace.prompt_tokens, trace.output_tokens, request.outcome.itl, running
         )
 
     def look(self) -> None:
@@ -89,7 +79,7 @@ class LoadObserver:
         found = {}
         for tier in self._fleet.tiers:
             pool = [w.decode for w in self._fleet.workers.values() if w.decode is not None and w.tier == tier]
-            batch = sum(engine.num_running for engine in pool) / max(1, len(pool))
+            batch = sum(engine.batch for engine in pool) / max(1, len(pool))
             found[tier] = self.scaler.short_prompt(tier, batch)
         return found
 
@@ -124,30 +114,25 @@ class Autoscaler:
     def _states(
         self, prefill: list[SimWorker], decode: Mapping[str, list[SimWorker]]
     ) -> tuple[PoolState, dict[str, PoolState]]:
-        fleet = self._fleet
-        jobs = [request.job for request in fleet.open.values()]
-        waiting = [job for job in jobs if job.state is JobState.WAITING]
+        jobs = list(self._fleet.open)
         ahead = [job for job in jobs if job.state in (JobState.PLACED, JobState.WANTS_PREFILL)]
         engines = [w.prefill for w in prefill if w.prefill is not None]
-        tokens = sum(job.prompt_tokens for job in ahead) + sum(engine.queued_tokens for engine in engines)
-        return (
-            PoolState(
-                **_counts(prefill),
-                waiting_jobs=len(ahead) + sum(engine.num_waiting for engine in engines),
-                waiting_tokens=tokens,
-                running=sum(engine.num_admitted for engine in engines),
-            ),
-            {
-                tier: PoolState(
-                    **_counts(pool),
-                    waiting_jobs=sum(job.tier == tier for job in waiting),
-                    waiting_tokens=sum(job.prompt_tokens for job in waiting if job.tier == tier),
-                    running=sum(w.decode.num_running for w in pool if w.decode is not None),
-                    kv_tokens=fleet.tiers[tier].profile.decode.kv_tokens,
-                )
-                for tier, pool in decode.items()
-            },
-        )
+        states = {}
+        for tier, pool in decode.items():
+            waiting = [job.prompt_tokens for job in jobs if job.state is JobState.WAITING and job.tier == tier]
+            states[tier] = PoolState(
+                **_counts(pool),
+                waiting_jobs=len(waiting),
+                waiting_tokens=sum(waiting),
+                running=sum(w.decode.batch for w in pool if w.decode is not None),
+                kv_tokens=self._fleet.tiers[tier].profile.decode.kv_tokens,
+            )
+        return PoolState(
+            **_counts(prefill),
+            waiting_jobs=len(ahead) + sum(len(engine.waiting) for engine in engines),
+            waiting_tokens=sum(job.prompt_tokens for job in ahead) + sum(engine.queued_tokens for engine in engines),
+            running=sum(engine.num_admitted for engine in engines),
+        ), states
 
     def _apply(self, stages: Stages, tier: str, pool: list[SimWorker], target: int) -> None:
         fleet = self._fleet

@@ -1,144 +1,143 @@
-"""KV blocks of a modelled prefill worker: the real prefix cache for traces with shared prefixes, counters for others.
+"""KV blocks of modelled workers: in a prefill worker's memory, on its disk, and those that decode workers lend.
 
-A block of the trace (512 tokens for Mooncake) is one block of the worker, and its number replaces its tokens. Hits and
-evictions are therefore those of ``kv.prefix`` with this block size.
+A block of a trace with shared prefixes (512 tokens for Mooncake) is one block of the worker, and its number replaces
+its tokens. Hits and evictions are therefore those of ``kv.prefix`` with this block size. Routers' keys name blocks. A
+loan or a read that has begun succeeds, even if its blocks are evicted meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections import OrderedDict
+from collections.abc import Callable, Container, Sequence
 
 from overfill.kv.blocks import BlockPool
+from overfill.kv.journal import KeyJournal
 from overfill.kv.keys import PromptBlocks
 from overfill.kv.prefix import PrefixCache
-from overfill.lab.simulate.imports import leading_blocks
 from overfill.v1 import registry_pb2
+
+_UNSHARED_BLOCK = 16
+"""Tokens per block for traces without shared prefixes."""
 
 _FIRST_UNIQUE_ID = 1 << 31
 """First number for blocks that no other prompt shares. Block numbers are 32-bit."""
 
 
-class Blocks(Protocol):
-    """Block accounting of a prefill worker. Arguments and results are in tokens; the properties are in blocks."""
+class SharedLink:
+    """A network link or a disk: moves the KV of one prompt after the other.
 
-    block_size: int
-    tokens_looked_up: int
-    tokens_found: int
+    Attributes:
+        free: Time at which everything has moved that was asked for so far.
+    """
 
-    @property
-    def total(self) -> int: ...
+    def __init__(self) -> None:
+        self.free = 0.0
 
-    @property
-    def used(self) -> int: ...
+    def end(self, since: float, seconds: float) -> float:
+        """Returns when a transfer would end that takes ``seconds`` and can begin at ``since``."""
+        return max(self.free, since) + seconds
 
-    @property
-    def cached(self) -> int: ...
-
-    def acquire(self, owner: str, prompt_tokens: int, shared: Sequence[int]) -> int | None:
-        """Acquires a prompt's blocks and returns its number of cached tokens. None means too few free blocks."""
-
-    def publish(self, owner: str, num_tokens: int) -> None: ...
-
-    def release(self, owner: str) -> None: ...
-
-    def leading(self, keys: Sequence[int], begin: int) -> int:
-        """As ``KvSource.leading``, of the blocks in memory."""
-
-    def delta(self) -> registry_pb2.PrefixDelta | None:
-        """Returns the changes of the cache since the last call, for a report."""
+    def take(self, since: float, seconds: float) -> float:
+        """Begins such a transfer. Returns when it ends."""
+        self.free = self.end(since, seconds)
+        return self.free
 
 
-class CountedBlocks:
-    """Counts blocks, for traces without shared prefixes."""
+class KeptBlocks:
+    """Blocks on a disk, or those that a decode worker lends. The least recently used ones make room for others.
 
-    def __init__(self, kv_tokens: int, block_size: int) -> None:
-        self.block_size = block_size
-        self.total = kv_tokens // block_size
-        self.used = 0
-        self.cached = 0
-        self.tokens_looked_up = self.tokens_found = 0
-        self._held: dict[str, int] = {}
+    Args:
+        room: Returns the number of blocks that may be kept now.
+    """
 
-    def acquire(self, owner: str, prompt_tokens: int, shared: Sequence[int]) -> int | None:
-        count = -(-prompt_tokens // self.block_size)
-        if count > self.total - self.used:
-            return None
-        self._held[owner] = count
-        self.used += count
-        return 0
+    def __init__(self, room: Callable[[], int]) -> None:
+        self.link = SharedLink()
+        self._room = room
+        self._keys: OrderedDict[int, None] = OrderedDict()
+        self._journal = KeyJournal()
+        self._feed = self._journal.feed()
 
-    def publish(self, owner: str, num_tokens: int) -> None:
-        pass
-
-    def release(self, owner: str) -> None:
-        self.used -= self._held.pop(owner, 0)
+    def keep(self, keys: Sequence[int]) -> None:
+        """Keeps a prompt's leading blocks, given by all their keys."""
+        for key in reversed(keys):  # a block is useless without those before it, so that they go last
+            if key not in self._keys:
+                self._journal.add(key)
+            self._keys[key] = None
+            self._keys.move_to_end(key)
+        self._make_room()
 
     def leading(self, keys: Sequence[int], begin: int) -> int:
-        return begin
+        """Returns how many leading blocks of a prompt an importer has after an import; it has ``begin`` before."""
+        self._make_room()
+        return _leading(self._keys, keys, begin)
 
     def delta(self) -> registry_pb2.PrefixDelta | None:
-        return None
+        """Returns the changes since the last call, for a report."""
+        self._make_room()
+        return self._feed.take()
+
+    def _make_room(self) -> None:
+        room = max(0, self._room())
+        while len(self._keys) > room:
+            key, _ = self._keys.popitem(last=False)
+            self._journal.remove(key)
 
 
-class SharedBlocks:
-    """Runs ``kv.prefix.PrefixCache`` over the trace's blocks."""
+class CachedBlocks:
+    """The memory of a prefill worker: the real prefix cache over the trace's blocks.
 
-    def __init__(self, kv_tokens: int, block_size: int, *, enabled: bool = True) -> None:
-        self.block_size = block_size
-        self._pool = BlockPool(max(1, kv_tokens // block_size), 1)
-        self._cache = PrefixCache(self._pool, enabled=enabled, attention_tokens=max(1.0, 4096 / block_size))
-        self._feed = self._cache.journal.feed()
+    Args:
+        kv_tokens: Capacity in tokens.
+        shared_block: Tokens of a block that prompts may share. 0 means that no prompt shares any, and none is cached.
+    """
+
+    def __init__(self, kv_tokens: int, shared_block: int) -> None:
+        self.block_size = shared_block or _UNSHARED_BLOCK
+        pool = BlockPool(max(1, kv_tokens // self.block_size), 1)
+        attention_tokens = max(1.0, 4096 / self.block_size)
+        self.cache = PrefixCache(pool, enabled=shared_block > 0, attention_tokens=attention_tokens)
+        self._feed = self.cache.journal.feed()
         self._next = 0
-        self._refused: tuple[str, PromptBlocks] | None = None  # (owner, prompt) of the last refusal
-        self.tokens_looked_up = self.tokens_found = 0
 
     @property
     def total(self) -> int:
-        return self._pool.num_blocks
+        return self.cache.pool.num_blocks
 
     @property
     def used(self) -> int:
-        return self._cache.num_used
+        return self.cache.num_used
 
-    @property
-    def cached(self) -> int:
-        return self._cache.num_cached
-
-    def acquire(self, owner: str, prompt_tokens: int, shared: Sequence[int]) -> int | None:
-        if not self._cache.num_available:
-            return None  # a prompt needs at least one free block: its last block is never cached
-        if self._refused is not None and self._refused[0] == owner:
-            prompt = self._refused[1]  # hashing is slow, and a waiting prompt asks again and again
-        else:
-            prompt = self._prompt(prompt_tokens, shared)
-        grant = self._cache.acquire(owner, prompt, prompt.num_tokens)
-        if grant is None:
-            self._refused = owner, prompt
-            return None
-        self._refused = None
-        found = grant.cached_tokens * self.block_size
-        self.tokens_looked_up += prompt_tokens
-        self.tokens_found += found
-        return found
-
-    def _prompt(self, prompt_tokens: int, shared: Sequence[int]) -> PromptBlocks:
-        full, rest = divmod(prompt_tokens, self.block_size)
+    def prompt(self, num_tokens: int, shared: Sequence[int]) -> PromptBlocks:
+        """Returns the blocks of a prompt, given the trace's numbers of its first blocks. Nobody shares the others."""
+        full, rest = divmod(num_tokens, self.block_size)
         numbers = list(shared[:full])
         for _ in range(full + bool(rest) - len(numbers)):
             numbers.append(_FIRST_UNIQUE_ID + self._next % _FIRST_UNIQUE_ID)
             self._next += 1
-        return self._cache.blocks_of(numbers)
+        return self.cache.blocks_of(numbers)
+
+    def acquire(self, owner: str, prompt: PromptBlocks) -> int | None:
+        """Acquires a prompt's blocks and returns its number of cached tokens. None means too few free blocks."""
+        if not self.cache.num_available:
+            return None  # a prompt needs at least one free block: its last block is never cached
+        grant = self.cache.acquire(owner, prompt, prompt.num_tokens)
+        return None if grant is None else grant.cached_tokens * self.block_size
 
     def publish(self, owner: str, num_tokens: int) -> None:
         # Only full blocks: a partial last block is never looked up.
-        self._cache.publish(owner, num_tokens // self.block_size)
+        self.cache.publish(owner, num_tokens // self.block_size)
 
     def release(self, owner: str) -> None:
-        self._cache.release(owner)
+        self.cache.release(owner)
 
     def leading(self, keys: Sequence[int], begin: int) -> int:
-        return leading_blocks(self._cache.journal, keys, begin)
+        """As ``KeptBlocks.leading``, of the blocks in memory."""
+        return _leading(self.cache.journal, keys, begin)
 
     def delta(self) -> registry_pb2.PrefixDelta | None:
+        """Returns the changes of the cache since the last call, for a report."""
         return self._feed.take()
+
+
+def _leading(known: Container[int], keys: Sequence[int], begin: int) -> int:
+    return next((index for index in range(begin, len(keys)) if keys[index] not in known), len(keys))

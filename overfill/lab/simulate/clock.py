@@ -10,9 +10,10 @@ from typing import Any
 class Event:
     """A scheduled call that can be cancelled."""
 
-    __slots__ = ("action", "args")
+    __slots__ = ("action", "args", "time")
 
-    def __init__(self, action: Callable[..., None], args: tuple[Any, ...]) -> None:
+    def __init__(self, time: float, action: Callable[..., None], args: tuple[Any, ...]) -> None:
+        self.time = time
         self.action: Callable[..., None] | None = action
         self.args = args
 
@@ -36,9 +37,9 @@ class Clock:
 
     def at(self, time: float, action: Callable[..., None], *args: Any) -> Event:
         """Schedules ``action(*args)`` at ``time``; now if that is in the past."""
-        event = Event(action, args)
+        event = Event(max(time, self.now), action, args)
         self._order += 1
-        heapq.heappush(self._heap, (max(time, self.now), self._order, event))
+        heapq.heappush(self._heap, (event.time, self._order, event))
         return event
 
     def after(self, delay: float, action: Callable[..., None], *args: Any) -> Event:

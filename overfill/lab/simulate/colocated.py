@@ -57,6 +57,6 @@ class SimTurns:
         if oldest is None:
             return False
         waited = self._clock.now - oldest.submitted
-        chunk = self._turns.chunk(self._decode.runnable, oldest.left, waited, alone=self._prefill.oldest_is_alone)
+        chunk = self._turns.chunk(self._decode.runnable, oldest.left, waited, alone=len(self._prefill.running) == 1)
         self._prefill.begin_step(chunk)
         return True

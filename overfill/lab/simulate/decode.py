@@ -29,12 +29,11 @@ class SequenceState(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class SimSequence:
-    """One answer on a decode worker.
+    """One answer on a decode worker. Listeners identify it by its object.
 
     Attributes:
         prompt_tokens, output_tokens: Lengths. The answer ends after ``output_tokens``.
         emitted: Tokens of the answer when it last joined the batch; ``SimDecode.emitted`` adds those since.
-        owner: Object that the listener uses to identify the sequence.
         reserved: Blocks held while the sequence is not running.
         joined: Number of the worker's step at which it joined.
         replay: Emitted tokens that the decoder recomputes when the sequence joins.
@@ -43,7 +42,6 @@ class SimSequence:
     prompt_tokens: int
     output_tokens: int
     emitted: int
-    owner: object
     state: SequenceState = SequenceState.RECEIVING
     reserved: int = 0
     joined: int = 0
@@ -66,6 +64,9 @@ class SimDecode:
     Attributes:
         gaps: Seconds between tokens, over all sequences.
         busy: Seconds spent in steps.
+        steps: Number of steps of all phases that have ended.
+        batch: Number of running sequences.
+        sequences: The sequences on the worker, oldest first.
         on_ready: Called when a phase may begin. A worker with both stages replaces it, because its stages take turns.
     """
 
@@ -80,22 +81,19 @@ class SimDecode:
         model = profile.decode
         self._clock, self._model, self._listener, self.gaps = clock, model, listener, gaps
         self._load_changed = load_changed
-        self._base, self._per_sequence = model.base, model.per_sequence
-        self._per_kv = model.per_kv_token
-        self._replay_seconds = model.replay_per_token
         self.total = model.kv_tokens // model.block_size
         self.busy = 0.0
         self._reserved = 0  # blocks held, without those that the running phase takes
-        self._sequences: dict[SimSequence, None] = {}  # oldest first
+        self.sequences: dict[SimSequence, None] = {}
         self._num_preempted = 0
         self._joining: list[SimSequence] = []
         self._leaving: list[SimSequence] = []
         self._heap: list[tuple[int, int, SimSequence]] = []  # (step after which it ends, order, sequence)
         self._order = 0
-        self._batch = 0
+        self.batch = 0
         self._context = 0  # tokens that the next step attends to
         self._crossings = [0] * model.block_size  # step modulo block_size -> sequences that take a block in it
-        self._step = 0  # steps finished before the running phase
+        self.steps = 0
         self._phase: Event | None = None
         self._phase_start = 0.0
         self._phase_steps = 0
@@ -110,24 +108,7 @@ class SimDecode:
     @property
     def runnable(self) -> bool:
         """True if a step would generate a token."""
-        return bool(self._batch or self._joining)
-
-    @property
-    def steps(self) -> int:
-        """Number of steps of all phases that have ended."""
-        return self._step
-
-    @property
-    def num_running(self) -> int:
-        return self._batch
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._sequences) - self._batch
-
-    @property
-    def active(self) -> int:
-        return len(self._sequences)
+        return bool(self.batch or self._joining)
 
     @property
     def used(self) -> int:
@@ -136,11 +117,16 @@ class SimDecode:
 
     def reserve(self, sequence: SimSequence) -> bool:
         """Reserves blocks for prompt + emitted + 1 tokens. Returns False if the worker refuses."""
-        if len(self._sequences) >= self._model.max_num_seqs or self._num_preempted:
+        if len(self.sequences) >= self._model.max_num_seqs or self._num_preempted:
             return False
-        if not self._acquire(sequence):
+        blocks = self._blocks_for(sequence.prompt_tokens + sequence.emitted + 1)
+        if blocks + self._num_growing > self.total - self.used:
             return False
-        self._sequences[sequence] = None
+        sequence.reserved = blocks
+        self._reserved += blocks
+        if self._phase is not None and self._blocks_taken(self._phase_steps) > self.total - self._reserved:
+            self.end_soon()  # the phase would have needed these blocks
+        self.sequences[sequence] = None
         self._load_changed()
         return True
 
@@ -184,30 +170,26 @@ class SimDecode:
         """Kills the worker. Returns its sequences, with ``emitted`` up to date."""
         if self._phase is not None:
             self._phase.cancel()
-        lost = list(self._sequences)
+        lost = list(self.sequences)
         for sequence in lost:
             sequence.emitted = self.emitted(sequence)
             sequence.state = SequenceState.ENDED
         return lost
-
-    def sequences(self) -> list[SimSequence]:
-        """Returns the sequences on the worker, oldest first."""
-        return list(self._sequences)
 
     def emitted(self, sequence: SimSequence) -> int:
         """Returns the number of tokens that a sequence has emitted so far."""
         if sequence.state is not SequenceState.RUNNING:
             return sequence.emitted
         done = self._steps_done() if self._phase is not None else 0
-        return sequence.emitted + self._step + done - sequence.joined
+        return sequence.emitted + self.steps + done - sequence.joined
 
     def check(self) -> None:
         """Raises AssertionError unless the counters agree with the sequences."""
-        held = sum(self._blocks_held(sequence) for sequence in self._sequences)
+        held = sum(self._blocks_held(sequence) for sequence in self.sequences)
         _require(held == self._reserved, f"{held} blocks held, {self._reserved} counted")
         _require(0 <= self.used <= self.total, f"{self.used} of {self.total} blocks used")
-        running = sum(sequence.state is SequenceState.RUNNING for sequence in self._sequences)
-        _require(running == self._batch == len(self._heap), f"{running} run, {self._batch} counted")
+        running = sum(sequence.state is SequenceState.RUNNING for sequence in self.sequences)
+        _require(running == self.batch == len(self._heap), f"{running} run, {self.batch} counted")
         alone = self.on_ready == self.begin_phase
         _require(self.stepping or not (alone and self.runnable), "sequences run in no phase")
 
@@ -215,18 +197,24 @@ class SimDecode:
 
     def _seconds(self, steps: int) -> float:
         """Returns the seconds of the phase's first ``steps`` steps."""
-        if not steps:
-            return 0.0
-        kv = steps * self._context + self._batch * (steps * (steps - 1) // 2)
-        return self._extra + steps * (self._base + self._per_sequence * self._batch) + self._per_kv * kv
+        kv = steps * self._context + self.batch * (steps * (steps - 1) // 2)
+        return (
+            self._extra
+            + steps * (self._model.base + self._model.per_sequence * self.batch)
+            + self._model.per_kv_token * kv
+        )
 
     def _steps_within(self, seconds: float) -> float:
         """Returns how many steps of the phase fit into ``seconds``, with a fraction for the step that has begun."""
         seconds -= self._extra
         if seconds <= 0:
             return 0.0
-        square = self._per_kv * self._batch / 2
-        line = self._base + self._per_sequence * self._batch + self._per_kv * (self._context - self._batch / 2)
+        square = self._model.per_kv_token * self.batch / 2
+        line = (
+            self._model.base
+            + self._model.per_sequence * self.batch
+            + self._model.per_kv_token * (self._context - self.batch / 2)
+        )
         if square <= 1e-18:
             return seconds / line
         return (math.sqrt(line * line + 4 * square * seconds) - line) / (2 * square)
@@ -246,7 +234,7 @@ class SimDecode:
     def _blocks_held(self, sequence: SimSequence) -> int:
         if sequence.state is SequenceState.RUNNING:
             # The next step writes the last token's KV and takes the block for it.
-            tokens = sequence.prompt_tokens + sequence.emitted + self._step - sequence.joined - 1
+            tokens = sequence.prompt_tokens + sequence.emitted + self.steps - sequence.joined - 1
             return self._blocks_for(tokens)
         return sequence.reserved
 
@@ -254,9 +242,9 @@ class SimDecode:
         """Returns the blocks that the phase's first ``steps`` steps take."""
         size = self._model.block_size
         rounds, rest = divmod(steps, size)
-        blocks = rounds * self._batch
+        blocks = rounds * self.batch
         for offset in range(rest):
-            blocks += self._crossings[(self._step + offset) % size]
+            blocks += self._crossings[(self.steps + offset) % size]
         return blocks
 
     def _steps_with_room(self, max_steps: int) -> int:
@@ -265,28 +253,17 @@ class SimDecode:
         if self._blocks_taken(max_steps) <= free:
             return max_steps
         size = self._model.block_size
-        steps = free // self._batch * size  # whole rounds of block_size steps; each takes one block per sequence
+        steps = free // self.batch * size  # whole rounds of block_size steps; each takes one block per sequence
         left = free - self._blocks_taken(steps)
-        while steps < max_steps and (need := self._crossings[(self._step + steps) % size]) <= left:
+        while steps < max_steps and (need := self._crossings[(self.steps + steps) % size]) <= left:
             left -= need
             steps += 1
         return steps
 
-    def _acquire(self, sequence: SimSequence) -> bool:
-        blocks = self._blocks_for(sequence.prompt_tokens + sequence.emitted + 1)
-        if blocks + self._num_growing > self.total - self.used:
-            return False
-        sequence.reserved = blocks
-        sequence.state = SequenceState.RECEIVING
-        self._reserved += blocks
-        if self._phase is not None and self._blocks_taken(self._phase_steps) > self.total - self._reserved:
-            self._cut()  # the phase would have needed these blocks
-        return True
-
     @property
     def _num_growing(self) -> int:
         """Sequences that hold blocks. For each, one free block must remain when another is admitted or resumed."""
-        return len(self._sequences) - self._num_preempted
+        return len(self.sequences) - self._num_preempted
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
@@ -311,12 +288,12 @@ class SimDecode:
         joined, self._joining = self._joining, []
         for sequence in joined:
             self._join(sequence)
-        if not self._batch:
+        if not self.batch:
             self._resume_preempted()
             return
-        while (steps := self._steps_with_room(self._heap[0][0] - self._step)) == 0:
+        while (steps := self._steps_with_room(self._heap[0][0] - self.steps)) == 0:
             self._preempt_youngest()
-            if not self._batch:
+            if not self.batch:
                 self._resume_preempted()
                 return
         self._resume_preempted()
@@ -330,44 +307,44 @@ class SimDecode:
         self.busy += seconds
         first = self._seconds(1)
         paused = 0.0 if self._paused_since is None else self._phase_start - self._paused_since
-        self.gaps.add(paused + first, self._batch)
+        self.gaps.add(paused + first, self.batch)
         if steps > 1:
-            self.gaps.add((seconds - first) / (steps - 1), self._batch * (steps - 1))
+            self.gaps.add((seconds - first) / (steps - 1), self.batch * (steps - 1))
         self._extra = 0.0
         self._reserved += self._blocks_taken(steps)
-        self._step += steps
-        self._context += steps * self._batch
-        while self._heap and self._heap[0][0] == self._step:
-            self._end(heapq.heappop(self._heap)[2], popped=True)
+        self.steps += steps
+        self._context += steps * self.batch
+        while self._heap and self._heap[0][0] == self.steps:
+            sequence = self._heap[0][2]
+            self._leave(sequence)
+            self._end(sequence)
         self._let_leave()
-        self._paused_since = self._clock.now if self._batch else None
+        self._paused_since = self._clock.now if self.batch else None
         self.on_ready()
         self._load_changed()
 
     def _let_leave(self) -> None:
         for sequence in self._leaving:
             if sequence.state is SequenceState.RUNNING:
-                self._heap = [entry for entry in self._heap if entry[2] is not sequence]
-                heapq.heapify(self._heap)
                 self._leave(sequence)
                 self._forget(sequence)
         self._leaving.clear()
 
     def _join(self, sequence: SimSequence) -> None:
         length = sequence.prompt_tokens + sequence.emitted  # the last token's KV is not written yet
-        sequence.state, sequence.joined = SequenceState.RUNNING, self._step
+        sequence.state, sequence.joined = SequenceState.RUNNING, self.steps
         if sequence.replay:
-            self._extra += sequence.replay * self._replay_seconds
+            self._extra += sequence.replay * self._model.replay_per_token
             sequence.replay = 0
         # The step that writes the last token's KV takes the block for it, as for all later tokens.
         held = self._blocks_for(length - 1)
         self._reserved -= sequence.reserved - held
         sequence.reserved = held
         self._crossings[self._crossing(sequence, length)] += 1
-        self._batch += 1
+        self.batch += 1
         self._context += length
         self._order += 1
-        ends = self._step + sequence.output_tokens - sequence.emitted
+        ends = self.steps + sequence.output_tokens - sequence.emitted
         heapq.heappush(self._heap, (ends, self._order, sequence))
 
     def _crossing(self, sequence: SimSequence, length: int) -> int:
@@ -375,19 +352,22 @@ class SimDecode:
         return (sequence.joined - (length - 1)) % self._model.block_size
 
     def _leave(self, sequence: SimSequence) -> None:
-        """Removes a sequence from the batch between two phases. Its heap entry must be removed already."""
+        """Removes a sequence from the batch between two phases."""
+        if self._heap[0][2] is sequence:
+            heapq.heappop(self._heap)
+        else:
+            self._heap = [entry for entry in self._heap if entry[2] is not sequence]
+            heapq.heapify(self._heap)
         length = sequence.prompt_tokens + sequence.emitted
-        steps = self._step - sequence.joined
+        steps = self.steps - sequence.joined
         self._crossings[self._crossing(sequence, length)] -= 1
-        self._batch -= 1
+        self.batch -= 1
         self._context -= length + steps
         sequence.reserved = self._blocks_held(sequence)
         sequence.emitted += steps
         sequence.state = SequenceState.PREEMPTED
 
-    def _end(self, sequence: SimSequence, *, popped: bool = False) -> None:
-        if popped:
-            self._leave(sequence)
+    def _end(self, sequence: SimSequence) -> None:
         self._forget(sequence)
         self._listener.answer_done(sequence)
 
@@ -395,16 +375,14 @@ class SimDecode:
         self._reserved -= sequence.reserved
         sequence.reserved = 0
         sequence.state = SequenceState.ENDED
-        self._sequences.pop(sequence, None)
+        self.sequences.pop(sequence, None)
         self._load_changed()
 
     def _preempt_youngest(self) -> None:
         victim = next(
-            s for s in reversed(self._sequences) if s.state in (SequenceState.RUNNING, SequenceState.RECEIVING)
+            s for s in reversed(self.sequences) if s.state in (SequenceState.RUNNING, SequenceState.RECEIVING)
         )
         if victim.state is SequenceState.RUNNING:
-            self._heap = [entry for entry in self._heap if entry[2] is not victim]
-            heapq.heapify(self._heap)
             self._leave(victim)
         victim.state = SequenceState.PREEMPTED
         self._reserved -= victim.reserved
@@ -416,7 +394,7 @@ class SimDecode:
         """Gives free blocks to preempted sequences, strictly oldest first."""
         if not self._num_preempted:
             return
-        for sequence in list(self._sequences):
+        for sequence in list(self.sequences):
             if sequence.state is not SequenceState.PREEMPTED:
                 continue
             blocks = self._blocks_for(sequence.prompt_tokens + sequence.emitted + 1)

@@ -21,11 +21,11 @@ class Histogram:
         self._counts[bucket] = self._counts.get(bucket, 0) + count
         self.total += count
 
-    def percentile(self, share: float) -> float | None:
-        """Returns the value that a ``share`` (0 to 1) of all values do not exceed. None if there are no values."""
-        rank, seen = share * self.total, 0
+    def percentile(self, percent: float) -> float:
+        """Returns the value that ``percent`` of all values do not exceed. Raises ValueError without values."""
+        rank, seen = percent / 100 * self.total, 0
         for bucket in sorted(self._counts):
             seen += self._counts[bucket]
             if seen >= rank:
                 return math.exp(bucket * _BASE)
-        return None
+        raise ValueError("a histogram without values has no percentiles")

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from overfill.lab.simulate.profiles import Profile
 from overfill.lab.traffic.outcome import Objective
+from overfill.routing.policies import PolicyName
 from overfill.routing.scaling import Bounds, ScalingConfig
 from overfill.routing.tier import DEFAULT_TIER, Objectives
+
+DEFAULT_OBJECTIVE = Objective(ttft=2.0, itl=0.1)
+
+DEFAULT_POLICY = "default"
+POLICY_NAMES = (DEFAULT_POLICY, *get_args(PolicyName))
+"""Names of routing policies. ``default`` stands for the router's defaults, which differ by stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +40,12 @@ class SimTier:
 
     def objective(self, common: Objective) -> Objective:
         """Returns the objective of a request that asks for the tier."""
-        ttft, itl = self.ttft or common.ttft, self.itl or common.itl
-        return replace(common, ttft=ttft, itl=itl)
+        return replace(common, ttft=self.ttft or common.ttft, itl=self.itl or common.itl)
 
     def objectives(self, common: Objective) -> Objectives:
         """Returns the objectives as the router has them, which are always set."""
         own, default = self.objective(common), Objectives()
         return Objectives(own.ttft or default.ttft, own.itl or default.itl)
-
-
-DEFAULT_OBJECTIVE = Objective(ttft=2.0, itl=0.1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +58,17 @@ class SimulationOptions:
         tiers: The tiers. Empty means one tier, of ``decode`` workers.
         brownout: Order of the tiers from the best to the cheapest. Empty means no brownout.
         brownout_share: Share of the requests that allow a brownout.
-        goal: Objective of tiers without their own.
-        policy: Name of a routing policy.
+        objective: Objective of the requests, except those of tiers with their own.
+        policy: One of ``POLICY_NAMES``. Decode workers are chosen by their default if it is none of theirs.
         scaling: Configuration of the scaling policy. None means no scaling.
-        prefix_cache: True if prefill workers cache prompts' KV.
         kv_peers: True if workers lend each other KV.
         kv_disk_size: Bytes of KV that each prefill worker may keep on disk.
         max_queue: Maximum requests in a tier's queue; further ones are refused.
         max_wait: Longest expected wait in seconds with which a request is admitted. None means no limit.
-        report_gap: Minimum seconds between two reports of a worker.
         mtbf: Mean seconds until a worker dies and is replaced. None means never.
         check: Check all counters and the *Waiting* rule after every event.
         seed: Random seed for failures, policies and the tiers of requests.
-        objective, max_misses: Stop once more than ``max_misses`` requests have missed ``objective``.
-        end_timeout: Seconds after the last arrival after which unfinished requests count as failed.
+        max_misses: Stop once more requests than this have missed their objective. None means to play all.
     """
 
     prefill: int = 1
@@ -76,35 +77,29 @@ class SimulationOptions:
     tiers: tuple[SimTier, ...] = ()
     brownout: tuple[str, ...] = ()
     brownout_share: float = 1.0
-    goal: Objective = DEFAULT_OBJECTIVE
-    policy: str = "default"
+    objective: Objective = DEFAULT_OBJECTIVE
+    policy: str = DEFAULT_POLICY
     scaling: ScalingConfig | None = None
-    prefix_cache: bool = True
     kv_peers: bool = True
     kv_disk_size: int = 0
     max_queue: int = 1024
     max_wait: float | None = None
-    report_gap: float = 0.05
     mtbf: float | None = None
     check: bool = False
     seed: int = 0
-    end_timeout: float = 3600.0
-    objective: Objective | None = None
-    max_misses: int = 0
+    max_misses: int | None = None
 
-    def all_tiers(self, profile: Profile) -> tuple[SimTier, ...]:
-        """Returns the tiers; without any, the only one, with decode workers of ``profile``."""
-        return self.tiers or (SimTier(DEFAULT_TIER, profile, self.decode),)
+    def all_tiers(self, profile: Profile) -> dict[str, SimTier]:
+        """Returns the tiers by name; without any, the only one, with decode workers of ``profile``."""
+        tiers = self.tiers or (SimTier(DEFAULT_TIER, profile, self.decode),)
+        return {tier.name: tier for tier in tiers}
 
     def scaling_of(self, tier: SimTier, config: ScalingConfig) -> ScalingConfig:
         """Returns the scaling policy's settings of one tier."""
-        goal = tier.objectives(self.goal)
         if not self.tiers:
             return config
-        bounds = config.decode
-        if tier.max_workers is not None:
-            bounds = Bounds(bounds.min, tier.max_workers)
-        model = tier.profile.decode
+        goal, model = tier.objectives(self.objective), tier.profile.decode
+        bounds = config.decode if tier.max_workers is None else Bounds(config.decode.min, tier.max_workers)
         return replace(
             config, ttft=goal.ttft, itl=goal.itl, decode=bounds, step=model.cost, max_batch=model.max_num_seqs
         )

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from overfill.lab.simulate.blocks import Blocks
+from overfill.kv.keys import PromptBlocks
+from overfill.lab.simulate.blocks import CachedBlocks, KeptBlocks, SharedLink
 from overfill.lab.simulate.clock import Clock, Event
-from overfill.lab.simulate.imports import KeptBlocks, KvSource, SharedLink
 from overfill.lab.simulate.profiles import Profile
 
 
@@ -24,27 +24,31 @@ class Ticket:
         prompt_tokens, cached, computed: Tokens of the prompt; ``computed`` includes the cached ones.
         shared: The trace's numbers of the prompt's blocks.
         owner: Object that the listener uses to identify the prompt.
-        submitted, started: Times of its arrival and of the start of its first chunk.
         local: True if the answer is written on the same worker, so that no KV is sent.
-        keys: The routers' keys of the prompt's full blocks.
         holder: Worker that the router has named to borrow KV from; empty without one.
+        submitted: Time of its arrival.
+        started: True once its first chunk has begun.
+        sent: Time at which the KV computed so far has been sent.
         imported: The part of ``cached`` that came from a "peer" or "disk".
+        prompt: Its blocks on the worker.
+        keys: The routers' keys of its full blocks that other prompts may share.
     """
 
     id: str
     prompt_tokens: int
     shared: Sequence[int]
     owner: object
+    local: bool = False
+    holder: str = ""
     cached: int = 0
     computed: int = 0
     submitted: float = 0.0
-    started: float | None = None
-    sent: float = 0.0  # time at which the KV computed so far has been sent
-    local: bool = False
+    started: bool = False
+    sent: float = 0.0
     cancelled: bool = False
-    keys: Sequence[int] = ()
-    holder: str = ""
     imported: Counter[str] = field(default_factory=Counter)
+    prompt: PromptBlocks = field(init=False)
+    keys: Sequence[int] = ()
 
     @property
     def left(self) -> int:
@@ -58,7 +62,7 @@ class PrefillListener(Protocol):
     def kv_sent(self, ticket: Ticket) -> None:
         """All KV of the prompt has been sent; its lease ends."""
 
-    def lender(self, name: str) -> KvSource | None:
+    def lender(self, name: str) -> SimPrefill | KeptBlocks | None:
         """Returns the KV that a worker lends; None if it has left."""
 
 
@@ -69,6 +73,8 @@ class SimPrefill:
         busy: Seconds spent in steps.
         computed: Prompt tokens computed.
         link: The link over which it sends and lends KV.
+        waiting: Prompts without blocks, in the order of their arrival.
+        running: Prompts that hold blocks and are not computed yet, by ticket.
         on_ready: Called when a step may begin. A worker with both stages replaces it, because its stages take turns.
     """
 
@@ -76,7 +82,7 @@ class SimPrefill:
         self,
         clock: Clock,
         profile: Profile,
-        blocks: Blocks,
+        blocks: CachedBlocks,
         listener: PrefillListener,
         load_changed: Callable[[], object],
         disk: KeptBlocks | None = None,
@@ -87,8 +93,8 @@ class SimPrefill:
         self.busy = 0.0
         self.computed = 0
         self.queued_tokens = 0
-        self._waiting: deque[Ticket] = deque()
-        self._running: dict[str, Ticket] = {}
+        self.waiting: deque[Ticket] = deque()
+        self.running: dict[str, Ticket] = {}
         self._holding: dict[str, Ticket] = {}
         self._importing: dict[str, Ticket] = {}
         self._step: Event | None = None
@@ -103,28 +109,22 @@ class SimPrefill:
     @property
     def oldest(self) -> Ticket | None:
         """The oldest prompt that holds blocks and is not computed yet."""
-        return next(iter(self._running.values()), None)
-
-    @property
-    def oldest_is_alone(self) -> bool:
-        """True if no other prompt shares the step of the oldest."""
-        return len(self._running) == 1
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
+        return next(iter(self.running.values()), None)
 
     @property
     def num_admitted(self) -> int:
-        return len(self._running) + len(self._holding) + len(self._importing)
+        return len(self.running) + len(self._holding) + len(self._importing)
 
     @property
     def active(self) -> int:
-        return len(self._waiting) + self.num_admitted
+        return len(self.waiting) + self.num_admitted
 
     def submit(self, ticket: Ticket) -> None:
         ticket.submitted = self._clock.now
-        self._waiting.append(ticket)
+        ticket.prompt = self.blocks.prompt(ticket.prompt_tokens, ticket.shared)
+        full = ticket.prompt_tokens // self.blocks.block_size
+        ticket.keys = ticket.prompt.keys[: min(full, len(ticket.shared))]
+        self.waiting.append(ticket)
         self.queued_tokens += ticket.prompt_tokens
         self.on_ready()
         self._load_changed()
@@ -134,21 +134,17 @@ class SimPrefill:
         if ticket.cancelled:
             return
         ticket.cancelled = True
-        if ticket in self._waiting:
-            self._waiting.remove(ticket)
+        if ticket in self.waiting:
+            self.waiting.remove(ticket)
             self.queued_tokens -= ticket.left
-        elif (
-            ticket.id in self._holding
-            or ticket.id in self._importing
-            or (ticket.id in self._running and self._step is None)
-        ):
+        elif ticket.id not in self.running or self._step is None:
             self._drop(ticket)
         self.on_ready()
         self._load_changed()
 
     def tickets(self) -> list[Ticket]:
         """Returns the tickets on the worker."""
-        return [*self._waiting, *self._importing.values(), *self._running.values(), *self._holding.values()]
+        return [*self.waiting, *self._importing.values(), *self.running.values(), *self._holding.values()]
 
     def kill(self) -> list[Ticket]:
         """Kills the worker. Returns its tickets."""
@@ -161,7 +157,7 @@ class SimPrefill:
 
     def check(self) -> None:
         """Raises AssertionError unless the counters agree with the tickets."""
-        tokens = sum(ticket.left for ticket in (*self._waiting, *self._importing.values(), *self._running.values()))
+        tokens = sum(ticket.left for ticket in (*self.waiting, *self._importing.values(), *self.running.values()))
         if tokens != self.queued_tokens:
             raise AssertionError(f"{tokens} tokens are queued, {self.queued_tokens} counted")
         if not 0 <= self.blocks.used <= self.blocks.total:
@@ -174,8 +170,8 @@ class SimPrefill:
         chunks = self._schedule(max_tokens or self._model.max_num_batched_tokens)
         now = self._clock.now
         for ticket, _ in chunks:
-            if ticket.started is None:
-                ticket.started = now
+            if not ticket.started:
+                ticket.started = True
                 self._send(ticket, ticket.cached, now)
         seconds = self._model.step_seconds([(ticket.computed, count) for ticket, count in chunks])
         self.busy += seconds
@@ -183,17 +179,17 @@ class SimPrefill:
 
     def admit(self) -> bool:
         """Gives blocks to waiting prompts. Returns True if a prompt can be computed."""
-        while self._waiting and self.num_admitted < self._model.max_num_seqs:
-            ticket = self._waiting[0]
-            cached = self.blocks.acquire(ticket.id, ticket.prompt_tokens, ticket.shared)
+        while self.waiting and self.num_admitted < self._model.max_num_seqs:
+            ticket = self.waiting[0]
+            cached = self.blocks.acquire(ticket.id, ticket.prompt)
             if cached is None:
                 break
-            self._waiting.popleft()
+            self.waiting.popleft()
             ticket.cached = ticket.computed = cached
             self.queued_tokens -= cached
             if not self._import(ticket):
-                self._running[ticket.id] = ticket
-        return bool(self._running)
+                self.running[ticket.id] = ticket
+        return bool(self.running)
 
     def leading(self, keys: Sequence[int], begin: int) -> int:
         return self.blocks.leading(keys, begin)
@@ -224,7 +220,7 @@ class SimPrefill:
     def _end_import(self, ticket: Ticket, tokens: int) -> None:
         if ticket.cancelled:
             return
-        self._running[ticket.id] = self._importing.pop(ticket.id)
+        self.running[ticket.id] = self._importing.pop(ticket.id)
         self.blocks.publish(ticket.id, tokens)
         self.queued_tokens -= tokens - ticket.cached
         ticket.cached = ticket.computed = tokens
@@ -233,17 +229,17 @@ class SimPrefill:
 
     def _schedule(self, left: int) -> list[tuple[Ticket, int]]:
         """Schedules as ``PrefillEngine._schedule``: at least half of the budget for the oldest, then shortest first."""
-        oldest, *others = self._running.values()
+        oldest, *others = self.running.values()
         share = left if not others or oldest.left <= left else max(1, left // 2)
         counts = {oldest.id: min(share, oldest.left)}
         left -= counts[oldest.id]
-        for ticket in sorted(others, key=_left):
+        for ticket in sorted(others, key=lambda ticket: ticket.left):
             if not left:
                 break
             counts[ticket.id] = min(left, ticket.left)
             left -= counts[ticket.id]
         counts[oldest.id] += min(left, oldest.left - counts[oldest.id])
-        return [(self._running[id], count) for id, count in counts.items() if count]
+        return [(self.running[id], count) for id, count in counts.items() if count]
 
     def _stepped(self, chunks: list[tuple[Ticket, int]], began: float) -> None:
         self._step = None
@@ -264,13 +260,13 @@ class SimPrefill:
                 if ticket.local:
                     self._drop(ticket)
                     continue
-                del self._running[ticket.id]
+                del self.running[ticket.id]
                 self._holding[ticket.id] = ticket
                 # The last layer's KV can be sent only now.
                 bandwidth, layers = self._profile.link_bandwidth, self._profile.layers
                 last = now + count * self._profile.kv_token_bytes / layers / bandwidth
                 self._clock.at(max(last, ticket.sent), self._sent, ticket)
-        for ticket in [ticket for ticket in self._running.values() if ticket.cancelled]:
+        for ticket in [ticket for ticket in self.running.values() if ticket.cancelled]:
             self._drop(ticket)
         for ticket in finished:
             self._listener.prompt_computed(ticket)
@@ -293,11 +289,7 @@ class SimPrefill:
         self._load_changed()
 
     def _drop(self, ticket: Ticket) -> None:
-        if any(tickets.pop(ticket.id, None) is not None for tickets in (self._running, self._importing)):
+        if any(tickets.pop(ticket.id, None) is not None for tickets in (self.running, self._importing)):
             self.queued_tokens -= ticket.left
         self._holding.pop(ticket.id, None)
         self.blocks.release(ticket.id)
-
-
-def _left(ticket: Ticket) -> int:
-    return ticket.left

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from pydantic import (
     ConfigDict,
     NonNegativeFloat,
@@ -164,88 +162,70 @@ class Profile:
         prefill, decode = replace(self.prefill, kv_tokens=tokens), replace(self.decode, kv_tokens=tokens)
         return replace(self, prefill=prefill, decode=decode)
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
-
 
 @dataclass(frozen=True, slots=True)
 class Accelerator:
-    """Figures of a datasheet: dense bfloat16 FLOP/s, memory bandwidth in bytes/s, memory in bytes."""
+    """Figures of a datasheet: dense bfloat16 FLOP/s, memory bandwidth in bytes/s, memory in bytes.
+
+    The methods return the parts of them that we assume to be reached. They are not measured.
+    """
 
     flops: float
     bandwidth: float
     memory: float
 
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """Size of a Llama-shaped model in bfloat16."""
-
-    parameters: float
-    layers: int
-    hidden: int
-    kv_heads: int
-    head_dim: int
+    @property
+    def rate(self) -> float:
+        return self.flops * 0.5
 
     @property
-    def weight_bytes(self) -> float:
-        return 2 * self.parameters
+    def read_rate(self) -> float:
+        return self.bandwidth * 0.8
 
-    @property
-    def kv_token_bytes(self) -> int:
-        return 2 * self.layers * self.kv_heads * self.head_dim * 2
-
-    @property
-    def attention_flops(self) -> float:
-        """FLOP of one token's attention per token attended to."""
-        return 4.0 * self.hidden * self.layers
+    def kv_tokens(self, *models: float) -> int:
+        """Returns the tokens of KV that fit beside models with these numbers of parameters; negative if none do."""
+        return int((self.memory * 0.9 - 2 * sum(models)) / _KV_TOKEN_BYTES)
 
 
 H100 = Accelerator(flops=989e12, bandwidth=3.35e12, memory=80e9)
 L4 = Accelerator(flops=121e12, bandwidth=300e9, memory=24e9)
-LLAMA_8B = ModelShape(8.03e9, 32, 4096, 8, 128)
-LLAMA_8B_TO_3B = ModelShape(3.2e9, 32, 4096, 8, 128)
-"""A decoder of the paper's size. It keeps the full model's KV heads, so its KV has the same size."""
 
-_COMPUTE_SHARE, _BANDWIDTH_SHARE, _MEMORY_SHARE = 0.5, 0.8, 0.9
-"""Shares of a datasheet's figures that we assume to be reached. They are not measured."""
+_FULL, _DECODER = 8.03e9, 3.2e9
+"""Parameters of Llama-3.1-8B, and of a decoder of the paper's size. Both are in bfloat16."""
+
+_LAYERS, _HIDDEN = 32, 4096
+_KV_TOKEN_BYTES = 2 * _LAYERS * 8 * 128 * 2
+"""8 heads of 128 values. A decoder keeps the full model's KV heads, so its KV has the same size."""
 
 
-def from_datasheets(
-    name: str, prefill: Accelerator, decode: Accelerator, full: ModelShape, decoder: ModelShape
-) -> Profile:
-    """Estimates a profile: FLOP / rate for prefill, bytes / bandwidth for decode, at the shares above."""
-    rate = prefill.flops * _COMPUTE_SHARE
-    bandwidth = decode.bandwidth * _BANDWIDTH_SHARE
-    decode_rate = decode.flops * _COMPUTE_SHARE
-    kv = full.kv_token_bytes
-    both = (prefill.memory * _MEMORY_SHARE - full.weight_bytes - decoder.weight_bytes) / kv
+def from_datasheets(name: str, prefill: Accelerator, decode: Accelerator, decoder: float = _DECODER) -> Profile:
+    """Estimates a profile: FLOP / rate for prefill, bytes / bandwidth for decode. ``decoder`` has parameters."""
     return Profile(
         name=name,
         source="estimated from datasheets; not measured",
         prefill=PrefillModel(
-            seconds_per_token=2 * full.parameters / rate,
-            seconds_per_position=full.attention_flops / rate,
-            seconds_per_step=full.weight_bytes / (prefill.bandwidth * _BANDWIDTH_SHARE),
+            seconds_per_token=2 * _FULL / prefill.rate,
+            seconds_per_position=4.0 * _HIDDEN * _LAYERS / prefill.rate,
+            seconds_per_step=2 * _FULL / prefill.read_rate,
             max_num_batched_tokens=8192,
-            kv_tokens=int((prefill.memory * _MEMORY_SHARE - full.weight_bytes) / kv),
+            kv_tokens=prefill.kv_tokens(_FULL),
         ),
         decode=DecodeModel(
-            base=decoder.weight_bytes / bandwidth,
+            base=2 * decoder / decode.read_rate,
             # Up to a large batch, compute overlaps with reading the weights; attention's reads are added.
             per_sequence=0.0,
-            per_kv_token=kv / bandwidth,
-            replay_per_token=2 * decoder.parameters / decode_rate,
-            kv_tokens=int((decode.memory * _MEMORY_SHARE - decoder.weight_bytes) / kv),
+            per_kv_token=_KV_TOKEN_BYTES / decode.read_rate,
+            replay_per_token=2 * decoder / decode.rate,
+            kv_tokens=decode.kv_tokens(decoder),
             max_num_seqs=256,
         ),
-        kv_token_bytes=kv,
-        layers=full.layers,
+        kv_token_bytes=_KV_TOKEN_BYTES,
+        layers=_LAYERS,
         link_bandwidth=12.5e9,  # 100 Gbit/s
         disk_bandwidth=5e9,  # an NVMe drive on four lanes of PCIe 4
         startup=60.0,
-        colocated_kv_tokens=max(0, int(both / 2)) if prefill == decode else 0,
-        returns_kv=decoder == full,
+        colocated_kv_tokens=max(0, prefill.kv_tokens(_FULL, decoder) // 2) if prefill == decode else 0,
+        returns_kv=decoder == _FULL,
     )
 
 
@@ -264,11 +244,14 @@ CPU = Profile(
 )
 
 BUILT_IN: dict[str, Profile] = {
-    "cpu": CPU,
-    "h100-l4": from_datasheets("h100-l4", H100, L4, LLAMA_8B, LLAMA_8B_TO_3B),
-    "h100-l4-full": from_datasheets("h100-l4-full", H100, L4, LLAMA_8B, LLAMA_8B),  # a tier without pruning
-    "h100": from_datasheets("h100", H100, H100, LLAMA_8B, LLAMA_8B_TO_3B),
-    "l4": from_datasheets("l4", L4, L4, LLAMA_8B, LLAMA_8B_TO_3B),
+    profile.name: profile
+    for profile in (
+        CPU,
+        from_datasheets("h100-l4", H100, L4),
+        from_datasheets("h100-l4-full", H100, L4, _FULL),  # a tier without pruning
+        from_datasheets("h100", H100, H100),
+        from_datasheets("l4", L4, L4),
+    )
 }
 
 
@@ -289,7 +272,7 @@ def load_profile(name: str) -> Profile:
     try:
         json.loads(text)
     except ValueError:
-        return _from_bench(path, text)
+        return profile_from_bench(path, text)
     try:
         return TypeAdapter(Profile).validate_json(text)
     except ValidationError as error:
@@ -298,7 +281,7 @@ def load_profile(name: str) -> Profile:
         raise InvalidRequest(".".join(["profile", *map(str, wrong["loc"])]), f"{wrong['msg']}{got}") from None
 
 
-def _from_bench(path: Path, text: str) -> Profile:
+def profile_from_bench(path: Path, text: str) -> Profile:
     """Fits the formulas to lines of ``overfill bench decode|prefill --json``; the rest is as in ``cpu``."""
     prefill: list[tuple[float, float]] = []  # (tokens of a prompt, seconds)
     decode: list[tuple[float, float, float]] = []  # (batch, context, seconds)
@@ -324,27 +307,27 @@ def _from_bench(path: Path, text: str) -> Profile:
             f"{path} has {len(prefill)} prefill and {len(decode)} decode_decoder figures; two sizes of each "
             "are needed: the output of `overfill bench prefill --json` and `… decode --json`, one after the other",
         )
-    lengths, seconds = np.array(prefill).T
-    per_token, per_position = _fit(np.stack([lengths, lengths * (lengths + 1) / 2], 1), seconds)
-    batches, contexts, steps = np.array(decode).T
-    columns = [np.ones_like(batches), batches]
-    if len(set(contexts)) > 1:
-        columns.append(batches * contexts)
-    base, per_sequence, *rest = _fit(np.stack(columns, 1), steps)
+    per_token, per_position = _fit([(n, n * (n + 1) / 2) for n, _ in prefill], [seconds for *_, seconds in prefill])
+    varies = len({context for _, context, _ in decode}) > 1  # otherwise the batch alone explains the time
+    base, per_sequence, per_kv_token = _fit(
+        [(1.0, batch, batch * context * varies) for batch, context, _ in decode], [seconds for *_, seconds in decode]
+    )
     return replace(
         CPU,
         name=path.stem,
         source=f"fitted to {path.name}",
         prefill=replace(CPU.prefill, seconds_per_token=per_token, seconds_per_position=per_position),
-        decode=replace(CPU.decode, base=base, per_sequence=per_sequence, per_kv_token=rest[0] if rest else 0.0),
+        decode=replace(CPU.decode, base=base, per_sequence=per_sequence, per_kv_token=per_kv_token),
     )
 
 
-def _fit(features: np.ndarray[Any, Any], seconds: np.ndarray[Any, Any]) -> list[float]:
+def _fit(features: Sequence[tuple[float, ...]], seconds: Sequence[float]) -> list[float]:
     """Fits coefficients of at least 0 by least squares of relative errors."""
-    relative = features / seconds[:, None]
-    active = list(range(features.shape[1]))
-    weights = [0.0] * features.shape[1]
+    import numpy as np  # imported here: reading the command's options must not need it
+
+    relative = np.array(features) / np.array(seconds)[:, None]
+    weights = [0.0] * relative.shape[1]
+    active = [index for index in range(len(weights)) if relative[:, index].any()]
     while active:
         found = np.linalg.lstsq(relative[:, active], np.ones(len(seconds)), rcond=None)[0]
         if (found >= 0).all():

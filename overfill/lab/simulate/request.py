@@ -1,44 +1,42 @@
-"""State of a simulated request, snapshots of the stack, and counters of a run."""
+"""A simulated request: its job in the router, its attempts on decode workers, and its outcome."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, repeat
 
+from overfill.kv.keys import PromptKeys, root_key
 from overfill.lab.simulate.decode import SimSequence
 from overfill.lab.simulate.prefill import Ticket
-from overfill.lab.traffic.outcome import Objective
+from overfill.lab.traffic.outcome import Outcome
 from overfill.lab.traffic.traces import TraceRequest
 from overfill.routing.job import Job
-from overfill.routing.tier import DEFAULT_TIER
+from overfill.v1 import common_pb2, decode_pb2
+
+_ROOT = root_key("", "")
 
 
-@dataclass(eq=False, slots=True)
-class DecodeAttempt:
-    """A request on one decode worker. Messages that arrive after ``over`` is set are stale."""
+@dataclass(eq=False, slots=True, kw_only=True)
+class DecodeAttempt(SimSequence):
+    """A request on one decode worker. Messages that arrive after ``over`` is set are stale.
+
+    Attributes:
+        ticket: Its prompt on the worker ``prefill``.
+        with_start: Prefill worker that was assigned with the start.
+    """
 
     request: SimRequest
     worker: str
-    sequence: SimSequence
     ticket: Ticket | None = None
     prefill: str = ""
-    with_start: str = ""  # prefill worker that was assigned with the start
+    with_start: str = ""
     over: bool = False
 
-    @classmethod
-    def start(cls, request: SimRequest, worker: str) -> DecodeAttempt:
-        """Starts an attempt that continues the last one: it replays the emitted tokens."""
-        trace, emitted = request.trace, request.emitted
-        sequence = SimSequence(
-            trace.prompt_tokens, trace.output_tokens, emitted, owner=None, replay=max(0, emitted - 1)
-        )
-        attempt = cls(request, worker, sequence)
-        sequence.owner = attempt
-        return attempt
 
-
-def attempt_of(sequence: SimSequence) -> DecodeAttempt:
-    assert isinstance(sequence.owner, DecodeAttempt)
-    return sequence.owner
+def attempt_of(sequence: object) -> DecodeAttempt:
+    assert isinstance(sequence, DecodeAttempt)
+    return sequence
 
 
 @dataclass(eq=False, slots=True)
@@ -46,118 +44,63 @@ class SimRequest:
     """A request of the trace in the simulated stack.
 
     Attributes:
+        asked: Tier that it asks for. The job has the tier that answers.
+        allows_brownout: True if a cheaper tier may answer.
         first, last: Times at which the client had the first and the last token. None means not yet.
         emitted: Tokens that the router has received; the next attempt continues after them.
         error: Reason why the request ended without an answer; empty if it did not.
-        asked: Tier that it asks for. The job has the tier that answers.
-        allows_brownout: True if a cheaper tier may answer.
     """
 
     trace: TraceRequest
     job: Job
+    asked: str
+    allows_brownout: bool = False
     first: float | None = None
     last: float | None = None
     emitted: int = 0
     attempt: DecodeAttempt | None = None
     error: str = ""
     ended: bool = False
-    asked: str = DEFAULT_TIER
-    allows_brownout: bool = False
+
+    def start(self, worker: str) -> DecodeAttempt:
+        """Starts an attempt that continues the last one: it replays the emitted tokens."""
+        trace, emitted = self.trace, self.emitted
+        replay = max(0, emitted - 1)
+        self.attempt = DecodeAttempt(
+            trace.prompt_tokens, trace.output_tokens, emitted, replay=replay, request=self, worker=worker
+        )
+        return self.attempt
 
     @property
     def ok(self) -> bool:
         return self.ended and not self.error
 
     @property
-    def ttft(self) -> float:
-        """Seconds from arrival to the first token; infinite if there was none."""
-        return float("inf") if self.first is None else self.first - self.trace.arrival
-
-    @property
-    def itl(self) -> float:
-        """Mean seconds between tokens; 0 for an answer of one."""
-        if self.first is None or self.last is None or self.trace.output_tokens < 2:
-            return 0.0
-        return (self.last - self.first) / (self.trace.output_tokens - 1)
-
-    @property
-    def e2e(self) -> float:
-        return float("inf") if self.last is None else self.last - self.trace.arrival
-
-    def meets(self, objective: Objective) -> bool:
-        """Returns True if the request was answered within the objective."""
-        pairs = ((objective.ttft, self.ttft), (objective.itl, self.itl), (objective.e2e, self.e2e))
-        return self.ok and all(limit is None or value <= limit for limit, value in pairs)
+    def outcome(self) -> Outcome:
+        """What a client of a real stack would have noted."""
+        times = () if self.first is None or self.last is None else (self.first, self.last)
+        error = None if self.ok else self.error or "has not ended"
+        return Outcome(self.trace.arrival, times, error, counted=self.trace.output_tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The stack at one moment. Each name with prefill_ or decode_ is of that pool.
+def make_job(name: str, trace: TraceRequest) -> Job:
+    """Makes the job of a request, as the router does. The trace's block numbers replace the tokens of blocks."""
+    sampling = common_pb2.SamplingParams(max_tokens=trace.output_tokens)
+    start = decode_pb2.StartDecode(request_id=name, sampling=sampling)
+    job = Job(start=start, prompt_token_ids=range(trace.prompt_tokens))
+    if trace.blocks:
+        keys = PromptKeys(_ROOT, trace.blocks[: trace.prompt_tokens // trace.block_tokens])
 
-    A worker with both stages is in both pools. Its time counts in each, and each pool counts its own steps.
+        def block_keys(block_size: int) -> Iterator[int]:
+            # Where blocks are smaller than the trace's, each of the trace's has several: the same key stands for all.
+            times = max(1, trace.block_tokens // block_size)
+            return chain.from_iterable(repeat(key, times) for key in keys(1))
 
-    Attributes:
-        workers: Number of workers, including those that are starting or draining.
-        ready: Number of workers that accept work.
-        target: Number of workers that the scaler requests. None means that there is no scaler.
-        busy: Share of the ready workers' time spent in steps since the previous snapshot.
-        waiting: Requests in the router's queue.
-        arrived: Requests that arrived since the previous snapshot.
-        tier_workers: Number of decode workers of each tier.
-        brownout: Tiers in brownout.
-    """
-
-    time: float
-    prefill_workers: int
-    decode_workers: int
-    prefill_ready: int
-    decode_ready: int
-    prefill_target: int | None
-    decode_target: int | None
-    prefill_busy: float
-    decode_busy: float
-    waiting: int
-    arrived: int
-    tier_workers: dict[str, int] = field(default_factory=dict)
-    brownout: tuple[str, ...] = ()
+        job.block_keys = block_keys
+    return job
 
 
-@dataclass(slots=True)
-class Counters:
-    """Counters of a run. Times are in virtual seconds, except three that are real CPU seconds.
-
-    Attributes:
-        cpu_seconds: CPU time of the whole run.
-        decision_seconds: CPU time of the dispatcher, without reports.
-        report_seconds: CPU time of the dispatcher for workers' reports.
-        prefill_worker_seconds, decode_worker_seconds: Time of the workers of each pool; see ``Snapshot``.
-        worker_seconds: Time of all workers.
-        prompts, local_prompts: Prompts computed, and those of them computed where their answer was written.
-        prompt_tokens, cached_tokens: Tokens of these prompts, and those that were not computed.
-        peer_tokens, disk_tokens: Parts of ``cached_tokens`` that came from other workers and from disk.
-        new_tokens: Part of ``prompt_tokens`` that no worker had computed before.
-    """
-
-    events: int = 0
-    decisions: int = 0
-    checks: int = 0
-    refusals: int = 0
-    preemptions: int = 0
-    failures: int = 0
-    migrations: int = 0
-    cpu_seconds: float = 0.0
-    decision_seconds: float = 0.0
-    reports: int = 0
-    report_seconds: float = 0.0
-    prefill_worker_seconds: float = 0.0
-    decode_worker_seconds: float = 0.0
-    worker_seconds: float = 0.0
-    prefill_busy: float = 0.0
-    decode_busy: float = 0.0
-    prompts: int = 0
-    local_prompts: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    peer_tokens: int = 0
-    disk_tokens: int = 0
-    new_tokens: int = 0
+def answer_keys(trace: TraceRequest) -> list[int]:
+    """Returns the keys of all full blocks of a request's prompt and answer; empty if they are unknown."""
+    full = trace.prompt_tokens // trace.block_tokens
+    return list(PromptKeys(_ROOT, (*trace.blocks[:full], *trace.answer_blocks))(1)) if trace.answer_blocks else []

@@ -1,22 +1,77 @@
-"""Result of a simulated run. Figures have the names of ``overfill bench serve`` where they are the same."""
+"""Result of a simulated run: its counters, and its figures. Names are those of ``overfill.lab.traffic.outcome``."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from overfill.lab.measurement import Measurement
 from overfill.lab.simulate.histogram import Histogram
 from overfill.lab.simulate.options import SimulationOptions
 from overfill.lab.simulate.profiles import Profile
-from overfill.lab.simulate.request import Counters, SimRequest, Snapshot
-from overfill.lab.traffic.outcome import Objective
+from overfill.lab.simulate.request import SimRequest
 from overfill.request.names import cached_by_source
 
-PERCENTILES = (50, 90, 95, 99)
+PERCENTILES = {"p90": "p90", "p95": "p95", "p99": "p99"}
+"""Columns of a table of figures, and what they show."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure(Measurement):
+    """A figure of a run. Of a latency, ``value`` is the median, and the percentiles are beside it."""
+
+    p90: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+
+    @classmethod
+    def latency(cls, name: str, percentile: Callable[[float], Any]) -> Figure:
+        """Makes the figure of a latency in seconds, given the function that returns its percentiles."""
+        value, p90, p95, p99 = (float(percentile(mark)) for mark in (50, 90, 95, 99))
+        return cls(name, value, "s", p90=p90, p95=p95, p99=p99)
+
+
+@dataclass(slots=True)
+class Counters:
+    """Counters of a run. Times are in virtual seconds.
+
+    A worker with both stages is in both pools. Its time counts in each, and each pool counts its own steps.
+
+    Attributes:
+        prefill_worker_seconds, decode_worker_seconds: Time of the workers of each pool.
+        worker_seconds: Time of all workers.
+        most_workers: Largest number of workers of each pool at once: "prefill", or the tier. Workers that are starting
+            or draining count.
+        prompts, local_prompts: Prompts computed, and those of them computed where their answer was written.
+        prompt_tokens, cached_tokens: Tokens of these prompts, and those that were not computed.
+        peer_tokens, disk_tokens: Parts of ``cached_tokens`` that came from other workers and from disk.
+        new_tokens: Part of ``prompt_tokens`` that no worker had computed before.
+    """
+
+    events: int = 0
+    checks: int = 0
+    refusals: int = 0
+    preemptions: int = 0
+    failures: int = 0
+    migrations: int = 0
+    prefill_worker_seconds: float = 0.0
+    decode_worker_seconds: float = 0.0
+    worker_seconds: float = 0.0
+    prefill_busy: float = 0.0
+    decode_busy: float = 0.0
+    most_workers: Counter[str] = field(default_factory=Counter)
+    prompts: int = 0
+    local_prompts: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    peer_tokens: int = 0
+    disk_tokens: int = 0
+    new_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,131 +80,95 @@ class SimulationResult:
 
     Attributes:
         requests: All requests, in order of arrival.
-        samples: Snapshots of the stack over time.
         gaps: Seconds between successive tokens, over all answers. A request's ``itl`` is the mean of its own gaps.
     """
 
     profile: Profile
     options: SimulationOptions
     requests: Sequence[SimRequest]
-    samples: Sequence[Snapshot]
     gaps: Histogram
     counters: Counters
 
-    def met(self, objective: Objective) -> list[SimRequest]:
-        """Returns the requests that were answered within the objective."""
-        return [request for request in self.requests if self.meets(request, objective)]
-
-    def meets(self, request: SimRequest, objective: Objective) -> bool:
-        """Returns True if the request meets the objective of the tier that it asks for, or else ``objective``."""
-        return request.meets(self._objectives(objective).get(request.asked, objective))
-
-    def _objectives(self, objective: Objective) -> dict[str, Objective]:
-        return {tier.name: tier.objective(objective) for tier in self.options.tiers}
-
-    def attainment(self, objective: Objective) -> float:
-        """Returns the share of all requests that meet the objective."""
-        return len(self.met(objective)) / max(1, len(self.requests))
+    def meets(self, request: SimRequest) -> bool:
+        """Returns True if the request was answered within the objective of the tier that it asks for."""
+        tier = self.options.all_tiers(self.profile)[request.asked]
+        return tier.objective(self.options.objective).met(request.outcome)
 
     @property
-    def span(self) -> float:
-        """Seconds from the first arrival to the last token."""
-        return max((r.last for r in self.requests if r.last is not None), default=0.0)
+    def attainment(self) -> float:
+        """Share of all requests that meet their objective."""
+        return sum(map(self.meets, self.requests)) / max(1, len(self.requests))
 
     @property
-    def worker_hours(self) -> float:
-        return self.counters.worker_seconds / 3600
-
-    def figures(self, objective: Objective | None) -> dict[str, float | None]:
-        """Returns name -> figure: seconds, fractions, or requests and tokens per second. None means no value."""
-        done = [request for request in self.requests if request.ok]
-        counters, span = self.counters, self.span
-        found: dict[str, float | None] = {}
-        for name, values in (
-            ("ttft", [request.ttft for request in done]),
-            ("request_itl", [request.itl for request in done if request.trace.output_tokens > 1]),
-            ("e2e", [request.e2e for request in done]),
-        ):
-            marks = np.percentile(values, PERCENTILES) if values else [None] * len(PERCENTILES)
-            for percentile, mark in zip(PERCENTILES, marks, strict=True):
-                found[f"{name}_p{percentile}"] = None if mark is None else float(mark)
-        for percentile in PERCENTILES:
-            found[f"itl_p{percentile}"] = self.gaps.percentile(percentile / 100)
-        found |= {
-            "requests": float(len(self.requests)),
-            "failed": float(len(self.requests) - len(done)),
-            "request_rate": len(done) / span if span else None,
-            "output_tokens": sum(r.trace.output_tokens for r in done) / span if span else None,
-            "cached": _share(counters.cached_tokens, counters.prompt_tokens),
-            **{
-                f"cached_{source}": _share(tokens, counters.prompt_tokens)
-                for source, tokens in cached_by_source(counters).items()
-            },
-            "computed_per_new": _share(counters.prompt_tokens - counters.cached_tokens, counters.new_tokens),
-            "local": _share(counters.local_prompts, counters.prompts),
-            "prefill_utilisation": _share(counters.prefill_busy, counters.prefill_worker_seconds),
-            "decode_utilisation": _share(counters.decode_busy, counters.decode_worker_seconds),
-            "worker_hours": self.worker_hours,
-            "refusals": float(counters.refusals),
-            "preemptions": float(counters.preemptions),
-            "migrations": float(counters.migrations),
-            "failures": float(counters.failures),
-            "decision_us": 1e6 * counters.decision_seconds / counters.decisions if counters.decisions else None,
-            "report_us": 1e6 * counters.report_seconds / counters.reports if counters.reports else None,
-            "requests_per_cpu_minute": 60 * len(self.requests) / counters.cpu_seconds if counters.cpu_seconds else None,
-        }
-        if objective is not None:
-            found["attainment"] = self.attainment(objective)
-            found["goodput"] = len(self.met(objective)) / span if span else None
+    def figures(self) -> dict[str, float]:
+        """The numbers of ``measurements`` by name, such as ``ttft`` and ``ttft_p99``."""
+        found: dict[str, float] = {}
+        for one in self.measurements():
+            values = {"": one.value} | {f"_{mark}": getattr(one, mark) for mark in PERCENTILES}
+            found |= {one.name + mark: value for mark, value in values.items() if value is not None}
         return found
 
-    def tier_figures(self, objective: Objective) -> dict[str, dict[str, float | None]]:
-        """Returns tier -> name -> figure.
+    def measurements(self) -> list[Figure]:
+        """Returns the figures of the run that have a value. Those of one tier have its name behind a dot."""
+        counters, requests = self.counters, self.requests
+        done = [request for request in requests if request.ok]
+        span = max((request.last for request in done if request.last is not None), default=0.0)
+        met = sum(map(self.meets, requests))
+        rows = [*_latencies(done)]
+        if self.gaps.total:
+            rows.append(Figure.latency("itl", self.gaps.percentile))
+        rows += _rows("requests", requests=len(requests), failed=len(requests) - len(done))
+        errors = Counter(f"failed.{request.error}" for request in requests if request.error)
+        rows += _rows("requests", **errors)
+        rows += _rows("of requests", attainment=_share(met, len(requests)))
+        rows += _rows("1/s", goodput=_share(met, span))
+        rows += _rows("tokens/s", output_tokens=_share(sum(r.trace.output_tokens for r in done), span))
+        rows += _rows("of tokens", cached=_share(counters.cached_tokens, counters.prompt_tokens))
+        if counters.cached_tokens:
+            for source, tokens in cached_by_source(counters).items():
+                rows += _rows("of tokens", **{f"cached_{source}": _share(tokens, counters.prompt_tokens)})
+            computed = counters.prompt_tokens - counters.cached_tokens
+            rows += _rows("x", computed_per_new=_share(computed, counters.new_tokens))
+        if self.options.colocated:
+            rows += _rows("of prompts", local=_share(counters.local_prompts, counters.prompts))
+        rows += _rows(
+            "of time",
+            prefill_utilisation=_share(counters.prefill_busy, counters.prefill_worker_seconds),
+            decode_utilisation=_share(counters.decode_busy, counters.decode_worker_seconds),
+        )
+        rows += _rows("hours", worker_hours=counters.worker_seconds / 3600)
+        rows += _rows("at most", **{f"workers.{pool}": number for pool, number in counters.most_workers.items()})
+        rows += _rows("", refusals=counters.refusals, preemptions=counters.preemptions, migrations=counters.migrations)
+        rows += _rows("", failures=counters.failures or None, checked_events=counters.checks or None)
+        for tier in self.options.tiers:
+            rows += self._tier(tier.name, done)
+        return rows
 
-        ``requests``, ``attainment``, ``refused``, ``failed`` and ``browned_out`` are of the requests that ask for the
-        tier; ``answers``, ``answer_share``, ``ttft_p95`` and ``request_itl_p95`` of the answers that it wrote.
-        """
-        answers = [request for request in self.requests if request.ok]
-        found: dict[str, dict[str, float | None]] = {}
-        for tier in self.options.all_tiers(self.profile):
-            asking = [request for request in self.requests if request.asked == tier.name]
-            wrote = [request for request in answers if request.job.tier == tier.name]
-            itl = [request.itl for request in wrote if request.trace.output_tokens > 1]
-            refused = sum(request.error == "Overloaded" for request in asking)
-            found[tier.name] = {
-                "requests": float(len(asking)),
-                "attainment": _share(sum(self.meets(request, objective) for request in asking), len(asking)),
-                "refused": float(refused),
-                "failed": float(sum(bool(request.error) for request in asking) - refused),
-                "browned_out": float(sum(request.ok and request.job.tier != tier.name for request in asking)),
-                "answers": float(len(wrote)),
-                "answer_share": _share(len(wrote), len(answers)),
-                "ttft_p95": float(np.percentile([request.ttft for request in wrote], 95)) if wrote else None,
-                "request_itl_p95": float(np.percentile(itl, 95)) if itl else None,
-            }
-        return found
+    def _tier(self, tier: str, answers: Sequence[SimRequest]) -> list[Figure]:
+        """Returns the figures of the requests that ask for a tier, and of the ``answers`` that it wrote."""
+        asking = [request for request in self.requests if request.asked == tier]
+        wrote = [request for request in answers if request.job.tier == tier]
+        refused = sum(request.error == "Overloaded" for request in asking)
+        failed = sum(bool(request.error) for request in asking) - refused
+        elsewhere = sum(request.ok and request.job.tier != tier for request in asking)
+        rows = _rows("of requests", attainment=_share(sum(map(self.meets, asking)), len(asking)))
+        rows += _rows("requests", requests=len(asking), refused=refused, failed=failed, browned_out=elsewhere)
+        rows += [*_rows("answers", answers=len(wrote)), *_latencies(wrote)]
+        return [replace(row, name=f"{row.name}.{tier}") for row in rows]
 
-    def to_json(self, objective: Objective | None) -> dict[str, Any]:
-        """Returns the document for ``--json``: settings, figures, errors, and the timeline."""
-        options = self.options
-        return {
-            "profile": self.profile.name,
-            "profile_source": self.profile.source,
-            "policy": options.policy,
-            "kv_peers": options.kv_peers,
-            "kv_disk_size": options.kv_disk_size,
-            "prefill": options.prefill,
-            "decode": options.decode,
-            "colocated": options.colocated,
-            "autoscale": options.scaling is not None,
-            "objective": None if objective is None else str(objective),
-            "brownout": list(options.brownout),
-            "figures": self.figures(objective),
-            "tiers": None if objective is None else self.tier_figures(objective),
-            "errors": dict(Counter(request.error for request in self.requests if request.error)),
-            "counters": asdict(self.counters),
-            "samples": [asdict(sample) for sample in self.samples],
-        }
+
+def _latencies(answers: Sequence[SimRequest]) -> list[Figure]:
+    outcomes = [request.outcome for request in answers]
+    samples = {
+        "ttft": [outcome.ttft for outcome in outcomes],
+        "request_itl": [outcome.itl for outcome in outcomes if outcome.tokens > 1],
+        "e2e": [outcome.e2e for outcome in outcomes],
+    }
+    return [Figure.latency(name, partial(np.percentile, values)) for name, values in samples.items() if values]
+
+
+def _rows(unit: str, **values: float | None) -> list[Figure]:
+    return [Figure(name, value, unit) for name, value in values.items() if value is not None]
 
 
 def _share(part: float, whole: float) -> float | None:

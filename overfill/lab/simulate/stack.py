@@ -8,40 +8,38 @@ never disconnect.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from time import thread_time
-from typing import TypeVar
 
-from overfill.errors import OverfillError, Overloaded
+from overfill.errors import InvalidRequest, OverfillError, Overloaded
 from overfill.lab.simulate.autoscale import Autoscaler, LoadObserver
-from overfill.lab.simulate.blocks import Blocks, CountedBlocks, SharedBlocks
+from overfill.lab.simulate.blocks import KeptBlocks
 from overfill.lab.simulate.clock import Clock
 from overfill.lab.simulate.decode import SequenceState, SimDecode, SimSequence
 from overfill.lab.simulate.histogram import Histogram
-from overfill.lab.simulate.imports import KeptBlocks, KvSource
-from overfill.lab.simulate.options import SimulationOptions
-from overfill.lab.simulate.policies import answer_keys, make_dispatcher, make_job
-from overfill.lab.simulate.prefill import Ticket
+from overfill.lab.simulate.options import POLICY_NAMES, SimulationOptions
+from overfill.lab.simulate.prefill import SimPrefill, Ticket
 from overfill.lab.simulate.profiles import Profile
-from overfill.lab.simulate.request import Counters, DecodeAttempt, SimRequest, attempt_of
-from overfill.lab.simulate.result import SimulationResult
-from overfill.lab.simulate.run_recorder import RunRecorder
+from overfill.lab.simulate.request import DecodeAttempt, SimRequest, answer_keys, attempt_of, make_job
+from overfill.lab.simulate.result import Counters, SimulationResult
 from overfill.lab.simulate.workers import BOTH, DECODE_ONLY, PREFILL_ONLY, SimWorker, Stages
 from overfill.lab.traffic.traces import TraceRequest
 from overfill.routing import invariant
 from overfill.routing.brownout import Brownout, Prediction, predict
-from overfill.routing.dispatcher import Rejection
+from overfill.routing.dispatcher import Dispatcher, Rejection
 from overfill.routing.job import Job, JobState
+from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT
 from overfill.routing.pool import Roster
 from overfill.routing.scaling import INTERVAL, Scaler, ScalingConfig
 from overfill.routing.tier import Tier
 from overfill.routing.worker import PREFILL
 from overfill.v1 import decode_pb2, registry_pb2
 
-_T = TypeVar("_T")
-
 _LETTERS = {PREFILL_ONLY: "p", DECODE_ONLY: "d", BOTH: "c"}
 """First letter of the names of workers with these stages."""
+
+_END_TIMEOUT = 3600.0
+"""Seconds after the last arrival after which unfinished requests count as failed."""
 
 
 class Simulation:
@@ -49,18 +47,17 @@ class Simulation:
 
     def __init__(self, trace: Sequence[TraceRequest], profile: Profile, options: SimulationOptions) -> None:
         self.clock = Clock()
-        self.tiers = {tier.name: tier for tier in options.all_tiers(profile)}
-        goals = {name: tier.objectives(options.goal) for name, tier in self.tiers.items()}
+        self.tiers = options.all_tiers(profile)
+        goals = {name: tier.objectives(options.objective) for name, tier in self.tiers.items()}
         self.roster = Roster(tiers=[Tier(name, objectives=goal) for name, goal in goals.items()])
+        _use_policy(self.roster, options.policy, options.seed)
+        self.dispatcher = Dispatcher(self.roster, max_queue=options.max_queue, max_wait=options.max_wait)
         self.counters = Counters()
         self.profile, self.options = profile, options
-        self.dispatcher = make_dispatcher(
-            self.roster, options.policy, options.max_queue, options.seed, options.max_wait
-        )
         self.open: dict[Job, SimRequest] = {}
         self.workers: dict[str, SimWorker] = {}
         self._trace = trace
-        self._misses, self._objective_missed = 0, False
+        self._misses = 0
         # Tokens of a block that prompts may share; 0 without such blocks.
         self._block_tokens = next((request.block_tokens for request in trace if request.blocks), 0)
         self._computed: set[int] = set()  # keys of the blocks that a full model has computed somewhere
@@ -69,7 +66,7 @@ class Simulation:
         self._started = 0
         self._random = random.Random(options.seed)
         self._tier_random = random.Random(f"tiers {options.seed}")
-        self._observer = self._scaler = self._brownout = None
+        self._observer = self._scaler = self.brownout = None
         if options.scaling is not None or options.brownout or options.colocated:
             config = options.scaling or ScalingConfig()
             scaling = {name: options.scaling_of(tier, config) for name, tier in self.tiers.items()}
@@ -77,12 +74,10 @@ class Simulation:
             if options.scaling is not None:
                 self._scaler = Autoscaler(self, config, self._observer)
             if options.brownout:
-                self._brownout = Brownout(options.brownout, goals, self._predict)
-        self._recorder = RunRecorder(self.clock, self.workers, self.counters)
+                self.brownout = Brownout(options.brownout, goals, self._predict)
 
     def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> SimulationResult:
         """Plays the whole trace. Calls ``progress`` with the numbers of ended requests and of all requests."""
-        began = thread_time()
         for _ in range(self.options.prefill):
             self.start_worker(PREFILL_ONLY, 0.0)
         for tier in self.tiers.values():
@@ -94,33 +89,30 @@ class Simulation:
         self.clock.at(self._trace[0].arrival, self._arrive, 0)
         if self._scaler is not None:
             self.clock.at(0.0, self._scaler.tick)
-        if self._brownout is not None:
+        if self.brownout is not None:
             self.clock.at(0.0, self._update_brownout)
         if self.options.colocated:
             self.clock.at(0.0, self._update_short_prompts)
-        span = self._trace[-1].arrival
-        self.clock.at(0.0, self._sample, max(1.0, span / 300))
-        limit, reported = span + self.options.end_timeout, 0
-        while (
-            (self.open or len(self._requests) < len(self._trace))
-            and self.clock.now < limit
-            and not self._objective_missed
-        ):
-            self.clock.step()
+        limit, reported = self._trace[-1].arrival + _END_TIMEOUT, 0
+        while self._goes_on and self.clock.now < limit and self.clock.step():
             if self.options.check:
                 self._check()
-            if len(self._requests) - len(self.open) - reported >= 500:
-                reported = len(self._requests) - len(self.open)
+            if (ended := len(self._requests) - len(self.open)) >= reported + 500:
+                reported = ended
                 progress(reported, len(self._trace))
-        self._sample(None)
         for request in list(self.open.values()):
             self._end(request, "did not end in time")
         for worker in self.workers.values():
-            self._recorder.account(worker)
+            self._account(worker)
         self.counters.events = self.clock.events
-        self.counters.cpu_seconds = thread_time() - began
-        return SimulationResult(
-            self.profile, self.options, self._requests, self._recorder.samples, self._gaps, self.counters
+        return SimulationResult(self.profile, self.options, self._requests, self._gaps, self.counters)
+
+    @property
+    def _goes_on(self) -> bool:
+        """True unless all requests have ended, or too many have missed their objective."""
+        allowed = self.options.max_misses
+        return bool(self.open or len(self._requests) < len(self._trace)) and (
+            allowed is None or self._misses <= allowed
         )
 
     # -- workers ---------------------------------------------------------------------------------------------------
@@ -130,21 +122,32 @@ class Simulation:
 
         Args:
             tier: Of its answers.
-            disk: That of the worker that it replaces; None means an empty one.
+            disk: That of the worker that it replaces; None means an empty one if it prefills.
         """
         self._started += 1
         name = f"{_LETTERS[stages]}{self._started}"
         profile, goal = self.profile, None
         if tier:
             profile = self.tiers[tier].profile
-            goal = self.tiers[tier].objectives(self.options.goal)
-        gap = self.options.report_gap
-        disk = self._new_disk() if disk is None else disk
-        lent = self._block_tokens if self.options.kv_peers and self.options.prefix_cache else 0
+            goal = self.tiers[tier].objectives(self.options.objective)
+        block_bytes, size = self._block_tokens * self.profile.kv_token_bytes, self.options.kv_disk_size
+        if PREFILL in stages and disk is None and size and block_bytes:
+            disk = KeptBlocks(lambda: size // block_bytes)
         worker = SimWorker(
-            name, stages, self.clock, self, gap, profile, self._blocks, self._gaps, tier, goal, disk, lent
+            name,
+            stages,
+            self.clock,
+            self,
+            profile,
+            self._gaps,
+            self._block_tokens,
+            lends=self.options.kv_peers and self._block_tokens > 0,
+            tier=tier,
+            objectives=goal,
+            disk=disk,
         )
         self.workers[name] = worker
+        self.counters.most_workers |= Counter(pool for other in self.workers.values() for pool in other.pools)
         self.clock.after(delay, self._join, worker)
         if self.options.mtbf is not None:
             self.clock.after(delay + self._random.expovariate(1 / self.options.mtbf), self._fail, worker)
@@ -161,26 +164,11 @@ class Simulation:
 
     def reported(self, worker: SimWorker, reports: Sequence[registry_pb2.Report]) -> None:
         if worker.entries:
-            began = thread_time()
             for entry, report in zip(worker.entries, reports, strict=True):
                 self.dispatcher.report(entry, report, self.clock.now)
-            self.counters.report_seconds += thread_time() - began
-            self.counters.reports += 1
             if worker.draining and not worker.active:
                 self._remove(worker)
             self._poll()
-
-    def _blocks(self, tokens: int) -> Blocks:
-        if not self._block_tokens:
-            return CountedBlocks(tokens, 16)
-        return SharedBlocks(tokens, self._block_tokens, enabled=self.options.prefix_cache)
-
-    def _new_disk(self) -> KeptBlocks | None:
-        """Makes the disk of a prefill worker; None without one."""
-        block_bytes = self._block_tokens * self.profile.kv_token_bytes
-        if not (self.options.kv_disk_size and block_bytes and self.options.prefix_cache):
-            return None
-        return KeptBlocks(lambda: self.options.kv_disk_size // block_bytes)
 
     def _join(self, worker: SimWorker) -> None:
         if not worker.gone:
@@ -191,9 +179,20 @@ class Simulation:
     def _remove(self, worker: SimWorker) -> None:
         worker.leave()
         self.workers.pop(worker.name, None)
-        self._recorder.account(worker)
+        self._account(worker)
         for entry in worker.entries:
             self.roster.pool_of(entry).remove(entry)
+
+    def _account(self, worker: SimWorker) -> None:
+        """Adds a worker's time to the totals. Call it when the worker leaves, or at the end."""
+        lived, counters = self.clock.now - worker.since, self.counters
+        counters.worker_seconds += lived
+        if worker.prefill is not None:
+            counters.prefill_worker_seconds += lived
+            counters.prefill_busy += worker.prefill.busy
+        if worker.decode is not None:
+            counters.decode_worker_seconds += lived
+            counters.decode_busy += worker.decode.busy
 
     def _fail(self, worker: SimWorker) -> None:
         if worker.gone:
@@ -201,7 +200,7 @@ class Simulation:
         self.counters.failures += 1
         sequences, tickets = worker.kill()
         for sequence in sequences:
-            self.clock.after(self.profile.hop, self._lost, sequence.owner, sequence.emitted, True)
+            self.clock.after(self.profile.hop, self._lost, sequence, sequence.emitted, True)
         for ticket in tickets:
             self.clock.after(2 * self.profile.hop, self._prefill_lost, ticket.owner, ticket, True)
         self._remove(worker)
@@ -214,10 +213,10 @@ class Simulation:
         if worker.gone:
             return
         if worker.decode is not None:
-            for sequence in worker.decode.sequences():
+            for sequence in list(worker.decode.sequences):
                 emitted = worker.decode.emitted(sequence)
                 worker.decode.release(sequence)
-                self.clock.after(self.profile.hop, self._lost, sequence.owner, emitted, False)
+                self.clock.after(self.profile.hop, self._lost, sequence, emitted, False)
         if worker.prefill is not None:
             for ticket in worker.prefill.tickets():
                 worker.prefill.cancel(ticket)
@@ -228,7 +227,7 @@ class Simulation:
     def _arrive(self, index: int) -> None:
         trace = self._trace[index]
         job = make_job(f"r{index}", trace)
-        request = SimRequest(trace, job, asked=self._asked())
+        request = SimRequest(trace, job, self._asked())
         request.allows_brownout = self._tier_random.random() < self.options.brownout_share
         self._requests.append(request)
         if index + 1 < len(self._trace):
@@ -251,7 +250,7 @@ class Simulation:
 
     def _submit_job(self, request: SimRequest) -> None:
         """Submits the request's job in the tier that the router would choose."""
-        asked, brownout, job = request.asked, self._brownout, request.job
+        asked, brownout, job = request.asked, self.brownout, request.job
         tiers: Iterable[str] = (asked,)
         if brownout is not None and request.allows_brownout:
             chosen = brownout.choose(asked, lambda tier: True, self.clock.now)
@@ -260,7 +259,7 @@ class Simulation:
         for tier in tiers:
             job.tier = tier
             try:
-                self._ask(self.dispatcher.submit, job, self.clock.now)
+                self.dispatcher.submit(job, self.clock.now)
             except Overloaded as error:
                 refusal = refusal or error
             else:
@@ -274,8 +273,8 @@ class Simulation:
         return predict(self.roster, self.dispatcher, tier, self.clock.now, self._observer.scaler.expected_itl)
 
     def _update_brownout(self) -> None:
-        assert self._brownout is not None
-        self._brownout.update(self.clock.now)
+        assert self.brownout is not None
+        self.brownout.update(self.clock.now)
         self.clock.after(INTERVAL, self._update_brownout)
 
     def _update_short_prompts(self) -> None:
@@ -285,8 +284,7 @@ class Simulation:
         self.clock.after(INTERVAL, self._update_short_prompts)
 
     def _poll(self) -> None:
-        for outcome in self._ask(self.dispatcher.poll, self.clock.now):
-            self.counters.decisions += 1
+        for outcome in self.dispatcher.poll(self.clock.now):
             request = self.open[outcome.job]
             if isinstance(outcome, Rejection):
                 self._end(request, type(outcome.error).__name__)
@@ -295,29 +293,21 @@ class Simulation:
                 hops = 1 if outcome.worker.id == request.attempt.worker else 2
                 self.clock.after(hops * self.profile.hop, self._submit, request.attempt, outcome.worker.id)
             else:
-                request.attempt = attempt = DecodeAttempt.start(request, outcome.worker.id)
-                if (prefill := self._ask(self.dispatcher.prefill_with_start, request.job)) is not None:
+                attempt = request.start(outcome.worker.id)
+                if (prefill := self.dispatcher.prefill_with_start(request.job)) is not None:
                     attempt.with_start = prefill.id
                 self.clock.after(self.profile.hop, self._reserve, attempt)
 
-    def _ask(self, method: Callable[..., _T], *args: object, **named: object) -> _T:
-        """Calls the dispatcher and adds its CPU time to the counters."""
-        began = thread_time()
-        try:
-            return method(*args, **named)
-        finally:
-            self.counters.decision_seconds += thread_time() - began
-
     def _reserved(self, attempt: DecodeAttempt) -> None:
         if not attempt.over:
-            self._ask(self.dispatcher.reserved, attempt.request.job)
+            self.dispatcher.reserved(attempt.request.job)
             self._poll()
 
     def _refused(self, attempt: DecodeAttempt, load: decode_pb2.WorkerLoad) -> None:
         if not attempt.over:
             attempt.over = True
             self.counters.refusals += 1
-            self._ask(self.dispatcher.refused, attempt.request.job, load)
+            self.dispatcher.refused(attempt.request.job, load)
             self._poll()
 
     def _tokens(self, attempt: DecodeAttempt) -> None:
@@ -328,7 +318,7 @@ class Simulation:
         if request.first is None:
             request.first, request.emitted = self.clock.now, 1
         if request.job.prefill is not None:
-            self._ask(self.dispatcher.prefill_done, request.job, self.clock.now)
+            self.dispatcher.prefill_done(request.job, self.clock.now)
             self._poll()
 
     def _done(self, attempt: DecodeAttempt) -> None:
@@ -352,14 +342,14 @@ class Simulation:
         else:
             self.counters.migrations += 1
             request.job.emitted = request.emitted
-            self._ask(self.dispatcher.lost, request.job, self.clock.now, gone=gone)
+            self.dispatcher.lost(request.job, self.clock.now, gone=gone)
         self._poll()
 
     def _need_prefill(self, attempt: DecodeAttempt, failed: bool) -> None:
         job = attempt.request.job
         if attempt.over or job.state is JobState.WANTS_PREFILL:  # it already waits for a prefill worker
             return
-        self._ask(self.dispatcher.need_prefill, job, job.prefill, failed=failed, pause=failed)
+        self.dispatcher.need_prefill(job, job.prefill, failed=failed, pause=failed)
         self._poll()
 
     def _end(self, request: SimRequest, error: str) -> None:
@@ -371,10 +361,9 @@ class Simulation:
             request.attempt.over = True
         if self._observer is not None and not error:
             self._observer.finished(request)
-        if (objective := self.options.objective) is not None and not request.meets(objective):
-            self._misses += 1
-            self._objective_missed = self._misses > self.options.max_misses
-        self._ask(self.dispatcher.finish, request.job)
+        if self.options.max_misses is not None:
+            self._misses += not self.tiers[request.asked].objective(self.options.objective).met(request.outcome)
+        self.dispatcher.finish(request.job)
         del self.open[request.job]
 
     # -- on the way to and from workers ----------------------------------------------------------------------------
@@ -384,8 +373,8 @@ class Simulation:
             return
         worker, hop = self.workers.get(attempt.worker), self.profile.hop
         if worker is None or worker.decode is None or worker.gone:
-            self.clock.after(hop, self._lost, attempt, attempt.sequence.emitted, True)
-        elif not worker.draining and worker.decode.reserve(attempt.sequence):
+            self.clock.after(hop, self._lost, attempt, attempt.emitted, True)
+        elif not worker.draining and worker.decode.reserve(attempt):
             self.clock.after(hop, self._reserved, attempt)
             if attempt.with_start:
                 away = 0.0 if attempt.with_start == attempt.worker else hop
@@ -395,18 +384,17 @@ class Simulation:
 
     def _submit(self, attempt: DecodeAttempt, name: str) -> None:
         """Sends a prompt from the decode worker to the prefill worker that the router assigned."""
-        request, sequence = attempt.request, attempt.sequence
-        if attempt.over or sequence.state is not SequenceState.RECEIVING:
+        request = attempt.request
+        if attempt.over or attempt.state is not SequenceState.RECEIVING:
             return
         self._cancel(attempt)
         attempt.prefill = name
         attempt.ticket = ticket = Ticket(
             f"{request.job.id}/{self.clock.events}",
-            sequence.prompt_tokens,
+            attempt.prompt_tokens,
             request.trace.blocks,
             attempt,
             local=name == attempt.worker,
-            keys=self._keys(request),
             holder="" if (holder := request.job.expected.holder) is None else holder.id,
         )
         worker = self.workers.get(name)
@@ -415,11 +403,7 @@ class Simulation:
         else:
             worker.prefill.submit(ticket)
 
-    def _keys(self, request: SimRequest) -> list[int]:
-        keys = request.job.block_keys
-        return [] if keys is None else list(keys(self._block_tokens))
-
-    def lender(self, name: str) -> KvSource | None:
+    def lender(self, name: str) -> SimPrefill | KeptBlocks | None:
         worker = self.workers.get(name)
         return None if worker is None else worker.lent
 
@@ -439,8 +423,7 @@ class Simulation:
         counters.disk_tokens += ticket.imported["disk"]
         counters.new_tokens += self._count_computed(ticket.keys, ticket.prompt_tokens)
         if ticket.local:
-            attempt = ticket.owner
-            assert isinstance(attempt, DecodeAttempt)
+            attempt = attempt_of(ticket.owner)
             self._first_token(attempt, ticket)
             self._kv_arrived(attempt, ticket)
         else:
@@ -450,7 +433,7 @@ class Simulation:
         worker = self._receiver(attempt, ticket)
         if worker is not None:
             self.clock.after(self.profile.hop, self._tokens, attempt)
-            worker.first_token(attempt.sequence)
+            worker.first_token(attempt)
 
     def kv_sent(self, ticket: Ticket) -> None:
         self.clock.after(self.profile.hop, self._kv_arrived, ticket.owner, ticket)
@@ -459,7 +442,7 @@ class Simulation:
         worker = self._receiver(attempt, ticket)
         if worker is not None:
             attempt.ticket = None
-            worker.kv_arrived(attempt.sequence)
+            worker.kv_arrived(attempt)
 
     def answer_done(self, sequence: SimSequence) -> None:
         attempt = attempt_of(sequence)
@@ -515,10 +498,11 @@ class Simulation:
         if self.dispatcher.num_jobs != len(self.open):
             raise AssertionError(f"{len(self.open)} requests are open, the dispatcher knows {self.dispatcher.num_jobs}")
 
-    def _sample(self, interval: float | None) -> None:
-        """Takes a snapshot, and another one every ``interval`` seconds. None means only one."""
-        targets = self._scaler.latest if self._scaler is not None else None
-        brownout = frozenset() if self._brownout is None else self._brownout.active
-        self._recorder.sample(self.dispatcher.num_waiting, len(self._requests), targets, brownout)
-        if interval is not None:
-            self.clock.after(interval, self._sample, interval)
+
+def _use_policy(roster: Roster, policy: str, seed: int) -> None:
+    """Gives the pools a policy, one of ``POLICY_NAMES``. Raises InvalidRequest if it is none."""
+    if policy not in POLICY_NAMES:
+        raise InvalidRequest("policy", f"must be one of {', '.join(POLICY_NAMES)}, got {policy!r}")
+    prefill = next((name for name in POLICIES if name == policy), PREFILL_DEFAULT)
+    decode = next((name for name in DECODE_POLICIES if name == policy), DECODE_DEFAULT)
+    roster.use(POLICIES[prefill](seed), lambda: POLICIES[decode](seed))

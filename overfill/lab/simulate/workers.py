@@ -7,26 +7,27 @@ Reports are real wire messages, sent after changes and every second, as by ``rpc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Protocol, TypeAlias
 
 from overfill.engine.turns import Turns
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
-from overfill.lab.simulate.blocks import Blocks
+from overfill.lab.simulate.blocks import CachedBlocks, KeptBlocks
 from overfill.lab.simulate.clock import Clock, Event
 from overfill.lab.simulate.colocated import SimTurns
 from overfill.lab.simulate.decode import DecodeListener, SimDecode, SimSequence
 from overfill.lab.simulate.histogram import Histogram
-from overfill.lab.simulate.imports import KeptBlocks, KvSource
 from overfill.lab.simulate.prefill import PrefillListener, SimPrefill, Ticket
 from overfill.lab.simulate.profiles import Profile
 from overfill.routing.tier import Objectives
 from overfill.routing.worker import DECODE, PREFILL, Worker, WorkerInfo
 from overfill.rpc.membership import REPORT_INTERVAL
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
+
+REPORT_GAP = 0.05
+"""Minimum seconds between two reports of a worker."""
 
 _IDENTITY = KvIdentity(1, "simulated", "simulated", KvSpec(1, 1, 2, "bfloat16", RopeSpec()))
 
@@ -66,19 +67,19 @@ class SimWorker:
         stages: Stages,
         clock: Clock,
         router: SimRouter,
-        report_gap: float,
         profile: Profile,
-        blocks: Callable[[int], Blocks],
         gaps: Histogram,
+        shared_block: int,
+        *,
+        lends: bool,
         tier: str = "",
         objectives: Objectives | None = None,
         disk: KeptBlocks | None = None,
-        lent_tokens: int = 0,
     ) -> None:
         """Args:
-        blocks: Makes the blocks of a prefill stage for a number of tokens.
+        shared_block: As of ``CachedBlocks``.
+        lends: Whether workers lend each other KV.
         objectives: Of its tier; needed with both stages, which take turns.
-        lent_tokens: Tokens per block in which workers lend KV. 0 means that they do not.
         """
         if stages == BOTH:
             profile = profile.colocated()
@@ -88,26 +89,27 @@ class SimWorker:
         self.since = clock.now
         self.ready_since: float | None = None
         self.draining = self.gone = False
-        self.prefill = (
-            SimPrefill(clock, profile, blocks(profile.prefill.kv_tokens), router, self._load_changed, disk)
-            if PREFILL in stages
-            else None
-        )
-        self.decode = SimDecode(clock, profile, router, gaps, self._load_changed) if DECODE in stages else None
-        self.disk = disk if PREFILL in stages else None
+        self.disk = disk
+        self.prefill: SimPrefill | None = None
+        self.decode: SimDecode | None = None
         self.returned: KeptBlocks | None = None
-        self._lends = lent_tokens > 0
-        if lent_tokens and stages == DECODE_ONLY and profile.returns_kv:
-            self.returned = KeptBlocks(partial(self._room_for_returned, lent_tokens))
+        self._lends = lends
         self._turns: SimTurns | None = None
+        if PREFILL in stages:
+            blocks = CachedBlocks(profile.prefill.kv_tokens, shared_block)
+            self.prefill = SimPrefill(clock, profile, blocks, router, self._load_changed, disk)
+        if DECODE in stages:
+            self.decode = engine = SimDecode(clock, profile, router, gaps, self._load_changed)
+        if lends and stages == DECODE_ONLY and profile.returns_kv:
+            # As many as fit into what the answers leave free.
+            size = profile.decode.block_size
+            self.returned = KeptBlocks(lambda: (engine.total - engine.used) * size // shared_block)
         if self.prefill is not None and self.decode is not None:
             assert objectives is not None
             turns = Turns(profile.prefill.max_num_batched_tokens, objectives.ttft, objectives.itl)
             self._turns = SimTurns(clock, self.prefill, self.decode, turns)
         self._profile = profile
-        self._gap = report_gap
         self._due: Event | None = None
-        self._due_at = 0.0
         self._reported = float("-inf")
 
     @property
@@ -125,20 +127,20 @@ class SimWorker:
         ]
 
     @property
-    def lent(self) -> KvSource | None:
+    def pools(self) -> tuple[str, ...]:
+        """The pools that it is in: "prefill", and the tier of its answers."""
+        return tuple(self.tier if stage == DECODE else "prefill" for stage in self.stages)
+
+    @property
+    def lent(self) -> SimPrefill | KeptBlocks | None:
         """The KV that the worker lends; None if it lends none."""
         return self.prefill if self.prefill is not None else self.returned
-
-    def _room_for_returned(self, block_tokens: int) -> int:
-        """The number of blocks of ``block_tokens`` that fit into what the answers leave free."""
-        engine = self.decode
-        assert engine is not None
-        return (engine.total - engine.used) * self._profile.decode.block_size // block_tokens
 
     @property
     def active(self) -> int:
         """Number of requests on the worker; one that is in both stages counts twice."""
-        return sum(engine.active for engine in (self.prefill, self.decode) if engine is not None)
+        answers = 0 if self.decode is None else len(self.decode.sequences)
+        return answers + (0 if self.prefill is None else self.prefill.active)
 
     def check(self) -> None:
         """Raises AssertionError when a counter of an engine is inconsistent."""
@@ -153,59 +155,42 @@ class SimWorker:
             kv_blocks_used=engine.used,
             kv_blocks_total=engine.total,
             block_size=self._profile.decode.block_size,
-            running=engine.num_running,
-            waiting=engine.num_waiting,
-        )
-
-    def _prefill_load(self) -> decode_pb2.WorkerLoad:
-        engine = self.prefill
-        assert engine is not None
-        blocks = engine.blocks
-        return decode_pb2.WorkerLoad(
-            kv_blocks_used=blocks.used,
-            kv_blocks_cached=blocks.cached,
-            kv_blocks_total=blocks.total,
-            block_size=blocks.block_size,
-            running=engine.num_admitted,
-            waiting=engine.num_waiting,
-            queued_tokens=engine.queued_tokens,
-            prefix_tokens_looked_up=blocks.tokens_looked_up,
-            prefix_tokens_found=blocks.tokens_found,
+            running=engine.batch,
+            waiting=len(engine.sequences) - engine.batch,
         )
 
     def _reports(self) -> list[registry_pb2.Report]:
         """Returns the report of each stage, as the router divides a worker's report."""
-        common = registry_pb2.Report(ready=True, draining=self.draining, credits=self._credits)
         reports = []
+        model = self._profile.prefill if self.decode is None else self._profile.decode
         for stage in self.stages:
-            report = registry_pb2.Report()
-            report.CopyFrom(common)
+            report = registry_pb2.Report(ready=True, draining=self.draining, credits=model.max_num_seqs)
+            memory: CachedBlocks | KeptBlocks | None = self.returned
             if stage == DECODE:
                 report.load.CopyFrom(self.decode_load())
-                if self.returned is not None and (delta := self.returned.delta()) is not None:
-                    report.prefix.CopyFrom(delta)
-            else:
-                report.load.CopyFrom(self._prefill_load())
-                if self.prefill is not None and (delta := self.prefill.blocks.delta()) is not None:
-                    report.prefix.CopyFrom(delta)
+            elif (engine := self.prefill) is not None:
+                memory = engine.blocks
+                report.load.kv_blocks_used = engine.blocks.used
+                report.load.kv_blocks_cached = engine.blocks.cache.num_cached
+                report.load.kv_blocks_total = engine.blocks.total
+                report.load.block_size = engine.blocks.block_size
+                report.load.running, report.load.waiting = engine.num_admitted, len(engine.waiting)
+                report.load.queued_tokens = engine.queued_tokens
                 if self.disk is not None and (delta := self.disk.delta()) is not None:
                     report.disk.CopyFrom(delta)
                 per_token = self._profile.import_seconds
                 report.costs.compute_ns = round(self._profile.prefill.seconds_per_token * 1e9)
                 report.costs.peer_ns, report.costs.disk_ns = (round(per_token[s] * 1e9) for s in ("peer", "disk"))
+            if memory is not None and (delta := memory.delta()) is not None:
+                report.prefix.CopyFrom(delta)
             reports.append(report)
         return reports
 
-    @property
-    def _credits(self) -> int:
-        model = self._profile.prefill if self.decode is None else self._profile.decode
-        return model.max_num_seqs
-
     def _load_changed(self) -> None:
-        """Schedules a report as soon as ``report_gap`` seconds have passed since the last one."""
+        """Schedules a report as soon as ``REPORT_GAP`` seconds have passed since the last one."""
         if not self.gone and self.entries:
-            due = max(self._clock.now, self._reported + self._gap)
-            if self._due is None or due < self._due_at:
+            due = max(self._clock.now, self._reported + REPORT_GAP)
+            if self._due is None or due < self._due.time:
                 self._schedule(due)
 
     def push(self) -> None:
@@ -231,5 +216,4 @@ class SimWorker:
     def _schedule(self, time: float) -> None:
         if self._due is not None:
             self._due.cancel()
-        self._due_at = time
         self._due = self._clock.at(time, self.push)

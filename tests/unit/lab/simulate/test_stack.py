@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overfill.lab.simulate.options import SimTier, SimulationOptions
-from overfill.lab.simulate.policies import NAMES
+from overfill.lab.simulate.options import POLICY_NAMES, SimTier, SimulationOptions
 from overfill.lab.simulate.profiles import CPU
 from overfill.lab.simulate.sizing import SizeSearch
 from overfill.lab.simulate.stack import Simulation
@@ -33,7 +32,7 @@ def run(trace, profile=CPU, **options):
 def test_an_idle_stack_s_time_to_first_token_is_prefill_and_messages():
     [request] = run([TraceRequest(0.0, 512, 11)], check=True).requests
     hops = 4 * CPU.hop  # start with its prefill worker, prompt, and the first token through two processes
-    assert request.ttft == pytest.approx(CPU.prefill.step_seconds([(0, 512)]) + hops, abs=1e-6)
+    assert request.outcome.ttft == pytest.approx(CPU.prefill.step_seconds([(0, 512)]) + hops, abs=1e-6)
     steps = sum(CPU.decode.cost.seconds(1, 513 + step) for step in range(10))
     handoff = 512 * CPU.kv_token_bytes / CPU.layers / CPU.link_bandwidth
     assert request.last - request.first == pytest.approx(steps + handoff, rel=0.01)
@@ -44,7 +43,7 @@ def test_workers_with_both_stages_alone_answer_everything(mtbf):
     trace = synthetic(80, "poisson", 4, 300, 100, 0)
     result = run(trace, TIGHT, prefill=0, decode=0, colocated=3, mtbf=mtbf, seed=2, check=True)
     assert all(request.ok for request in result.requests)
-    assert result.worker_hours * 3600 == pytest.approx(result.counters.decode_worker_seconds)
+    assert result.counters.worker_seconds == pytest.approx(result.counters.decode_worker_seconds)
     if mtbf is None:
         assert result.counters.local_prompts == result.counters.prompts >= 80
     else:
@@ -56,10 +55,10 @@ def test_prompts_leave_the_answers_of_a_worker_with_both_stages_within_the_objec
     trace = [TraceRequest(0.0, 10, 2000), *(TraceRequest(1.0 + 6 * i, 3000, 2) for i in range(5))]
     profile = replace(CPU, decode=replace(CPU.decode, base=0.02))
     options = {"prefill": 0, "decode": 0, "colocated": 1}
-    patient, hurried = (run(trace, profile, goal=Objective(ttft=ttft, itl=0.05), **options) for ttft in (60, 3.2))
+    patient, hurried = (run(trace, profile, objective=Objective(ttft=ttft, itl=0.05), **options) for ttft in (60, 3.2))
     # A chunk late in a prompt takes longer than the mean one, and the first prompts teach the rate.
-    assert patient.gaps.percentile(0.99) < 0.1
-    assert hurried.requests[-1].ttft < 3.2 < patient.requests[-1].ttft
+    assert patient.gaps.percentile(99) < 0.1
+    assert hurried.requests[-1].outcome.ttft < 3.2 < patient.requests[-1].outcome.ttft
 
 
 def test_runs_repeat_and_another_seed_differs():
@@ -90,7 +89,7 @@ def loads(draw):
 @settings(max_examples=25, deadline=None)
 @given(
     trace=loads(),
-    policy=st.sampled_from(NAMES),
+    policy=st.sampled_from(POLICY_NAMES),
     workers=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     colocated=st.integers(0, 2),
     mtbf=st.sampled_from([None, 15.0, 60.0]),
@@ -140,7 +139,7 @@ def test_what_is_too_large_or_too_much_is_refused():
     crowd = run(synthetic(50, "burst", 1, 500, 50, 0), TIGHT, max_queue=10)
     errors = [r.error for r in crowd.requests]
     assert set(errors) == {"", "Overloaded"}
-    assert crowd.figures(OBJECTIVE)["failed"] == errors.count("Overloaded")
+    assert crowd.figures["failed"] == errors.count("Overloaded")
 
 
 def test_what_prefill_sends_to_a_worker_that_has_just_died_is_lost():
@@ -155,23 +154,24 @@ def test_what_prefill_sends_to_a_worker_that_has_just_died_is_lost():
 def test_prefixes_that_are_cached_are_not_computed_again():
     blocks = tuple(range(8))
     trace = [TraceRequest(10.0 * index, 900, 10, blocks, 100) for index in range(5)]
-    cached, plain = run(trace), run(trace, prefix_cache=False)
-    assert cached.figures(None)["cached"] == pytest.approx(4 / 5 * 800 / 900)
-    assert plain.figures(None)["cached"] == 0
-    assert cached.requests[-1].ttft < plain.requests[-1].ttft / 3
+    cached, plain = run(trace), run([replace(request, blocks=()) for request in trace])
+    assert cached.figures["cached"] == pytest.approx(4 / 5 * 800 / 900)
+    assert plain.figures["cached"] == 0
+    assert cached.requests[-1].outcome.ttft < plain.requests[-1].outcome.ttft / 3
 
 
 def test_sizes_meet_the_objective_and_one_worker_less_does_not():
     trace = synthetic(150, "poisson", 6, 512, 64, 0)
     profile = replace(CPU, decode=replace(CPU.decode, per_sequence=0.02))
-    sizes = SizeSearch(trace, profile, SimulationOptions(), OBJECTIVE, 0.95, costs=(3, 1)).frontier()
-    assert [size.prefill for size in sizes] == sorted({size.prefill for size in sizes})
+    sizes = SizeSearch(trace, profile, SimulationOptions(objective=OBJECTIVE), 0.95, costs=(3, 1)).frontier()
+    assert [size.value for size in sizes] == sorted(size.value for size in sizes)
+    assert len({size.prefill for size in sizes}) == len(sizes)
     for size in sizes:
-        assert size.cost == 3 * size.prefill + size.decode
-        assert size.result.attainment(OBJECTIVE) >= 0.95
+        assert size.value == 3 * size.prefill + size.decode
+        assert size.attainment >= 0.95
         for prefill, decode in ((size.prefill - 1, size.decode), (size.prefill, size.decode - 1)):
             if prefill and decode:
-                assert run(trace, profile, prefill=prefill, decode=decode).attainment(OBJECTIVE) < 0.95
+                assert run(trace, profile, prefill=prefill, decode=decode).attainment < 0.95
 
 
 FULL = replace(CPU, decode=CPU.decode.with_weights(6))
@@ -183,21 +183,21 @@ def test_a_brownout_gives_answers_to_the_next_tier_instead_of_refusals():
     trace = concatenate([synthetic(rate * 60, "poisson", rate, 200, 60, 0) for rate in (16, 2)])
     options = {"prefill": 4, "tiers": TIERS, "max_wait": 1.0}
     refused = run(trace, **options)
-    saved = run(trace, brownout=("full", "fast"), **options)
+    simulation = Simulation(trace, CPU, SimulationOptions(brownout=("full", "fast"), **options))
+    saved = simulation.run()
     half = run(trace, brownout=("full", "fast"), brownout_share=0.5, **options)
-    attainment = [result.attainment(OBJECTIVE) for result in (refused, half, saved)]
+    attainment = [result.attainment for result in (refused, half, saved)]
     assert attainment == sorted(attainment)
     assert attainment[2] > attainment[0] + 0.2
-    assert saved.tier_figures(OBJECTIVE)["full"]["refused"] < 0.1 * refused.tier_figures(OBJECTIVE)["full"]["refused"]
+    assert saved.figures["refused.full"] < 0.1 * refused.figures["refused.full"]
     late = [request for request in saved.requests if request.trace.arrival > 80]
     assert all(request.job.tier == request.asked for request in late), "back again"
-    assert not saved.samples[-1].brownout
+    assert not simulation.brownout.active
 
 
 def test_the_scaler_moves_the_pool_of_the_loaded_tier():
     scaling = ScalingConfig(prefill=Bounds(1, 4), decode=Bounds(1, 6))
     tiers = (SimTier("full", FULL, share=1, itl=0.05), SimTier("fast", CPU, share=0))
     result = run(synthetic(900, "poisson", 15, 200, 60, 0), replace(CPU, startup=2), tiers=tiers, scaling=scaling)
-    workers = [sample.tier_workers for sample in result.samples]
-    assert max(at.get("full", 0) for at in workers) > 2
-    assert {at.get("fast", 0) for at in workers if at} == {1}
+    assert result.figures["workers.full"] > 2
+    assert result.figures["workers.fast"] == 1

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from overfill.lab.simulate.blocks import SharedBlocks
+from overfill.lab.simulate.blocks import CachedBlocks, KeptBlocks
 from overfill.lab.simulate.clock import Clock
-from overfill.lab.simulate.imports import KeptBlocks
 from overfill.lab.simulate.options import SimulationOptions
 from overfill.lab.simulate.prefill import SimPrefill, Ticket
 from overfill.lab.simulate.profiles import CPU, PrefillModel
@@ -43,13 +42,11 @@ class Worker(SimPrefill):
         self.clock = clock or Clock()
         self.done = {}
         self.lenders = lenders or {}
-        super().__init__(self.clock, profile, SharedBlocks(profile.prefill.kv_tokens, BLOCK), self, lambda: None, disk)
+        super().__init__(self.clock, profile, CachedBlocks(profile.prefill.kv_tokens, BLOCK), self, lambda: None, disk)
 
     def ask(self, name, blocks, holder=""):
         """Submits a prompt of these blocks and half a block more."""
-        prompt = self.blocks._cache.blocks_of(blocks)
-        tokens = len(blocks) * BLOCK + BLOCK // 2
-        ticket = Ticket(name, tokens, blocks, None, keys=prompt.keys, holder=holder)
+        ticket = Ticket(name, len(blocks) * BLOCK + BLOCK // 2, blocks, None, holder=holder)
         self.submit(ticket)
         return ticket
 
@@ -91,7 +88,7 @@ def test_a_prompt_that_memory_has_lost_comes_from_disk(disk):
 
 def test_other_prompts_are_computed_while_one_is_imported(disk):
     worker = Worker(disk=disk)
-    disk.keep(worker.blocks._cache.blocks_of(range(10)).keys)
+    disk.keep(worker.blocks.cache.blocks_of(range(10)).keys)
     imported, computed = worker.ask("imported", range(10)), worker.ask("computed", [50])
     found = []
     worker.clock.at(0.51, lambda: found.append(worker.blocks.leading(imported.keys, 0)))
@@ -104,7 +101,7 @@ def test_other_prompts_are_computed_while_one_is_imported(disk):
 
 def test_a_cancelled_import_gives_its_blocks_back(disk):
     worker = Worker(disk=disk)
-    disk.keep(worker.blocks._cache.blocks_of(range(10)).keys)
+    disk.keep(worker.blocks.cache.blocks_of(range(10)).keys)
     worker.cancel(worker.ask("gone", range(10)))
     assert (worker.blocks.used, worker.queued_tokens, worker.active) == (0, 0, 0)
     worker.play()
@@ -113,7 +110,7 @@ def test_a_cancelled_import_gives_its_blocks_back(disk):
 
 def test_what_is_computed_sooner_is_not_imported(disk):
     worker = Worker(disk=disk, profile=replace(PROFILE, disk_bandwidth=50.0))
-    disk.keep(worker.blocks._cache.blocks_of(range(10)).keys)
+    disk.keep(worker.blocks.cache.blocks_of(range(10)).keys)
     worker.ask("prompt", range(10))
     worker.play()
     assert worker.done["prompt"] == pytest.approx(105 * 0.01)
@@ -124,7 +121,7 @@ def test_a_peer_s_link_carries_one_loan_after_the_other_and_the_disk_has_the_res
     holder = Worker(clock)
     holder.ask("first", range(8))
     holder.play()
-    disk.keep(holder.blocks._cache.blocks_of(range(10)).keys)
+    disk.keep(holder.blocks.cache.blocks_of(range(10)).keys)
     began = max(clock.now, holder.link.free)
     borrowers = [Worker(clock, disk, lenders={"holder": holder}), Worker(clock, lenders={"holder": holder})]
     tickets = [worker.ask("again", range(10), "holder") for worker in borrowers]
@@ -145,7 +142,7 @@ SMALL = replace(CPU, prefill=replace(CPU.prefill, kv_tokens=14_000))
 def play(trace=CHATS, profile=SMALL, **options):
     result = Simulation(trace, profile, SimulationOptions(prefill=2, decode=2, **options)).run()
     assert all(request.ok for request in result.requests)
-    return result.figures(None)
+    return result.figures
 
 
 def test_each_distance_saves_computation_of_chats_that_memory_cannot_hold():
@@ -159,8 +156,8 @@ def test_each_distance_saves_computation_of_chats_that_memory_cannot_hold():
     assert both["ttft_p95"] < 0.5 * alone["ttft_p95"]
 
 
-def test_without_a_prefix_cache_nothing_is_imported():
-    figures = play(CHATS[:30], kv_disk_size=GIB, prefix_cache=False)
+def test_prompts_that_share_nothing_are_neither_cached_nor_imported():
+    figures = play([replace(request, blocks=(), answer_blocks=()) for request in CHATS[:30]], kv_disk_size=GIB)
     assert figures["cached"] == 0
 
 
