@@ -153,8 +153,7 @@ CONTAINERS := docker.io docker-cli docker-buildx docker-compose debootstrap ipta
 images:  ## Build the images: VARIANT=cpu|cuda, BASE=IMAGE, WHEELS=FOLDER
 	@$(PYTHON) deploy/docker/images.py --variant=$(or $(VARIANT),cpu) --base=$(BASE) --wheels=$(WHEELS)
 
-bench: setup  ## Measure handoff and engine on this machine, in short runs
-	$(BIN)/overfill bench handoff --tokens 512 --rounds 3
+bench: setup  ## Measure the engine on this machine, in short runs
 	$(BIN)/overfill bench decode --batch 1,8 --rounds 3 --steps 8
 	$(BIN)/overfill bench prefill --context 512 --rounds 3
 
