@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from overfill.lab.commands.bench_curve import curve_command
 from overfill.lab.commands.bench_engine import decode_command, prefill_command
 from overfill.lab.commands.bench_router import router_command
 from overfill.lab.commands.bench_tasks import tasks_command
@@ -16,6 +17,7 @@ def bench_group() -> None:
 
 
 for command in (
+    curve_command,
     decode_command,
     prefill_command,
     router_command,

@@ -28,5 +28,5 @@ def test_the_router_is_measured_beside_bare_servers_over_http_and_grpc(tiny_pair
 
 
 def test_these_are_the_subcommands():
-    names = ["decode", "prefill", "router", "tasks", "vllm"]
+    names = ["curve", "decode", "prefill", "router", "tasks", "vllm"]
     assert list(bench_group.commands) == names
