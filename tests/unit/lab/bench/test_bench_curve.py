@@ -23,6 +23,7 @@ from overfill.lab.peers import environment
 from overfill.lab.peers.process import PeerFailed
 from overfill.lab.peers.vllm_server import vllm_server
 from overfill.lab.traffic.outcome import Outcome
+from overfill.stack.child import Child
 
 SAMPLES = Path(__file__).parent / "samples"
 ALL = ("split", "colocated", "identity", "vllm")
@@ -217,17 +218,53 @@ def test_our_generator_s_requests_give_the_same_figures():
     assert (found.tokens_per_s, found.ttft[0], found.gap[0]) == (1.5, 1.5, 0.75)
 
 
-def test_a_tool_that_fails_says_why(tmp_path):
+@pytest.fixture
+def fake_tool(tmp_path, monkeypatch):
+    """Measures a point of shape c by a shell script instead of guidellm. ``children`` holds its processes."""
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho no such option; exit 3\n")
-    python.chmod(0o700)
     at = Endpoint("http://127.0.0.1:9/v1", "model", Path("tokenizer"), 64)
+
+    class Recorded(Child):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            fake.children.append(self)
+
+    class Tool:
+        def __init__(self):
+            self.children = []
+
+        def __call__(self, script, limit):
+            python.write_text(f"#!/bin/sh\n{script}\n")
+            python.chmod(0o700)
+            return tools.measure(Point("c", "split", "guidellm", 1, 2), SHAPES["c"], at, 4, {"guidellm": python}, limit)
+
+    monkeypatch.setattr(tools, "Child", Recorded)
+    fake = Tool()
+    return fake
+
+
+def test_guidellm_gets_the_shape_and_makes_its_prompts_before(fake_tool, tmp_path):
+    found = fake_tool(f'cp {SAMPLES}/guidellm.json "${{5%scenario.json}}report.json" && cp "$5" {tmp_path}', 600)
+    assert found.requests == 4
+    spec = json.loads((tmp_path / "scenario.json").read_text())["spec"]
+    (data,) = spec["data"]
+    assert (data["prompt_tokens"], data["output_tokens"]) == (280, 128)
+    assert data["prefix_buckets"] == [{"prefix_count": 4, "prefix_tokens": 1000}]
+    assert spec["data_loader"]["samples"] == spec["constraints"][0]["count"] == 4
+    assert spec["profile"]["streams"] == [2]
+    assert spec["backend"]["extras"]["body"]["ignore_eos"] is True
+
+
+def test_a_tool_that_fails_says_why(fake_tool):
     with pytest.raises(PeerFailed, match="guidellm exited with status 3") as caught:
-        tools.measure(Point("c", "split", "guidellm", 1, 2), SHAPES["c"], at, 4, {"guidellm": python}, 60)
+        fake_tool("echo no such option; exit 3", 600)
     assert caught.value.__notes__ == ["no such option"]
-    python.write_text("#!/bin/sh\nexec sleep 60\n")
+
+
+def test_a_tool_that_hangs_is_stopped(fake_tool):
     with pytest.raises(PeerFailed, match="guidellm took more than 0 s"):
-        tools.measure(Point("c", "split", "guidellm", 1, 2), SHAPES["c"], at, 4, {"guidellm": python}, 0)
+        fake_tool("exec sleep 600", 0)
+    assert fake_tool.children[0].returncode is not None
 
 
 # The report
