@@ -117,5 +117,5 @@ def curve_command(
     code = print_measurements([*rows, *checked], as_json)
     say(f"Written: {out / 'curve.json'} and {out / 'curve.png'}")
     if failed:
-        say(f"{len(failed)} points failed; run the same command again to try only those")
+        say(f"Points that failed: {len(failed)}. Run the same command again to try only those")
     return 1 if failed else code

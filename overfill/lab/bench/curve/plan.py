@@ -85,7 +85,7 @@ def sweeps(shapes: Collection[str], systems: Collection[str], concurrency: Seque
             for system in (name for name in SYSTEMS if name in systems):
                 all_tools = in_rounds and number == 1 and system == COMPARED
                 tools = (GUIDELLM, AIPERF, OWN) if all_tools else (GUIDELLM,)
-                points = [Point(shape.name, system, tool, number, users) for tool in tools for users in concurrency]
+                points = [Point(shape.name, system, tool, number, users) for users in concurrency for tool in tools]
                 found.append(Sweep(shape, system, tuple(points)))
     return found
 
@@ -105,7 +105,12 @@ _TOOL: Mapping[str, float] = {GUIDELLM: 12.0, AIPERF: 16.0, OWN: 1.0}
 def seconds_of(planned: Sequence[Sweep], seconds: float) -> float:
     """Returns about how many seconds the sweeps take, with ``seconds`` of requests per point."""
     starts = sum(_START.get(sweep.system, _OUR_START) + _WARM_UP for sweep in planned)
-    return starts + sum(seconds + _TOOL[point.tool] for sweep in planned for point in sweep.points)
+    return starts + sum(seconds_of_points(sweep.points, seconds) for sweep in planned)
+
+
+def seconds_of_points(points: Sequence[Point], seconds: float) -> float:
+    """Returns about how many seconds points take on a system that runs."""
+    return sum(seconds + _TOOL[point.tool] for point in points)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -67,7 +68,8 @@ def losses(rows: Sequence[Measurement]) -> int:
 def checks(measured: Sequence[Measured]) -> list[Measurement]:
     """Returns whether the points count: failed requests, length of answers, and how far the tools differ.
 
-    The bound of a difference from guidellm is 5 %, or the spread of guidellm's own rounds if they differ by more.
+    A tool is compared with guidellm in the same round. The bound is 5 %, or the spread of guidellm's own rounds if
+    they differ by more.
     """
     rows = [
         Measurement("failed requests", sum(one.figures.failed for one in measured), "requests", bound=0),
@@ -79,19 +81,19 @@ def checks(measured: Sequence[Measured]) -> list[Measurement]:
             at_least=True,
         ),
     ]
-    rounds = _rounds(measured)
+    rounds, found = _rounds(measured), {one.point: one.figures for one in measured}
     for one in measured:
-        at = (one.point.shape, one.point.system, one.point.concurrency)
-        if one.point.tool == GUIDELLM or at not in rounds:
+        beside = found.get(replace(one.point, tool=GUIDELLM))
+        if one.point.tool == GUIDELLM or beside is None:
             continue
+        at = (one.point.shape, one.point.system, one.point.concurrency)
         for name, value in _OF_TOOLS.items():
-            by_guidellm = [value(found) for found in rounds[at]]
-            middle = median(by_guidellm)
-            spread = (max(by_guidellm) - min(by_guidellm)) / middle
+            by_round = [value(figures) for figures in rounds[at]]
+            spread = (max(by_round) - min(by_round)) / median(by_round)
             rows.append(
                 Measurement(
                     f"{at[0].upper()} {at[1]} at {at[2]}: {name}, {one.point.tool} beside guidellm, difference",
-                    abs(value(one.figures) / middle - 1),
+                    abs(value(one.figures) / value(beside) - 1),
                     "",
                     bound=round(max(_AGREE, spread), 4),
                     peer="guidellm's rounds",
@@ -148,8 +150,8 @@ def save_plot(path: Path, measured: Iterable[Measured], title: str) -> None:
         axis.set(
             title=SHAPES[shape].title, xlabel="tokens/s of a user (1 / median gap)", ylabel="tokens/s of all users"
         )
-        axis.set_xlim(left=0)
-        axis.set_ylim(bottom=0)
+        axis.set_xlim(0, 1.1 * max(x for x, _ in middles))
+        axis.set_ylim(0, 1.1 * max(y for _, y in middles))
         axis.legend(fontsize=8)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()

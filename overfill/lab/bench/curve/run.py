@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from overfill.errors import InvalidRequest, OverfillError
-from overfill.lab.bench.curve.plan import Point, Sweep, left_of, seconds_of
+from overfill.lab.bench.curve.plan import Point, Sweep, left_of, seconds_of, seconds_of_points
 from overfill.lab.bench.curve.results import OBJECTIVE, Figures
 from overfill.lab.bench.curve.systems import LIMITS, started
 from overfill.lab.bench.curve.tools import measure, warm_up
@@ -22,7 +22,7 @@ from overfill.version import __version__
 
 Say = Callable[[str], None]
 
-_LIMIT, _MIN_LIMIT = 10.0, 120.0
+_LIMIT, _MIN_LIMIT = 10.0, 300.0
 """A tool is stopped after this multiple of a point's planned seconds, and this many more: it hangs."""
 
 
@@ -149,7 +149,7 @@ def run_sweeps(
                         continue
                     folder.add(Measured(point, figures))
                     number = points - len(waiting) - sum(len(other.points) for other in rest)
-                    left = seconds_of([Sweep(sweep.shape, sweep.system, tuple(waiting)), *rest], seconds)
+                    left = seconds_of(rest, seconds) + seconds_of_points(waiting, seconds)
                     left *= (time.monotonic() - began) / max(1.0, expected - left)  # as much slower as it was so far
                     say(f"[{number}/{points}] {point}: {_line(figures)}; {left / 60:.0f} minutes left")
         except OverfillError as error:

@@ -294,7 +294,7 @@ def test_tools_agree_within_5_percent_or_the_rounds_spread():
         measured("colocated", 1, "aiperf", tokens_per_s=104.0, ttft=(1.2, 2.0, 3.0)),
         measured("colocated", 2, tokens_per_s=90.0),
         measured("colocated", 2, number=2, tokens_per_s=110.0),
-        measured("colocated", 2, "own", tokens_per_s=115.0),
+        measured("colocated", 2, "own", tokens_per_s=105.0),
     ]
     found = {row.name: row for row in report.checks(points)}
     assert found["A colocated at 1: output, aiperf beside guidellm, difference"].value == pytest.approx(0.04)
