@@ -5,14 +5,14 @@ The connections are those of loopback through ``add_proxies``, or of real links 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import psutil
 
 from overfill.lab.chaos.clock import Clocks
+from overfill.lab.chaos.control import ProbeControl
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.lab.hosts.network import Host
 from overfill.lab.hosts.place import place_on_hosts
@@ -53,17 +53,14 @@ class Links:
 
 
 class BreakableStack(ProcessRunner):
-    """Runs ``plan`` with probes that connect to the socket at the path ``probes``. It can restart routers too.
+    """Runs ``plan`` with probes that connect to ``control``. It can restart routers too."""
 
-    Args:
-        hosts: Process -> host on which it runs. Empty means that all run here.
-    """
-
-    def __init__(self, plan: PlacedStack, probes: str, clocks: Clocks, hosts: Mapping[str, Host]) -> None:
-        prefixes = {name: host.enter for name, host in hosts.items()}
+    def __init__(self, plan: PlacedStack, links: Links, control: ProbeControl, clocks: Clocks) -> None:
+        prefixes = {name: host.enter for name, host in links.hosts.items()}
         super().__init__(plan, lambda name, line: None, prefixes=prefixes)
-        self._probes = probes
-        self._clocks = clocks
+        self.links = links
+        self.control = control
+        self.clocks = clocks
 
     @property
     def routers(self) -> list[str]:
@@ -92,18 +89,18 @@ class BreakableStack(ProcessRunner):
         return [child for child in [*self._routers, *self._workers] if child.returncode is None]
 
     def restart(self, name: str) -> None:
-        if name not in self.routers:
+        if name in self.routers:
+            index = self.routers.index(name)
+            config = self.placed.routers[index]
+            self._routers[index] = self._spawn(name, "services.router.main", config, threads=1)
+        else:
             super().restart(name)
-            return
-        index = self.routers.index(name)
-        config = self.placed.routers[index]
-        self._routers[index] = self._spawn(name, "services.router.main", config, threads=1)
 
     def _program(self, name: str, module: str) -> list[str]:
-        return [_PROBES, self._probes, name, module]
+        return [_PROBES, self.control.path, name, module]
 
     def _environment(self, name: str, config: ServiceConfig, threads: int) -> dict[str, str]:
-        return super()._environment(name, config, threads) | self._clocks.environment(name)
+        return super()._environment(name, config, threads) | self.clocks.environment(name)
 
 
 def ranks_of(worker: int) -> list[psutil.Process]:
@@ -139,7 +136,7 @@ async def add_proxies(plan: PlacedStack, exits: AsyncExitStack, seed: int) -> tu
     return plan.with_configs(lambda worker: worker.config.model_copy(update=updates[worker.id])), links
 
 
-def add_hosts(plan: PlacedStack, exits: ExitStack) -> tuple[PlacedStack, Links]:
+async def add_hosts(plan: PlacedStack, exits: AsyncExitStack) -> tuple[PlacedStack, Links]:
     """Makes a host for each process of ``plan``. A process's link is that of its host. ``exits`` removes the hosts."""
     placed, hosts = exits.enter_context(place_on_hosts(plan))
     return placed, Links(placed.addresses, {name: [host] for name, host in hosts.items()}, hosts)
