@@ -5,6 +5,7 @@ The connections are those of loopback through ``add_proxies``, or of real links 
 
 from __future__ import annotations
 
+import itertools
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -118,21 +119,22 @@ async def add_proxies(plan: PlacedStack, exits: AsyncExitStack, seed: int) -> tu
     * A worker has one proxy through which others reach it, and one towards each router.
     * A router's links are the proxies towards it; it reaches workers through the workers' links.
     """
-    inbound = [await exits.enter_async_context(TcpProxy(a, seed=seed)) for a in plan.addresses]
-    links = Links(tuple(p.address for p in inbound), {f"router-{i}": [proxy] for i, proxy in enumerate(inbound)})
-    ports = iter(free_ports("127.0.0.1", len(plan.workers)))
+
+    async def proxy(address: str) -> TcpProxy:
+        return await exits.enter_async_context(TcpProxy(address, seed=next(seeds)))
+
+    seeds = itertools.count(seed)
+    inbound = [await proxy(address) for address in plan.addresses]
+    links = Links(tuple(p.address for p in inbound), {f"router-{i}": [p] for i, p in enumerate(inbound)})
     updates: dict[str, dict[str, Any]] = {}
-    for number, worker in enumerate(plan.workers):
-        port = next(ports)
-        own = await exits.enter_async_context(TcpProxy(f"127.0.0.1:{port}", seed=seed + number))
-        outbound = [await exits.enter_async_context(TcpProxy(a, seed=seed - number)) for a in plan.addresses]
+    for number, (worker, port) in enumerate(zip(plan.workers, free_ports("127.0.0.1", len(plan.workers)), strict=True)):
+        own, *outbound = [await proxy(address) for address in (f"127.0.0.1:{port}", *plan.addresses)]
         links.by_process[worker.id] = [own, *outbound]
-        for index, proxy in enumerate(outbound):
-            links.by_process[f"router-{index}"].append(proxy)
-        update = {"port": port, "advertise": own.address, "routers": tuple(proxy.address for proxy in outbound)}
+        for index, one in enumerate(outbound):
+            links.by_process[f"router-{index}"].append(one)
+        updates[worker.id] = {"port": port, "advertise": own.address, "routers": tuple(p.address for p in outbound)}
         if worker.kind.stages == ("decode",) and number % 2:
-            update["shm"] = False  # so that some KV travels by shared memory and some over the network
-        updates[worker.id] = update
+            updates[worker.id]["shm"] = False  # so that some KV travels by shared memory and some over the network
     return plan.with_configs(lambda worker: worker.config.model_copy(update=updates[worker.id])), links
 
 

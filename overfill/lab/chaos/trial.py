@@ -216,7 +216,7 @@ async def run_trial(
         return await _TrialRun(stack, trial, report, restart_timeout).run()
 
 
-class _View:
+class View:
     """What a router said of its workers.
 
     Attributes:
@@ -252,7 +252,7 @@ class _TrialRun:
         self._result = TrialResult(results=self._sender.results)
         self._down: set[str] = set()  # processes that a fault holds
         self._restored_at: dict[str, float] = {}  # process -> when its last fault ended
-        self._views: dict[str, _View] = {}  # router -> its last answer
+        self._views: dict[str, View] = {}  # router -> its last answer
         self._began = time.monotonic()
 
     async def run(self) -> TrialResult:
@@ -269,7 +269,9 @@ class _TrialRun:
             load = group.create_task(self._load(over.is_set))
             await self._inject_all()
             result.calm_from = time.monotonic()
-            await self._wait_for_requests()
+            # A quarter of the requests come after the last fault.
+            wanted = max(self._trial.requests, len(result.results) + self._trial.requests // 4)
+            await wait_until(lambda: len(result.results) >= wanted, _CALM_TIMEOUT)
             over.set()
             await load
             result.seconds = time.monotonic() - self._began
@@ -297,11 +299,6 @@ class _TrialRun:
             self._result.capacity = (len(self._result.results) - before) / _CAPACITY_SECONDS
             over.set()
         self._result.rate = load_fraction * self._result.capacity
-
-    async def _wait_for_requests(self) -> None:
-        """Waits for all requests, a quarter of which come after the last fault."""
-        wanted = max(self._trial.requests, len(self._result.results) + self._trial.requests // 4)
-        await wait_until(lambda: len(self._result.results) >= wanted, _CALM_TIMEOUT)
 
     # Faults
 
@@ -416,7 +413,7 @@ class _TrialRun:
                 try:
                     status = await client.status(timeout=5)
                     if status.process.pid == self._stack.process(router).pid:
-                        self._views[router] = _View(asked, status.workers)
+                        self._views[router] = View(asked, status.workers)
                 except OverfillError:
                     self._views.pop(router, None)
                 await asyncio.sleep(_STATUS_INTERVAL)

@@ -192,9 +192,7 @@ class TrialReport:
             "vanished": endings["vanished"],
             "refused": endings["refused"] + endings["given up"],
             "failed": endings["failed"],
-            "delay_p50": _quantile(delays, 0.5),
             "delay_max": _quantile(delays, 1.0),
-            "victims": dict(Counter(one.target for one in injected)),
         }
 
 

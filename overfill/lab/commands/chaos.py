@@ -55,116 +55,93 @@ _TINY_ON_VLLM = {
 REVISIONS = ("r1", "r2")  # names of the two revisions of a stack with --canary-pair
 
 
-def _option(flag: str, help: str, default: object = None, **how: Any) -> Any:
+def _option(help: str, default: object = None, **how: Any) -> Any:
     shown = default is not None and not isinstance(default, bool)
-    return field(metadata={"option": click.option(flag, default=default, show_default=shown, help=help, **how)})
+    return field(metadata={"help": help, "default": default, "show_default": shown, **how})
 
 
-def _count(flag: str, help: str, default: int | None, least: int = 1) -> Any:
-    return _option(flag, help, default, type=click.IntRange(least))
+def _flag(help: str) -> Any:
+    return _option(help, False, is_flag=True)
 
 
-def _some(flag: str, choices: Iterable[str], help: str, default: str = "all") -> Any:
+def _count(help: str, default: int | None, least: int = 1) -> Any:
+    return _option(help, default, type=click.IntRange(least))
+
+
+def _some(choices: Iterable[str], help: str, default: str = "all") -> Any:
     help += f"; repeat for several.  [default: {default}]"
-    return _option(flag, help, type=click.Choice([*choices]), multiple=True)
+    return _option(help, type=click.Choice([*choices]), multiple=True)
+
+
+def _engine(stage: str) -> Any:
+    # Not auto: by default, every machine breaks the same engine.
+    return _option(f"Engine of the {stage} workers.", "overfill", type=click.Choice(get_args(EngineChoice)))
 
 
 @dataclass(frozen=True, slots=True)
 class ChaosOptions:
-    """The options of ``overfill chaos``, each with its click option."""
+    """The options of ``overfill chaos``. The metadata of a field is what click needs besides its name."""
 
-    pair: str = _option(
-        "--pair", "Name of a pair, folder of a pair, or tiny (a small pair with random weights).", "tiny"
-    )
+    pair: str = _option("Name or folder of a pair, or tiny (a small pair with random weights).", "tiny")
     tier: tuple[TierSpec, ...] = _option(
-        "--tier",
         "A tier, as for `overfill up`. Repeat it for each tier; it replaces --pair and --decode. With the pair tiny, "
         "the first tier's decoder is the full model, and the others answer differently.",
         multiple=True,
         type=TIER,
     )
-    fault: tuple[FaultName, ...] = _some("--fault", FAULTS, "Fault to inject")
+    fault: tuple[FaultName, ...] = _some(FAULTS, "Fault to inject")
     phase: tuple[Phase, ...] = _some(
-        "--phase",
         (*PHASES, *KV_PHASES),
         "Phase of a request in which a fault is injected",
         "all; lending with --turns, saving with --kv-disk",
     )
     target: tuple[Target, ...] = _some(
-        "--target", get_args(Target), "Side on which a fault is injected", "all that the fault can hit"
+        get_args(Target), "Side on which a fault is injected", "all that the fault can hit"
     )
-    num_faults: int = _count("--num-faults", "Number of random faults.", 60, least=0)
-    matrix: int | None = _count(
-        "--matrix", "Inject every fault in every phase this often, instead of random ones.", None
-    )
+    num_faults: int = _count("Number of random faults.", 60, least=0)
+    matrix: int | None = _count("Inject every fault in every phase this often, in place of random faults.", None)
     soak: float | None = _option(
-        "--soak",
         "Inject random faults for this many minutes, instead of a fixed number. Requests arrive at 0.7 of the "
         "capacity, which is measured first.",
         metavar="MINUTES",
         type=Number(0, min_open=True),
     )
-    rolling_restart: bool = _option(
-        "--rolling-restart", "Drain each prefill worker once, one after the other.", False, is_flag=True
-    )
-    replay: Path | None = _option("--replay", "Inject the faults of this JSON report again.", type=FILE)
-    seed: int = _option("--seed", "Random seed for faults, phases, targets and times.", 0)
-    pause: float = _option("--pause", "Mean pause between faults, seconds.", 2.0, type=Number(0))
-    colocated: int = _count(
-        "--colocated", "Number of workers with both stages. They decode in the default tier.", 0, least=0
-    )
-    prefill: int | None = _count(
-        "--prefill", "Number of prefill workers.  [default: 2, or 0 with --colocated]", None, 0
-    )
-    decode: int | None = _count("--decode", "Number of decode workers.  [default: 3, or 0 with --colocated]", None, 0)
+    rolling_restart: bool = _flag("Drain each prefill worker once, one after the other.")
+    replay: Path | None = _option("Inject the faults of this JSON report again.", type=FILE)
+    seed: int = _option("Random seed for faults, phases, targets and times.", 0)
+    pause: float = _option("Mean pause between faults, seconds.", 2.0, type=Number(0))
+    colocated: int = _count("Number of workers with both stages, in the default tier.", 0, least=0)
+    prefill: int | None = _count("Number of prefill workers.  [default: 2, or 0 with --colocated]", None, 0)
+    decode: int | None = _count("Number of decode workers.  [default: 3, or 0 with --colocated]", None, 0)
     canary_pair: str | None = _option(
-        "--canary-pair",
         "Pair of a new revision, which has as many workers and gets half of the conversations. tiny has other random "
         "weights than --pair.",
         metavar="PAIR",
     )
-    num_adapters: int = _count(
-        "--num-adapters",
-        "Number of adapters with random weights on the first tier's decoder; requests are spread over them too.",
-        0,
-        least=0,
-    )
-    requests: int = _count("--requests", "Minimum number of requests.", 200)
-    streams: int = _count("--streams", "Concurrent requests; with --soak only while capacity is measured.", 16)
-    max_tokens: int = _count("--max-tokens", "Maximum tokens of an answer.", 48)
+    num_adapters: int = _count("Number of random adapters that requests ask too.", 0, least=0)
+    requests: int = _count("Minimum number of requests.", 200)
+    streams: int = _count("Concurrent requests; with --soak only while capacity is measured.", 16)
+    max_tokens: int = _count("Maximum tokens of an answer.", 48)
     turns: int = _count(
-        "--turns",
         "Maximum turns of a chat. With several, prompts are spread over the prefill workers, every import of KV is "
         "tried, and the run fails unless KV came from a peer, or from disk with --kv-disk.",
         1,
     )
-    kv_disk: bool = _option(
-        "--kv-disk", "Give the prefill workers a disk tier, in a temporary folder.", False, is_flag=True
-    )
-    grace_period: float = _option("--grace-period", "Seconds that a process has to finish requests after SIGTERM.", 1.0)
+    kv_disk: bool = _flag("Give the prefill workers a disk tier, in a temporary folder.")
+    grace_period: float = _option("Seconds for running requests after SIGTERM.", 1.0)
     kv_memory: str | None = _option(
-        "--kv-memory", "Size of each worker's KV cache, such as 512MiB.  [default: 8MiB for tiny, else sized to fit]"
+        "Size of each worker's KV cache, such as 512MiB.  [default: 8MiB for tiny, else sized to fit]"
     )
-    # Not auto: by default, every machine breaks the same engine.
-    prefill_engine: EngineChoice = _option(
-        "--prefill-engine", "Engine of the prefill workers.", "overfill", type=click.Choice(get_args(EngineChoice))
-    )
-    decode_engine: EngineChoice = _option(
-        "--decode-engine", "Engine of the decode workers.", "overfill", type=click.Choice(get_args(EngineChoice))
-    )
+    prefill_engine: EngineChoice = _engine("prefill")
+    decode_engine: EngineChoice = _engine("decode")
     tensor_parallel_size: int = _count(
-        "--tensor-parallel-size",
-        "Number of ranks of each worker on vLLM. With several, kill and freeze also hit one of them, or all.",
-        1,
+        "Ranks of a worker on vLLM. With several, kill and freeze also hit one, or all.", 1
     )
-    hosts: bool = _option(
-        "--hosts",
+    hosts: bool = _flag(
         "Run each process on a host of its own: a network namespace with a real link, mutual TLS, no shared memory. "
         "partition, delay, loss and bandwidth then act on the link, and vanish on hosts too.  [needs Linux and root]",
-        False,
-        is_flag=True,
     )
-    report: Path | None = _option("--report", "Write a JSON report to this file.", type=OutPath("file"))
+    report: Path | None = _option("Write a JSON report to this file.", type=OutPath("file"))
 
     @property
     def num_ranks(self) -> Mapping[Target, int]:
@@ -176,7 +153,7 @@ class ChaosOptions:
 
 def _with_options(command: Callable[..., int]) -> Callable[..., int]:
     for one in reversed(fields(ChaosOptions)):
-        command = one.metadata["option"](command)
+        command = click.option(f"--{one.name.replace('_', '-')}", **one.metadata)(command)
     return command
 
 
