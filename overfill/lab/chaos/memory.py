@@ -36,15 +36,15 @@ class ProcessLifetime:
     """Memory and open files of one process, from the end of its warm-up to its end.
 
     Attributes:
-        seconds: Time between the two.
-        rss, files: Medians of the last third.
-        growth, more_files: Difference between the medians of the first and the last third.
+        minutes: Time between the two.
+        mib, files: Medians of the last third.
+        more_mib, more_files: Difference between the medians of the first and the last third.
     """
 
     name: str
-    seconds: float
-    rss: int
-    growth: int
+    minutes: float
+    mib: float
+    more_mib: float
     files: int
     more_files: int
 
@@ -77,6 +77,7 @@ def lifetimes(samples: Sequence[MemorySample]) -> list[ProcessLifetime]:
             [median_high(getattr(sample, number) for sample in part) for part in (warm[:third], warm[-third:])]
             for number in ("rss", "files")
         )
-        seconds = warm[-1].at - warm[0].at
-        found.append(ProcessLifetime(name, seconds, late_rss, late_rss - rss, late_files, late_files - files))
-    return sorted(found, key=lambda lifetime: (lifetime.name, -lifetime.seconds))
+        minutes = round((warm[-1].at - warm[0].at) / 60, 1)
+        mib, more_mib = (round(size / 2**20, 1) for size in (late_rss, late_rss - rss))
+        found.append(ProcessLifetime(name, minutes, mib, more_mib, late_files, late_files - files))
+    return sorted(found, key=lambda lifetime: (lifetime.name, -lifetime.minutes))

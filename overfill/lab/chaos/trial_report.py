@@ -163,21 +163,7 @@ class TrialReport:
                 "fault",
                 [{"fault": one, **{p: _in_words(cells[one].get(p)) for p in phases}} for one in cells],
             ),
-            *_table(
-                "memory of processes, from one minute after their start",
-                "process",
-                [
-                    {
-                        "process": lifetime.name,
-                        "minutes": f"{lifetime.seconds / 60:.1f}",
-                        "MiB": f"{lifetime.rss / 2**20:.1f}",
-                        "growth, MiB": f"{lifetime.growth / 2**20:+.1f}",
-                        "open files": lifetime.files,
-                        "growth, files": f"{lifetime.more_files:+d}",
-                    }
-                    for lifetime in lifetimes(self.result.memory_samples)
-                ],
-            ),
+            *_table("memory and open files of processes, from one minute after their start", "name", report["lives"]),
         ]
 
     def _cell(self, injected: Sequence[InjectedFault], by_id: dict[str, RequestResult]) -> dict[str, Any]:

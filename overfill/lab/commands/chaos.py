@@ -228,10 +228,10 @@ def chaos_command(**values: Any) -> int:
         summary, wrong = result.judge(references, options.max_tokens, progress)
     needed = ["disk"] if options.kv_disk else ["peer"] if options.turns > 1 else []
     needed += REVISIONS if len(references) > 1 else ()
-    settings = {name: _plain(value) for name, value in values.items() if value not in (None, ())}
+    settings = {name: value for name, value in values.items() if value not in (None, ())}
     report = TrialReport(result, summary, wrong, settings, needed)
     if options.report is not None:
-        options.report.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+        options.report.write_text(json.dumps(report.as_dict(), indent=1, default=str) + "\n", encoding="utf-8")
     for table in report.tables():
         console().print(table)
     click.echo(str(summary))
@@ -353,12 +353,6 @@ def _with_canary(spec: StackSpec, pair: str) -> StackSpec:
     document = spec.document()
     pools = {name: document.get(name, {}) for name in ("prefill", "decode")}
     return spec.read({**document, "revision": old, "canary": {"revision": new, "percent": 50, "pair": pair, **pools}})
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    return str(value) if isinstance(value, Path | TierSpec) else value
 
 
 def make_adapters(pair: Pair, folder: Path, count: int) -> dict[str, Path]:

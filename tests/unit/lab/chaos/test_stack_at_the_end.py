@@ -37,7 +37,8 @@ def test_a_trial_fails_for_blocks_that_stay_and_processes_that_end_badly() -> No
 
 def test_growth_of_memory_is_that_after_the_first_minute_of_a_process_that_ran_long() -> None:
     samples = [
-        MemorySample(at, "decode-0", 7, 1000 if at < 60 else 100 + at, 5 + at // 200) for at in range(0, 400, 10)
+        MemorySample(at, "decode-0", 7, (1000 if at < 60 else 100 + at) << 20, 5 + at // 200)
+        for at in range(0, 400, 10)
     ]
-    samples += [MemorySample(at, "decode-0", 8, 100, 5) for at in range(400, 500, 10)]  # it ran too short
-    assert lifetimes(samples) == [ProcessLifetime("decode-0", 330, 440, 230, 6, 1)]
+    samples += [MemorySample(at, "decode-0", 8, 100 << 20, 5) for at in range(400, 500, 10)]  # it ran too short
+    assert lifetimes(samples) == [ProcessLifetime("decode-0", 5.5, 440.0, 230.0, 6, 1)]
