@@ -12,7 +12,7 @@ import heapq
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from overfill.lab.simulate.clock import Clock, Event
 from overfill.lab.simulate.histogram import Histogram
@@ -49,12 +49,12 @@ class SimSequence:
 
 
 class DecodeListener(Protocol):
-    def answer_done(self, sequence: SimSequence) -> None: ...
+    def answer_done(self, sequence: Any) -> None: ...
 
-    def kv_needed(self, sequence: SimSequence) -> None:
+    def kv_needed(self, sequence: Any) -> None:
         """A preempted sequence has blocks again and needs its prompt's KV again."""
 
-    def preempted(self, sequence: SimSequence) -> None:
+    def preempted(self, sequence: Any) -> None:
         """A sequence lost its blocks. KV that is still arriving for it is useless."""
 
 
@@ -166,15 +166,11 @@ class SimDecode:
         if self._phase is None:
             self.on_ready()
 
-    def kill(self) -> list[SimSequence]:
-        """Kills the worker. Returns its sequences, with ``emitted`` up to date."""
+    def kill(self) -> None:
         if self._phase is not None:
             self._phase.cancel()
-        lost = list(self.sequences)
-        for sequence in lost:
-            sequence.emitted = self.emitted(sequence)
+        for sequence in self.sequences:
             sequence.state = SequenceState.ENDED
-        return lost
 
     def emitted(self, sequence: SimSequence) -> int:
         """Returns the number of tokens that a sequence has emitted so far."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from overfill.kv.keys import PromptBlocks
 from overfill.lab.simulate.blocks import CachedBlocks, KeptBlocks, SharedLink
@@ -37,7 +37,7 @@ class Ticket:
     id: str
     prompt_tokens: int
     shared: Sequence[int]
-    owner: object
+    owner: Any
     local: bool = False
     holder: str = ""
     cached: int = 0
@@ -146,14 +146,11 @@ class SimPrefill:
         """Returns the tickets on the worker."""
         return [*self.waiting, *self._importing.values(), *self.running.values(), *self._holding.values()]
 
-    def kill(self) -> list[Ticket]:
-        """Kills the worker. Returns its tickets."""
+    def kill(self) -> None:
         if self._step is not None:
             self._step.cancel()
-        lost = self.tickets()
-        for ticket in lost:
+        for ticket in self.tickets():
             ticket.cancelled = True
-        return lost
 
     def check(self) -> None:
         """Raises AssertionError unless the counters agree with the tickets."""
