@@ -113,15 +113,9 @@ class SimWorker:
     def infos(self) -> list[WorkerInfo]:
         """The worker's description in each of its stages."""
         common = WorkerInfo(self.name, 1, PREFILL, "", (), _IDENTITY, 0, 0, colocated=self.stages == BOTH)
-        return [
-            replace(
-                common,
-                stage=stage,
-                tier=self.tier if stage == DECODE else "",
-                lends_kv=self._lends and (stage == PREFILL or self.returned is not None),
-            )
-            for stage in self.stages
-        ]
+        prefill = replace(common, lends_kv=self._lends)
+        decode = replace(common, stage=DECODE, tier=self.tier, lends_kv=self.returned is not None)
+        return [prefill if stage == PREFILL else decode for stage in self.stages]
 
     @property
     def pools(self) -> tuple[str, ...]:
