@@ -153,6 +153,20 @@ def test_what_prefill_sends_to_a_worker_that_has_just_died_is_lost():
         assert all(request.ok for request in result.requests)
 
 
+@pytest.mark.parametrize("lose", [Simulation._fail, Simulation._drain_worker])
+def test_another_worker_computes_the_prompt_of_one_that_dies_or_leaves(lose):
+    profile = replace(CPU, grace=0.0)
+    simulation = Simulation([TraceRequest(0.0, 512, 11)], profile, SimulationOptions(prefill=2, check=True))
+
+    def lose_the_busy_one():
+        [busy] = [w for w in simulation.workers.values() if w.prefill is not None and w.prefill.active]
+        lose(simulation, busy)
+
+    simulation.clock.at(0.1, lose_the_busy_one)
+    [request] = simulation.run().requests
+    assert request.outcome.ttft == pytest.approx(0.1 + CPU.prefill.step_seconds([(0, 512)]), abs=0.01)
+
+
 def test_prefixes_that_are_cached_are_not_computed_again():
     blocks = tuple(range(8))
     trace = [TraceRequest(10.0 * index, 900, 10, blocks, 100) for index in range(5)]
