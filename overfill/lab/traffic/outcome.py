@@ -1,18 +1,17 @@
-"""Outcome of one request as its client measured it, and figures of many: percentiles, throughput, goodput. No I/O."""
+"""Outcome of one request as its client measured it, and the objective that it should meet. No I/O."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from overfill.client import TTFT_PARTS, Timing
-from overfill.errors import InvalidRequest
+from overfill.errors import InvalidRequest, OverfillError
 
 PERCENTILES = (50, 90, 99)
 
 
-class RequestFailed(Exception):
+class RequestFailed(OverfillError):
     """The server did not answer a request completely; the message says why."""
 
 
@@ -121,35 +120,13 @@ class Objective:
 
 
 def samples(outcomes: Sequence[Outcome], name: str) -> list[float]:
-    """Returns all values of ``ttft``, ``e2e`` or ``unattributed`` (one per answer) or of ``itl`` (one per gap)."""
+    """Returns the values of ``ttft``, ``e2e``, ``unattributed`` and ``request_itl`` per answer, of ``itl`` per gap.
+
+    ``request_itl`` is the mean gap of each answer with several tokens.
+    """
     done = [outcome for outcome in outcomes if outcome.ok]
     if name == "itl":
         return [gap for outcome in done for gap in outcome.gaps]
+    if name == "request_itl":
+        return [outcome.itl for outcome in done if outcome.tokens > 1]
     return [value for outcome in done if (value := getattr(outcome, name)) is not None]
-
-
-def figures(outcomes: Sequence[Outcome], objective: Objective | None = None) -> dict[str, float]:
-    """Computes the figures of a run by name: latencies in seconds, rates per second, and the number of failures.
-
-    With an objective, ``goodput`` are the answers per second that meet it, and ``attainment`` is their share of all
-    requests. A latency that no answer has is NaN.
-    """
-    import numpy as np  # imported here: parsing a load test's options must not need it
-
-    done = [outcome for outcome in outcomes if outcome.ok]
-    span = max((outcome.times[-1] for outcome in done), default=0.0) - min((o.due for o in outcomes), default=0.0)
-
-    def per_second(count: int) -> float:
-        return count / span if span > 0 else 0.0
-
-    found: dict[str, float] = {}
-    for name in ("ttft", "itl", "e2e"):
-        marks = np.percentile(samples(done, name) or [math.nan], PERCENTILES)
-        found |= {f"{name}_p{p}": float(mark) for p, mark in zip(PERCENTILES, marks, strict=True)}
-    found["output_tokens"] = per_second(sum(outcome.tokens for outcome in done))
-    found["requests"] = per_second(len(done))
-    found["failed"] = len(outcomes) - len(done)
-    if objective is not None:
-        good = sum(objective.met(outcome) for outcome in outcomes)
-        found |= {"goodput": per_second(good), "attainment": good / max(1, len(outcomes))}
-    return found
