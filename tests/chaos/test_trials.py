@@ -14,6 +14,7 @@ import pytest
 
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.chaos.fault_plan import FAULTS, PHASES, PlannedFault, matrix, rolling_restart
+from overfill.lab.chaos.load import RequestMix
 from overfill.lab.chaos.trial import Trial, run_trial
 from overfill.lab.chaos.trial_report import TrialReport
 from overfill.pair.reference import load_references
@@ -36,7 +37,8 @@ def broken(
     kv: Mapping[str, Any] = {},
     needed: Sequence[str] = (),
     tiers: tuple[TierSpec, ...] = (),
-    **more: object,
+    mix: Mapping[str, Any] = {},
+    **more: Any,
 ) -> TrialReport:
     """Runs a trial on ``of_each`` routers and workers, asserts that it passed, and returns its report.
 
@@ -44,12 +46,13 @@ def broken(
         workers: other numbers of workers, by argument of ``describe``.
         kv: other settings of the stack.
         needed: sources from which KV must have come.
+        mix: other requests, by attribute of ``RequestMix``.
     """
     settings = SETTINGS | {"log_level": "error"} | kv
     counts = {"prefill": of_each, "decode": of_each} | workers
     plan = place(describe(pair or "", routers=of_each, threads=1, settings=settings, tiers=tiers, **counts))
-    load: dict[str, Any] = {"requests": 40, "streams": 8, "max_tokens": MAX_TOKENS, "sampled_share": 0.75}
-    trial = Trial(faults, PROMPTS, **load, **more)  # type: ignore[arg-type]
+    asked = RequestMix(PROMPTS, MAX_TOKENS, tiers=[tier.name for tier in plan.tiers], sampled_share=0.75, **mix)
+    trial = Trial(faults, asked, requests=40, streams=8, **more)
     result = asyncio.run(run_trial(plan, trial, silent))
     report = TrialReport(result, *result.judge({"": load_references(plan.tiers)}, MAX_TOKENS, silent), {}, needed)
     # As text, because pytest shortens other values.
@@ -96,7 +99,7 @@ def test_a_worker_with_both_stages_breaks_as_others_do(tiny_pair: Path) -> None:
     ]
     workers = {"prefill": 0, "decode": 2, "colocated": 1}
     report = broken(tiny_pair, faults, workers=workers, concurrent_faults=2)
-    assert {one.victim for one in report.result.injected if one.fault.target == "prefill"} == {"colocated-0"}
+    assert {one.victim for one in report.result.injected if one.target == "prefill"} == {"colocated-0"}
     assert report.result.migrations > 0
 
 
@@ -108,7 +111,7 @@ def test_only_requests_that_allow_it_change_their_tier(tiny_tiers: tuple[TierSpe
         PlannedFault(2, "drain", "decode", "decode"),
         PlannedFault(3, "kill", "decode", "decode"),
     ]
-    tiers = broken(None, faults, tiers=tiny_tiers, fallback_share=0.6, concurrent_faults=2).tiers()
+    tiers = broken(None, faults, tiers=tiny_tiers, mix={"fallback_share": 0.6}, concurrent_faults=2).tiers()
     assert set(tiers) == {"full", "default", "fast"}
     assert all(counts["answers"] > counts["with_fallback"] > 0 for counts in tiers.values())
     assert sum(counts["changed_within"] for counts in tiers.values()) > 0
@@ -146,7 +149,7 @@ def test_a_worker_that_lends_kv_may_die_freeze_or_drain_in_mid_pull(tiny_pair: P
         PlannedFault(3, "drain", "lending", "prefill"),
         PlannedFault(4, "kill", "lending", "decode"),
     ]
-    result = broken(tiny_pair, faults, kv=SPREAD, needed=["peer"], turns=4).result
+    result = broken(tiny_pair, faults, kv=SPREAD, needed=["peer"], mix={"turns": 4}).result
     # Each hit a loan, except for one perhaps: on a busy machine, no chat may need a loan while a fault waits for one.
     assert sum(bool(fault.request) for fault in result.injected) >= len(faults) - 1
     assert result.ended("answered")
@@ -155,7 +158,7 @@ def test_a_worker_that_lends_kv_may_die_freeze_or_drain_in_mid_pull(tiny_pair: P
 @pytest.mark.slow  # it takes half a minute, and `make test` is at its limit of time
 def test_a_rolling_restart_of_the_prefill_workers_fails_no_request(tiny_pair: Path) -> None:
     faults = rolling_restart(["prefill-0", "prefill-1"], 1.0)
-    result = broken(tiny_pair, faults, kv=SPREAD, needed=["peer"], turns=4).result
+    result = broken(tiny_pair, faults, kv=SPREAD, needed=["peer"], mix={"turns": 4}).result
     assert [fault.victim for fault in result.injected] == ["prefill-0", "prefill-1"]
     assert [(request.request, request.error) for request in result.results if request.ending != "answered"] == []
     assert sum(result.cached_shares(result.calm_from).values()) > 0
@@ -168,7 +171,7 @@ def test_a_worker_that_dies_while_it_writes_to_disk_leaves_no_wrong_kv(
     """Each kill finds a file half written; the next process reads the folder, and every answer is judged."""
     faults = [PlannedFault(number, "kill", "saving", "prefill") for number in range(kills)]
     kv = SPREAD | {"kv_disk": tmp_path / "kv", "kv_peers": False}
-    result = broken(tiny_pair, faults, kv=kv, needed=["disk"], turns=4).result
+    result = broken(tiny_pair, faults, kv=kv, needed=["disk"], mix={"turns": 4}).result
     assert [fault.as_dict() for fault in result.injected if not fault.request] == []  # each hit a write
 
 
@@ -177,7 +180,7 @@ def test_a_worker_that_dies_while_it_writes_to_disk_leaves_no_wrong_kv(
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_in_every_phase(tiny_pair: Path, fault: str) -> None:
     faults = matrix(1, 3, [fault], PHASES)  # type: ignore[list-item]
-    report = broken(tiny_pair, faults, concurrent_faults=2, time_limit=1500.0)
+    report = broken(tiny_pair, faults, concurrent_faults=2, seconds=1500.0)
     assert set(report.cells().get(fault, {})) == set(PHASES) or report.result.unavailable == [fault]
 
 

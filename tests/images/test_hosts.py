@@ -15,7 +15,7 @@ import pytest
 
 from overfill.cli.main import main
 from overfill.lab.chaos.fault_plan import PlannedFault
-from overfill.lab.hosts.network import CannotMakeHosts, Host, HostNetwork, check_requirements
+from overfill.lab.hosts.network import CannotMakeHosts, Host, check_requirements, make_hosts
 from overfill.lab.hosts.place import place_on_hosts
 from overfill.rpc.access import NAME
 from overfill.stack.describe import describe
@@ -57,8 +57,8 @@ print(time.monotonic() - started)
 """
 MAKING = """
 import time
-from overfill.lab.hosts.network import HostNetwork
-with HostNetwork(["a", "b"]):
+from overfill.lab.hosts.network import make_hosts
+with make_hosts(["a", "b"]):
     print(1, flush=True)
     time.sleep(60)
 """
@@ -86,8 +86,8 @@ def hosts_can_be_made_and_none_is_left():
 @pytest.fixture
 def two_hosts():
     """Two hosts, and a function that returns the seconds of a round trip from one to the other; None if none is had."""
-    with HostNetwork(["a", "b"]) as network:
-        a, b = network.hosts.values()
+    with make_hosts(["a", "b"]) as hosts:
+        a, b = hosts.values()
         server = [*b.enter, sys.executable, "-c", SERVER, b.address]
         with subprocess.Popen(server, stdout=subprocess.PIPE, text=True) as listening:
             assert listening.stdout.readline() == "listening\n"

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import json
-import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from overfill.lab.chaos.fault_plan import Phase
+from overfill.lab.chaos.probe import Recent
 
 STAGE_OF: dict[Phase, str] = {
     "queued": "router",
@@ -25,8 +23,6 @@ STAGE_OF: dict[Phase, str] = {
     "saving": "prefill",
 }
 """Phase -> the stage whose processes report that a request is in it."""
-
-_MAX_REQUESTS = 10_000  # requests for which the processes are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,40 +39,25 @@ class HeldRequest:
     request: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Peer:
-    """A connected process."""
-
-    socket: socket.socket
-    stages: frozenset[str]
-
-
 class ProbeControl:
     """Listens at ``folder / "probes"``. A process is known by its name while it is connected."""
 
     def __init__(self, folder: Path) -> None:
         self.path = str(folder / "probes")
-        self._processes: dict[str, _Peer] = {}
-        self._request_processes: dict[str, dict[str, str]] = {}
+        self._stages: dict[str, frozenset[str]] = {}  # process -> its stages
+        self._writers: dict[str, asyncio.StreamWriter] = {}
+        self._request_processes: Recent[str, dict[str, str]] = Recent()
         self._ids = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[HeldRequest]] = {}
-        self._breakpoints: dict[int, tuple[Phase, float]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._waiting: dict[int, tuple[Phase, dict[str, Any], asyncio.Future[HeldRequest]]] = {}
 
     async def __aenter__(self) -> ProbeControl:
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.setblocking(False)
-        self._listener.bind(self.path)
-        self._listener.listen()
-        self._spawn(self._accept())
+        self._server = await asyncio.start_unix_server(self._serve, self.path)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._listener.close()
-        os.unlink(self.path)
+        self._server.close()
+        for writer in self._writers.values():
+            writer.close()
 
     def processes_of(self, request: str) -> dict[str, str]:
         """Returns stage -> process that has, or last had, the request. Unknown stages are missing."""
@@ -89,70 +70,60 @@ class ProbeControl:
             TimeoutError: No request entered the phase within ``timeout`` seconds.
         """
         breakpoint = next(self._ids)
-        self._waiting[breakpoint] = asyncio.get_running_loop().create_future()
-        self._breakpoints[breakpoint] = (phase, hold)
-        self._send_to_stage(phase, {"breakpoint": breakpoint, "phase": phase, "hold": hold})
+        held: asyncio.Future[HeldRequest] = asyncio.get_running_loop().create_future()
+        order = {"breakpoint": breakpoint, "phase": phase, "hold": hold}
+        self._waiting[breakpoint] = phase, order, held
+        self._send_to_stage(phase, order)
         try:
             async with asyncio.timeout(timeout):
-                return await self._waiting[breakpoint]
+                return await held
         finally:
-            del self._waiting[breakpoint], self._breakpoints[breakpoint]
+            del self._waiting[breakpoint]
             self._send_to_stage(phase, {"remove": breakpoint})
 
-    def release(self, held: HeldRequest) -> None:
-        self.send(held.process, {"release": held.breakpoint})
+    def release(self, held: HeldRequest | None) -> None:
+        """Lets a held request go on; None does nothing."""
+        if held is not None:
+            self.send(held.process, {"release": held.breakpoint})
 
     def send(self, name: str, packet: dict[str, Any]) -> None:
         """Sends ``packet`` to a process and its ranks. Does nothing when none of them is connected."""
-        for of, peer in [*self._processes.items()]:
+        for of, writer in self._writers.items():
             if of.partition("/")[0] == name:
-                with contextlib.suppress(OSError):
-                    peer.socket.send(json.dumps(packet).encode())
+                writer.write(json.dumps(packet).encode() + b"\n")
 
     def _send_to_stage(self, phase: Phase, packet: dict[str, Any]) -> None:
-        for name, peer in [*self._processes.items()]:
-            if STAGE_OF[phase] in peer.stages:
+        for name, stages in self._stages.items():
+            if STAGE_OF[phase] in stages:
                 self.send(name, packet)
 
-    def _spawn(self, work: Any) -> None:
-        task: asyncio.Task[None] = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _accept(self) -> None:
-        while True:
-            peer, _ = await asyncio.get_running_loop().sock_accept(self._listener)
-            self._spawn(self._receive(peer))
-
-    async def _receive(self, connection: socket.socket) -> None:
-        loop, name = asyncio.get_running_loop(), ""
-        with connection:
-            try:
-                while packet := await loop.sock_recv(connection, 4096):
-                    message = json.loads(packet)
-                    if "name" in message:
-                        name = message["name"]
-                        peer = self._processes[name] = _Peer(connection, frozenset(message["stages"]))
-                        for breakpoint, (phase, hold) in self._breakpoints.items():  # it connected during a wait
-                            if STAGE_OF[phase] in peer.stages:
-                                self.send(name, {"breakpoint": breakpoint, "phase": phase, "hold": hold})
-                    else:
-                        self._on(name, message)
-            except OSError:
-                pass  # the process was killed
-            finally:
-                if name in self._processes and self._processes[name].socket is connection:
-                    del self._processes[name]
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        name = ""
+        try:
+            while line := await reader.readline():
+                message = json.loads(line)
+                if "name" not in message:
+                    self._on(name, message)
+                    continue
+                name = message["name"]
+                self._writers[name], self._stages[name] = writer, frozenset(message["stages"])
+                for phase, order, _ in self._waiting.values():  # it connected during a wait
+                    if STAGE_OF[phase] in self._stages[name]:
+                        self.send(name, order)
+        except OSError:
+            pass  # the process was killed
+        finally:
+            if self._writers.get(name) is writer:
+                del self._writers[name], self._stages[name]
+            writer.close()
 
     def _on(self, name: str, message: dict[str, Any]) -> None:
-        request = message["request"]
-        self._request_processes.setdefault(request, {})[STAGE_OF[message["at"]]] = name
-        while len(self._request_processes) > _MAX_REQUESTS:
-            self._request_processes.pop(next(iter(self._request_processes)))
-        if message["breakpoint"] is None:
+        request, breakpoint = message["request"], message["breakpoint"]
+        self._request_processes[request] = self.processes_of(request) | {STAGE_OF[message["at"]]: name}
+        if breakpoint is None:
             return
-        held = HeldRequest(message["breakpoint"], name, request)
-        waiting = self._waiting.get(held.breakpoint)
+        held = HeldRequest(breakpoint, name, request)
+        _, _, waiting = self._waiting.get(breakpoint, (None, None, None))
         if waiting is None or waiting.done():  # another process was first to reach the phase
             self.release(held)
         else:

@@ -32,9 +32,6 @@ TARGETS: dict[FaultName, tuple[Target, ...]] = {
 }
 """Fault -> the targets that it can hit."""
 
-HOST_TARGETS: dict[FaultName, tuple[Target, ...]] = {**TARGETS, "vanish": ("router", "prefill", "decode", "client")}
-"""The same for processes on hosts of their own: a host can vanish with its process."""
-
 OF_RANKS: frozenset[FaultName] = frozenset({"kill", "freeze"})
 """Faults that can hit ranks of a worker alone."""
 
@@ -91,28 +88,35 @@ class PlannedFault:
         return cls(**known | {"ranks": tuple(known["ranks"])})
 
 
+def targets_of(hosts: bool, wanted: Sequence[Target] = ()) -> dict[FaultName, tuple[Target, ...]]:
+    """Returns fault -> the targets that it can hit: those of ``wanted`` only, if it can hit one of these.
+
+    Args:
+        hosts: whether each process runs on a host of its own. A host can vanish with its process.
+    """
+    possible = {**TARGETS, "vanish": get_args(Target)} if hosts else TARGETS
+    return {fault: tuple(t for t in each if t in wanted) or each for fault, each in possible.items()}
+
+
 def draw(
     seed: int,
     pause: float,
     faults: Sequence[FaultName] = FAULTS,
     phases: Sequence[Phase] = PHASES,
-    targets: Sequence[Target] | None = None,
-    possible: Mapping[FaultName, tuple[Target, ...]] = TARGETS,
+    targets: Mapping[FaultName, tuple[Target, ...]] = TARGETS,
     num_ranks: Mapping[Target, int] = NO_RANKS,
 ) -> Iterator[PlannedFault]:
     """Draws random faults without end. Each depends only on the seed and its number.
 
     Args:
         pause: Mean seconds of rest between two faults.
-        targets: None means all targets that a fault can hit.
-        possible: Fault -> targets that it can hit.
+        targets: Fault -> targets that it may hit.
         num_ranks: Target -> ranks of each of its workers, where these have any.
     """
     for number in itertools.count():
         rng = random.Random(f"{seed}/{number}")
         kind = rng.choice(faults)
-        among = [target for target in possible[kind] if targets is None or target in targets]
-        fault = _make(rng, number, kind, rng.choice(phases), rng.choice(among or possible[kind]), num_ranks)
+        fault = _make(rng, number, kind, rng.choice(phases), rng.choice(targets[kind]), num_ranks)
         yield replace(fault, after=round(rng.uniform(0.3, 1.7) * pause, 3))
 
 
@@ -121,13 +125,13 @@ def matrix(
     times: int,
     faults: Sequence[FaultName] = FAULTS,
     phases: Sequence[Phase] = PHASES,
-    possible: Mapping[FaultName, tuple[Target, ...]] = TARGETS,
+    targets: Mapping[FaultName, tuple[Target, ...]] = TARGETS,
     num_ranks: Mapping[Target, int] = NO_RANKS,
 ) -> list[PlannedFault]:
     """Returns every fault in every phase ``times`` times, in random order. Each fault's targets alternate."""
     rng = random.Random(seed)
     cells = [
-        (fault, phase, possible[fault][turn % len(possible[fault])])
+        (fault, phase, targets[fault][turn % len(targets[fault])])
         for fault in faults
         for phase in phases
         for turn in range(times)

@@ -8,22 +8,24 @@ import resource
 import signal
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import psutil
 
-from overfill.lab.chaos.clock import Clocks
-from overfill.lab.chaos.control import ProbeControl
 from overfill.lab.chaos.fault_plan import FaultName, PlannedFault
-from overfill.lab.chaos.stack import BreakableStack, Link, Links, ranks_of
+from overfill.lab.chaos.stack import BreakableStack, Link, ranks_of
 from overfill.stack.child import Child
 
 SILENCING: frozenset[FaultName] = frozenset({"kill", "drain", "freeze", "partition", "vanish"})
 """Faults during which the process serves nothing. Another process of its stage must be ready first."""
 
-_MAX_DELAY = 0.15  # maximum seconds per piece; on a host, seconds of every frame
-_LOSS = 0.05  # share of the pieces or frames
-_BANDWIDTH = 48 * 1024  # bytes per second and connection; on a host, of all its connections
+_LINK_FAULTS: dict[FaultName, tuple[str, float, float | None]] = {
+    "delay": ("delay", 0.15, 0.0),  # maximum seconds per piece; on a host, seconds of every frame
+    "loss": ("loss", 0.05, 0.0),  # share of the pieces or frames
+    "bandwidth": ("rate", 48 * 1024, None),  # bytes per second and connection; on a host, of all its connections
+}
+"""Fault -> the attribute of a link that it sets, to which value, and the value of a link without a fault."""
+
 _CORRUPT_CHUNKS = 3  # chunks to damage
 _EXIT_SLACK = 10.0  # seconds beyond its grace period in which a drained process must exit
 _LOST_RANK = 25.0  # seconds after which a worker must have ended that has lost a rank, or has a frozen one
@@ -33,132 +35,122 @@ _POLL = 0.05
 class FaultInjector:
     """Injects faults into the processes of ``stack``."""
 
-    def __init__(self, stack: BreakableStack, links: Links, control: ProbeControl, clocks: Clocks) -> None:
+    def __init__(self, stack: BreakableStack) -> None:
         self._stack = stack
-        self._links = links
-        self._control = control
-        self._clocks = clocks
-        self._ranks: dict[int, list[psutil.Process]] = {}  # fault -> the ranks that it has hit
         self._cut: Counter[Link] = Counter()  # faults that cut a link; it belongs to the processes at both ends
 
-    def inject(self, fault: PlannedFault, name: str) -> None:
-        """Starts the fault in process ``name``."""
+    async def inject(self, fault: PlannedFault, name: str, begun: Callable[[], None]) -> str | None:
+        """Injects the fault into process ``name``, ends it, and restarts the process if it has exited.
+
+        Args:
+            begun: called when the fault has begun.
+
+        Returns a description if the process did not exit as it should, else None.
+        """
         child = self._stack.process(name)
-        if fault.ranks:
-            ranks = ranks_of(child.pid)
-            self._ranks[fault.number] = [ranks[number] for number in fault.ranks]
-            for rank in self._ranks[fault.number]:
-                rank.send_signal(signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
-            return
+        with ExitStack() as undo:
+            self._begin(fault, name, child, undo)
+            begun()
+            problem = await self._outlast(fault, child)
+        if child.returncode is not None:
+            self._stack.restart(name)
+        return problem
+
+    def _begin(self, fault: PlannedFault, name: str, child: Child, undo: ExitStack) -> None:
+        links = self._stack.links.by_process[name]
         match fault.kind:
+            case "kill" | "freeze" if fault.ranks:
+                ranks = ranks_of(child.pid)
+                for number in fault.ranks:
+                    ranks[number].send_signal(signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
+                    undo.callback(_go_on, ranks[number])
             case "kill":
                 os.kill(child.pid, signal.SIGKILL)
             case "drain":
                 os.kill(child.pid, signal.SIGTERM)
             case "freeze":
                 os.kill(child.pid, signal.SIGSTOP)
+                undo.callback(os.kill, child.pid, signal.SIGCONT)
             case "partition":
-                for link in self._links.by_process[name]:
+                for link in links:
                     self._cut[link] += 1
                     link.partition()
-            case "delay":
-                self._change_links(name, lambda link: setattr(link, "delay", _MAX_DELAY))
-            case "loss":
-                self._change_links(name, lambda link: setattr(link, "loss", _LOSS))
-            case "bandwidth":
-                self._change_links(name, lambda link: setattr(link, "rate", _BANDWIDTH))
+                    undo.callback(self._heal, link)
+            case "delay" | "loss" | "bandwidth":
+                attribute, value, usual = _LINK_FAULTS[fault.kind]
+                for link in links:
+                    setattr(link, attribute, value)
+                    undo.callback(setattr, link, attribute, usual)
             case "corrupt":
-                self._control.send(name, {"corrupt": _CORRUPT_CHUNKS})
+                self._stack.control.send(name, {"corrupt": _CORRUPT_CHUNKS})
             case "clock":
-                self._clocks.jump(name, fault.jump)
+                self._stack.clocks.jump(name, fault.jump)
+                undo.callback(self._stack.clocks.jump, name, 0.0)
             case "disk":
                 # No file can grow and no shared memory can be allocated, as on a full disk.
-                resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+                _limit_files(child, 0)
+                undo.callback(_limit_files, child, resource.RLIM_INFINITY)
             case "vanish":
                 # The link is down first, so that no peer hears of the end of the process or of its connections.
-                self._links.hosts[name].partition()
+                self._stack.links.hosts[name].partition()
                 os.kill(child.pid, signal.SIGKILL)
+                undo.callback(self._stack.links.hosts[name].reboot)
             case "slow":
                 raise AssertionError("slow is a fault of clients")
 
-    async def end(self, fault: PlannedFault, name: str) -> str | None:
-        """Ends the fault after ``fault.seconds`` and restarts the process if it has exited.
+    def _heal(self, link: Link) -> None:
+        self._cut[link] -= 1
+        if not self._cut[link]:
+            link.heal()
 
-        Returns a description if the process did not exit as it should, else None.
-        """
-        child = self._stack.process(name)
+    async def _outlast(self, fault: PlannedFault, child: Child) -> str | None:
+        """Waits until the fault is to end. Returns a description if the process did not exit as it should."""
         if fault.ranks:
-            return await self._end_of_ranks(fault, name, child)
-        problem = None
+            if fault.kind == "kill" or fault.seconds > _LOST_RANK:
+                return await _ensure_exit(child, _LOST_RANK, "it had lost a rank")
+            await _wait_for_exit(child, fault.seconds)
+            return None
         if fault.kind == "drain":
-            grace = self._stack.placed.routers[0].grace_period
-            if not await _wait_for_exit(child, grace + _EXIT_SLACK):
-                problem = f"{name} still ran {grace + _EXIT_SLACK:g} s after SIGTERM"
-                os.kill(child.pid, signal.SIGKILL)
-            elif child.returncode != 0:
-                problem = _describe_exit(child)
-        if fault.kind in ("kill", "drain", "vanish"):
-            await _wait_for_exit(child, 10.0)
-            if fault.kind == "vanish":
-                await asyncio.sleep(fault.seconds)
-                self._links.hosts[name].reboot()
-            self._stack.restart(name)
-            return problem
-        try:
+            patience = self._stack.placed.routers[0].grace_period + _EXIT_SLACK
+            problem = await _ensure_exit(child, patience, "SIGTERM")
+            return problem if problem or not child.returncode else _describe_exit(child)
+        if fault.kind in ("kill", "vanish"):
+            await _wait_for_exit(child, _EXIT_SLACK)
             await asyncio.sleep(fault.seconds)
-        finally:
-            self._undo(fault.kind, name, child)
-        if child.returncode is not None:
-            self._stack.restart(name)
-            return _describe_exit(child)
+            return None
+        await asyncio.sleep(fault.seconds)
+        return None if child.returncode is None else _describe_exit(child)
+
+
+def _go_on(rank: psutil.Process) -> None:
+    with suppress(psutil.NoSuchProcess):
+        rank.send_signal(signal.SIGCONT)
+
+
+def _limit_files(child: Child, size: int) -> None:
+    if child.returncode is None:
+        resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+async def _ensure_exit(child: Child, patience: float, after: str) -> str | None:
+    """Waits for the exit of a process, and kills it after ``patience`` seconds. Returns a description if it did."""
+    if await _wait_for_exit(child, patience):
         return None
+    os.kill(child.pid, signal.SIGKILL)
+    await _wait_for_exit(child, _EXIT_SLACK)
+    return f"{child.name} still ran {patience:g} s after {after}"
 
-    async def _end_of_ranks(self, fault: PlannedFault, name: str, child: Child) -> str | None:
-        problem = None
-        ends = fault.kind == "kill" or fault.seconds > _LOST_RANK
-        if not await _wait_for_exit(child, _LOST_RANK if ends else fault.seconds) and ends:
-            problem = f"{name} still ran {_LOST_RANK:g} s after it had lost a rank"
-            os.kill(child.pid, signal.SIGKILL)
-            await _wait_for_exit(child, 10.0)
-        for rank in self._ranks.pop(fault.number):
-            with suppress(psutil.NoSuchProcess):
-                rank.send_signal(signal.SIGCONT)
-        if child.returncode is not None:
-            self._stack.restart(name)
-        return problem
 
-    def _undo(self, fault: FaultName, name: str, child: Child) -> None:
-        match fault:
-            case "freeze":
-                os.kill(child.pid, signal.SIGCONT)
-            case "partition":
-                for link in self._links.by_process[name]:
-                    self._cut[link] -= 1
-                    if not self._cut[link]:
-                        link.heal()
-            case "delay":
-                self._change_links(name, lambda link: setattr(link, "delay", 0.0))
-            case "loss":
-                self._change_links(name, lambda link: setattr(link, "loss", 0.0))
-            case "bandwidth":
-                self._change_links(name, lambda link: setattr(link, "rate", None))
-            case "clock":
-                self._clocks.jump(name, 0.0)
-            case "disk" if child.returncode is None:
-                unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-                resource.prlimit(child.pid, resource.RLIMIT_FSIZE, unlimited)
-
-    def _change_links(self, name: str, change: Callable[[Link], None]) -> None:
-        for link in self._links.by_process[name]:
-            change(link)
+async def wait_until(condition: Callable[[], bool], timeout: float) -> bool:
+    """Waits until ``condition`` is true, for at most ``timeout`` seconds. Returns False when it is not by then."""
+    end = asyncio.get_running_loop().time() + timeout
+    while not (met := condition()) and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110  # other processes
+        await asyncio.sleep(_POLL)
+    return met
 
 
 async def _wait_for_exit(child: Child, timeout: float) -> bool:
-    deadline = asyncio.get_running_loop().time() + timeout
-    # Poll: waiting for the process belongs to its Child object, and the wait is short.
-    while child.returncode is None and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
-        await asyncio.sleep(_POLL)
-    return child.returncode is not None
+    return await wait_until(lambda: child.returncode is not None, timeout)
 
 
 def _describe_exit(child: Child) -> str:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import grpc.aio
 
-from overfill.client import AsyncClient, ClientTls, Options, SamplingParams
+from overfill.client import AsyncClient, ClientTls, Options, SamplingParams, Usage
 from overfill.errors import OverfillError, Overloaded, Unavailable
 from overfill.pair.reference import GREEDY
 from overfill.routing.tier import DEFAULT_TIER, NO_FALLBACK
@@ -22,6 +22,8 @@ Ending = Literal["answered", "refused", "given up", "failed", "vanished"]
 
 _TIMEOUT = 300.0  # seconds for one request; a timeout counts as failed
 _SLOW = 0.15  # seconds that a slow client waits after each part
+_UNUSED = Usage(0, 0, 0)
+_ENDINGS: dict[type[OverfillError], Ending] = {Overloaded: "refused", Unavailable: "given up"}
 
 SAMPLED = (
     SamplingParams(temperature=1.0),
@@ -54,7 +56,6 @@ class RequestResult:
         longest_pause: Longest time without a new token, in seconds, including the wait for the first one.
         slow: True if the client read slowly.
         sent: When the request was sent, as of ``time.monotonic``.
-        cached_tokens, peer_tokens, disk_tokens: As of ``Usage``.
     """
 
     request: str
@@ -75,9 +76,7 @@ class RequestResult:
     longest_pause: float = 0.0
     slow: bool = False
     sent: float = 0.0
-    cached_tokens: int = 0
-    peer_tokens: int = 0
-    disk_tokens: int = 0
+    usage: Usage = _UNUSED
 
     @property
     def changed_tier(self) -> bool:
@@ -96,64 +95,81 @@ class RequestResult:
         return None
 
 
-class LoadGenerator:
-    """Sends requests to the routers and collects their results. Each client starts with another router.
+@dataclass(frozen=True, slots=True)
+class RequestMix:
+    """What the requests of a trial ask.
 
-    Args:
-        addresses: Addresses of the routers.
+    Attributes:
+        prompts: Token ids of the prompts, used in turn.
         max_tokens: Maximum tokens of an answer.
         tiers: Tiers to ask, at random.
         adapters: Adapters to ask, each as often as a tier. None goes on with an answer of another.
         fallback_share: Share of the requests that allow the next tier in ``tiers`` to go on with the answer.
         sampled_share: Share of the requests that are sampled; the others are greedy.
-        api_key: Key that is sent with every request; None means no key.
         turns: Maximum turns of a chat. After an answer, another request goes on with its tokens and a further prompt.
         longest: Maximum tokens of a prompt with its answer.
     """
 
+    prompts: Sequence[Sequence[int]]
+    max_tokens: int
+    seed: int = 0
+    tiers: Sequence[str] = (DEFAULT_TIER,)
+    adapters: Sequence[str] = ()
+    fallback_share: float = 0.0
+    sampled_share: float = 0.0
+    turns: int = 1
+    longest: int = 512
+
+    def request(self, number: int) -> RequestResult:
+        """Returns a request that is not sent yet. It depends only on the seed and its number.
+
+        The router draws the seed of half of the sampled requests.
+        """
+        rng = random.Random(f"{self.seed}/{number}")
+        writers = [*self.tiers, *self.adapters]
+        tier = rng.randrange(len(writers))
+        falls_back = rng.random() < self.fallback_share and tier < len(self.tiers) > 1
+        sampling, sample_index = GREEDY, 0
+        if rng.random() < self.sampled_share:
+            seed = rng.choice([None, rng.getrandbits(64)])
+            sampling, sample_index = replace(rng.choice(SAMPLED), seed=seed), rng.randrange(3)
+        return RequestResult(
+            f"chaos-{number}",
+            self.prompts[number % len(self.prompts)],
+            writers[tier],
+            self.tiers[(tier + 1) % len(self.tiers)] if falls_back else NO_FALLBACK,
+            replace(sampling, max_tokens=self.max_tokens),
+            sample_index,
+        )
+
+
+class RequestSender:
+    """Sends the requests of ``mix`` to the routers and collects their results. Each client starts with another router.
+
+    Args:
+        addresses: Addresses of the routers.
+        api_key: Key that is sent with every request; None means no key.
+    """
+
     def __init__(
-        self,
-        addresses: Sequence[str],
-        tls: ClientTls | None,
-        prompts: Sequence[Sequence[int]],
-        max_tokens: int,
-        seed: int,
-        tiers: Sequence[str] = (DEFAULT_TIER,),
-        fallback_share: float = 0.0,
-        sampled_share: float = 0.0,
-        api_key: str | None = None,
-        adapters: Sequence[str] = (),
-        turns: int = 1,
-        longest: int = 512,
+        self, mix: RequestMix, addresses: Sequence[str], tls: ClientTls | None = None, api_key: str | None = None
     ) -> None:
+        self._mix = mix
         self._addresses = addresses
-        self._tls = tls
-        self._prompts = prompts
-        self._max_tokens = max_tokens
-        self._seed = seed
-        self._rng = random.Random(seed)
-        self._tiers = tiers
-        self._writers = [*tiers, *adapters]
-        self._fallback_share = fallback_share
-        self._sampled_share = sampled_share
-        self._api_key = api_key
-        self._turns = turns
-        self._longest = longest
+        self._tls, self._api_key = tls, api_key
         self._chats: deque[tuple[int, Sequence[int]]] = deque()  # number of turns, and their tokens
         self._numbers = itertools.count()
         self._idle: list[AsyncClient] = []
         self._running: dict[str, tuple[AsyncClient, RequestResult]] = {}
         self.results: list[RequestResult] = []
 
-    @property
-    def running(self) -> int:
-        return len(self._running)
-
     async def send(self) -> RequestResult:
         """Sends one request and waits for its end."""
         number = next(self._numbers)
-        client = self._idle.pop() if self._idle else self._connect(number)
-        result = self.request(number)
+        first = number % len(self._addresses)
+        addresses = ",".join([*self._addresses[first:], *self._addresses[:first]])
+        client = self._idle.pop() if self._idle else AsyncClient(addresses, tls=self._tls, api_key=self._api_key)
+        result = self._mix.request(number)
         turn = self._continue(result)
         self._running[result.request] = client, result
         try:
@@ -161,7 +177,7 @@ class LoadGenerator:
         except OverfillError as error:
             result.error = f"{type(error).__name__}: {error}"
             if result.ending != "vanished":
-                result.ending = _ending(error)
+                result.ending = next((end for kind, end in _ENDINGS.items() if isinstance(error, kind)), "failed")
         except (asyncio.CancelledError, grpc.aio.UsageError):
             if result.ending != "vanished":  # gRPC raises these for a channel that was closed
                 raise
@@ -171,70 +187,34 @@ class LoadGenerator:
             await client.close()
         else:
             self._idle.append(client)
-        if result.ending == "answered" and turn < self._turns:
+        if result.ending == "answered" and turn < self._mix.turns:
             self._chats.append((turn, [*result.prompt, *result.token_ids]))
         self.results.append(result)
         return result
 
-    async def send_one_by_one(self, until: asyncio.Event) -> None:
-        """Sends one request after the other."""
-        while not until.is_set():
-            await self.send()
+    def runs(self, request: str) -> bool:
+        """Returns False if the request has already ended."""
+        return request in self._running
 
-    async def send_at_rate(self, rate: float, until: asyncio.Event) -> None:
-        """Sends ``rate`` requests per second at random moments (open loop). Returns when all have ended."""
-        async with asyncio.TaskGroup() as group:
-            while not until.is_set():
-                await asyncio.sleep(self._rng.expovariate(rate))
-                group.create_task(self.send())
-
-    async def disconnect(self, request: str) -> bool:
-        """Closes the connections of the request's client. Returns False if the request has already ended."""
-        if request not in self._running:
-            return False
+    async def disturb(self, request: str, *, vanish: bool) -> None:
+        """Makes a running request's client close its connections, or else read slowly from now on."""
         client, result = self._running[request]
-        result.ending = "vanished"
-        await client.close()
-        return True
-
-    def read_slowly(self, request: str) -> bool:
-        """Makes the request's client read slowly from now on. Returns False if the request has already ended."""
-        if request not in self._running:
-            return False
-        self._running[request][1].slow = True
-        return True
+        if vanish:
+            result.ending = "vanished"
+            await client.close()
+        else:
+            result.slow = True
 
     async def close(self) -> None:
         for client in self._idle:
             await client.close()
-
-    def request(self, number: int) -> RequestResult:
-        """Returns a request that is not sent yet. It depends only on the seed and its number.
-
-        The router draws the seed of half of the sampled requests.
-        """
-        rng = random.Random(f"{self._seed}/{number}")
-        tier = rng.randrange(len(self._writers))
-        falls_back = rng.random() < self._fallback_share and tier < len(self._tiers) > 1
-        sampling, sample_index = GREEDY, 0
-        if rng.random() < self._sampled_share:
-            seed = rng.choice([None, rng.getrandbits(64)])
-            sampling, sample_index = replace(rng.choice(SAMPLED), seed=seed), rng.randrange(3)
-        return RequestResult(
-            f"chaos-{number}",
-            self._prompts[number % len(self._prompts)],
-            self._writers[tier],
-            self._tiers[(tier + 1) % len(self._tiers)] if falls_back else NO_FALLBACK,
-            replace(sampling, max_tokens=self._max_tokens),
-            sample_index,
-        )
 
     def _continue(self, result: RequestResult) -> int:
         """Makes the request the next turn of a chat that waits for one, if it fits. Returns the number of the turn."""
         if not self._chats:
             return 1
         turn, tokens = self._chats.popleft()
-        if len(tokens) + len(result.prompt) + self._max_tokens > self._longest:
+        if len(tokens) + len(result.prompt) + self._mix.max_tokens > self._mix.longest:
             return 1
         result.prompt = [*tokens, *result.prompt]
         return turn + 1
@@ -258,20 +238,5 @@ class LoadGenerator:
             result.sampling = replace(result.sampling, seed=answer.seed)
         result.parts = tuple((part.tier, part.first_index) for part in answer.parts)
         result.migrations = answer.migrations
-        usage = answer.usage
-        result.cached_tokens = usage.cached_tokens
-        result.peer_tokens, result.disk_tokens = usage.peer_tokens, usage.disk_tokens
-        result.revision = answer.identity.revision
-        result.answer_start = (answer.identity.answer_start if answer.identity else 0) or None
-
-    def _connect(self, number: int) -> AsyncClient:
-        first = number % len(self._addresses)
-        return AsyncClient(
-            ",".join([*self._addresses[first:], *self._addresses[:first]]), tls=self._tls, api_key=self._api_key
-        )
-
-
-def _ending(error: OverfillError) -> Ending:
-    if isinstance(error, Overloaded):
-        return "refused"
-    return "given up" if isinstance(error, Unavailable) else "failed"
+        result.usage, result.revision = answer.usage, answer.identity.revision
+        result.answer_start = answer.identity.answer_start or None

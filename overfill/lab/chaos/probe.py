@@ -1,6 +1,6 @@
-"""A process's end of the socket between it and a trial: reports requests, holds them, and damages KV.
+"""A process's end of the socket between it and a trial: reports requests and holds them.
 
-Each packet is one JSON object. The probe sends:
+Each packet is a line of JSON. The probe sends:
 
 * ``{"name", "stages"}`` once;
 * ``{"at", "request", "breakpoint"}`` when a request enters a phase; ``breakpoint`` is null unless the request is held.
@@ -22,22 +22,34 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 _POLL = 0.002  # seconds between checks whether a held request was released
 
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Recent(dict[K, V]):
+    """A dictionary that forgets all but the last 10,000 keys."""
+
+    def __setitem__(self, key: K, value: V) -> None:
+        super().__setitem__(key, value)
+        if len(self) > 10_000:
+            del self[next(iter(self))]
+
 
 class _Breakpoint:
-    def __init__(self, id: int, hold: float) -> None:
+    def __init__(self, id: int, phase: str, hold: float) -> None:
         self.id = id
+        self.phase = phase
         self.hold = hold
-        self.until = 0.0
-        self.released = False
+        self.until: float | None = None  # None while no request has reached it
 
     @property
     def holds(self) -> bool:
-        return not self.released and time.monotonic() < self.until
+        return self.until is not None and time.monotonic() < self.until
 
 
 class Probe:
@@ -48,11 +60,10 @@ class Probe:
     """
 
     def __init__(self, path: str, name: str, stages: Iterable[str]) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(path)
         self._lock = threading.Lock()
-        self._breakpoints: dict[str, list[_Breakpoint]] = {}
-        self._held: dict[int, _Breakpoint] = {}
+        self._breakpoints: dict[int, _Breakpoint] = {}
         self._corrupt = 0
         self._rng = random.Random(name)
         self._tell({"name": name, "stages": [*stages]})
@@ -71,11 +82,9 @@ class Probe:
         Reports to the trial, unless ``quiet`` is set and no breakpoint holds the request.
         """
         with self._lock:
-            breakpoints = self._breakpoints.get(phase)
-            breakpoint = breakpoints.pop(0) if breakpoints else None
+            breakpoint = next(self._open(phase), None)
             if breakpoint is not None:
                 breakpoint.until = time.monotonic() + breakpoint.hold
-                self._held[breakpoint.id] = breakpoint
         if breakpoint is not None or not quiet:
             self._tell({"at": phase, "request": request, "breakpoint": None if breakpoint is None else breakpoint.id})
         return breakpoint
@@ -83,7 +92,7 @@ class Probe:
     def waits_for(self, *phases: str) -> bool:
         """True while a request that enters one of ``phases`` is to be held."""
         with self._lock:
-            return any(self._breakpoints.get(phase) for phase in phases)
+            return any(self._open(*phases))
 
     async def hold(self, phase: str, request: str, *, quiet: bool = False) -> None:
         """Calls ``reached``, and waits while a breakpoint holds the request."""
@@ -105,65 +114,21 @@ class Probe:
             self._corrupt -= 1
             return self._rng.randrange(size), 1 << self._rng.randrange(8)
 
+    def _open(self, *phases: str) -> Iterator[_Breakpoint]:
+        """Yields the breakpoints that no request has reached."""
+        return (one for one in self._breakpoints.values() if one.phase in phases and one.until is None)
+
     def _tell(self, packet: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # the trial does not read, or has ended
-            self._socket.send(json.dumps(packet).encode(), socket.MSG_DONTWAIT)
+        with self._lock, contextlib.suppress(OSError):  # the trial has ended
+            self._socket.sendall(json.dumps(packet).encode() + b"\n")
 
     def _listen(self) -> None:
-        while packet := self._socket.recv(4096):
-            order = json.loads(packet)
+        for order in map(json.loads, self._socket.makefile()):
             with self._lock:
-                if "breakpoint" in order:
-                    self._breakpoints.setdefault(order["phase"], []).append(
-                        _Breakpoint(order["breakpoint"], order["hold"])
-                    )
-                elif "remove" in order:
-                    for breakpoints in self._breakpoints.values():
-                        breakpoints[:] = [breakpoint for breakpoint in breakpoints if breakpoint.id != order["remove"]]
-                elif "release" in order and (held := self._held.pop(order["release"], None)):
-                    held.released = True
-                elif "corrupt" in order:
-                    self._corrupt = order["corrupt"]
-
-
-def damage_sent(probe: Probe) -> None:
-    """Damages chunks that this process sends, when the trial says so."""
-    import overfill.kv.sender
-
-    sender: Any = overfill.kv.sender
-    join, read = sender.join_chunks, sender.KvSender._read_message
-
-    def damage(chunks: Any) -> None:
-        """Damages payloads behind their checksums: views into the message, into shared memory or of codes."""
-        for chunk in chunks:
-            if (flip := probe.flip(len(chunk.payload))) is not None:
-                memoryview(chunk.payload)[flip[0]] ^= flip[1]
-
-    def damage_and_join(chunks: Any) -> Any:
-        damage(chunks)
-        return join(chunks)
-
-    def read_and_damage(self: Any, chunks: Any) -> Any:
-        message = read(self, chunks)
-        if self._raw and chunks[0].slot is None:  # the message was not joined
-            damage(chunks)
-        return message
-
-    sender.join_chunks, sender.KvSender._read_message = damage_and_join, read_and_damage
-
-
-def damage_received(probe: Probe) -> None:
-    """Damages chunks that this process receives, when the trial says so."""
-    import overfill.kv.puller
-
-    puller: Any = overfill.kv.puller
-    check = puller.check_head
-
-    def damage_and_check(spec: Any, chunk: Any) -> Any:
-        if (flip := probe.flip(len(chunk.payload))) is not None:
-            damaged = bytearray(chunk.payload)
-            damaged[flip[0]] ^= flip[1]
-            chunk.payload = damaged
-        return check(spec, chunk)
-
-    puller.check_head = damage_and_check
+                if (id := order.get("breakpoint")) is not None:
+                    self._breakpoints[id] = _Breakpoint(id, order["phase"], order["hold"])
+                elif (id := order.get("remove")) in self._breakpoints and self._breakpoints[id].until is None:
+                    del self._breakpoints[id]
+                elif held := self._breakpoints.pop(order.get("release"), None):
+                    held.until = 0.0
+                self._corrupt = order.get("corrupt", self._corrupt)

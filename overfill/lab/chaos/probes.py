@@ -17,8 +17,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from overfill.lab.chaos.probe import Probe, damage_received, damage_sent
+from overfill.lab.chaos.probe import Probe, Recent
 from overfill.lab.chaos.rank_probes import watch_ranks
+from overfill.lab.faults.patching import around, damage_received, damage_sent
 from overfill.settings.reader import SETTINGS
 
 _DECODE_TOKENS = 3  # token index from which on a sequence is in the phase decode
@@ -27,15 +28,11 @@ _DECODE_TOKENS = 3  # token index from which on a sequence is in the phase decod
 def watch_router(probe: Probe) -> None:
     from overfill.routing.relay import Relay
 
-    start, on_placed = Relay.start, Relay._on_placed
     starting: set[Relay] = set()
     tasks: set[asyncio.Task[None]] = set()
 
-    async def hold(relay: Relay, outcome: Any) -> None:
-        await probe.hold("queued", relay.request.id)
-        on_placed(relay, outcome)
-
-    def start_watched(self: Relay) -> None:
+    @around(Relay, "start")
+    def start_watched(start: Any, self: Relay) -> None:
         # A request that waits for a worker stays in the queue; one that has a worker is held before it is sent there.
         starting.add(self)
         try:
@@ -45,17 +42,19 @@ def watch_router(probe: Probe) -> None:
         finally:
             starting.discard(self)
 
-    def on_placed_watched(self: Relay, outcome: Any) -> None:
+    @around(Relay, "_on_placed")
+    def on_placed_watched(on_placed: Any, self: Relay, outcome: Any) -> None:
+        async def hold() -> None:
+            await probe.hold("queued", self.request.id)
+            on_placed(self, outcome)
+
         if self not in starting:
             on_placed(self, outcome)
             return
         starting.discard(self)
-        task = asyncio.ensure_future(hold(self, outcome))
+        task = asyncio.ensure_future(hold())
         tasks.add(task)
         task.add_done_callback(tasks.discard)
-
-    Relay.start = start_watched  # type: ignore[method-assign]
-    Relay._on_placed = on_placed_watched  # type: ignore[method-assign]
 
 
 class _Scheduling:
@@ -63,15 +62,7 @@ class _Scheduling:
 
     def __init__(self, probe: Probe) -> None:
         self._probe = probe
-        self._requests: dict[str, str] = {}  # sequence -> request
-
-    def add(self, sequence: str, request: str) -> None:
-        self._requests[sequence] = request
-        if len(self._requests) > 10_000:
-            self._requests.pop(next(iter(self._requests)))
-
-    def request_of(self, sequence: str) -> str:
-        return self._requests.get(sequence, "")
+        self.requests: Recent[str, str] = Recent()  # sequence -> request
 
     def held(self, emit: Callable[[list[Any]], None]) -> Callable[[list[Any]], None]:
         """Returns ``emit`` with the hold. Every engine emits on its own thread."""
@@ -80,65 +71,54 @@ class _Scheduling:
         def emit_and_hold(events: list[Any]) -> None:
             emit(events)
             if scheduled := [event for event in events if isinstance(event, PrefillScheduled)]:
-                self._probe.hold_thread("prefill", self.request_of(scheduled[0].id))
+                self._probe.hold_thread("prefill", self.requests.get(scheduled[0].id, ""))
 
         return emit_and_hold
 
 
 def watch_prefill(probe: Probe) -> None:
     scheduling = _watch_prefill_service(probe)
-    loading: Any = importlib.import_module("services.loading")
-    load = loading.load_half_of
 
-    async def load_held(*arguments: Any) -> Any:
+    @around(importlib.import_module("services.loading"), "load_half_of")
+    async def load_held(load: Any, *arguments: Any) -> Any:
         loaded = await load(*arguments)
-
-        def new_core(emit: Callable[[list[Any]], None], *rest: Any) -> Any:
-            return loaded.new_core(scheduling.held(emit), *rest)
-
-        return dataclasses.replace(loaded, new_core=new_core)
-
-    loading.load_half_of = load_held
+        return dataclasses.replace(loaded, new_core=lambda emit, *rest: loaded.new_core(scheduling.held(emit), *rest))
 
 
 def watch_prefill_beside_decode(probe: Probe) -> None:
     """Watches the prefill stage of a worker with both: prompts of other workers, and its own."""
     from overfill.engine.colocated import ColocatedEngine
+    from overfill.engine.load import LoadedColocated
 
-    loaded: Any = importlib.import_module("overfill.engine.load").LoadedColocated
     scheduling = _watch_prefill_service(probe)
-    local = importlib.import_module("services.colocated.local_prefill").LocalPrefills
-    new_core, own_sequence, copy = loaded.new_core, local.sequence, ColocatedEngine._copy
 
-    def new_core_held(self: Any, emit_prefill: Any, emit_decode: Any, *rest: Any) -> Any:
+    @around(LoadedColocated, "new_core")
+    def new_core_held(new_core: Any, self: Any, emit_prefill: Any, emit_decode: Any, *rest: Any) -> Any:
         return new_core(self, scheduling.held(emit_prefill), scheduling.held(emit_decode), *rest)
 
-    async def own_sequence_and_tell(self: Any, session: Any) -> Any:
+    @around(importlib.import_module("services.colocated.local_prefill").LocalPrefills, "sequence")
+    async def sequence_and_tell(own_sequence: Any, self: Any, session: Any) -> Any:
         sequence = await own_sequence(self, session)
-        scheduling.add(sequence.id, session.start.request_id)
+        scheduling.requests[sequence.id] = session.start.request_id
         return sequence
 
-    def copy_held(self: ColocatedEngine, here: Any, computed: Any) -> Any:
-        probe.hold_thread("handoff", scheduling.request_of(computed.id))
+    @around(ColocatedEngine, "_copy")
+    def copy_held(copy: Any, self: Any, here: Any, computed: Any) -> Any:
+        probe.hold_thread("handoff", scheduling.requests.get(computed.id, ""))
         return copy(self, here, computed)
-
-    loaded.new_core, local.sequence = new_core_held, own_sequence_and_tell
-    ColocatedEngine._copy = copy_held  # type: ignore[method-assign]
 
 
 def _watch_prefill_service(probe: Probe) -> _Scheduling:
-    # By name: the library never imports services.
-    servicer = importlib.import_module("services.prefill.servicer").PrefillServicer
-    accept = servicer._accept
     scheduling = _Scheduling(probe)
 
-    def accept_and_tell(self: Any, start: Any, *rest: Any) -> Any:
+    # By name: the library never imports services.
+    @around(importlib.import_module("services.prefill.servicer").PrefillServicer, "_accept")
+    def accept_and_tell(accept: Any, self: Any, start: Any, *rest: Any) -> Any:
         lease = accept(self, start, *rest)
-        scheduling.add(lease.sequence.id, start.request_id)
+        scheduling.requests[lease.sequence.id] = start.request_id
         return lease
 
-    servicer._accept = accept_and_tell
-    damage_sent(probe)
+    damage_sent(probe.flip)
     _watch_loans(probe)
     _watch_disk(probe)
     return scheduling
@@ -146,25 +126,24 @@ def _watch_prefill_service(probe: Probe) -> _Scheduling:
 
 def _watch_loans(probe: Probe) -> None:
     """Holds loans before a message of their KV. Every import pays: a tiny model would compute sooner."""
-    imports: Any = importlib.import_module("overfill.kv.imports")
     lender = importlib.import_module("services.lending").Lender
-    check, pull = lender._check, lender.pull
-    requests: dict[bytes, str] = {}  # transfer -> request
+    requests: Recent[bytes, str] = Recent()  # transfer -> request
 
-    def check_and_note(self: Any, start: Any) -> None:
+    @around(lender, "_check")
+    def check_and_note(check: Any, self: Any, start: Any) -> None:
         check(self, start)
         requests[start.transfer_id] = start.request_id
-        if len(requests) > 10_000:
-            requests.pop(next(iter(requests)))
 
-    async def pull_held(self: Any, request: Any) -> AsyncIterator[Any]:
+    @around(lender, "pull")
+    async def pull_held(pull: Any, self: Any, request: Any) -> AsyncIterator[Any]:
         async with aclosing(pull(self, request)) as messages:
             async for message in messages:
                 await probe.hold("lending", requests.get(request.transfer_id, ""), quiet=True)
                 yield message
 
-    lender._check, lender.pull = check_and_note, pull_held
-    imports.Importer._pays = lambda self, tokens, *costs: tokens > 0
+    @around(importlib.import_module("overfill.kv.imports").Importer, "_pays")
+    def pays(_: Any, self: Any, tokens: int, *costs: Any) -> bool:
+        return tokens > 0
 
 
 def _watch_disk(probe: Probe) -> None:
@@ -193,21 +172,21 @@ def watch_decode(probe: Probe) -> None:
     from overfill.telemetry import logs
 
     session = importlib.import_module("services.decode.sequence_session").SequenceSession
-    puller: Any = overfill.kv.puller
-    transfer = puller._Transfer
-    handle, init, write_message = session._handle, transfer.__init__, transfer._write_message
-    take, take_plain = session.take, session.take_plain
+    transfer = overfill.kv.puller._Transfer
 
-    def take_plain_held(self: Any, *token: Any) -> bool:
+    @around(session, "take_plain")
+    def take_plain_held(take_plain: Any, self: Any, *token: Any) -> bool:
         return not probe.waits_for("decode") and bool(take_plain(self, *token))
 
-    def take_held(self: Any, event: Any) -> None:
+    @around(session, "take")
+    def take_held(take: Any, self: Any, event: Any) -> None:
         if isinstance(event, TokenSampled) and probe.waits_for("decode", "finishing"):
             self.inbox.put_nowait(event)  # only the session's task can be held
         else:
             take(self, event)
 
-    async def handle_held(self: Any, item: Any) -> bool:
+    @around(session, "_handle")
+    async def handle_held(handle: Any, self: Any, item: Any) -> bool:
         request = self.start.request_id
         if isinstance(item, Reserved):
             await probe.hold("reserving", request)
@@ -218,17 +197,17 @@ def watch_decode(probe: Probe) -> None:
                 await probe.hold("decode", request, quiet=True)
         return bool(await handle(self, item))
 
-    def init_named(self: Any, *arguments: Any) -> None:
+    @around(transfer, "__init__")
+    def init_named(init: Any, self: Any, *arguments: Any) -> None:
         init(self, *arguments)
         self.request = logs.request_id.get()
 
-    def write_held(self: Any, *arguments: Any) -> None:
+    @around(transfer, "_write_message")
+    def write_held(write_message: Any, self: Any, *arguments: Any) -> None:
         probe.hold_thread("handoff", self.request)
         write_message(self, *arguments)
 
-    session._handle, session.take, session.take_plain = handle_held, take_held, take_plain_held
-    transfer.__init__, transfer._write_message = init_named, write_held
-    damage_received(probe)
+    damage_received(probe.flip)
 
 
 WATCH: dict[str, dict[str, Callable[[Probe], None]]] = {

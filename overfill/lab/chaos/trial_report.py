@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,14 +68,14 @@ class TrialReport:
     def cells(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Returns fault -> phase -> counts of the faults and of the requests held for them."""
         by_id = {one.request: one for one in self.result.results}
-        found: dict[str, dict[str, list[InjectedFault]]] = {}
+        found: dict[tuple[str, str], list[InjectedFault]] = {}
         for one in self.result.injected:
-            found.setdefault(one.fault.kind, {}).setdefault(one.fault.phase, []).append(one)
-        return {
-            fault: {phase: self._cell(found[fault][phase], by_id) for phase in _ALL_PHASES if phase in found[fault]}
-            for fault in FAULTS
-            if fault in found
-        }
+            found.setdefault((one.kind, one.phase), []).append(one)
+        cells: dict[str, dict[str, dict[str, Any]]] = {}
+        for fault, phase in itertools.product(FAULTS, _ALL_PHASES):
+            if injected := found.get((fault, phase)):
+                cells.setdefault(fault, {})[phase] = self._cell(injected, by_id)
+        return cells
 
     def tiers(self) -> dict[str, dict[str, int]]:
         """Returns tier -> counts of the requests that asked it. Empty if all asked the same one."""
@@ -88,28 +89,22 @@ class TrialReport:
         return {
             "requests": len(asked),
             "answers": len(answered),
-            "right": sum(one.request not in self.wrong for one in answered),
+            "right": self._count_right(answered),
             "migrations": sum(one.migrations for one in answered),
             "with_fallback": sum(one.fallback != NO_FALLBACK for one in answered),
             "changed_tier": sum(one.changed_tier for one in answered),
             "changed_within": sum(len(one.parts) > 1 for one in answered),
         }
 
-    def _sampled(self) -> dict[str, int]:
-        """Returns counts of the sampled answers. Empty if there are none."""
-        answered = [one for one in self.result.ended("answered") if not one.sampling.greedy]
-        if not answered:
-            return {}
-        return {
-            "answers": len(answered),
-            "right": sum(one.request not in self.wrong for one in answered),
-            "migrated": sum(one.migrations > 0 for one in answered),
-        }
+    def _count_right(self, answered: Iterable[RequestResult]) -> int:
+        return sum(one.request not in self.wrong for one in answered)
 
     def as_dict(self) -> dict[str, Any]:
         result, delays = self.result, self.result.delays()
         endings = Counter(one.ending for one in result.results)
         errors = Counter(one.error for one in result.results if one.error)
+        sampled = [one for one in result.ended("answered") if not one.sampling.greedy]
+        moved = sum(one.migrations > 0 for one in sampled)
         return {
             "passed": self.passed,
             "settings": self.settings,
@@ -129,11 +124,11 @@ class TrialReport:
             "unavailable": result.unavailable,
             "migrations": result.migrations,
             "migrated_answers": len(delays),
-            "sampled": self._sampled(),
-            "delay_p50": _round(quantile(delays, 0.5)),
-            "delay_p95": _round(quantile(delays, 0.95)),
-            "delay_max": _round(quantile(delays, 1.0)),
-            "blocks_freed_after": _round(result.freed_after),
+            "sampled": {"answers": len(sampled), "right": self._count_right(sampled), "migrated": moved},
+            "delay_p50": _quantile(delays, 0.5),
+            "delay_p95": _quantile(delays, 0.95),
+            "delay_max": _quantile(delays, 1.0),
+            "blocks_freed_after": None if result.freed_after is None else round(result.freed_after, 3),
             "leaked": result.leaked,
             "unclean_exits": result.unclean_exits,
             "cached_shares": _rounded(result.cached_shares()),
@@ -149,85 +144,64 @@ class TrialReport:
 
     def tables(self) -> list[Table]:
         """Returns tables: totals; tiers (if several); how held requests ended, per fault and phase; memory, if long."""
-        return [self._figures(), *self._tier_table(), self._matrix(), *self._memory()]
+        report, cells = self.as_dict(), self.cells()
+        left_out = ("settings", "cells", "strikes", "lives", "tiers")
+        figures = Table(box=None, show_header=False)
+        for name, value in report.items():
+            if name not in left_out and value not in ([], {}, None):
+                figures.add_row(name.replace("_", " "), str(value))
+        phases = [one for one in _ALL_PHASES if one in PHASES or any(one in of_fault for of_fault in cells.values())]
+        return [
+            figures,
+            *_table(
+                "requests by the tier that they asked",
+                "tier",
+                [{"tier": tier, **counts} for tier, counts in self.tiers().items()],
+            ),
+            *_table(
+                "faults: right/held requests, longest delay in seconds",
+                "fault",
+                [{"fault": one, **{p: _in_words(cells[one].get(p)) for p in phases}} for one in cells],
+            ),
+            *_table("memory and open files of processes, from one minute after their start", "name", report["lives"]),
+        ]
 
     def _cell(self, injected: Sequence[InjectedFault], by_id: dict[str, RequestResult]) -> dict[str, Any]:
         held = [by_id[one.request] for one in injected if one.request in by_id]
-        usual = self.result.usual_pause()
-        delays = sorted(max(0.0, o.longest_pause - usual) for o in held if o.ending == "answered" and not o.slow)
+        usual, endings = self.result.usual_pause(), Counter(one.ending for one in held)
+        delays = [one.longest_pause - usual for one in held if one.ending == "answered" and not one.slow]
         return {
             "strikes": len(injected),
             "in_phase": len(held),
-            "right": sum(o.ending == "answered" and o.request not in self.wrong for o in held),
-            "wrong": sum(o.request in self.wrong for o in held),
-            "vanished": sum(o.ending == "vanished" for o in held),
-            "refused": sum(o.ending in ("refused", "given up") for o in held),
-            "failed": sum(o.ending == "failed" for o in held),
-            "delay_p50": _round(quantile(delays, 0.5)),
-            "delay_max": _round(quantile(delays, 1.0)),
-            "victims": dict(Counter(one.fault.target for one in injected)),
+            "right": self._count_right(one for one in held if one.ending == "answered"),
+            "wrong": sum(one.request in self.wrong for one in held),
+            "vanished": endings["vanished"],
+            "refused": endings["refused"] + endings["given up"],
+            "failed": endings["failed"],
+            "delay_max": _quantile(delays, 1.0),
         }
 
-    def _figures(self) -> Table:
-        table = Table(box=None, show_header=False)
-        left_out = ("settings", "cells", "strikes", "lives", "tiers")
-        for name, value in self.as_dict().items():
-            if name not in left_out and value not in ([], {}, None):
-                table.add_row(name.replace("_", " "), str(value))
-        return table
 
-    def _matrix(self) -> Table:
-        table = Table(title="faults: right/held requests, longest delay in seconds", title_justify="left")
-        table.add_column("fault")
-        shown = (*PHASES, *(one for one in KV_PHASES if any(one in phases for phases in self.cells().values())))
-        for phase in shown:
-            table.add_column(phase, justify="right")
-        for fault, phases in self.cells().items():
-            table.add_row(fault, *(_in_words(phases.get(phase)) for phase in shown))
-        return table
-
-    def _tier_table(self) -> list[Table]:
-        found = self.tiers()
-        if not found:
-            return []
-        table = Table(title="requests by the tier that they asked", title_justify="left")
-        table.add_column("tier")
-        for name in next(iter(found.values())):
-            table.add_column(name.replace("_", " "), justify="right")
-        for tier, counts in found.items():
-            table.add_row(tier, *map(str, counts.values()))
-        return [table]
-
-    def _memory(self) -> list[Table]:
-        found = lifetimes(self.result.memory_samples)
-        if not found:
-            return []
-        table = Table(title="memory of processes, from one minute after their start", title_justify="left")
-        for column in ("process", "minutes", "MiB", "growth, MiB", "open files", "growth, files"):
-            table.add_column(column, justify="right")
-        for lifetime in found:
-            table.add_row(
-                lifetime.name,
-                f"{lifetime.seconds / 60:.1f}",
-                f"{lifetime.rss / 2**20:.1f}",
-                f"{lifetime.growth / 2**20:+.1f}",
-                str(lifetime.files),
-                f"{lifetime.more_files:+d}",
-            )
-        return [table]
+def _table(title: str, first: str, rows: Sequence[Mapping[str, object]]) -> list[Table]:
+    """Returns a table with a column per key; nothing for no rows."""
+    if not rows:
+        return []
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "), justify="left" if column == first else "right")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    return [table]
 
 
-def quantile(ordered: Sequence[float], share: float) -> float | None:
-    """Returns the ``share`` quantile (0 to 1) of ascending values. None if there are no values."""
-    return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))] if ordered else None
+def _quantile(delays: Sequence[float], share: float) -> float | None:
+    """Returns the ``share`` quantile (0 to 1) of delays, of which none is less than 0. None if there are none."""
+    ordered = sorted(max(0.0, delay) for delay in delays)
+    return round(ordered[round(share * (len(ordered) - 1))], 3) if ordered else None
 
 
 def _rounded(shares: dict[str, float]) -> dict[str, float]:
     return {source: round(share, 3) for source, share in shares.items()}
-
-
-def _round(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
 
 
 def _in_words(cell: dict[str, Any] | None) -> str:

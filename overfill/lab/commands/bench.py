@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from overfill.lab.commands.bench_curve import curve_command
 from overfill.lab.commands.bench_engine import decode_command, prefill_command
 from overfill.lab.commands.bench_quality import quality_command
 from overfill.lab.commands.bench_router import router_command
@@ -16,6 +17,7 @@ def bench_group() -> None:
 
 
 for command in (
+    curve_command,
     decode_command,
     prefill_command,
     quality_command,

@@ -6,22 +6,21 @@ import asyncio
 import itertools
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from overfill.cli.options import FILE, TIER, Number, OutPath, check_replaced
-from overfill.cli.output import console, print_json
+from overfill.cli.output import console
 from overfill.lab.chaos.fault_plan import (
     FAULTS,
-    HOST_TARGETS,
     KV_PHASES,
     NO_RANKS,
     PHASES,
-    TARGETS,
     FaultName,
     Phase,
     PlannedFault,
@@ -30,6 +29,7 @@ from overfill.lab.chaos.fault_plan import (
     matrix,
     read_report,
     rolling_restart,
+    targets_of,
 )
 from overfill.settings.tiers import TierSpec, check_tiers
 from overfill.settings.values import EngineChoice
@@ -40,199 +40,126 @@ if TYPE_CHECKING:
     from overfill.stack.spec import StackSpec
     from overfill.telemetry.progress import Report
 
+_ROUTERS = 2
+_MAX_NUM_SEQS = 4  # sequences per worker; a small number makes requests queue
 _LONGEST = 1024  # tokens of a prompt with its answer, unless the workers have a limit
 _TIME_LIMIT = 3600.0  # seconds after which no new fault begins
 _CONCURRENT_FAULTS = 2
 _SOAK_LOAD = 0.7  # rate of a soak's requests, as a share of the capacity
 _FALLBACK_SHARE = 0.25  # share of the requests that allow the next tier to go on with their answer
-REVISIONS = ("r1", "r2")  # names of the two revisions of a stack with --canary-pair
 _SAMPLED_SHARE = 0.5  # share of the requests that are sampled
+_TINY_ON_VLLM = {
+    "block_size": "32",  # few tokens would fill no block of vLLM's default size, 128 on a CPU
+    "engine_args": '{"enforce_eager": true}',  # compiling takes longer than a restart may
+}
+REVISIONS = ("r1", "r2")  # names of the two revisions of a stack with --canary-pair
 
-# Not auto: by default, every machine breaks the same engine.
-_ENGINE = click.Choice(get_args(EngineChoice))
+
+def _option(help: str, default: object = None, **how: Any) -> Any:
+    shown = default is not None and not isinstance(default, bool)
+    return field(metadata={"help": help, "default": default, "show_default": shown, **how})
+
+
+def _flag(help: str) -> Any:
+    return _option(help, False, is_flag=True)
+
+
+def _count(help: str, default: int | None, least: int = 1) -> Any:
+    return _option(help, default, type=click.IntRange(least))
+
+
+def _some(choices: Iterable[str], help: str, default: str = "all") -> Any:
+    help += f"; repeat for several.  [default: {default}]"
+    return _option(help, type=click.Choice([*choices]), multiple=True)
+
+
+def _engine(stage: str) -> Any:
+    # Not auto: by default, every machine breaks the same engine.
+    return _option(f"Engine of the {stage} workers.", "overfill", type=click.Choice(get_args(EngineChoice)))
+
+
+@dataclass(frozen=True, slots=True)
+class ChaosOptions:
+    """The options of ``overfill chaos``. The metadata of a field is what click needs besides its name."""
+
+    pair: str = _option("Name or folder of a pair, or tiny (a small pair with random weights).", "tiny")
+    tier: tuple[TierSpec, ...] = _option(
+        "A tier, as for `overfill up`. Repeat it for each tier; it replaces --pair and --decode. With the pair tiny, "
+        "the first tier's decoder is the full model, and the others answer differently.",
+        multiple=True,
+        type=TIER,
+    )
+    fault: tuple[FaultName, ...] = _some(FAULTS, "Fault to inject")
+    phase: tuple[Phase, ...] = _some(
+        (*PHASES, *KV_PHASES),
+        "Phase of a request in which a fault is injected",
+        "all; lending with --turns, saving with --kv-disk",
+    )
+    target: tuple[Target, ...] = _some(
+        get_args(Target), "Side on which a fault is injected", "all that the fault can hit"
+    )
+    num_faults: int = _count("Number of random faults.", 60, least=0)
+    matrix: int | None = _count("Inject every fault in every phase this often, in place of random faults.", None)
+    soak: float | None = _option(
+        "Inject random faults for this many minutes, instead of a fixed number. Requests arrive at 0.7 of the "
+        "capacity, which is measured first.",
+        metavar="MINUTES",
+        type=Number(0, min_open=True),
+    )
+    rolling_restart: bool = _flag("Drain each prefill worker once, one after the other.")
+    replay: Path | None = _option("Inject the faults of this JSON report again.", type=FILE)
+    seed: int = _option("Random seed for faults, phases, targets and times.", 0)
+    pause: float = _option("Mean pause between faults, seconds.", 2.0, type=Number(0))
+    colocated: int = _count("Number of workers with both stages, in the default tier.", 0, least=0)
+    prefill: int | None = _count("Number of prefill workers.  [default: 2, or 0 with --colocated]", None, 0)
+    decode: int | None = _count("Number of decode workers.  [default: 3, or 0 with --colocated]", None, 0)
+    canary_pair: str | None = _option(
+        "Pair of a new revision, which has as many workers and gets half of the conversations. tiny has other random "
+        "weights than --pair.",
+        metavar="PAIR",
+    )
+    num_adapters: int = _count("Number of random adapters that requests ask too.", 0, least=0)
+    requests: int = _count("Minimum number of requests.", 200)
+    streams: int = _count("Concurrent requests; with --soak only while capacity is measured.", 16)
+    max_tokens: int = _count("Maximum tokens of an answer.", 48)
+    turns: int = _count(
+        "Maximum turns of a chat. With several, prompts are spread over the prefill workers, every import of KV is "
+        "tried, and the run fails unless KV came from a peer, or from disk with --kv-disk.",
+        1,
+    )
+    kv_disk: bool = _flag("Give the prefill workers a disk tier, in a temporary folder.")
+    grace_period: float = _option("Seconds for running requests after SIGTERM.", 1.0)
+    kv_memory: str | None = _option(
+        "Size of each worker's KV cache, such as 512MiB.  [default: 8MiB for tiny, else sized to fit]"
+    )
+    prefill_engine: EngineChoice = _engine("prefill")
+    decode_engine: EngineChoice = _engine("decode")
+    tensor_parallel_size: int = _count(
+        "Ranks of a worker on vLLM. With several, kill and freeze also hit one, or all.", 1
+    )
+    hosts: bool = _flag(
+        "Run each process on a host of its own: a network namespace with a real link, mutual TLS, no shared memory. "
+        "partition, delay, loss and bandwidth then act on the link, and vanish on hosts too.  [needs Linux and root]",
+    )
+    report: Path | None = _option("Write a JSON report to this file.", type=OutPath("file"))
+
+    @property
+    def num_ranks(self) -> Mapping[Target, int]:
+        """Target -> ranks of each of its workers; empty if none has several."""
+        engines: dict[Target, EngineChoice] = {"prefill": self.prefill_engine, "decode": self.decode_engine}
+        on_vllm = {stage: self.tensor_parallel_size for stage, engine in engines.items() if engine == "vllm"}
+        return on_vllm if self.tensor_parallel_size > 1 else NO_RANKS
+
+
+def _with_options(command: Callable[..., int]) -> Callable[..., int]:
+    for one in reversed(fields(ChaosOptions)):
+        command = click.option(f"--{one.name.replace('_', '-')}", **one.metadata)(command)
+    return command
 
 
 @click.command("chaos")
-@click.option(
-    "--pair",
-    default="tiny",
-    show_default=True,
-    help="Name of a pair, folder of a pair, or tiny (a small pair with random weights).",
-)
-@click.option(
-    "--tier",
-    "tiers",
-    multiple=True,
-    type=TIER,
-    help="A tier, as for `overfill up`. Repeat it for each tier; it replaces --pair and --decode. With the pair tiny, "
-    "the first tier's decoder is the full model, and the others answer differently.",
-)
-@click.option(
-    "--fault",
-    "faults",
-    type=click.Choice(FAULTS),
-    multiple=True,
-    help="Fault to inject; repeat for several.  [default: all]",
-)
-@click.option(
-    "--phase", "phases", type=click.Choice([*PHASES, *KV_PHASES]), multiple=True,
-    help="Phase of a request in which a fault is injected; repeat for several.  [default: all; lending with --turns, "
-    "saving with --kv-disk]",
-)  # fmt: skip
-@click.option(
-    "--target", "targets", type=click.Choice(get_args(Target)), multiple=True,
-    help="Side on which a fault is injected; repeat for several.  [default: all that the fault can hit]",
-)  # fmt: skip
-@click.option("--num-faults", type=click.IntRange(0), default=60, show_default=True, help="Number of random faults.")
-@click.option(
-    "--matrix",
-    "times",
-    metavar="N",
-    type=click.IntRange(1),
-    help="Inject every fault in every phase N times, instead of random faults.",
-)
-@click.option(
-    "--soak",
-    metavar="MINUTES",
-    type=Number(0, min_open=True),
-    help="Inject random faults for this many minutes, instead of a fixed number. Requests arrive at 0.7 of the "
-    "capacity, which is measured first.",
-)
-@click.option("--rolling-restart", "rolling", is_flag=True, help="Drain each prefill worker once, one after the other.")
-@click.option(
-    "--replay",
-    type=FILE,
-    help="Inject the faults of this JSON report again.",
-)
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Random seed for faults, phases, targets and times."
-)
-@click.option("--pause", type=Number(0), default=2.0, show_default=True, help="Mean pause between faults, seconds.")
-@click.option(
-    "--colocated",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Number of workers with both stages. They decode in the default tier.",
-)
-@click.option(
-    "--prefill", type=click.IntRange(0), help="Number of prefill workers.  [default: 2, or 0 with --colocated]"
-)
-@click.option(
-    "--decode", type=click.IntRange(0), help="Number of decode workers.  [default: 3, or 0 with --colocated]"
-)  # fmt: skip
-@click.option(
-    "--canary-pair",
-    metavar="PAIR",
-    help="Pair of a new revision, which has as many workers and gets half of the conversations. tiny has other "
-    "random weights than --pair.",
-)
-@click.option(
-    "--num-adapters",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    help="Number of adapters with random weights on the first tier's decoder; requests are spread over them too.",
-)
-@click.option("--router", "routers", type=click.IntRange(2), default=2, show_default=True, help="Number of routers.")
-@click.option("--requests", type=click.IntRange(1), default=200, show_default=True, help="Minimum number of requests.")
-@click.option(
-    "--streams",
-    type=click.IntRange(1),
-    default=16,
-    show_default=True,
-    help="Concurrent requests; with --soak only while capacity is measured.",
-)
-@click.option(
-    "--max-tokens", type=click.IntRange(1), default=48, show_default=True, help="Maximum tokens of an answer."
-)
-@click.option(
-    "--turns",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Maximum turns of a chat. With several, prompts are spread over the prefill workers, every import of KV is "
-    "tried, and the run fails unless KV came from a peer, or from disk with --kv-disk.",
-)
-@click.option("--kv-disk", is_flag=True, help="Give the prefill workers a disk tier, in a temporary folder.")
-@click.option(
-    "--grace-period",
-    default=1.0,
-    show_default=True,
-    help="Seconds that a process has to finish requests after SIGTERM.",
-)
-@click.option(
-    "--max-num-seqs",
-    default=4,
-    show_default=True,
-    help="Maximum sequences per worker; a small number makes requests queue.",
-)
-@click.option(
-    "--kv-memory", help="Size of each worker's KV cache, such as 512MiB.  [default: 8MiB for tiny, else sized to fit]"
-)
-@click.option(
-    "--prefill-engine", type=_ENGINE, default="overfill", show_default=True, help="Engine of the prefill workers."
-)
-@click.option(
-    "--decode-engine", type=_ENGINE, default="overfill", show_default=True, help="Engine of the decode workers."
-)
-@click.option(
-    "--tensor-parallel-size",
-    "num_ranks",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Number of ranks of each worker on vLLM. With several, kill and freeze also hit one of them, or all.",
-)
-@click.option(
-    "--engine-args",
-    metavar="JSON",
-    help="Arguments of vLLM (its EngineArgs) or of the mock engine, as a JSON object by name.  "
-    "[default: '{\"enforce_eager\": true}' for tiny on vllm]",
-)
-@click.option(
-    "--hosts",
-    is_flag=True,
-    help="Run each process on a host of its own: a network namespace with a real link, mutual TLS, no shared memory. "
-    "partition, delay, loss and bandwidth then act on the link, and vanish on hosts too.  [needs Linux and root]",
-)
-@click.option("--report", "report_file", type=OutPath("file"), help="Write a JSON report to this file.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def chaos_command(
-    pair: str,
-    tiers: tuple[TierSpec, ...],
-    faults: tuple[FaultName, ...],
-    phases: tuple[Phase, ...],
-    targets: tuple[Target, ...],
-    num_faults: int,
-    times: int | None,
-    soak: float | None,
-    rolling: bool,
-    replay: Path | None,
-    seed: int,
-    pause: float,
-    colocated: int,
-    prefill: int | None,
-    decode: int | None,
-    canary_pair: str | None,
-    num_adapters: int,
-    routers: int,
-    requests: int,
-    streams: int,
-    max_tokens: int,
-    turns: int,
-    kv_disk: bool,
-    grace_period: float,
-    max_num_seqs: int,
-    kv_memory: str | None,
-    prefill_engine: EngineChoice,
-    decode_engine: EngineChoice,
-    num_ranks: int,
-    engine_args: str | None,
-    hosts: bool,
-    report_file: Path | None,
-    as_json: bool,
-) -> int:
+@_with_options
+def chaos_command(**values: Any) -> int:
     """Break a stack under load and check every answer. The stack is started on this machine.
 
     A fault waits for a request in its phase. It hits a process that serves this request, or the client.
@@ -257,171 +184,129 @@ def chaos_command(
     code 1 otherwise.
     """
     from overfill.cli.progress import show_progress
+    from overfill.lab.chaos.load import RequestMix
     from overfill.lab.chaos.trial import Trial, run_trial
     from overfill.lab.chaos.trial_report import TrialReport
     from overfill.pair.reference import load_references
     from overfill.stack.pairs import tier_pair
 
-    settings = {key: value for key, value in click.get_current_context().params.items() if value not in (None, ())}
-    if tiers:
-        check_replaced("pair", "decode")
-        _check_tiers(tiers, colocated)
-    if canary_pair is not None and (tiers or colocated or num_adapters):
-        raise click.UsageError("--canary-pair: leave out --tier, --colocated and --num-adapters")
-    counts = count_workers(colocated, prefill, decode, bool(tiers))
-    engines: dict[Target, EngineChoice] = {"prefill": prefill_engine, "decode": decode_engine}
-    ranks = {stage: num_ranks for stage, engine in engines.items() if engine == "vllm"} if num_ranks > 1 else NO_RANKS
-    if num_ranks > 1 and not ranks:
-        raise click.UsageError(f"--tensor-parallel-size {num_ranks}: give --prefill-engine or --decode-engine vllm")
-    if rolling and (times is not None or soak is not None or replay is not None):
-        raise click.UsageError("--rolling-restart chooses the faults: leave out --matrix, --soak and --replay")
-    caused = [phase for phase, does in zip(KV_PHASES, (turns > 1, kv_disk), strict=True) if does]
-    among = (faults or FAULTS, phases or (*PHASES, *caused), targets or None)
-    chosen = _choose_faults(*among, num_faults, times, soak, replay, seed, pause, hosts, ranks)
-    trial_settings = {
-        "grace_period": grace_period,
-        "kv_memory": kv_memory,
-        "max_num_seqs": max_num_seqs,
-        "prefill_engine": prefill_engine,
-        "decode_engine": decode_engine,
-        "engine_args": engine_args,
-    } | {f"{stage}_tensor_parallel_size": str(count) for stage, count in ranks.items()}
-    if turns > 1:
-        trial_settings["prefill_policy"] = "round-robin"
+    options = ChaosOptions(**values)
+    _check_stack(options)
+    faults = _choose_faults(options)
     with ExitStack() as exits:
-        report = exits.enter_context(show_progress())
-        if kv_disk:
-            disk = exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-kv-"))
-            trial_settings["kv_disk"] = disk
-        if num_adapters:
-            folder = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-adapters-")))
-            trial_settings |= {"adapters": str(folder), "max_adapters": str(num_adapters)}
-        plan, prompts = prepare(pair, tiers, counts, routers, exits, report, trial_settings, canary_pair)
-        if rolling:
-            chosen = rolling_restart([w.id for w in plan.workers if "prefill" in w.kind.stages], pause)
+        progress = exits.enter_context(show_progress())
+        folder = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-")))
+        plan, prompts = _prepare(options, folder, progress)
+        if options.rolling_restart:
+            faults = rolling_restart([worker.id for worker in plan.of_stage("prefill")], options.pause)
         first = plan.tiers[0]
-        adapters = make_adapters(tier_pair(first), folder, num_adapters) if num_adapters else {}
-        trial = Trial(
-            faults=chosen,
-            prompts=prompts,
-            requests=requests,
-            streams=streams,
-            max_tokens=max_tokens,
-            load_fraction=_SOAK_LOAD if soak else None,
-            seconds=soak * 60 if soak else None,
-            concurrent_faults=_CONCURRENT_FAULTS,
-            time_limit=max(_TIME_LIMIT, soak * 60 if soak else 0.0),
-            seed=seed,
+        adapters = make_adapters(tier_pair(first), folder / "adapters", options.num_adapters)
+        mix = RequestMix(
+            prompts,
+            options.max_tokens,
+            options.seed,
+            tiers=[tier.name for tier in plan.tiers],
+            adapters=tuple(adapters),
             fallback_share=_FALLBACK_SHARE,
             sampled_share=_SAMPLED_SHARE,
-            adapters=tuple(adapters),
-            turns=turns,
+            turns=options.turns,
             longest=plan.workers[0].config.max_model_len or _LONGEST,
         )
-        result = asyncio.run(run_trial(plan, trial, report, hosts))
+        trial = Trial(
+            faults,
+            mix,
+            options.requests,
+            options.streams,
+            load_fraction=_SOAK_LOAD if options.soak else None,
+            seconds=options.soak * 60 if options.soak else _TIME_LIMIT,
+            concurrent_faults=_CONCURRENT_FAULTS,
+        )
+        result = asyncio.run(run_trial(plan, trial, progress, options.hosts))
         references = {one.name: load_references(one.tiers) for one in plan.routers[0].revisions}
         for of_revision in references.values():
             of_revision |= of_revision[first.name].with_adapters(adapters)
-        summary, wrong = result.judge(references, max_tokens, report)
-    needed = [*(("disk",) if kv_disk else ("peer",) if turns > 1 else ()), *(REVISIONS if len(references) > 1 else ())]
-    judged = TrialReport(result, summary, wrong, {key: _plain(value) for key, value in settings.items()}, needed)
-    if report_file is not None:
-        report_file.write_text(json.dumps(judged.as_dict(), indent=1) + "\n", encoding="utf-8")
-    if as_json:
-        print_json(judged.as_dict())
-    else:
-        for table in judged.tables():
-            console().print(table)
-        click.echo(str(summary))
-    return 0 if judged.passed else 1
+        summary, wrong = result.judge(references, options.max_tokens, progress)
+    needed = ["disk"] if options.kv_disk else ["peer"] if options.turns > 1 else []
+    needed += REVISIONS if len(references) > 1 else ()
+    settings = {name: value for name, value in values.items() if value not in (None, ())}
+    report = TrialReport(result, summary, wrong, settings, needed)
+    if options.report is not None:
+        options.report.write_text(json.dumps(report.as_dict(), indent=1, default=str) + "\n", encoding="utf-8")
+    for table in report.tables():
+        console().print(table)
+    click.echo(str(summary))
+    return 0 if report.passed else 1
 
 
-def count_workers(colocated: int, prefill: int | None, decode: int | None, tiers: bool) -> dict[str, int]:
-    """Returns the number of workers of each kind. Raises click.UsageError if a stage has too few for faults."""
-    if prefill is None:
-        prefill = 0 if colocated else 2
-    if decode is None:
-        decode = 0 if colocated else 3
-    for stage, count in (("prefill", prefill), ("decode", decode)):
-        # A worker with both stages may be the only one that prefills: requests wait while a fault takes it.
-        least = 1 if stage == "prefill" and colocated else 2
-        if count + colocated < least and not (tiers and stage == "decode"):
-            raise click.UsageError(
-                f"--{stage} {count}: give at least {least - colocated}, because faults take a worker of each stage"
-            )
-    return {"colocated": colocated, "prefill": prefill, "decode": decode}
-
-
-def _check_tiers(tiers: Sequence[TierSpec], colocated: int) -> None:
-    """Raises click.UsageError if the tiers do not fit each other, or are fewer than two decode workers."""
-    try:
-        check_tiers(tiers)
-    except ValueError as error:
-        raise click.UsageError(f"--tier: {error}") from error
-    if sum(tier.replicas for tier in tiers) + colocated < 2:
-        raise click.UsageError("--tier: give at least two decode workers, as NAME=PAIR:2: faults take one of them")
-    if len({tier.pair == "tiny" for tier in tiers}) > 1:
-        raise click.UsageError("--tier: all tiers have the pair tiny, or none: they share the full model")
-
-
-def _choose_faults(
-    faults: tuple[FaultName, ...],
-    phases: tuple[Phase, ...],
-    targets: tuple[Target, ...] | None,
-    count: int,
-    times: int | None,
-    soak: float | None,
-    replay: Path | None,
-    seed: int,
-    pause: float,
-    hosts: bool,
-    num_ranks: Mapping[Target, int],
-) -> Iterable[PlannedFault]:
-    """Returns the faults that the options choose. Raises click.UsageError if they conflict."""
-    if sum(option is not None for option in (times, soak, replay)) > 1:
-        raise click.UsageError("--matrix, --soak and --replay each choose the faults: give only one of them")
-    possible = HOST_TARGETS if hosts else TARGETS
-    if replay is not None:
+def _check_stack(options: ChaosOptions) -> None:
+    """Raises click.UsageError if a stage has too few workers for faults, or if options of the stack conflict."""
+    tiers = options.tier
+    if options.canary_pair is not None and (tiers or options.colocated or options.num_adapters):
+        raise click.UsageError("--canary-pair: leave out --tier, --colocated and --num-adapters")
+    if tiers:
+        check_replaced("pair", "decode")
         try:
-            read = read_report(replay)
+            check_tiers(tiers)
+        except ValueError as error:
+            raise click.UsageError(f"--tier: {error}") from error
+        if sum(tier.replicas for tier in tiers) + options.colocated < 2:
+            raise click.UsageError("--tier: give at least two decode workers, as NAME=PAIR:2: faults take one of them")
+        if len({tier.pair == "tiny" for tier in tiers}) > 1:
+            raise click.UsageError("--tier: all tiers have the pair tiny, or none: they share the full model")
+    for stage, count in _count_workers(options).items():
+        # A worker with both stages may be the only one that prefills: requests wait while a fault takes it.
+        least = (1 if stage == "prefill" and options.colocated else 2) - options.colocated
+        if stage != "colocated" and count < least and not (tiers and stage == "decode"):
+            raise click.UsageError(
+                f"--{stage} {count}: give at least {least}, because faults take a worker of each stage"
+            )
+    if options.tensor_parallel_size > 1 and not options.num_ranks:
+        raise click.UsageError(
+            f"--tensor-parallel-size {options.tensor_parallel_size}: give --prefill-engine or --decode-engine vllm"
+        )
+
+
+def _count_workers(options: ChaosOptions) -> dict[str, Any]:
+    """Returns the number of workers of each kind."""
+    prefill, decode = (0, 0) if options.colocated else (2, 3)
+    return {
+        "colocated": options.colocated,
+        "prefill": prefill if options.prefill is None else options.prefill,
+        "decode": decode if options.decode is None else options.decode,
+    }
+
+
+def _choose_faults(options: ChaosOptions) -> Iterable[PlannedFault]:
+    """Returns the faults that the options choose. Raises click.UsageError if they conflict."""
+    choices = (options.matrix, options.soak, options.replay, options.rolling_restart or None)
+    if sum(choice is not None for choice in choices) > 1:
+        raise click.UsageError(
+            "--matrix, --soak, --replay and --rolling-restart each choose the faults: give only one of them"
+        )
+    if options.replay is not None:
+        try:
+            faults = read_report(options.replay)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
-        if any(fault.target not in possible[fault.kind] for fault in read):
-            raise click.UsageError(f"{replay} has hosts that vanish: add --hosts")
-        if any(max(fault.ranks, default=-1) >= num_ranks.get(fault.target, 0) for fault in read if fault.ranks):
-            raise click.UsageError(f"{replay} has faults of ranks: give as many with --tensor-parallel-size")
-        return read
-    if times is not None:
-        if targets is not None:
-            possible = {fault: tuple(t for t in each if t in targets) or each for fault, each in possible.items()}
-        return matrix(seed, times, faults, phases, possible, num_ranks)
-    drawn = draw(seed, pause, faults, phases, targets, possible, num_ranks)
-    return drawn if soak is not None else list(itertools.islice(drawn, count))
+        possible = targets_of(options.hosts)
+        if any(fault.target not in possible[fault.kind] for fault in faults):
+            raise click.UsageError(f"{options.replay} has hosts that vanish: add --hosts")
+        if any(
+            max(fault.ranks, default=-1) >= options.num_ranks.get(fault.target, 0) for fault in faults if fault.ranks
+        ):
+            raise click.UsageError(f"{options.replay} has faults of ranks: give as many with --tensor-parallel-size")
+        return faults
+    caused = [phase for phase, does in zip(KV_PHASES, (options.turns > 1, options.kv_disk), strict=True) if does]
+    phases = options.phase or (*PHASES, *caused)
+    among = (options.fault or FAULTS, phases, targets_of(options.hosts, options.target), options.num_ranks)
+    if options.matrix is not None:
+        return matrix(options.seed, options.matrix, *among)
+    drawn = draw(options.seed, options.pause, *among)
+    return drawn if options.soak is not None else list(itertools.islice(drawn, options.num_faults))
 
 
-_TINY_ON_VLLM = {
-    "block_size": "32",  # few tokens would fill no block of vLLM's default size, 128 on a CPU
-    "engine_args": '{"enforce_eager": true}',  # compiling takes longer than a restart may
-}
-
-
-def prepare(
-    pair: str,
-    tiers: Sequence[TierSpec],
-    counts: Mapping[str, Any],
-    routers: int,
-    exits: ExitStack,
-    report: Report,
-    settings: dict[str, Any],
-    canary_pair: str | None = None,
-) -> tuple[PlacedStack, list[list[int]]]:
-    """Returns the processes of a float32 stack, and prompts. ``exits`` removes the folder of tiny pairs.
-
-    Args:
-        tiers: tiers, which replace ``pair`` and the number of decode workers. Empty means one pair.
-        counts: numbers of workers, by argument of ``describe``.
-        canary_pair: pair of a new revision; None means that there is none.
-    """
+def _prepare(options: ChaosOptions, folder: Path, progress: Report) -> tuple[PlacedStack, list[list[int]]]:
+    """Returns the processes of a float32 stack, and prompts. ``folder`` gets tiny pairs, and has the disk tier."""
     from overfill.making.conversations import shipped_conversations
     from overfill.making.tiny import make_tiny_pair, make_tiny_tiers
     from overfill.pair.hf_model import chat_token_ids, load_tokenizer
@@ -429,25 +314,31 @@ def prepare(
     from overfill.stack.pairs import check_engines, resolve_pairs
     from overfill.stack.placed import place
 
-    settings = {"dtype": "float32", "log_level": "error"} | settings
-    folder: Path | str = pair
+    copied = ("grace_period", "kv_memory", "prefill_engine", "decode_engine")
+    settings: dict[str, Any] = {name: getattr(options, name) for name in copied}
+    settings |= {"dtype": "float32", "log_level": "error", "max_num_seqs": _MAX_NUM_SEQS}
+    settings |= {f"{stage}_tensor_parallel_size": str(count) for stage, count in options.num_ranks.items()}
+    if options.turns > 1:
+        settings["prefill_policy"] = "round-robin"
+    if options.kv_disk:
+        settings["kv_disk"] = str(folder / "kv")
+    if options.num_adapters:
+        (adapters := folder / "adapters").mkdir()
+        settings |= {"adapters": str(adapters), "max_adapters": str(options.num_adapters)}
+    pair, tiers, canary = options.pair, options.tier, options.canary_pair
     if (tiers[0].pair if tiers else pair) == "tiny":
-        parent = exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-"))
-        on_vllm = "vllm" in (settings.get("prefill_engine"), settings.get("decode_engine"))
+        on_vllm = "vllm" in (options.prefill_engine, options.decode_engine)
         # vLLM's kernels for CPUs have no smaller heads than 32.
         head_dim = 32 if on_vllm else 16
         if tiers:
-            tiers = make_tiny_tiers(Path(parent), tiers, head_dim=head_dim)
+            tiers = make_tiny_tiers(folder / "tiers", tiers, head_dim=head_dim)
         else:
-            folder = make_tiny_pair(Path(parent) / "tiny", head_dim=head_dim)
-            if canary_pair == "tiny":
-                canary_pair = str(make_tiny_pair(Path(parent) / "canary", head_dim=head_dim, seed=1))
-        defaults = {"kv_memory": "8MiB"} | (_TINY_ON_VLLM if on_vllm else {})
-        settings |= {name: value for name, value in defaults.items() if settings.get(name) is None}
-    spec = describe(folder, routers=routers, threads=1, settings=settings, tiers=tiers, **counts)
-    if canary_pair is not None:
-        spec = _with_canary(spec, canary_pair)
-    spec = resolve_pairs(spec, report)
+            pair = str(make_tiny_pair(folder / "tiny", head_dim=head_dim))
+        if canary == "tiny":
+            canary = str(make_tiny_pair(folder / "canary", head_dim=head_dim, seed=1))
+        settings |= {"kv_memory": options.kv_memory or "8MiB"} | (_TINY_ON_VLLM if on_vllm else {})
+    spec = describe(pair, routers=_ROUTERS, threads=1, settings=settings, tiers=tiers, **_count_workers(options))
+    spec = resolve_pairs(spec if canary is None else _with_canary(spec, canary), progress)
     plan = place(spec)
     tokenizer = load_tokenizer(Path(plan.routers[0].pair) / "full")
     check_engines(spec)
@@ -464,23 +355,15 @@ def _with_canary(spec: StackSpec, pair: str) -> StackSpec:
     return spec.read({**document, "revision": old, "canary": {"revision": new, "percent": 50, "pair": pair, **pools}})
 
 
-def _plain(value: object) -> object:
-    if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    return str(value) if isinstance(value, Path | TierSpec) else value
-
-
 def make_adapters(pair: Pair, folder: Path, count: int) -> dict[str, Path]:
     """Adds random adapters of the pair's decoder to ``folder``; returns their folders by name."""
     from overfill.making.tiny import make_random_adapter
     from overfill.pair.adapters import add_adapter
 
-    found = {}
-    for number in range(count):
-        name = f"task-{number}"
-        with tempfile.TemporaryDirectory() as parent:
+    names = [f"task-{number}" for number in range(count)]
+    with tempfile.TemporaryDirectory() as parent:
+        for number, name in enumerate(names):
             source = make_random_adapter(Path(parent) / name, pair.decoder_config, number)
             # The decoder computes one token of the prompt, or several.
             add_adapter(folder, name, source, pair, tail_tokens=1 + number % 2 * 4, own_prefill=False)
-        found[name] = folder / name
-    return found
+    return {name: folder / name for name in names}

@@ -21,7 +21,6 @@ class TcpProxy:
 
     Args:
         bytes_per_second: Bandwidth of each connection in each direction. None means no limit.
-        port: Port to listen on; 0 picks a free one.
 
     Attributes:
         rate: Current bandwidth, at first ``bytes_per_second``. This and the next two may be changed at any time.
@@ -29,12 +28,11 @@ class TcpProxy:
         loss: Probability that a piece is lost. As with TCP, the piece and all later ones wait for its retransmission.
     """
 
-    def __init__(self, target: str, bytes_per_second: float | None = None, port: int = 0, seed: int = 0) -> None:
+    def __init__(self, target: str, bytes_per_second: float | None = None, seed: int = 0) -> None:
         self.forward_to(target)
         self.rate = bytes_per_second
         self.delay = self.loss = 0.0
         self._rng = random.Random(seed)
-        self._port = port
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._open = asyncio.Event()
@@ -42,7 +40,7 @@ class TcpProxy:
         self.address = ""
 
     async def __aenter__(self) -> TcpProxy:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self._port)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 

@@ -32,21 +32,17 @@ import runpy
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-import overfill.kv.puller
 from overfill.engine.runner import ModelRunner
-from overfill.engine.work import Work
 from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
-from overfill.kv.chunks import Chunk, TransferSpec
-from overfill.kv.keys import PromptBlocks, token_bytes
-from overfill.kv.store import KvStore, LayerTargets
-from overfill.model.batch import ForwardBatch
+from overfill.kv.chunks import Chunk
+from overfill.kv.keys import token_bytes
+from overfill.lab.faults.patching import around, damage_received
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
 from overfill.settings.reader import SETTINGS
@@ -55,12 +51,13 @@ _KV_DELAY = 0.8  # seconds
 _STEP_DELAY = 0.15
 _POISON = 3
 
+# What only a worker on vLLM has is imported when its fault is installed.
+
 
 def negate_weight_row() -> None:
-    load = Transformer.load
-
-    def load_and_damage(folder: Path, *args: Any, **kwargs: Any) -> Transformer:
-        model = load(folder, *args, **kwargs)
+    @around(Transformer, "load")
+    def load_and_damage(load: Any, *args: Any, **kwargs: Any) -> Transformer:
+        model: Transformer = load(*args, **kwargs)
         down = model.weights.layers[len(model.weights.layers) // 2].down
         with torch.inference_mode():
             # The row with the largest norm: negating a row of an unused channel would change no answer.
@@ -70,76 +67,22 @@ def negate_weight_row() -> None:
                 down[down.norm(dim=1).argmax()].neg_()
         return model
 
-    Transformer.load = load_and_damage  # type: ignore[method-assign]
-
 
 def overwrite_kv_chunk() -> None:
-    store: Any = _kv_store()
-    write = store.write
-
-    def write_then_overwrite(
-        self: KvStore, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]
-    ) -> int:
-        written: int = write(self, blocks, targets, chunks)
+    @around(_kv_store(), "write")
+    def write_then_overwrite(write: Any, self: Any, blocks: Any, targets: Any, chunks: Any) -> Any:
+        written = write(self, blocks, targets, chunks)
         zeros = [Chunk(c.range, bytes(len(c.payload))) for c in chunks[:written] if _starts(c)]
         write(self, blocks, targets, zeros)
         return written
 
-    store.write = write_then_overwrite
-
-
-def _runs_vllm() -> bool:
-    """Returns True if the service's engine is vLLM, by its flags or by the settings that its parent gives it."""
-    return "--engine=vllm" in sys.argv or '"engine": "vllm"' in os.environ.get(SETTINGS, "")
-
-
-def _kv_store() -> type[KvStore]:
-    """Returns the class in which the service's engine keeps received KV."""
-    if _runs_vllm():
-        # Imported here because only a worker on vLLM has it.
-        from overfill.engine.vllm.store import VllmKvStore
-
-        return VllmKvStore
-    return KvCache
-
-
-def _starts(chunk: Chunk) -> bool:
-    return chunk.range.layer_start == 0 and chunk.range.token_start == 0
-
 
 def shift_positions() -> None:
-    forward = Transformer.forward
-
-    def forward_shifted(self: Transformer, batch: ForwardBatch, *args: Any, **kwargs: Any) -> torch.Tensor:
+    @around(Transformer, "forward")
+    def forward_shifted(forward: Any, self: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
         # Clamp: the RoPE tables end at max_positions - 1.
         positions = (batch.positions + 1).clamp(max=self.max_positions - 1)
         return forward(self, dataclasses.replace(batch, positions=positions), *args, **kwargs)
-
-    Transformer.forward = forward_shifted  # type: ignore[method-assign]
-
-
-def _before_each_step(act: Callable[[int], None]) -> None:
-    """Calls ``act`` in every step of the engine, with the step's number from 1."""
-    steps = itertools.count(1)
-    if _runs_vllm():
-        # Imported here because only a worker on vLLM has it.
-        from overfill.engine.vllm.internals import VllmCore
-
-        take_step = VllmCore.step
-
-        def act_and_step(self: VllmCore) -> tuple[list[Any], bool]:
-            act(next(steps))
-            return take_step(self)
-
-        VllmCore.step = act_and_step  # type: ignore[method-assign]
-        return
-    make_batch = ModelRunner._batch
-
-    def act_and_make(self: ModelRunner, works: Sequence[Work]) -> ForwardBatch:
-        act(next(steps))
-        return make_batch(self, works)
-
-    ModelRunner._batch = act_and_make  # type: ignore[method-assign]
 
 
 def hang_step() -> None:
@@ -150,7 +93,7 @@ def hang_step() -> None:
     _before_each_step(hang)
 
 
-def run_out_of_memory() -> None:
+def out_of_memory() -> None:
     def fail(step: int) -> None:
         if step > 10 and step % 5 == 0:  # the first 10 steps are the warm-up of OverFill's engine
             raise torch.OutOfMemoryError("no room for this step")
@@ -158,70 +101,47 @@ def run_out_of_memory() -> None:
     _before_each_step(fail)
 
 
-def lose_block() -> None:
-    release = BlockPool.release
+def poison() -> None:
+    from overfill.engine.vllm.decode import VllmDecodeEngine
+    from overfill.engine.vllm.prefill import VllmPrefillEngine
 
-    def release_most(self: BlockPool, owner: str, blocks: Iterable[int]) -> None:
+    for engine, owned in ((VllmDecodeEngine, "_sequences"), (VllmPrefillEngine, "_running")):
+
+        @around(engine, "scheduled")
+        def plan_and_fail(plan: Any, self: Any, num_tokens: Any, preempted: Any, owned: str = owned) -> None:
+            plan(self, num_tokens, preempted)
+            if any(getattr(self, owned)[id].prompt[0] == _POISON for id in num_tokens):
+                raise RuntimeError("poisoned")
+
+
+def lose_block() -> None:
+    @around(BlockPool, "release")
+    def release_most(release: Any, self: Any, owner: str, blocks: Any) -> None:
         release(self, owner, list(blocks)[:-1])
 
-    BlockPool.release = release_most  # type: ignore[method-assign]
 
-
-def delay_kv() -> None:
-    store: Any = _kv_store()
-    write = store.write
-
-    def write_late(self: KvStore, blocks: Sequence[int], targets: LayerTargets, chunks: Sequence[Chunk]) -> int:
+def slow_kv() -> None:
+    @around(_kv_store(), "write")
+    def write_late(write: Any, self: Any, blocks: Any, targets: Any, chunks: Any) -> Any:
         if any(map(_starts, chunks)):
             time.sleep(_KV_DELAY)
-        written: int = write(self, blocks, targets, chunks)
-        return written
-
-    store.write = write_late
+        return write(self, blocks, targets, chunks)
 
 
 def flip_kv_bit() -> None:
-    puller: Any = overfill.kv.puller
-    check, chunks = puller.check_head, itertools.count(1)
-
-    def flip_and_check(spec: TransferSpec, chunk: Chunk) -> Any:
-        if next(chunks) % 5 == 0:
-            damaged = bytearray(chunk.payload)
-            damaged[0] ^= 1
-            chunk.payload = damaged
-        return check(spec, chunk)
-
-    puller.check_head = flip_and_check
+    chunks = itertools.count(1)
+    damage_received(lambda size: None if next(chunks) % 5 else (0, 1))
 
 
 def slow_steps() -> None:
     _before_each_step(lambda step: time.sleep(_STEP_DELAY))
 
 
-def poison() -> None:
-    # Imported here because only a worker on vLLM has it.
-    from overfill.engine.vllm.decode import VllmDecodeEngine
-    from overfill.engine.vllm.prefill import VllmPrefillEngine
-
-    for engine in (VllmDecodeEngine, VllmPrefillEngine):
-        plan: Any = engine.scheduled
-
-        def plan_and_fail(
-            self: Any, num_tokens: Mapping[str, int], preempted: Collection[str], plan: Any = plan
-        ) -> None:
-            plan(self, num_tokens, preempted)
-            sequences = self._sequences if isinstance(self, VllmDecodeEngine) else self._running
-            if any(sequences[id].prompt[0] == _POISON for id in num_tokens):
-                raise RuntimeError("poisoned")
-
-        engine.scheduled = plan_and_fail  # type: ignore[method-assign]
-
-
 def share_answers() -> None:
-    # Imported here because only a worker on vLLM has it.
     from overfill.engine.vllm import decode
 
-    def block_hasher(prompt: PromptBlocks | None, num_shared: int, block_size: int) -> Callable[[Any], list[bytes]]:
+    @around(decode, "block_hasher")
+    def block_hasher(_: Any, prompt: Any, num_shared: int, block_size: int) -> Callable[[Any], list[bytes]]:
         def hash_by_tokens(request: Any) -> list[bytes]:
             tokens = list(request.all_token_ids)
             ends = range(len(request.block_hashes) + 1, request.num_tokens // block_size + 1)
@@ -229,26 +149,49 @@ def share_answers() -> None:
 
         return hash_by_tokens
 
-    def keep_blocks_cached(self: object, request_id: str) -> bool:
+    @around(decode.VllmDecodeEngine, "ending")
+    def keep_blocks_cached(*_: Any) -> bool:
         return False
 
-    decode.block_hasher = block_hasher  # type: ignore[attr-defined]
-    decode.VllmDecodeEngine.ending = keep_blocks_cached  # type: ignore[method-assign]
+
+def _runs_vllm() -> bool:
+    """Returns True if the service's engine is vLLM, by its flags or by the settings that its parent gives it."""
+    return "--engine=vllm" in sys.argv or '"engine": "vllm"' in os.environ.get(SETTINGS, "")
 
 
-FAULTS: dict[str, Callable[[], None]] = {
-    "negate-weight-row": negate_weight_row,
-    "overwrite-kv-chunk": overwrite_kv_chunk,
-    "shift-positions": shift_positions,
-    "hang-step": hang_step,
-    "out-of-memory": run_out_of_memory,
-    "poison": poison,
-    "lose-block": lose_block,
-    "slow-kv": delay_kv,
-    "flip-kv-bit": flip_kv_bit,
-    "slow-steps": slow_steps,
-    "share-answers": share_answers,
-}
+def _kv_store() -> type:
+    """Returns the class in which the service's engine keeps received KV."""
+    if not _runs_vllm():
+        return KvCache
+    from overfill.engine.vllm.store import VllmKvStore
+
+    return VllmKvStore
+
+
+def _starts(chunk: Chunk) -> bool:
+    return chunk.range.layer_start == 0 and chunk.range.token_start == 0
+
+
+def _before_each_step(act: Callable[[int], None]) -> None:
+    """Calls ``act`` in every step of the engine, with the step's number from 1."""
+    steps = itertools.count(1)
+    owner: Any = ModelRunner
+    if _runs_vllm():
+        from overfill.engine.vllm.internals import VllmCore
+
+        owner = VllmCore
+
+    @around(owner, "step" if _runs_vllm() else "_batch")
+    def act_and_step(step: Any, *args: Any) -> Any:
+        act(next(steps))
+        return step(*args)
+
+
+_FAULTS = (
+    negate_weight_row, overwrite_kv_chunk, shift_positions, hang_step, out_of_memory, poison, lose_block, slow_kv,
+    flip_kv_bit, slow_steps, share_answers,
+)  # fmt: skip
+FAULTS = {install.__name__.replace("_", "-"): install for install in _FAULTS}
 
 
 def main() -> None:

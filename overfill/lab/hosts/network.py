@@ -13,19 +13,19 @@ devices. netem is not used, because kernels may be built without it: ``relay.c``
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
 import random
+import shlex
 import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 from overfill.errors import OverfillError
 from overfill.process.compiled import C_COMPILERS, find_compiler
@@ -51,24 +51,30 @@ class CannotMakeHosts(OverfillError):
 
 
 class Host:
-    """One host of a ``HostNetwork``. Its link can be changed while processes run on it.
+    """One host of ``make_hosts``. Its link can be changed while processes run on it.
 
-    Setting a property of the link raises CannotMakeHosts when the kernel refuses it.
+    Setting an attribute of the link raises CannotMakeHosts when the kernel refuses it.
 
     Attributes:
         name: Name of its network namespace.
         address: IPv4 address of ``eth0``.
         device: Name of the link's end on the bridge. With another letter it has at most the kernel's 15 characters.
+        delay: Seconds that each frame takes on the link, one way.
+        loss: Share of the frames that are lost in each direction, 0 to 1.
+        rate: Bytes per second in each direction; None means no limit.
     """
 
-    def __init__(self, number: int, name: str, address: str, network: HostNetwork) -> None:
+    delay: float = 0.0
+    loss: float = 0.0
+    rate: float | None = None
+
+    def __init__(self, number: int, name: str, address: str, switch: str, relay: Path) -> None:
         self.name = name
         self.address = address
         self._number = number
         self.device = f"of{os.getpid()}-{number}"
-        self._network = network
-        self._delay = self._loss = 0.0
-        self._rate: float | None = None
+        self._switch = switch
+        self._program = relay
         self._relay: subprocess.Popen[bytes] | None = None
 
     @property
@@ -76,45 +82,22 @@ class Host:
         """Command prefix with which a command runs on this host. It keeps its process id."""
         return ["nsenter", f"--net=/run/netns/{self.name}", "--"]
 
-    @property
-    def delay(self) -> float:
-        """Seconds that each frame takes on the link, one way."""
-        return self._delay
-
-    @delay.setter
-    def delay(self, seconds: float) -> None:
-        self._delay = seconds
-        self._set_relay()
-
-    @property
-    def loss(self) -> float:
-        """Share of the frames that are lost in each direction, 0 to 1."""
-        return self._loss
-
-    @loss.setter
-    def loss(self, share: float) -> None:
-        self._loss = share
-        self._set_relay()
-
-    @property
-    def rate(self) -> float | None:
-        """Bytes per second in each direction; None means no limit."""
-        return self._rate
-
-    @rate.setter
-    def rate(self, rate: float | None) -> None:
-        if rate != self._rate:
-            self._rate = rate
-            for space, device in ((self.name, "eth0"), (self._network.switch, self.device)):
-                run_command(rate_command(space, device, rate))
+    def __setattr__(self, name: str, value: Any) -> None:
+        changes = name in ("delay", "loss", "rate") and value != getattr(self, name)
+        super().__setattr__(name, value)
+        if changes and name == "rate":
+            for space, device in ((self.name, "eth0"), (self._switch, self.device)):
+                run(f"tc -n {space} qdisc {_token_bucket(device, value)}")
+        elif changes:
+            self._set_relay()
 
     def partition(self) -> None:
         """Takes the link down: nothing leaves or reaches the host, and its address is silent."""
-        run_command(["ip", "-n", self._network.switch, "link", "set", self.device, "down"])
+        run(f"ip -n {self._switch} link set {self.device} down")
 
     def heal(self) -> None:
         """Takes the link up again."""
-        run_command(["ip", "-n", self._network.switch, "link", "set", self.device, "up"])
+        run(f"ip -n {self._switch} link set {self.device} up")
 
     def reboot(self) -> None:
         """Replaces the host by a new one with the same name and address, which knows no old connection.
@@ -122,27 +105,31 @@ class Host:
         Call it when no process runs on the host. The quality of the link is again that of a new host.
         """
         self.stop()
-        run_command(["ip", "netns", "del", self.name])
-        self._delay = self._loss = 0.0
-        self._rate = None
+        run(f"ip netns del {self.name}")
+        vars(self).update(delay=0.0, loss=0.0, rate=None)
         self.create()
 
     def create(self) -> None:
         """Makes the namespace and its link."""
-        run_command(["ip", "netns", "add", self.name])
-        inside = f"{self.device}h"
+        inside, space = f"{self.device}h", self.name
+        run(f"ip netns add {space}")
         with ExitStack() as files:
             ends = [files.enter_context(_open_tap(device)) for device in (inside, self.device)]
-            command = [str(self._network.relay), *map(str, ends), str(self._number)]
+            command = [str(self._program), *map(str, ends), str(self._number)]
             self._relay = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=ends, process_group=0)
-        run_commands(bridge_commands(self.device, self._network.switch))
+        _connect(self.device, self._switch)
         mac = f"02:00:00:00:00:{self._number:02x}"  # the same after a reboot: peers remember it for seconds
-        run_commands(eth0_commands(inside, self.name, mac, self.address))
+        run(
+            f"ip link set {inside} netns {space} name eth0 address {mac}",
+            f"ip -n {space} address add {self.address}/24 dev eth0",
+            f"ip -n {space} link set lo up",
+            f"ip -n {space} link set eth0 up",
+        )
 
     def _set_relay(self) -> None:
         assert self._relay is not None
         assert self._relay.stdin is not None
-        self._relay.stdin.write(b"%d %.9f\n" % (round(self._delay * 1e9), self._loss))
+        self._relay.stdin.write(b"%d %.9f\n" % (round(self.delay * 1e9), self.loss))
         self._relay.stdin.flush()
 
     def stop(self) -> None:
@@ -152,68 +139,64 @@ class Host:
             self._relay.communicate()
 
 
-class HostNetwork:
-    """Makes a host for each of ``names`` on a new bridge, and removes all of it at the end.
+@contextmanager
+def make_hosts(names: Sequence[str]) -> Iterator[dict[str, Host]]:
+    """Makes a host for each of ``names`` on a new bridge, yields them by name, and removes all of it at the end.
 
-    Args:
-        names: Names of the hosts. Their namespaces are ``overfill-PID-NAME``.
+    Their namespaces are ``overfill-PID-NAME``.
 
     Raises:
         CannotMakeHosts: On entry, when something is missing or a command fails; nothing is left behind.
     """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
-        self._exits = ExitStack()
-        self.hosts: dict[str, Host] = {}
-        self.relay: Path | None = None
-        self.switch = f"overfill-{os.getpid()}"
-
-    def __enter__(self) -> HostNetwork:
-        check_requirements()
-        with ExitStack() as exits:
-            folder = exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-hosts-"))
-            self.relay = _compile_relay(Path(folder))
-            subnet = free_subnet(_routes())
-            for number, name in enumerate(self._names):
-                self.hosts[name] = Host(number, f"{self.switch}-{name}", f"{subnet}.{number + 2}", self)
-            device = f"of{os.getpid()}"  # with a number and a letter it has at most the 15 characters that it may have
-            exits.enter_context(self._removal(device))
-            run_command(["ip", "netns", "add", self.switch])
-            run_command(["ip", "-n", self.switch, "link", "add", "bridge", "type", "bridge"])
-            run_command(["ip", "-n", self.switch, "link", "set", "bridge", "up"])
-            run_command(["ip", "link", "add", device, "type", "veth", "peer", "name", f"{device}b"])
-            run_commands(bridge_commands(f"{device}b", self.switch))
-            run_command(["ip", "address", "add", f"{subnet}.1/24", "dev", device])
-            run_command(["ip", "link", "set", device, "up"])
-            for host in self.hosts.values():
+    check_requirements()
+    switch, device = f"overfill-{os.getpid()}", f"of{os.getpid()}"
+    with tempfile.TemporaryDirectory(prefix="overfill-hosts-") as folder:
+        relay = Path(folder) / "relay"
+        run(shlex.join([find_compiler(C_COMPILERS) or "", "-O2", "-o", str(relay), str(_SOURCE)]))
+        subnet = free_subnet([route["dst"] for route in json.loads(run("ip -json route") or "[]")])
+        hosts = {
+            name: Host(number, f"{switch}-{name}", f"{subnet}.{number + 2}", switch, relay)
+            for number, name in enumerate(names)
+        }
+        with _removal(device, [*(host.name for host in hosts.values()), switch]), ExitStack() as stops:
+            run(
+                f"ip netns add {switch}",
+                f"ip -n {switch} link add bridge type bridge",
+                f"ip -n {switch} link set bridge up",
+                f"ip link add {device} type veth peer name {device}b",
+            )
+            _connect(f"{device}b", switch)
+            run(f"ip address add {subnet}.1/24 dev {device}", f"ip link set {device} up")
+            for host in hosts.values():
+                stops.callback(host.stop)
                 host.create()
-            self._exits = exits.pop_all()
-        return self
+            yield hosts
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._exits.close()
 
-    @contextlib.contextmanager
-    def _removal(self, device: str) -> Iterator[None]:
-        """Removes everything at the end, by a process that does it too when this process is killed."""
-        spaces = [*(host.name for host in self.hosts.values()), self.switch]
-        remover = subprocess.Popen(
-            ["sh", "-c", _REMOVE],
-            env=dict(os.environ) | {"DEVICE": device, "SPACES": " ".join(spaces)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            process_group=0,  # Ctrl-C does not reach it
-        )
-        try:
-            yield
-        finally:
-            for host in self.hosts.values():
-                host.stop()
-            remover.communicate(timeout=_TIMEOUT)
+@contextmanager
+def _removal(device: str, spaces: Sequence[str]) -> Iterator[None]:
+    """Removes everything at the end, by a process that does it too when this process is killed."""
+    remover = subprocess.Popen(
+        ["sh", "-c", _REMOVE],
+        env=dict(os.environ) | {"DEVICE": device, "SPACES": " ".join(spaces)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        process_group=0,  # Ctrl-C does not reach it
+    )
+    try:
+        yield
+    finally:
+        remover.communicate(timeout=_TIMEOUT)
+
+
+def _connect(device: str, switch: str) -> None:
+    """Puts a device of this machine on the bridge."""
+    run(
+        f"ip link set {device} netns {switch}",
+        f"ip -n {switch} link set {device} master bridge",
+        f"ip -n {switch} link set {device} up",
+    )
 
 
 def check_requirements() -> None:
@@ -240,56 +223,33 @@ def free_subnet(routes: Sequence[str]) -> str:
             return subnet
 
 
-def eth0_commands(device: str, space: str, mac: str, address: str) -> list[list[str]]:
-    """Returns the commands that make ``device`` the device eth0 of a namespace, with its two addresses."""
-    return [
-        ["ip", "link", "set", device, "netns", space, "name", "eth0", "address", mac],
-        ["ip", "-n", space, "address", "add", f"{address}/24", "dev", "eth0"],
-        ["ip", "-n", space, "link", "set", "lo", "up"],
-        ["ip", "-n", space, "link", "set", "eth0", "up"],
-    ]
-
-
-def bridge_commands(device: str, space: str) -> list[list[str]]:
-    """Returns the commands that put ``device`` on the bridge of a namespace."""
-    return [
-        ["ip", "link", "set", device, "netns", space],
-        ["ip", "-n", space, "link", "set", device, "master", "bridge"],
-        ["ip", "-n", space, "link", "set", device, "up"],
-    ]
-
-
-def rate_command(space: str, device: str, rate: float | None) -> list[str]:
-    """Returns the command that limits what ``device`` sends to ``rate`` bytes per second; None ends the limit."""
+def _token_bucket(device: str, rate: float | None) -> str:
+    """Returns what ``tc qdisc`` does so that ``device`` sends ``rate`` bytes per second; None ends the limit."""
     if rate is None:
-        return ["tc", "-n", space, "qdisc", "del", "dev", device, "root"]
-    limits = {
-        "rate": f"{round(8 * rate)}bit",
-        "burst": str(max(_MIN_BURST, round(rate * _BURST_SECONDS))),
-        "limit": str(max(_MIN_QUEUE, round(rate * _QUEUE_SECONDS))),
-    }
-    tbf = [word for limit in limits.items() for word in limit]
-    return ["tc", "-n", space, "qdisc", "replace", "dev", device, "root", "tbf", *tbf]
+        return f"del dev {device} root"
+    burst, limit = max(_MIN_BURST, round(rate * _BURST_SECONDS)), max(_MIN_QUEUE, round(rate * _QUEUE_SECONDS))
+    return f"replace dev {device} root tbf rate {round(8 * rate)}bit burst {burst} limit {limit}"
 
 
-def run_command(command: Sequence[str]) -> str:
-    """Runs a command and returns its output. Raises CannotMakeHosts when it fails, with the command's own words."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
-    if done.returncode != 0:
-        said = " ".join(done.stderr.split()) or f"it exited with status {done.returncode}"
-        if "tbf" in command and "qdisc kind is unknown" in said:
-            said = "this kernel has no tbf, which limits rates: load its module sch_tbf"
-        raise CannotMakeHosts(f"`{' '.join(command)}` failed: {said}")
-    return done.stdout
+def run(*commands: str) -> str:
+    """Runs commands, written as in a shell, one after the other, and returns the last one's output.
 
-
-def run_commands(commands: Iterable[Sequence[str]]) -> None:
-    """Runs commands one after the other. Raises CannotMakeHosts when one fails."""
+    Raises:
+        CannotMakeHosts: A command failed; the message has its own words.
+    """
+    output = ""
     for command in commands:
-        run_command(command)
+        done = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+        if done.returncode != 0:
+            said = " ".join(done.stderr.split()) or f"it exited with status {done.returncode}"
+            if "tbf" in command and "qdisc kind is unknown" in said:
+                said = "this kernel has no tbf, which limits rates: load its module sch_tbf"
+            raise CannotMakeHosts(f"`{command}` failed: {said}")
+        output = done.stdout
+    return output
 
 
-@contextlib.contextmanager
+@contextmanager
 def _open_tap(name: str) -> Iterator[int]:
     """Makes a TAP device and yields its file. The device exists as long as a process has the file open."""
     file = os.open(_TUN, os.O_RDWR)
@@ -300,14 +260,3 @@ def _open_tap(name: str) -> Iterator[int]:
         raise CannotMakeHosts(f"cannot make the TAP device {name}: {error.strerror}") from error
     finally:
         os.close(file)
-
-
-def _compile_relay(folder: Path) -> Path:
-    compiler, relay = find_compiler(C_COMPILERS), folder / "relay"
-    assert compiler is not None
-    run_command([compiler, "-O2", "-o", str(relay), str(_SOURCE)])
-    return relay
-
-
-def _routes() -> list[str]:
-    return [route["dst"] for route in json.loads(run_command(["ip", "-json", "route"]) or "[]")]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from overfill.api.key_file import create
-from overfill.lab.hosts.network import Host, HostNetwork
+from overfill.lab.hosts.network import Host, make_hosts
 from overfill.rpc import certificates
 from overfill.rpc.access import NAME, Role
 from overfill.rpc.tls import ClientTls
@@ -33,14 +33,14 @@ def place_on_hosts(plan: PlacedStack) -> Iterator[tuple[PlacedStack, dict[str, H
     """
     names = [*(f"router-{index}" for index in range(len(plan.routers))), *(worker.id for worker in plan.workers)]
     with (
-        HostNetwork(names) as network,
+        make_hosts(names) as hosts,
         tempfile.TemporaryDirectory(prefix="overfill-hosts-") as folder,
     ):
         certificates.make(Path(folder))
         key_file = Path(folder) / "api-keys.json"
         api_key = create(key_file, "lab")
-        addresses = {name: host.address for name, host in network.hosts.items()}
-        yield replace(place(plan, addresses, Path(folder), key_file), api_key=api_key), network.hosts
+        addresses = {name: host.address for name, host in hosts.items()}
+        yield replace(place(plan, addresses, Path(folder), key_file), api_key=api_key), hosts
 
 
 def place(plan: PlacedStack, addresses: Mapping[str, str], folder: Path, key_file: Path) -> PlacedStack:

@@ -5,6 +5,7 @@ Nothing is installed without ``--install``. The file ``ready`` is written last, 
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,14 @@ def python_of(peer: str) -> Path | None:
     """Python interpreter of a peer. None means that the peer is not installed."""
     folder = folder_of(peer)
     return folder / "bin" / "python" if (folder / _READY).exists() else None
+
+
+def version_of(peer: str) -> str | None:
+    """Version of an installed peer's first package."""
+    environment = ENVIRONMENTS[peer]
+    package = re.split("[<>=]", (*environment.requirements, *environment.alone)[0])[0].replace("-", "_")
+    found = folder_of(peer).glob(f"lib/python*/site-packages/{package}-*.dist-info")
+    return next((one.name.removesuffix(".dist-info").rpartition("-")[2] for one in found), None)
 
 
 def install(peer: str, report: Report = silent) -> Path:

@@ -6,7 +6,7 @@ import http.client
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -17,18 +17,18 @@ from overfill.stack.ports import free_ports
 _START_SECONDS = 600.0  # vLLM compiles kernels at its first start
 _POLL_SECONDS = 0.2
 _GRACE = 20.0
-_KV_MEMORY = 4 << 30  # bytes
-_MAX_NUM_SEQS, _MAX_NUM_BATCHED_TOKENS = 64, 2048
+_MAX_NUM_BATCHED_TOKENS = 2048
 
 
 @contextmanager
 def vllm_server(
     python: Path,
     model: Path,
+    *,
+    max_num_seqs: int,
     max_model_len: int,
-    adapters: Mapping[str, Path] | None = None,
-    prefix_cache: bool = False,
-    kv_memory: int | None = None,
+    kv_memory: int,
+    prefix_cache: bool,
 ) -> Iterator[str]:
     """Starts the server and yields its URL, including ``/v1``, once it answers. Call it on the main thread only.
 
@@ -36,11 +36,8 @@ def vllm_server(
     of a machine with two cores.
 
     Args:
-        adapters: folders in PEFT's format, by the model name that a request gives. The server has a place for each.
-            Their ranks are at most 16, vLLM's default.
-            On CPUs, requests without an adapter get wrong tokens beside others: vLLM adds the last place's product.
-        prefix_cache: whether vLLM keeps KV of prompts; it keys them by adapter.
-        kv_memory: bytes of its KV cache; None means 4 GiB.
+        kv_memory: bytes of its KV cache.
+        prefix_cache: whether vLLM keeps KV of prompts.
 
     Raises:
         PeerFailed: The server did not start.
@@ -50,13 +47,10 @@ def vllm_server(
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", host, "--port", str(port), "--dtype", "bfloat16"]
     command += ["--enable-prefix-caching" if prefix_cache else "--no-enable-prefix-caching"]
-    command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(_MAX_NUM_SEQS)]
+    command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
     command += ["--max-num-batched-tokens", str(max(_MAX_NUM_BATCHED_TOKENS, max_model_len))]
-    command += ["--disable-log-stats", "--disable-uvicorn-access-log", "--enable-prompt-tokens-details"]
-    command += ["--kv-cache-memory-bytes", str(_KV_MEMORY if kv_memory is None else kv_memory)]
-    if adapters:
-        command += ["--enable-lora", "--max-loras", str(len(adapters))]
-        command += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
+    command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
+    command += ["--kv-cache-memory-bytes", str(kv_memory)]
     cores = sorted(os.sched_getaffinity(0))
     environment = os.environ | {
         "OMP_NUM_THREADS": str(len(cores)),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from overfill.lab.chaos.load import SAMPLED, LoadGenerator, RequestResult
+from overfill.lab.chaos.load import SAMPLED, RequestMix, RequestResult
 from overfill.lab.chaos.trial import TrialResult
 from overfill.lab.chaos.trial_report import TrialReport
 from overfill.pair.llm import LLM
@@ -107,10 +107,10 @@ def test_ties_are_bounded(
 
 
 def test_half_of_the_requests_are_sampled_and_depend_on_their_number_only() -> None:
-    load = LoadGenerator(["127.0.0.1:1"], None, PROMPTS, MAX_TOKENS, seed=5, sampled_share=0.5)
-    chosen = [load.request(number) for number in range(400)]
+    mix = RequestMix(PROMPTS, MAX_TOKENS, seed=5, sampled_share=0.5)
+    chosen = [mix.request(number) for number in range(400)]
     sampled = [one for one in chosen if not one.sampling.greedy]
     assert 160 < len(sampled) < 240
     assert {replace(one.sampling, seed=None, max_tokens=None) for one in sampled} == set(SAMPLED)
     assert 0 < sum(one.sampling.seed is None for one in sampled) < len(sampled)
-    assert [load.request(number) for number in reversed(range(400))] == chosen[::-1]
+    assert [mix.request(number) for number in reversed(range(400))] == chosen[::-1]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from overfill.lab.chaos.load import LoadGenerator, RequestResult
+from overfill.lab.chaos.load import RequestMix, RequestResult
 from overfill.lab.chaos.trial import TrialResult
 from overfill.lab.chaos.trial_report import TrialReport
 from overfill.lab.commands.chaos import make_adapters
@@ -60,8 +60,8 @@ def test_each_part_is_judged_at_the_token_that_the_answer_names(tiny_tiers: tupl
 
 
 def test_requests_are_spread_over_adapters_which_nothing_replaces() -> None:
-    generator = LoadGenerator(["router"], None, [[5]], 6, 0, ["full", "fast"], 1.0, adapters=["a", "b"])
-    asked = [generator.request(number) for number in range(200)]
+    mix = RequestMix([[5]], 6, tiers=["full", "fast"], adapters=["a", "b"], fallback_share=1.0)
+    asked = [mix.request(number) for number in range(200)]
     assert {one.tier for one in asked} == {"full", "fast", "a", "b"}
     assert {(one.tier, one.fallback) for one in asked if one.tier in "ab"} == {("a", "none"), ("b", "none")}
     assert {one.fallback for one in asked if one.tier == "full"} == {"fast"}

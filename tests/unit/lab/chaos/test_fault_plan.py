@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from overfill.lab.chaos.fault_plan import (
     matrix,
     read_report,
     rolling_restart,
+    targets_of,
 )
 from overfill.lab.chaos.trial import InjectedFault
 from overfill.lab.commands.chaos import chaos_command
@@ -33,11 +35,17 @@ def test_a_seed_draws_the_same_faults() -> None:
 
 
 def test_drawn_faults_keep_to_the_given_kinds_phases_and_targets() -> None:
-    drawn = list(itertools.islice(draw(0, 1.0, ["kill", "slow"], ["handoff"], ["decode"]), 40))
+    drawn = list(itertools.islice(draw(0, 1.0, ["kill", "slow"], ["handoff"], targets_of(False, ["decode"])), 40))
     assert {(f.kind, f.phase, f.target) for f in drawn} == {
         ("kill", "handoff", "decode"),
         ("slow", "handoff", "client"),  # its only target
     }
+
+
+def test_a_process_vanishes_with_its_host_only() -> None:
+    assert targets_of(hosts=False) == TARGETS
+    assert targets_of(hosts=True) == TARGETS | {"vanish": ("router", "prefill", "decode", "client")}
+    assert targets_of(True, ["decode", "client"])["vanish"] == ("decode", "client")
 
 
 def test_a_matrix_has_every_cell_as_often_as_asked_and_every_target() -> None:
@@ -52,7 +60,10 @@ def test_a_matrix_has_every_cell_as_often_as_asked_and_every_target() -> None:
 def test_the_faults_of_a_report_are_those_that_were_injected(tmp_path: Path) -> None:
     faults = list(itertools.islice(draw(3, 1.0), 9))
     report = tmp_path / "report.json"
-    injected = [InjectedFault(fault, 1.0, "decode-0", "chaos-1", 2.0).as_dict() for fault in faults]
+    injected = [
+        InjectedFault(**asdict(fault), at=1.0, victim="decode-0", request="chaos-1", took=2.0).as_dict()
+        for fault in faults
+    ]
     report.write_text(json.dumps({"strikes": injected}), encoding="utf-8")
     assert read_report(report) == faults
 
@@ -67,7 +78,7 @@ def test_a_rolling_restart_drains_each_worker_once_in_their_order(tmp_path: Path
     assert read_report(report) == faults
     refused = CliRunner().invoke(chaos_command, ["--rolling-restart", "--matrix=1"])
     assert refused.exit_code == 2
-    assert "--rolling-restart chooses the faults" in refused.output
+    assert "--matrix, --soak, --replay and --rolling-restart each choose the faults" in refused.output
 
 
 def test_faults_hit_a_worker_one_of_its_ranks_or_all_of_them(tmp_path: Path) -> None:

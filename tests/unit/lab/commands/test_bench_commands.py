@@ -34,5 +34,5 @@ def test_a_peer_that_cannot_be_measured_is_named(peers, message, monkeypatch, tm
 
 
 def test_these_are_the_subcommands():
-    names = ["decode", "prefill", "quality", "router", "vllm"]
+    names = ["curve", "decode", "prefill", "quality", "router", "vllm"]
     assert list(bench_group.commands) == names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from overfill.lab.hosts import network
-from overfill.lab.hosts.network import CannotMakeHosts, Host, HostNetwork
+from overfill.lab.hosts.network import CannotMakeHosts, Host, make_hosts
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def as_root(monkeypatch):
 
 def test_without_root_the_error_says_so(as_root, monkeypatch):
     monkeypatch.setattr(network.os, "geteuid", lambda: 1000)
-    with pytest.raises(CannotMakeHosts, match="which only root can make: run this command as root"), HostNetwork(["a"]):
+    with pytest.raises(CannotMakeHosts, match="which only root can make: run this command as root"), make_hosts(["a"]):
         pass
 
 
@@ -39,9 +39,9 @@ def test_what_the_links_need_is_named_when_it_is_missing(as_root, monkeypatch, t
         network.check_requirements()
 
 
-def test_names_of_devices_fit_the_kernel_for_every_process_id(monkeypatch):
+def test_names_of_devices_fit_the_kernel_for_every_process_id(monkeypatch, tmp_path):
     monkeypatch.setattr(network.os, "getpid", lambda: 4_194_304)  # Linux's largest
-    device = Host(99, "h", "10.64.0.2", HostNetwork(["h"])).device
+    device = Host(99, "h", "10.64.0.2", "switch", tmp_path / "relay").device
     assert len(f"{device}h") <= 15
 
 

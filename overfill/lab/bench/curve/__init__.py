@@ -1,0 +1,1 @@
+"""``overfill bench curve``: throughput against interactivity at an equal number of cores, beside vLLM."""

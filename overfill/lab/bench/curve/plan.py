@@ -1,0 +1,130 @@
+"""What a curve consists of: shapes of requests, systems, tools, and the order of the points. Starts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+OURS, OTHERS = ("split", "colocated"), ("identity", "vllm")
+SYSTEMS = (*OURS, *OTHERS)
+COMPARED = "colocated"
+"""The system that all tools measure, once, in the first round of the first shape."""
+
+GUIDELLM, AIPERF, OWN = "guidellm", "aiperf", "own"
+
+_MIN_WAVES = 2
+WAVE = 4
+"""Requests of the warm-up that run at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Lengths of requests, in tokens.
+
+    Attributes:
+        prefix, groups: beginning of the prompt that the requests of a group share, and the number of groups. The
+            systems keep KV of prompts only for a shape with shared prefixes.
+    """
+
+    name: str
+    prompt: int
+    answer: int
+    prefix: int = 0
+    groups: int = 1
+
+    @property
+    def title(self) -> str:
+        shared = f", of which {self.prefix:,} shared" if self.prefix else ""
+        return f"{self.name.upper()}: {self.prompt:,} in{shared}, {self.answer} out"
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (Shape("a", 1024, 128), Shape("b", 128, 512), Shape("c", 1280, 128, prefix=1000, groups=4))
+}
+_IN_ROUNDS = "a"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One measurement: a system under a number of concurrent requests of a shape."""
+
+    shape: str
+    system: str
+    tool: str
+    round: int
+    concurrency: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape}-{self.system}-{self.tool}-{self.round}-{self.concurrency}"
+
+    def __str__(self) -> str:
+        return f"{self.shape.upper()} {self.system}, {self.concurrency} at a time, round {self.round}, by {self.tool}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """The points that one start of a system serves."""
+
+    shape: Shape
+    system: str
+    points: tuple[Point, ...]
+
+
+def sweeps(shapes: Collection[str], systems: Collection[str], concurrency: Sequence[int], rounds: int) -> list[Sweep]:
+    """Returns the sweeps in order. Within a round every system has its turn, so that a slower machine slows all.
+
+    Args:
+        rounds: of the first shape; the others have one.
+    """
+    found = []
+    for shape in (shape for name, shape in SHAPES.items() if name in shapes):
+        in_rounds = shape.name == _IN_ROUNDS
+        for number in range(1, (rounds if in_rounds else 1) + 1):
+            for system in (name for name in SYSTEMS if name in systems):
+                all_tools = in_rounds and number == 1 and system == COMPARED
+                tools = (GUIDELLM, AIPERF, OWN) if all_tools else (GUIDELLM,)
+                points = [Point(shape.name, system, tool, number, users) for users in concurrency for tool in tools]
+                found.append(Sweep(shape, system, tuple(points)))
+    return found
+
+
+def left_of(planned: Sequence[Sweep], done: Collection[str]) -> list[Sweep]:
+    """Returns the sweeps without the points whose names are in ``done``, and without sweeps that have none left."""
+    rest = [Sweep(s.shape, s.system, tuple(p for p in s.points if p.name not in done)) for s in planned]
+    return [sweep for sweep in rest if sweep.points]
+
+
+_START: Mapping[str, float] = {"vllm": 60.0}
+_OUR_START, _WARM_UP = 12.0, 20.0
+_TOOL: Mapping[str, float] = {GUIDELLM: 12.0, AIPERF: 16.0, OWN: 1.0}
+"""Seconds that a start and a warm-up, and a tool besides its requests, took on two cores."""
+
+
+def seconds_of(planned: Sequence[Sweep], seconds: float) -> float:
+    """Returns about how many seconds the sweeps take, with ``seconds`` of requests per point."""
+    starts = sum(_START.get(sweep.system, _OUR_START) + _WARM_UP for sweep in planned)
+    return starts + sum(seconds_of_points(sweep.points, seconds) for sweep in planned)
+
+
+def seconds_of_points(points: Sequence[Point], seconds: float) -> float:
+    """Returns about how many seconds points take on a system that runs."""
+    return sum(seconds + _TOOL[point.tool] for point in points)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a warmed-up system answers: seconds of one request alone, and of ``WAVE`` at once."""
+
+    alone: float
+    wave: float
+
+    def requests(self, concurrency: int, seconds: float) -> int:
+        """Returns the number of requests that ``concurrency`` users send in about ``seconds``, the same for each user.
+
+        Each tool sends this number and waits for all answers. A limit of time would break off the slow requests, and
+        each tool counts those in its own way.
+        """
+        each = self.alone + (self.wave - self.alone) * (concurrency - 1) / (WAVE - 1)
+        return concurrency * max(_MIN_WAVES, round(seconds / max(each, 1e-3)))

@@ -1,0 +1,175 @@
+"""Figures of a curve beside the other systems, losses first; how far the tools agree; and the plot."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+from overfill.lab.bench.curve.plan import GUIDELLM, OTHERS, OURS, SHAPES, SYSTEMS
+from overfill.lab.bench.curve.results import Figures
+from overfill.lab.bench.curve.run import Measured
+from overfill.lab.measurement import Measurement
+
+_AGREE, _FULL_LENGTH = 0.05, 0.99
+"""Largest difference of two tools' figures that counts as agreement; smallest share of an answer that counts as all."""
+
+
+def _output(found: Figures) -> float:
+    return found.tokens_per_s
+
+
+def _per_user(found: Figures) -> float:
+    return found.per_user
+
+
+def _first_token(found: Figures) -> float:
+    return found.ttft[0]
+
+
+def _gap(found: Figures) -> float:
+    return found.gap[0]
+
+
+_COMPARED = {"output": ("tokens/s", _output), "per user": ("tokens/s", _per_user), "first token": ("s", _first_token)}
+_OF_TOOLS = {"output": _output, "first token": _first_token, "gap": _gap}
+_COLOURS = dict(zip(SYSTEMS, ("#d95f02", "#1b9e77", "#7570b3", "#666666"), strict=True))
+
+
+def comparison(measured: Iterable[Measured]) -> list[Measurement]:
+    """Returns the medians of our two systems, each beside the best of the others, the largest loss first."""
+    found = _rounds(measured)
+    rows: list[tuple[float, Measurement]] = []
+    for (shape, system, users), rounds in found.items():
+        if system not in OURS:
+            continue
+        for name, (unit, value) in _COMPARED.items():
+            sign = 1 if unit == "tokens/s" else -1  # more is better, or less
+            others = [
+                (median(map(value, found[shape, other, users])), other)
+                for other in OTHERS
+                if (shape, other, users) in found
+            ]
+            best, peer = max(others, key=lambda one: sign * one[0], default=(None, None))
+            row = Measurement.median(
+                f"{shape.upper()} {system} at {users}: {name}", [*map(value, rounds)], unit, peer=peer, peer_value=best
+            )
+            rows.append(((row.peer_ratio or 1.0) ** sign, row))
+    return [row for _, row in sorted(rows, key=lambda one: one[0])]
+
+
+def losses(rows: Sequence[Measurement]) -> int:
+    """Returns the number of ``comparison``'s rows in which another system is better."""
+    return sum(1 for row in rows if row.peer_ratio is not None and (row.peer_ratio < 1) == (row.unit == "tokens/s"))
+
+
+def checks(measured: Sequence[Measured]) -> list[Measurement]:
+    """Returns whether the points count: failed requests, length of answers, and how far the tools differ.
+
+    A tool is compared with guidellm in the same round. The bound is 5 %, or the spread of guidellm's own rounds if
+    they differ by more.
+    """
+    rows = [
+        Measurement("failed requests", sum(one.figures.failed for one in measured), "requests", bound=0),
+        Measurement(
+            "shortest mean answer, by what was asked",
+            min(one.figures.answer / SHAPES[one.point.shape].answer for one in measured),
+            "",
+            bound=_FULL_LENGTH,
+            at_least=True,
+        ),
+    ]
+    rounds, found = _rounds(measured), {one.point: one.figures for one in measured}
+    for one in measured:
+        beside = found.get(replace(one.point, tool=GUIDELLM))
+        if one.point.tool == GUIDELLM or beside is None:
+            continue
+        at = (one.point.shape, one.point.system, one.point.concurrency)
+        for name, value in _OF_TOOLS.items():
+            by_round = [value(figures) for figures in rounds[at]]
+            spread = (max(by_round) - min(by_round)) / median(by_round)
+            rows.append(
+                Measurement(
+                    f"{at[0].upper()} {at[1]} at {at[2]}: {name}, {one.point.tool} beside guidellm, difference",
+                    abs(value(one.figures) / value(beside) - 1),
+                    "",
+                    bound=round(max(_AGREE, spread), 4),
+                    peer="guidellm's rounds",
+                    peer_value=spread or None,
+                )
+            )
+    return rows
+
+
+def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Returns the points that no other beats in one coordinate without losing in the other, by rising first one."""
+    front: list[tuple[float, float]] = []
+    for point in sorted(set(points), reverse=True):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return front[::-1]
+
+
+def save_plot(path: Path, measured: Iterable[Measured], title: str) -> None:
+    """Plots tokens/s against tokens/s per user: a panel per shape, a line per system, bars over the rounds."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = _rounds(measured)
+    shapes = [name for name in SHAPES if any(key[0] == name for key in found)]
+    figure, axes = plt.subplots(1, len(shapes), figsize=(1 + 5 * len(shapes), 5), squeeze=False)
+    for axis, shape in zip(axes[0], shapes, strict=True):
+        middles: list[tuple[float, float]] = []
+        for system in SYSTEMS:
+            lines = sorted(
+                (users, rounds) for (of, name, users), rounds in found.items() if (of, name) == (shape, system)
+            )
+            if not lines:
+                continue
+            x, left, right = _bars([[one.per_user for one in rounds] for _, rounds in lines])
+            y, below, above = _bars([[one.tokens_per_s for one in rounds] for _, rounds in lines])
+            axis.errorbar(
+                x,
+                y,
+                xerr=(left, right),
+                yerr=(below, above),
+                marker="o",
+                capsize=2,
+                color=_COLOURS[system],
+                label=system,
+            )
+            for users, at in zip([users for users, _ in lines], zip(x, y, strict=True), strict=True):
+                axis.annotate(str(users), at, textcoords="offset points", xytext=(4, 4), fontsize=8)
+            middles += zip(x, y, strict=True)
+        front = pareto(middles)
+        axis.plot(*zip(*front, strict=True), linestyle=":", color="black", linewidth=1, label="best of all")
+        axis.set(
+            title=SHAPES[shape].title, xlabel="tokens/s of a user (1 / median gap)", ylabel="tokens/s of all users"
+        )
+        axis.set_xlim(0, 1.1 * max(x for x, _ in middles))
+        axis.set_ylim(0, 1.1 * max(y for _, y in middles))
+        axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _bars(values: Sequence[Sequence[float]]) -> tuple[list[float], list[float], list[float]]:
+    """Returns the medians, and how far they are above the minima and below the maxima."""
+    middle = [median(one) for one in values]
+    low = [at - min(one) for at, one in zip(middle, values, strict=True)]
+    return middle, low, [max(one) - at for at, one in zip(middle, values, strict=True)]
+
+
+def _rounds(measured: Iterable[Measured]) -> dict[tuple[str, str, int], list[Figures]]:
+    """Returns guidellm's figures by shape, system and concurrency; one per round."""
+    found: dict[tuple[str, str, int], list[Figures]] = defaultdict(list)
+    for one in measured:
+        if one.point.tool == GUIDELLM:
+            found[one.point.shape, one.point.system, one.point.concurrency].append(one.figures)
+    return dict(found)

@@ -1,0 +1,53 @@
+"""Starts each system of a curve on the same cores, in bfloat16 and with the same limits, and stops it at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from overfill.lab.bench.curve.plan import Shape
+from overfill.lab.bench.curve.tools import Endpoint
+from overfill.lab.peers.vllm_server import vllm_server
+from overfill.lab.stacks import served
+from overfill.model.manifest import Pair
+
+LIMITS = {"max_num_seqs": 64, "max_model_len": 2048, "kv_memory": 1 << 30}
+"""Of every worker and of vLLM. The KV cache holds the tokens of more users than a curve has."""
+
+
+@contextmanager
+def started(
+    system: str, shape: Shape, pairs: Mapping[str, Pair], vllm: Path | None, log: Callable[[str, str], None]
+) -> Iterator[Endpoint]:
+    """Starts a system and yields its endpoint once it is ready. Call it on the main thread only.
+
+    Args:
+        pairs: pair of each system. vLLM serves the full model of its own.
+        vllm: interpreter of vLLM's environment.
+        log: called with a process's name and each line of its output.
+
+    Raises:
+        StartFailed, PeerFailed: a process exited.
+    """
+    pair, cores = pairs[system], len(os.sched_getaffinity(0))
+    caches = shape.prefix > 0
+    tokenizer, vocab_size = pair.full_path, pair.full_config.vocab_size
+    if system == "vllm":
+        if vllm is None:
+            raise AssertionError("vLLM's environment is checked before the run")
+        with vllm_server(vllm, pair.full_path, prefix_cache=caches, **LIMITS) as url:
+            yield Endpoint(url, str(pair.full_path), tokenizer, vocab_size)
+        return
+    split = system == "split"
+    stages: dict[str, Any] = {
+        "prefill": int(split),
+        "decode": int(split),
+        "colocated": int(not split),
+        "threads": max(1, cores // 2) if split else cores,
+    }
+    settings = {"device": "cpu", "dtype": "bfloat16", "prefix_cache": caches, **LIMITS}
+    with served(pair.folder, settings=settings, log=log, **stages) as stack:
+        yield Endpoint(stack.url, stack.model, tokenizer, vocab_size)

@@ -1,0 +1,121 @@
+"""``overfill bench curve``: throughput against interactivity at an equal number of cores, beside vLLM."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from overfill.cli.options import Number
+from overfill.lab.commands.bench_options import Counts, install_option, json_option, load_pair
+from overfill.lab.measurement import print_measurements
+
+
+@click.command("curve", short_help="Throughput against interactivity at an equal number of cores, beside vLLM.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the results.")
+@click.option(
+    "--shape",
+    "shapes",
+    type=click.Choice(["a", "b", "c"]),
+    multiple=True,
+    default=["a", "b", "c"],
+    help="a: 1,024 tokens in and 128 out. b: 128 in, 512 out. c: agents, 1,280 in, of which 1,000 shared, 128 out. "
+    "Repeatable; by default all.",
+)
+@click.option(
+    "--system",
+    "systems",
+    type=click.Choice(["split", "colocated", "identity", "vllm"]),
+    multiple=True,
+    default=["split", "colocated", "identity", "vllm"],
+    help="split: a worker per stage. colocated: one with both. identity: the full model alone in our engine. vllm: the "
+    "full model there. Repeatable; by default all.",
+)
+@click.option("--concurrency", type=Counts(), default="1,2,4,8,16", show_default=True, help="Requests at a time.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Rounds of shape a.")
+@click.option(
+    "--seconds", type=Number(1), default=40.0, show_default=True, help="About how long a point's requests take."
+)
+@click.option("--pair", default="default", show_default=True, help="Pair of split and colocated.")
+@install_option
+@json_option
+def curve_command(
+    out: Path,
+    shapes: Sequence[str],
+    systems: Sequence[str],
+    concurrency: Sequence[int],
+    rounds: int,
+    seconds: float,
+    pair: str,
+    install: bool,
+    as_json: bool,
+) -> int:
+    """Measure tokens/s against tokens/s per user with guidellm, on all cores of this machine.
+
+    Each system has the same cores, bfloat16 and the same limits. aiperf and our own generator measure one system too.
+    A run that was interrupted continues with the same --out; other parts can be added to it.
+
+    Writes curve.json and curve.png into the folder, and prints our figures beside the best other system's, losses
+    first. Exits with 1 if a point failed, or the tools disagree by more than the rounds.
+    """
+    from overfill.cli.progress import show_progress
+    from overfill.lab.bench.curve.plan import sweeps
+    from overfill.lab.bench.curve.report import checks, comparison, losses, save_plot
+    from overfill.lab.bench.curve.run import Folder, conditions, run_sweeps
+    from overfill.lab.peers.environment import NOT_INSTALLED, python_of
+    from overfill.lab.peers.environment import install as install_peer
+    from overfill.process.extras import require
+
+    require("loadtest", "`overfill bench curve`", "matplotlib")
+    planned = sweeps(shapes, systems, concurrency, rounds)
+    tools = {point.tool for sweep in planned for point in sweep.points} - {"own"}
+    peers = sorted(tools | {"vllm"} & set(systems))
+    with show_progress() as report:
+        pythons = {peer: install_peer(peer, report) if install else python_of(peer) for peer in peers}
+    for peer, python in pythons.items():
+        if python is None:
+            raise click.UsageError(f"{peer}: {NOT_INSTALLED}")
+    loaded = {name: load_pair("identity" if name in ("identity", "vllm") else pair) for name in systems}
+
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
+    folder = Folder(out, conditions(seconds, loaded, peers))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the servers, as Ctrl-C does
+    try:
+        with (out / "servers.log").open("a") as servers:
+            failed = run_sweeps(
+                planned,
+                folder,
+                seconds,
+                loaded,
+                {peer: python for peer, python in pythons.items() if python is not None},
+                say,
+                lambda process, line: print(f"{process} | {line}", file=servers, flush=True),
+            )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    measured = folder.read()
+    if not measured:
+        return 1
+    rows, checked = comparison(measured), checks(measured)
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    document = folder.conditions | {
+        "date": date,
+        "points": [one.to_json() for one in measured],
+        "comparison": [json.loads(row.to_json()) for row in rows],
+        "checks": [json.loads(row.to_json()) for row in checked],
+    }
+    (out / "curve.json").write_text(json.dumps(document, indent=1) + "\n")
+    machine = "{cores} cores of {processor}, {dtype}".format_map(folder.conditions)
+    save_plot(out / "curve.png", measured, f"{machine}, {date[:10]}")
+    say(f"{losses(rows)} of {len(rows)} figures are worse than the best other system's; they come first")
+    code = print_measurements([*rows, *checked], as_json)
+    say(f"Written: {out / 'curve.json'} and {out / 'curve.png'}")
+    if failed:
+        say(f"Points that failed: {len(failed)}. Run the same command again to try only those")
+    return 1 if failed else code

@@ -1,0 +1,44 @@
+"""What a trial reads of its processes: which workers are ready and empty, and how a process's memory grew."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from overfill.lab.chaos.memory import MemorySample, ProcessLifetime, lifetimes
+from overfill.lab.chaos.trial import TrialResult, View
+from overfill.lab.chaos.trial_report import TrialReport
+from overfill.pair.reference import Summary
+
+RIGHT = Summary(answers=1, correct=1, identical=1, ties=0, tokens=1)
+
+
+def worker(stage: str, id: str, ready: bool = True, **load: int) -> Any:
+    counts = SimpleNamespace(**{"kv_blocks_used": 0, "running": 0, "waiting": 0} | load)
+    return SimpleNamespace(stage=stage, id=id, process=SimpleNamespace(ready=ready, load=counts))
+
+
+def test_a_worker_is_empty_when_its_stage_has_no_block_and_no_request() -> None:
+    silent = SimpleNamespace(stage="decode", id="silent", process=None)
+    view = View(1.0, [
+        worker("prefill", "both", kv_blocks_used=1), worker("decode", "both"),
+        worker("decode", "runs", running=1), worker("decode", "waits", ready=False, waiting=1), silent,
+    ])  # fmt: skip
+    assert view.empty == {("decode", "both")}
+    assert view.ready == {("prefill", "both"), ("decode", "both"), ("decode", "runs")}
+    assert view.known == view.ready | {("decode", "waits"), ("decode", "silent")}
+
+
+def test_a_trial_fails_for_blocks_that_stay_and_processes_that_end_badly() -> None:
+    for bad in ({"freed_after": None}, {"freed_after": 2.5}, {"leaked": ["decode-0"]}, {"unclean_exits": ["killed"]}):
+        assert not TrialReport(TrialResult(**{"freed_after": 0.1} | bad), RIGHT, set(), {}).passed
+    assert TrialReport(TrialResult(freed_after=0.1), RIGHT, set(), {}).passed
+
+
+def test_growth_of_memory_is_that_after_the_first_minute_of_a_process_that_ran_long() -> None:
+    samples = [
+        MemorySample(at, "decode-0", 7, (1000 if at < 60 else 100 + at) << 20, 5 + at // 200)
+        for at in range(0, 400, 10)
+    ]
+    samples += [MemorySample(at, "decode-0", 8, 100 << 20, 5) for at in range(400, 500, 10)]  # it ran too short
+    assert lifetimes(samples) == [ProcessLifetime("decode-0", 5.5, 440.0, 230.0, 6, 1)]
