@@ -99,7 +99,7 @@ def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) ->
 
 def _plots(done: Sequence[Outcome]) -> list[str]:
     plots = ["<h2>Latencies over time</h2>", _svg(lambda: _over_time(done))] if done else []
-    if timed := [outcome for outcome in done if outcome.unattributed is not None]:
+    if timed := [outcome for outcome in done if outcome.ttft_parts]:
         plots += [
             "<h2>Parts of the time to first token</h2>",
             "<p>Left: means over time. Right: means per tenth of the answers, from the fastest to the slowest. "
@@ -148,18 +148,12 @@ def _parts(timed: Sequence[Outcome]) -> Any:
 def _stack(axes: Any, places: Sequence[float], groups: Sequence[Sequence[Outcome]], width: float) -> None:
     bottom = np.zeros(len(groups))
     for name, colour in zip((*TTFT_PARTS, "unattributed"), _COLOURS, strict=True):
-        heights = np.array([1e3 * np.mean([max(0.0, _part(o, name)) for o in group]) for group in groups])
+        heights = np.array(
+            [1e3 * np.mean([max(0.0, outcome.ttft_parts[name]) for outcome in group]) for group in groups]
+        )
         axes.bar(places, heights, width, bottom=bottom, color=colour, label=name.replace("_", " "))
         bottom += heights
     axes.grid(axis="y", alpha=0.3)
-
-
-def _part(outcome: Outcome, name: str) -> float:
-    """Returns the seconds of one part of the time to first token."""
-    if name == "unattributed":
-        share = outcome.unattributed
-        return 0.0 if share is None or outcome.sent is None else share * (outcome.times[0] - outcome.sent)
-    return getattr(outcome.timing, name) or 0.0
 
 
 def _binned(done: Sequence[Outcome]) -> list[tuple[float, float, list[Outcome]]]:

@@ -63,7 +63,7 @@ class TimedUser(User):
                 times += [time.perf_counter()] * (tokens - len(times))
             if not times:
                 raise RequestFailed("no token arrived")
-        except (OverfillError, RequestFailed) as error:
+        except OverfillError as error:
             fire("end to end", time.perf_counter() - due, error)
             raise RescheduleTask(str(error)) from error
         outcome = Outcome(due, tuple(times))
@@ -96,7 +96,6 @@ class ClientUser(TimedUser):
         Raises:
             RescheduleTask: The request failed. The statistics count it, and locust goes on with another task.
         """
-
         answers: list[Answer] = []
 
         def counts() -> Iterator[int]:
@@ -124,8 +123,7 @@ class OpenAiUser(TimedUser):
     protocol = "OpenAI"
     host = "http://127.0.0.1:8000/v1"
 
-    def __init__(self, environment: Environment) -> None:
-        super().__init__(environment)
+    def on_start(self) -> None:
         self._session, self._model = Session(), ""
         if key := os.environ.get(_API_KEY):
             self._session.headers["Authorization"] = f"Bearer {key}"
@@ -138,7 +136,7 @@ class OpenAiUser(TimedUser):
         self.timed("", self._counts(self.environment.parsed_options))
 
     def _counts(self, given: Any) -> Iterator[int]:
-        url, events, rest = self.host.rstrip("/"), openai.CompletionEvents(), b""
+        url, events = self.host.rstrip("/"), openai.CompletionEvents()
         try:
             if not self._model:
                 self._model = self._session.get(f"{url}/models", timeout=_TIMEOUT).json()["data"][0]["id"]
@@ -148,9 +146,7 @@ class OpenAiUser(TimedUser):
             with self._session.post(f"{url}/completions", json=body, stream=True, timeout=_TIMEOUT) as response:
                 if response.status_code != 200:
                     raise RequestFailed(f"HTTP {response.status_code}: {openai.error_message(response.text)}")
-                for chunk in response.iter_content(None):  # iter_lines would wait for chunks of its own size
-                    *lines, rest = (rest + chunk).split(b"\n")
-                    yield from map(events.push, lines)
+                yield from map(events.push, response.iter_lines(None))  # chunks as they come, not of a size of its own
         except (RequestException, ValueError, KeyError, TypeError) as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
         events.end()

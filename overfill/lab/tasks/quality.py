@@ -64,36 +64,6 @@ class Exam:
     shots: Sequence[Message] = ()
 
 
-@dataclass(slots=True)
-class Score:
-    """What a writer did with the questions of a task.
-
-    Attributes:
-        waited: sum of the seconds that each answer took.
-        seconds: duration of the turn.
-        cpu: CPU seconds of all processes that serve the endpoint; NaN means unknown.
-    """
-
-    right: int = 0
-    tokens: int = 0
-    waited: float = 0.0
-    seconds: float = 0.0
-    cpu: float = math.nan
-
-    def figures(self, answers: int) -> dict[str, tuple[float, str]]:
-        """Returns value and unit of each figure of ``answers`` answers; a cost per right answer is NaN without one."""
-        found = {
-            "right": (self.right / answers, "of answers"),
-            "answer_tokens": (self.tokens / answers, "tokens"),
-            "answer_seconds": (self.waited / answers, "s"),
-            "token_rate": (self.tokens / self.seconds, "tokens/s"),
-        }
-        if not math.isnan(self.cpu):
-            found["answer_cpu"] = self.cpu / answers, "CPU s"
-            found["right_answer_cpu"] = self.cpu / self.right if self.right else math.nan, "CPU s"
-        return found
-
-
 async def find_writers(url: str) -> list[Writer]:
     """Returns the tiers and adapters that the endpoint at ``url`` lists; the full model is first, then other tiers.
 
@@ -138,8 +108,8 @@ def measure_quality(
     baseline: dict[tuple[str, str], float] = {}
     for done, (task, writer) in enumerate(turns):
         report("Asking", done, len(turns))
-        score = asyncio.run(_take(url, writer, exams[task], concurrency, cpu))
-        for name, (value, unit) in score.figures(len(exams[task].questions)).items():
+        found = asyncio.run(_take(url, writer, exams[task], concurrency, cpu))
+        for name, (value, unit) in found.items():
             beside = baseline.get((task, name))
             if writer.full:
                 baseline.setdefault((task, name), value)
@@ -167,23 +137,38 @@ def quality_table(measurements: Sequence[Measurement]) -> Table:
     return table
 
 
-async def _take(url: str, writer: Writer, exam: Exam, concurrency: int, cpu: Callable[[], float] | None) -> Score:
-    """Asks the exam's questions, after one that does not count: a worker's first requests are slower."""
+async def _take(
+    url: str, writer: Writer, exam: Exam, concurrency: int, cpu: Callable[[], float] | None
+) -> dict[str, tuple[float, str]]:
+    """Asks the exam's questions, after one that does not count: a worker's first requests are slower.
+
+    Returns:
+        Value and unit of each figure, by name. A cost per right answer is NaN without one.
+    """
     async with OpenAiTarget(url, writer.model, extensions=False) as target:
         shots = () if writer.adapter else exam.shots
         await _ask(target, shots, exam.questions[:1], concurrency)
         used, start = 0.0 if cpu is None else cpu(), time.perf_counter()
-        score = await _ask(target, shots, exam.questions, concurrency)
-        score.seconds = time.perf_counter() - start
-        if cpu is not None:
-            score.cpu = cpu() - used
-    return score
+        answers = await _ask(target, shots, exam.questions, concurrency)
+        seconds, used = time.perf_counter() - start, 0.0 if cpu is None else cpu() - used
+    right, tokens, waited = (sum(column) for column in zip(*answers, strict=True))
+    found = {
+        "right": (right / len(answers), "of answers"),
+        "answer_tokens": (tokens / len(answers), "tokens"),
+        "answer_seconds": (waited / len(answers), "s"),
+        "token_rate": (tokens / seconds, "tokens/s"),
+    }
+    if cpu is not None:
+        found["answer_cpu"] = used / len(answers), "CPU s"
+        found["right_answer_cpu"] = used / right if right else math.nan, "CPU s"
+    return found
 
 
 async def _ask(
     target: OpenAiTarget, shots: Sequence[Message], questions: Sequence[Conversation], concurrency: int
-) -> Score:
-    score, waiting = Score(), deque(questions)
+) -> list[tuple[bool, int, float]]:
+    """Returns of each answer whether it is right, its tokens, and the seconds that it took."""
+    answers, waiting = list[tuple[bool, int, float]](), deque(questions)
 
     async def send() -> None:
         *prompt, expected = waiting.popleft().messages
@@ -194,12 +179,10 @@ async def _ask(
                     tokens = number
         except TimeoutError:
             raise RequestFailed(f"a request has not ended after {_TIMEOUT:g} s") from None
-        score.waited += time.perf_counter() - sent
-        score.tokens += tokens
-        score.right += received.text == expected["content"]
+        answers.append((received.text == expected["content"], tokens, time.perf_counter() - sent))
 
     try:
         await closed_loop(send, concurrency, lambda: not waiting)
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from None
-    return score
+    return answers

@@ -69,16 +69,22 @@ class Outcome:
         return (self.times[-1] - self.times[0]) / (self.tokens - 1) if self.tokens > 1 else 0.0
 
     @property
-    def unattributed(self) -> float | None:
-        """Share of the time from sending to the first token that no part of the server's breakdown covers.
+    def ttft_parts(self) -> dict[str, float]:
+        """Seconds from sending to the first token, by the server's parts; empty if the server sent none.
 
-        It is spent in the network and at both of its ends. None means that the server sent no breakdown.
+        The last part, ``unattributed``, is what no other covers: the network and both of its ends.
         """
         if not self.ok or self.sent is None or self.timing is None or self.timing.ttft is None:
-            return None
-        seen = self.times[0] - self.sent
-        parts = sum(getattr(self.timing, part) or 0.0 for part in TTFT_PARTS)
-        return (seen - parts) / seen if seen > 0 else None
+            return {}
+        parts = {name: getattr(self.timing, name) or 0.0 for name in TTFT_PARTS}
+        return parts | {"unattributed": self.times[0] - self.sent - sum(parts.values())}
+
+    @property
+    def unattributed(self) -> float | None:
+        """Share of the time from sending to the first token that no part covers. None means that none is known."""
+        parts = self.ttft_parts
+        seen = sum(parts.values())
+        return parts["unattributed"] / seen if seen > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +119,6 @@ class Objective:
     def met(self, outcome: Outcome) -> bool:
         pairs = ((self.ttft, "ttft"), (self.itl, "itl"), (self.e2e, "e2e"))
         return outcome.ok and all(limit is None or getattr(outcome, name) <= limit for limit, name in pairs)
-
-    def __str__(self) -> str:
-        names = ("ttft", "itl", "e2e")
-        return ", ".join(f"{name} <= {getattr(self, name):g} s" for name in names if getattr(self, name) is not None)
 
 
 def samples(outcomes: Sequence[Outcome], name: str) -> list[float]:
