@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from typing import TextIO
 
-from rich.console import Console
-
+from overfill.cli.output import console
 from overfill.lab.loadtest.plan import LoadPlan
 from overfill.lab.measurement import Measurement, measurements_table, value_text
 from overfill.lab.traffic.figures import Figure, figures
@@ -19,14 +18,13 @@ from overfill.lab.traffic.run_objectives import judge, of_each_request
 MET, MISSED, NOT_MEASURED = 0, 1, 2
 """Exit codes: every objective is met, one is missed, nothing could be measured."""
 
-_WIDTH = 120
 _PERCENTILES = {"p90": "p90", "p99": "p99"}
 
 
-def conclude(plan: LoadPlan, outcomes: Sequence[Outcome], out: TextIO, err: TextIO) -> int:
-    """Prints tables to ``out`` and missed objectives to ``err``, and writes the plan's files. Returns the exit code."""
+def conclude(plan: LoadPlan, outcomes: Sequence[Outcome]) -> int:
+    """Prints tables on stdout and missed objectives on stderr, and writes the plan's files. Returns the exit code."""
     if not outcomes:
-        return nothing_measured("no request was sent", err)
+        return nothing_measured("no request was sent")
     verdicts = judge(plan.objectives, outcomes)
     shown: dict[str, Sequence[Measurement]] = {
         "Figures": figures(outcomes),
@@ -34,29 +32,28 @@ def conclude(plan: LoadPlan, outcomes: Sequence[Outcome], out: TextIO, err: Text
         "Objectives": verdicts,
     }
     tables = {title: measurements_table(rows, _PERCENTILES) for title, rows in shown.items() if rows}
-    if err.isatty():
-        print(file=err)  # below the progress line
-    console = Console(file=out, highlight=False, width=None if out.isatty() else _WIDTH)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # below the progress line
     for table in tables.values():
-        console.print(table)
+        console().print(table)
     if errors := [outcome.error or "" for outcome in outcomes if not outcome.ok]:
-        print(f"loadtest: {len(errors)} requests failed; the first: {errors[0]}", file=err)
+        print(f"loadtest: {len(errors)} requests failed; the first: {errors[0]}", file=sys.stderr)
     missed = [verdict for verdict in verdicts if not verdict.reached]
     for one in missed:
         measured, bound = value_text(one.value, one.unit), value_text(one.bound, one.unit)
-        print(f"loadtest: missed: {one.name}: {measured} (at most {bound})", file=err)
+        print(f"loadtest: missed: {one.name}: {measured} (at most {bound})", file=sys.stderr)
     if plan.records is not None:
         plan.records.write_text("".join(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes))
     if plan.report is not None:
         from overfill.lab.loadtest.html_report import write_report
 
         write_report(plan.report, plan, outcomes, tables, passed=not missed)
-        print(f"loadtest: the report is {plan.report}", file=err)
+        print(f"loadtest: the report is {plan.report}", file=sys.stderr)
     return MISSED if missed else MET
 
 
-def nothing_measured(reason: str, err: TextIO) -> int:
-    print(f"\nloadtest: nothing was measured: {reason}", file=err)
+def nothing_measured(reason: str) -> int:
+    print(f"\nloadtest: nothing was measured: {reason}", file=sys.stderr)
     return NOT_MEASURED
 
 

@@ -136,7 +136,7 @@ class OpenAiUser(TimedUser):
         self.timed("", self._counts(self.environment.parsed_options))
 
     def _counts(self, given: Any) -> Iterator[int]:
-        url, events = self.host.rstrip("/"), openai.CompletionEvents()
+        url, events, rest = self.host.rstrip("/"), openai.CompletionEvents(), b""
         try:
             if not self._model:
                 self._model = self._session.get(f"{url}/models", timeout=_TIMEOUT).json()["data"][0]["id"]
@@ -146,7 +146,9 @@ class OpenAiUser(TimedUser):
             with self._session.post(f"{url}/completions", json=body, stream=True, timeout=_TIMEOUT) as response:
                 if response.status_code != 200:
                     raise RequestFailed(f"HTTP {response.status_code}: {openai.error_message(response.text)}")
-                yield from map(events.push, response.iter_lines(None))  # chunks as they come, not of a size of its own
+                for chunk in response.iter_content(None):  # iter_lines would wait for chunks of its own size
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    yield from map(events.push, lines)
         except (RequestException, ValueError, KeyError, TypeError) as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
         events.end()

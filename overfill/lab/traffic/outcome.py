@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from overfill.client import TTFT_PARTS, Timing
 from overfill.errors import InvalidRequest, OverfillError
 
 PERCENTILES = (50, 90, 99)
+_SECONDS = re.compile(r"((?:\d+(?:\.\d*)?|\.\d+)(?:e-?\d+)?)(ms|s)?")
 
 
 class RequestFailed(OverfillError):
@@ -97,7 +99,7 @@ class Objective:
 
     @classmethod
     def parse(cls, text: str) -> Objective:
-        """Parses a text such as ``ttft=2,itl=0.2``, in seconds.
+        """Parses a text such as ``ttft=2,itl=200ms``. Limits are in seconds without a unit.
 
         Raises:
             InvalidRequest: A name is not ttft, itl or e2e, or a value is not a positive number.
@@ -105,20 +107,22 @@ class Objective:
         limits: dict[str, float] = {}
         for part in text.split(","):
             name, _, value = part.strip().partition("=")
-            try:
-                limit = float(value)
-            except ValueError:
-                limit = 0.0
-            if name not in cls.__slots__ or not limit > 0:
+            limits[name] = parse_seconds(value)
+            if name not in cls.__slots__ or limits[name] <= 0:
                 raise InvalidRequest(
-                    "objective", f"{part.strip()!r} is not a limit in seconds such as ttft=2 or itl=0.2"
+                    "objective", f"{part.strip()!r} is not a limit such as ttft=2 (seconds), itl=200ms or e2e=30"
                 )
-            limits[name] = limit
         return cls(**limits)
 
     def met(self, outcome: Outcome) -> bool:
-        pairs = ((self.ttft, "ttft"), (self.itl, "itl"), (self.e2e, "e2e"))
-        return outcome.ok and all(limit is None or getattr(outcome, name) <= limit for limit, name in pairs)
+        limits = ((name, getattr(self, name)) for name in self.__slots__)
+        return outcome.ok and all(limit is None or getattr(outcome, name) <= limit for name, limit in limits)
+
+
+def parse_seconds(text: str) -> float:
+    """Parses ``2``, ``2s`` or ``200ms``. Returns 0 for a text that is no such time."""
+    found = _SECONDS.fullmatch(text)
+    return 0.0 if found is None else float(found[1]) / (1e3 if found[2] == "ms" else 1)
 
 
 def samples(outcomes: Sequence[Outcome], name: str) -> list[float]:

@@ -13,10 +13,10 @@ from dataclasses import replace
 
 from overfill.errors import InvalidRequest
 from overfill.lab.measurement import Measurement
-from overfill.lab.traffic.outcome import Objective, Outcome, samples
+from overfill.lab.traffic.outcome import Objective, Outcome, parse_seconds, samples
 
-_NAME = re.compile(r"(ttft|itl|tpot|e2e|unattributed)_p(\d{1,2}(?:\.\d+)?|100)")
-_VALUE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ms|s|%)?")
+_PERCENTILE = r"_p(\d{1,2}(?:\.\d+)?|100)"
+_NUMBER = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(%)?")
 
 
 def parse_objectives(text: str) -> list[Measurement]:
@@ -69,15 +69,14 @@ def _measure(objective: Measurement, outcomes: Sequence[Outcome]) -> float:
 
 def _parse(part: str) -> Measurement:
     name, _, given = part.partition("=")
-    value, of_answers = _VALUE.fullmatch(given), _NAME.fullmatch(name)
-    if value is not None:
-        number, unit = float(value[1]), value[2]
-        if name == "errors" and (unit == "%" or (unit is None and number == int(number))):
-            return Measurement(name, math.nan, unit or "", bound=number)
-        if of_answers and of_answers[1] == "unattributed" and unit in (None, "%"):
-            return Measurement(name, math.nan, "%", bound=number if unit else 100 * number)
-        if of_answers and of_answers[1] != "unattributed" and unit != "%" and number > 0:
-            return Measurement(name, math.nan, "s", bound=number / 1e3 if unit == "ms" else number)
+    if re.fullmatch(rf"(ttft|itl|tpot|e2e){_PERCENTILE}", name) and (limit := parse_seconds(given)) > 0:
+        return Measurement(name, math.nan, "s", bound=limit)
+    if value := _NUMBER.fullmatch(given):
+        number, percent = float(value[1]), value[2] or ""
+        if name == "errors" and (percent or number == int(number)):
+            return Measurement(name, math.nan, percent, bound=number)
+        if re.fullmatch(rf"unattributed{_PERCENTILE}", name):
+            return Measurement(name, math.nan, "%", bound=number if percent else 100 * number)
     raise InvalidRequest(
         "objective",
         f"{part!r} is not an objective such as ttft_p95=2 (seconds), itl_p99=200ms, tpot_p50=0.1, e2e_p90=30, "

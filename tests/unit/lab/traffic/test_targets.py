@@ -223,7 +223,7 @@ def test_goodput_counts_requests_that_meet_every_limit():
         Outcome(1.0, (), "HTTP 500"),
         Outcome(2.0, (2.5, 2.6, 4.0), "broke off"),
     ]
-    found = {one.name: one.value for one in figures(outcomes, Objective.parse("ttft=1.5, itl=0.5"))}
+    found = {one.name: one.value for one in figures(outcomes, Objective.parse("ttft=1.5, itl=500ms"))}
     span = 3.1
     assert found["goodput"] == pytest.approx(1 / span)
     assert found["attainment"] == pytest.approx(0.2)
