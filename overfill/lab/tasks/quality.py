@@ -32,7 +32,7 @@ BASELINE = "full model alone"
 
 
 @dataclass(frozen=True, slots=True)
-class Writer:
+class Examinee:
     """What writes answers: a tier without an adapter, or an adapter.
 
     Attributes:
@@ -64,7 +64,7 @@ class Exam:
     shots: Sequence[Message] = ()
 
 
-async def find_writers(url: str) -> list[Writer]:
+async def find_writers(url: str) -> list[Examinee]:
     """Returns the tiers and adapters that the endpoint at ``url`` lists; the full model is first, then other tiers.
 
     Raises:
@@ -72,14 +72,14 @@ async def find_writers(url: str) -> list[Writer]:
     """
     async with OpenAiTarget(url) as target:
         listed = await target.models()
-    found: dict[str, Writer] = {}
+    found: dict[str, Examinee] = {}
     for model in listed:
         own = model.get("overfill") or {}
         adapter, pair = bool(model.get("parent")), own.get("pair") or {}
         # The default tier is listed twice: by its own name too.
         name = model["root"] if adapter else own.get("tier") or model["id"]
         full = not adapter and "decoder_digest" in pair and pair["decoder_digest"] == pair["full_digest"]
-        found[name] = Writer(name, model["id"], adapter, full)
+        found[name] = Examinee(name, model["id"], adapter, full)
     return sorted(found.values(), key=lambda writer: (writer.adapter, not writer.full))
 
 
@@ -138,7 +138,7 @@ def quality_table(measurements: Sequence[Measurement]) -> Table:
 
 
 async def _take(
-    url: str, writer: Writer, exam: Exam, concurrency: int, cpu: Callable[[], float] | None
+    url: str, writer: Examinee, exam: Exam, concurrency: int, cpu: Callable[[], float] | None
 ) -> dict[str, tuple[float, str]]:
     """Asks the exam's questions, after one that does not count: a worker's first requests are slower.
 

@@ -120,9 +120,10 @@ def test_failures_are_counted_and_told(tmp_path, capsys):
     assert "<td>1</td><td>&lt;refused&gt;</td>" in page.read_text()
 
 
-def test_a_report_of_failures_alone_has_no_plots(tmp_path):
+def test_a_report_of_failures_alone_has_no_plots(tmp_path, capsys):
     page = tmp_path / "report.html"
-    assert conclude(LoadPlan(report=page), [Outcome(0.0, (), "refused")]) == MISSED
+    assert conclude(LoadPlan(report=page, objective="ttft_p95=1"), [Outcome(0.0, (), "refused")]) == MISSED
+    assert "missed: ttft_p95: not measured (at most 1 s)" in capsys.readouterr().err
     assert "<svg" not in page.read_text()
 
 
