@@ -118,6 +118,10 @@ class Objective:
         limits = ((name, getattr(self, name)) for name in self.__slots__)
         return outcome.ok and all(limit is None or getattr(outcome, name) <= limit for name, limit in limits)
 
+    def __str__(self) -> str:
+        limits = ((name, getattr(self, name)) for name in self.__slots__)
+        return ", ".join(f"{name} <= {limit:g} s" for name, limit in limits if limit is not None)
+
 
 def parse_seconds(text: str) -> float:
     """Parses ``2``, ``2s`` or ``200ms``. Returns 0 for a text that is no such time."""
