@@ -7,7 +7,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -106,6 +106,32 @@ class Number(_Finite, click.FloatRange):
 
 class AnyNumber(_Finite, click.types.FloatParamType):
     """A finite number."""
+
+
+def option_field(default: Any, help: str, kind: Any, otherwise: str | None = None, **more: Any) -> Any:
+    """Describes a field of a dataclass that is also an option of a command, for ``field_options``.
+
+    Args:
+        kind: Type of the option, which checks the value.
+        otherwise: What happens without the option, in words.
+        more: Further arguments of ``click.option``.
+    """
+    shown = default not in (None, "", ()) and default is not False
+    help += f"  [default: {otherwise}]" if otherwise else ""
+    return field(default=default, metadata={"help": help, "type": kind, "show_default": shown} | more)
+
+
+def field_options(*classes: Any) -> Callable[[_F], _F]:
+    """Gives a command an option for each ``option_field`` of some dataclasses."""
+
+    def add(command: _F) -> _F:
+        for f in reversed([f for one in classes for f in fields(one) if f.metadata]):
+            name = f.name.replace("_", "-")
+            flags = f"--{name}/--no-{name}" if f.default is True else f"--{name}"
+            command = click.option(flags, default=f.default, **f.metadata)(command)
+        return command
+
+    return add
 
 
 @contextlib.contextmanager

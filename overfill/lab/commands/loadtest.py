@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import click
 
-from overfill.cli.options import ClientConnection, connection_options, option_errors
+from overfill.cli.options import ClientConnection, connection_options, field_options, option_errors
 from overfill.lab.loadtest.plan import LoadPlan
 from overfill.process.extras import require
 
@@ -25,15 +23,9 @@ _target_option = click.option(
 )
 
 
-def _plan_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for f in reversed([f for f in fields(LoadPlan) if f.metadata]):
-        command = click.option(f"--{f.name.replace('_', '-')}", default=f.default, **f.metadata)(command)
-    return command
-
-
 @click.command("loadtest")
 @partial(connection_options, address=_target_option)
-@_plan_options
+@field_options(LoadPlan)
 def loadtest_command(connection: ClientConnection, **options: Any) -> int:
     """Load a stack or an OpenAI endpoint, and check objectives.
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import click
 
-from overfill.cli.options import FILE, Number, OutPath
+from overfill.cli.options import FILE, Number, OutPath, option_field
 from overfill.errors import InvalidRequest
 from overfill.lab.measurement import Measurement
 from overfill.lab.traffic.run_objectives import parse_objectives
@@ -34,72 +34,69 @@ _DURATIONS: dict[Shape, float] = {"constant": 60.0, "ramp": 120.0, "spike": 120.
 _POSITIVE = Number(0, min_open=True)
 
 
-def _option(default: Any, help: str, kind: Any, otherwise: str | None = None, **more: Any) -> Any:
-    """Describes an option of the command. ``otherwise`` says in words what happens without it."""
-    shown = default not in (None, "", ()) and default is not False
-    help += f"  [default: {otherwise}]" if otherwise else ""
-    return field(default=default, metadata={"help": help, "type": kind, "show_default": shown} | more)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPlan:
-    """Options of a load test. A field's metadata are the arguments of ``click.option``, which checks the value.
+    """Options of a load test. An ``option_field`` is an option of the command, which checks the value.
 
     ``target`` is HOST:PORT of a router, or the URL of an OpenAI endpoint. Its key and certificates are not in the plan,
     because the report shows a plan.
     """
 
     target: str = "127.0.0.1:7600"
-    trace: Path | None = _option(
+    trace: Path | None = option_field(
         None, "Trace to play: Azure's CSV or Mooncake's JSON lines.", FILE, otherwise="synthetic requests"
     )
-    requests: int | None = _option(
+    requests: int | None = option_field(
         None, "Number of requests; of a trace, the first ones.", click.IntRange(1), otherwise="no limit"
     )
-    rate: float | None = _option(
+    rate: float | None = option_field(
         None,
         "Mean requests per second; scales a trace's arrival times.",
         _POSITIVE,
         otherwise="the trace's; without one, users send the next request after an answer",
     )
-    shape: Shape | None = _option(
+    shape: Shape | None = option_field(
         None,
         "Load over time.",
         click.Choice(get_args(Shape)),
         otherwise="arrivals with --trace or --rate, or else constant",
     )
-    users: int = _option(4, "Maximum number of concurrent users; not for --shape arrivals.", click.IntRange(1))
-    duration: float | None = _option(
+    users: int = option_field(4, "Maximum number of concurrent users; not for --shape arrivals.", click.IntRange(1))
+    duration: float | None = option_field(
         None, "Duration in seconds.", _POSITIVE, otherwise="60; for ramp and spike 120, for soak 3600"
     )
-    length_scale: float = _option(1.0, "Factor for the lengths of a trace's prompts and answers.", _POSITIVE)
-    longest: int | None = _option(
+    length_scale: float = option_field(1.0, "Factor for the lengths of a trace's prompts and answers.", _POSITIVE)
+    longest: int | None = option_field(
         None, "Maximum tokens of a prompt and its answer; longer prompts are cut.", click.IntRange(2)
     )
-    prompt_tokens: int = _option(512, "Length of a synthetic prompt.", click.IntRange(1))
-    output_tokens: int = _option(128, "Length of a synthetic answer.", click.IntRange(1))
-    vocab_size: int = _option(32_000, "Prompts consist of random token ids below this number.", click.IntRange(2))
-    seed: int = _option(0, "Random seed for synthetic arrivals.", int)
-    objective: str = _option(
+    prompt_tokens: int = option_field(512, "Length of a synthetic prompt.", click.IntRange(1))
+    output_tokens: int = option_field(128, "Length of a synthetic answer.", click.IntRange(1))
+    vocab_size: int = option_field(32_000, "Prompts consist of random token ids below this number.", click.IntRange(2))
+    seed: int = option_field(0, "Random seed for synthetic arrivals.", int)
+    objective: str = option_field(
         "", "Objectives, such as ttft_p95=2,itl_p99=200ms. Also tpot, e2e, unattributed, errors (0 unless given).", str
     )
-    timeout: float = _option(600.0, "Timeout of one request, seconds.", _POSITIVE)
-    tier: tuple[str, ...] = _option(
+    timeout: float = option_field(600.0, "Timeout of one request, seconds.", _POSITIVE)
+    tier: tuple[str, ...] = option_field(
         (),
         "Tier of the requests, as NAME or NAME=WEIGHT; repeat it to mix tiers by weight.",
         str,
         otherwise="the server's default tier",
         multiple=True,
     )
-    fallback: str = _option(
+    fallback: str = option_field(
         "", "Tier that continues answers whose own tier has no worker left; none waits.", str, otherwise="the tier's"
     )
-    allow_brownout: bool = _option(
+    allow_brownout: bool = option_field(
         False, "Let the next tier answer when the requested one is overloaded.", bool, is_flag=True
     )
-    model: str | None = _option(None, "Model name for an OpenAI endpoint.", str, otherwise="the first that it lists")
-    report: Path | None = _option(None, "Write an HTML report with plots to this file.", OutPath("file"))
-    records: Path | None = _option(None, "Write each request's outcome as a JSON line to this file.", OutPath("file"))
+    model: str | None = option_field(
+        None, "Model name for an OpenAI endpoint.", str, otherwise="the first that it lists"
+    )
+    report: Path | None = option_field(None, "Write an HTML report with plots to this file.", OutPath("file"))
+    records: Path | None = option_field(
+        None, "Write each request's outcome as a JSON line to this file.", OutPath("file")
+    )
 
     def __post_init__(self) -> None:
         """Raises InvalidRequest when options conflict, or a text is not what it should be."""

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 
+@dataclass(eq=False, slots=True)
 class Event:
     """A scheduled call that can be cancelled."""
 
-    __slots__ = ("action", "args", "time")
-
-    def __init__(self, time: float, action: Callable[..., None], args: tuple[Any, ...]) -> None:
-        self.time = time
-        self.action: Callable[..., None] | None = action
-        self.args = args
+    time: float
+    action: Callable[..., None] | None
+    args: tuple[Any, ...]
 
     def cancel(self) -> None:
         self.action = None

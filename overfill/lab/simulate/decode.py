@@ -10,9 +10,10 @@ from __future__ import annotations
 import enum
 import heapq
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from overfill.lab.simulate.clock import Clock, Event
 from overfill.lab.simulate.histogram import Histogram
@@ -49,12 +50,12 @@ class SimSequence:
 
 
 class DecodeListener(Protocol):
-    def answer_done(self, sequence: SimSequence) -> None: ...
+    def answer_done(self, sequence: Any) -> None: ...
 
-    def kv_needed(self, sequence: SimSequence) -> None:
+    def kv_needed(self, sequence: Any) -> None:
         """A preempted sequence has blocks again and needs its prompt's KV again."""
 
-    def preempted(self, sequence: SimSequence) -> None:
+    def preempted(self, sequence: Any) -> None:
         """A sequence lost its blocks. KV that is still arriving for it is useless."""
 
 
@@ -166,15 +167,11 @@ class SimDecode:
         if self._phase is None:
             self.on_ready()
 
-    def kill(self) -> list[SimSequence]:
-        """Kills the worker. Returns its sequences, with ``emitted`` up to date."""
+    def kill(self) -> None:
         if self._phase is not None:
             self._phase.cancel()
-        lost = list(self.sequences)
-        for sequence in lost:
-            sequence.emitted = self.emitted(sequence)
+        for sequence in self.sequences:
             sequence.state = SequenceState.ENDED
-        return lost
 
     def emitted(self, sequence: SimSequence) -> int:
         """Returns the number of tokens that a sequence has emitted so far."""
@@ -242,23 +239,14 @@ class SimDecode:
         """Returns the blocks that the phase's first ``steps`` steps take."""
         size = self._model.block_size
         rounds, rest = divmod(steps, size)
-        blocks = rounds * self.batch
-        for offset in range(rest):
-            blocks += self._crossings[(self.steps + offset) % size]
-        return blocks
+        return rounds * self.batch + sum(self._crossings[(self.steps + step) % size] for step in range(rest))
 
     def _steps_with_room(self, max_steps: int) -> int:
         """Returns how many steps the free blocks allow, up to ``max_steps``."""
         free = self.total - self._reserved
         if self._blocks_taken(max_steps) <= free:
             return max_steps
-        size = self._model.block_size
-        steps = free // self.batch * size  # whole rounds of block_size steps; each takes one block per sequence
-        left = free - self._blocks_taken(steps)
-        while steps < max_steps and (need := self._crossings[(self.steps + steps) % size]) <= left:
-            left -= need
-            steps += 1
-        return steps
+        return bisect_right(range(max_steps), free, key=self._blocks_taken) - 1
 
     @property
     def _num_growing(self) -> int:
@@ -288,15 +276,12 @@ class SimDecode:
         joined, self._joining = self._joining, []
         for sequence in joined:
             self._join(sequence)
-        if not self.batch:
-            self._resume_preempted()
-            return
-        while (steps := self._steps_with_room(self._heap[0][0] - self.steps)) == 0:
+        steps = 0
+        while self.batch and not (steps := self._steps_with_room(self._heap[0][0] - self.steps)):
             self._preempt_youngest()
-            if not self.batch:
-                self._resume_preempted()
-                return
         self._resume_preempted()
+        if not self.batch:
+            return
         steps = self._steps_with_room(min(steps, max_steps or steps))
         self._phase_start, self._phase_steps = self._clock.now, steps
         self._phase = self._clock.after(self._seconds(steps), self._end_phase)

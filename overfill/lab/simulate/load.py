@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+import click
+
+from overfill.cli.options import Number, option_field
 from overfill.errors import InvalidRequest
 from overfill.lab.traffic.traces import (
     TraceKind,
@@ -24,31 +27,36 @@ from overfill.lab.traffic.traces import (
 _SYNTHETIC = re.compile(r"synthetic(:(?P<rate>[0-9.]*[1-9][0-9.]*)(:(?P<count>[1-9][0-9]*))?)?")
 _SESSIONS = re.compile(r"sessions:([1-9][0-9]*):([1-9][0-9]*):([0-9]+)")
 
+_POSITIVE = Number(0, min_open=True)
+_COUNT = click.IntRange(1)
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Describes the requests of a simulation.
+    """Describes the requests of a simulation. Each field is an option of the command."""
 
-    Attributes:
-        trace: A file, ``azure:FILE``, ``mooncake:FILE``, ``synthetic``, ``synthetic:RATE:REQUESTS``, or
-            ``sessions:CHATS:TURNS:TOKENS``; each of them, one after another.
-        requests: Only the first requests of each trace.
-        rate: Mean requests per second of each trace. None means the trace's own; 1 if it has none.
-        rate_scale, length_scale: Factors for the rate of all requests, and for the lengths of prompts and answers.
-        longest: Maximum tokens of a prompt and its answer; longer prompts are cut.
-        prompt_tokens, output_tokens: Lengths for synthetic traces; in chats, of each turn.
-        seed: Random seed of synthetic arrivals.
-    """
-
-    trace: Sequence[str] = ("synthetic",)
-    requests: int | None = None
-    rate: float | None = None
-    rate_scale: float = 1.0
-    length_scale: float = 1.0
-    longest: int | None = None
-    prompt_tokens: int = 512
-    output_tokens: int = 128
-    seed: int = 0
+    trace: Sequence[str] = option_field(
+        ("synthetic",),
+        "Trace to play: FILE, azure:FILE, mooncake:FILE, synthetic, synthetic:RATE:REQUESTS with its own rate and "
+        "number of requests, or sessions:CHATS:TURNS:TOKENS, chats that share a system prompt of TOKENS. Repeat it to "
+        "play several one after another.",
+        str,
+        multiple=True,
+    )
+    requests: int | None = option_field(
+        None, "Play the first N requests of each trace.", _COUNT, otherwise="all; synthetic: 1000"
+    )
+    rate: float | None = option_field(
+        None, "Mean requests per second of each trace.", _POSITIVE, otherwise="the trace's; synthetic: 1"
+    )
+    rate_scale: float = option_field(1.0, "Factor for the rate of all requests.", _POSITIVE)
+    length_scale: float = option_field(1.0, "Factor for the lengths of prompts and answers.", _POSITIVE)
+    longest: int | None = option_field(
+        None, "Maximum tokens of a prompt and its answer; longer prompts are cut.", click.IntRange(2)
+    )
+    prompt_tokens: int = option_field(512, "Length of a synthetic prompt; in chats, of a turn's.", _COUNT)
+    output_tokens: int = option_field(128, "Length of a synthetic answer.", _COUNT)
+    seed: int = option_field(0, "Random seed for synthetic arrivals, policies and failures.", int)
 
     def read(self) -> list[TraceRequest]:
         """Returns the requests. Raises InvalidRequest if a trace is none, or cannot be read."""

@@ -1,21 +1,30 @@
-"""Options of a simulation."""
+"""Options of a simulation. Each ``option_field`` is an option of the command too."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import get_args
 
+import click
+
+from overfill.cli.options import Number, option_field
 from overfill.lab.simulate.profiles import Profile
 from overfill.lab.traffic.outcome import Objective
-from overfill.routing.policies import PolicyName
 from overfill.routing.scaling import Bounds, ScalingConfig
 from overfill.routing.tier import DEFAULT_TIER, Objectives
 
 DEFAULT_OBJECTIVE = Objective(ttft=2.0, itl=0.1)
 
-DEFAULT_POLICY = "default"
-POLICY_NAMES = (DEFAULT_POLICY, *get_args(PolicyName))
-"""Names of routing policies. ``default`` stands for the router's defaults, which differ by stage."""
+_POSITIVE = Number(0, min_open=True)
+_COUNT = click.IntRange(0)
+
+
+def _size_in_bytes(_context: click.Context, _option: click.Parameter, text: str) -> int:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        raise click.BadParameter(f"must be a size such as 50GiB, got {text!r}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +36,7 @@ class SimTier:
         workers: Number of decode workers at the start; constant without scaling.
         max_workers: Maximum number with scaling.
         share: Weight of the requests that ask for it.
-        ttft, itl: Its objectives in seconds; None means those of all requests.
+        objective: Objective of these requests.
     """
 
     name: str
@@ -35,17 +44,21 @@ class SimTier:
     workers: int = 1
     max_workers: int | None = None
     share: float = 1.0
-    ttft: float | None = None
-    itl: float | None = None
+    objective: Objective = DEFAULT_OBJECTIVE
 
-    def objective(self, common: Objective) -> Objective:
-        """Returns the objective of a request that asks for the tier."""
-        return replace(common, ttft=self.ttft or common.ttft, itl=self.itl or common.itl)
+    @property
+    def goals(self) -> Objectives:
+        """The objective as the router has it: it always has both limits."""
+        default = Objectives()
+        return Objectives(self.objective.ttft or default.ttft, self.objective.itl or default.itl)
 
-    def objectives(self, common: Objective) -> Objectives:
-        """Returns the objectives as the router has them, which are always set."""
-        own, default = self.objective(common), Objectives()
-        return Objectives(own.ttft or default.ttft, own.itl or default.itl)
+    def scaling(self, config: ScalingConfig) -> ScalingConfig:
+        """Returns the scaling policy's settings of this tier, given those of all tiers."""
+        goals, model = self.goals, self.profile.decode
+        bounds = Bounds(config.decode.min, self.max_workers or config.decode.max)
+        return replace(
+            config, ttft=goals.ttft, itl=goals.itl, decode=bounds, step=model.cost, max_batch=model.max_num_seqs
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,53 +66,46 @@ class SimulationOptions:
     """Options of a simulation.
 
     Attributes:
-        prefill, decode: Number of workers with one stage at the start; constant when ``scaling`` is None.
-        colocated: Number of workers with both stages; constant.
         tiers: The tiers. Empty means one tier, of ``decode`` workers.
         brownout: Order of the tiers from the best to the cheapest. Empty means no brownout.
-        brownout_share: Share of the requests that allow a brownout.
-        objective: Objective of the requests, except those of tiers with their own.
-        policy: One of ``POLICY_NAMES``. Decode workers are chosen by their default if it is none of theirs.
-        scaling: Configuration of the scaling policy. None means no scaling.
-        kv_peers: True if workers lend each other KV.
-        kv_disk_size: Bytes of KV that each prefill worker may keep on disk.
-        max_queue: Maximum requests in a tier's queue; further ones are refused.
-        max_wait: Longest expected wait in seconds with which a request is admitted. None means no limit.
-        mtbf: Mean seconds until a worker dies and is replaced. None means never.
-        check: Check all counters and the *Waiting* rule after every event.
+        objective: Objective of the requests without ``tiers``.
+        scaling: Configuration of the scaling policy. None means that the numbers of workers are constant.
         seed: Random seed for failures, policies and the tiers of requests.
-        max_misses: Stop once more requests than this have missed their objective. None means to play all.
     """
 
-    prefill: int = 1
-    decode: int = 1
-    colocated: int = 0
+    prefill: int = option_field(1, "Number of prefill workers; with --autoscale at the start.", _COUNT)
+    decode: int = option_field(1, "Number of decode workers; with --autoscale at the start.", _COUNT)
+    colocated: int = option_field(
+        0, "Number of workers with both stages. With them, --prefill and --decode are 0 by default.", _COUNT
+    )
+    brownout_share: float = option_field(1.0, "With --brownout: share of the requests that allow it.", Number(0, 1))
+    kv_peers: bool = option_field(True, "Whether workers lend each other KV of prompts.", bool)
+    kv_disk_size: int = option_field(
+        0,
+        "KV that each prefill worker keeps on disk, such as 50GiB.",
+        str,
+        metavar="SIZE",
+        callback=_size_in_bytes,
+    )
+    max_wait: float | None = option_field(
+        None, "Refuse requests that would wait longer, in seconds.", _POSITIVE, otherwise="no limit"
+    )
+    mtbf: float | None = option_field(
+        None, "Mean seconds until a worker dies and is replaced.", _POSITIVE, otherwise="never"
+    )
+    check: bool = option_field(
+        False,
+        "After every event, check all counters, and that no request waits while a worker could serve it; slow.",
+        bool,
+        is_flag=True,
+    )
     tiers: tuple[SimTier, ...] = ()
     brownout: tuple[str, ...] = ()
-    brownout_share: float = 1.0
     objective: Objective = DEFAULT_OBJECTIVE
-    policy: str = DEFAULT_POLICY
     scaling: ScalingConfig | None = None
-    kv_peers: bool = True
-    kv_disk_size: int = 0
-    max_queue: int = 1024
-    max_wait: float | None = None
-    mtbf: float | None = None
-    check: bool = False
     seed: int = 0
-    max_misses: int | None = None
 
     def all_tiers(self, profile: Profile) -> dict[str, SimTier]:
         """Returns the tiers by name; without any, the only one, with decode workers of ``profile``."""
-        tiers = self.tiers or (SimTier(DEFAULT_TIER, profile, self.decode),)
+        tiers = self.tiers or (SimTier(DEFAULT_TIER, profile, self.decode, objective=self.objective),)
         return {tier.name: tier for tier in tiers}
-
-    def scaling_of(self, tier: SimTier, config: ScalingConfig) -> ScalingConfig:
-        """Returns the scaling policy's settings of one tier."""
-        if not self.tiers:
-            return config
-        goal, model = tier.objectives(self.objective), tier.profile.decode
-        bounds = config.decode if tier.max_workers is None else Bounds(config.decode.min, tier.max_workers)
-        return replace(
-            config, ttft=goal.ttft, itl=goal.itl, decode=bounds, step=model.cost, max_batch=model.max_num_seqs
-        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from overfill.kv.keys import PromptBlocks
 from overfill.lab.simulate.blocks import CachedBlocks, KeptBlocks, SharedLink
@@ -37,7 +37,7 @@ class Ticket:
     id: str
     prompt_tokens: int
     shared: Sequence[int]
-    owner: object
+    owner: Any
     local: bool = False
     holder: str = ""
     cached: int = 0
@@ -95,8 +95,7 @@ class SimPrefill:
         self.queued_tokens = 0
         self.waiting: deque[Ticket] = deque()
         self.running: dict[str, Ticket] = {}
-        self._holding: dict[str, Ticket] = {}
-        self._importing: dict[str, Ticket] = {}
+        self._admitted: dict[str, Ticket] = {}  # those that hold blocks: imported, running or being sent
         self._step: Event | None = None
         self._disk = disk
         self.link = SharedLink()
@@ -113,7 +112,7 @@ class SimPrefill:
 
     @property
     def num_admitted(self) -> int:
-        return len(self.running) + len(self._holding) + len(self._importing)
+        return len(self._admitted)
 
     @property
     def active(self) -> int:
@@ -144,20 +143,17 @@ class SimPrefill:
 
     def tickets(self) -> list[Ticket]:
         """Returns the tickets on the worker."""
-        return [*self.waiting, *self._importing.values(), *self.running.values(), *self._holding.values()]
+        return [*self.waiting, *self._admitted.values()]
 
-    def kill(self) -> list[Ticket]:
-        """Kills the worker. Returns its tickets."""
+    def kill(self) -> None:
         if self._step is not None:
             self._step.cancel()
-        lost = self.tickets()
-        for ticket in lost:
+        for ticket in self.tickets():
             ticket.cancelled = True
-        return lost
 
     def check(self) -> None:
         """Raises AssertionError unless the counters agree with the tickets."""
-        tokens = sum(ticket.left for ticket in (*self.waiting, *self._importing.values(), *self.running.values()))
+        tokens = sum(ticket.left for ticket in self.tickets())
         if tokens != self.queued_tokens:
             raise AssertionError(f"{tokens} tokens are queued, {self.queued_tokens} counted")
         if not 0 <= self.blocks.used <= self.blocks.total:
@@ -187,6 +183,7 @@ class SimPrefill:
             self.waiting.popleft()
             ticket.cached = ticket.computed = cached
             self.queued_tokens -= cached
+            self._admitted[ticket.id] = ticket
             if not self._import(ticket):
                 self.running[ticket.id] = ticket
         return bool(self.running)
@@ -213,14 +210,13 @@ class SimPrefill:
                 ticket.imported[name] += tokens
         if not ticket.imported:
             return False
-        self._importing[ticket.id] = ticket
         self._clock.at(ready, self._end_import, ticket, begin * size)
         return True
 
     def _end_import(self, ticket: Ticket, tokens: int) -> None:
         if ticket.cancelled:
             return
-        self.running[ticket.id] = self._importing.pop(ticket.id)
+        self.running[ticket.id] = ticket
         self.blocks.publish(ticket.id, tokens)
         self.queued_tokens -= tokens - ticket.cached
         ticket.cached = ticket.computed = tokens
@@ -261,7 +257,6 @@ class SimPrefill:
                     self._drop(ticket)
                     continue
                 del self.running[ticket.id]
-                self._holding[ticket.id] = ticket
                 # The last layer's KV can be sent only now.
                 bandwidth, layers = self._profile.link_bandwidth, self._profile.layers
                 last = now + count * self._profile.kv_token_bytes / layers / bandwidth
@@ -289,7 +284,7 @@ class SimPrefill:
         self._load_changed()
 
     def _drop(self, ticket: Ticket) -> None:
-        if any(tickets.pop(ticket.id, None) is not None for tickets in (self.running, self._importing)):
+        if self._admitted.pop(ticket.id, None) is not None:
+            self.running.pop(ticket.id, None)
             self.queued_tokens -= ticket.left
-        self._holding.pop(ticket.id, None)
-        self.blocks.release(ticket.id)
+            self.blocks.release(ticket.id)

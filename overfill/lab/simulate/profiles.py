@@ -165,30 +165,25 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Accelerator:
-    """Figures of a datasheet: dense bfloat16 FLOP/s, memory bandwidth in bytes/s, memory in bytes.
+    """The parts of a datasheet's figures that we assume to be reached; not measured.
 
-    The methods return the parts of them that we assume to be reached. They are not measured.
+    Attributes:
+        rate: Half of the dense bfloat16 FLOP/s.
+        read_rate: 0.8 of the memory's bandwidth, in bytes/s.
+        memory: 0.9 of the memory, in bytes.
     """
 
-    flops: float
-    bandwidth: float
+    rate: float
+    read_rate: float
     memory: float
-
-    @property
-    def rate(self) -> float:
-        return self.flops * 0.5
-
-    @property
-    def read_rate(self) -> float:
-        return self.bandwidth * 0.8
 
     def kv_tokens(self, *models: float) -> int:
         """Returns the tokens of KV that fit beside models with these numbers of parameters; negative if none do."""
-        return int((self.memory * 0.9 - 2 * sum(models)) / _KV_TOKEN_BYTES)
+        return int((self.memory - 2 * sum(models)) / _KV_TOKEN_BYTES)
 
 
-H100 = Accelerator(flops=989e12, bandwidth=3.35e12, memory=80e9)
-L4 = Accelerator(flops=121e12, bandwidth=300e9, memory=24e9)
+H100 = Accelerator(rate=0.5 * 989e12, read_rate=0.8 * 3.35e12, memory=0.9 * 80e9)
+L4 = Accelerator(rate=0.5 * 121e12, read_rate=0.8 * 300e9, memory=0.9 * 24e9)
 
 _FULL, _DECODER = 8.03e9, 3.2e9
 """Parameters of Llama-3.1-8B, and of a decoder of the paper's size. Both are in bfloat16."""
@@ -326,13 +321,12 @@ def _fit(features: Sequence[tuple[float, ...]], seconds: Sequence[float]) -> lis
     import numpy as np  # imported here: reading the command's options must not need it
 
     relative = np.array(features) / np.array(seconds)[:, None]
-    weights = [0.0] * relative.shape[1]
-    active = [index for index in range(len(weights)) if relative[:, index].any()]
-    while active:
-        found = np.linalg.lstsq(relative[:, active], np.ones(len(seconds)), rcond=None)[0]
-        if (found >= 0).all():
-            for index, value in zip(active, found, strict=True):
-                weights[index] = float(value)
+    weights = np.zeros(relative.shape[1])
+    active = relative.any(axis=0)
+    while active.any():
+        weights[:] = 0.0
+        weights[active] = np.linalg.lstsq(relative[:, active], np.ones(len(seconds)), rcond=None)[0]
+        if (weights >= 0).all():
             break
-        active = [index for index, value in zip(active, found, strict=True) if value >= 0]
-    return weights
+        active &= weights >= 0
+    return [max(0.0, float(weight)) for weight in weights]

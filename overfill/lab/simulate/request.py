@@ -9,7 +9,7 @@ from itertools import chain, repeat
 from overfill.kv.keys import PromptKeys, root_key
 from overfill.lab.simulate.decode import SimSequence
 from overfill.lab.simulate.prefill import Ticket
-from overfill.lab.traffic.outcome import Outcome
+from overfill.lab.traffic.outcome import Objective, Outcome
 from overfill.lab.traffic.traces import TraceRequest
 from overfill.routing.job import Job
 from overfill.v1 import common_pb2, decode_pb2
@@ -34,17 +34,13 @@ class DecodeAttempt(SimSequence):
     over: bool = False
 
 
-def attempt_of(sequence: object) -> DecodeAttempt:
-    assert isinstance(sequence, DecodeAttempt)
-    return sequence
-
-
 @dataclass(eq=False, slots=True)
 class SimRequest:
     """A request of the trace in the simulated stack.
 
     Attributes:
         asked: Tier that it asks for. The job has the tier that answers.
+        objective: Objective of that tier.
         allows_brownout: True if a cheaper tier may answer.
         first, last: Times at which the client had the first and the last token. None means not yet.
         emitted: Tokens that the router has received; the next attempt continues after them.
@@ -54,6 +50,7 @@ class SimRequest:
     trace: TraceRequest
     job: Job
     asked: str
+    objective: Objective
     allows_brownout: bool = False
     first: float | None = None
     last: float | None = None
@@ -74,6 +71,10 @@ class SimRequest:
     @property
     def ok(self) -> bool:
         return self.ended and not self.error
+
+    @property
+    def met(self) -> bool:
+        return self.objective.met(self.outcome)
 
     @property
     def outcome(self) -> Outcome:

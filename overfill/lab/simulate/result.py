@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 
 from overfill.lab.simulate.histogram import Histogram
 from overfill.lab.simulate.options import SimulationOptions
-from overfill.lab.simulate.profiles import Profile
 from overfill.lab.simulate.request import SimRequest
 from overfill.lab.traffic.figures import Figure, latencies
 from overfill.request.names import cached_by_source
@@ -64,21 +63,15 @@ class SimulationResult:
         gaps: Seconds between successive tokens, over all answers. A request's ``itl`` is the mean of its own gaps.
     """
 
-    profile: Profile
     options: SimulationOptions
     requests: Sequence[SimRequest]
     gaps: Histogram
     counters: Counters
 
-    def meets(self, request: SimRequest) -> bool:
-        """Returns True if the request was answered within the objective of the tier that it asks for."""
-        tier = self.options.all_tiers(self.profile)[request.asked]
-        return tier.objective(self.options.objective).met(request.outcome)
-
     @property
     def attainment(self) -> float:
         """Share of all requests that meet their objective."""
-        return sum(map(self.meets, self.requests)) / max(1, len(self.requests))
+        return sum(request.met for request in self.requests) / max(1, len(self.requests))
 
     @property
     def figures(self) -> dict[str, float]:
@@ -94,7 +87,7 @@ class SimulationResult:
         counters, requests = self.counters, self.requests
         done = [request for request in requests if request.ok]
         span = max((request.last for request in done if request.last is not None), default=0.0)
-        met = sum(map(self.meets, requests))
+        met = sum(request.met for request in requests)
         rows = [*_latencies(done)]
         if self.gaps.total:
             rows.append(Figure.latency("itl", self.gaps.percentile))
@@ -132,7 +125,7 @@ class SimulationResult:
         refused = sum(request.error == "Overloaded" for request in asking)
         failed = sum(bool(request.error) for request in asking) - refused
         elsewhere = sum(request.ok and request.job.tier != tier for request in asking)
-        rows = _rows("of requests", attainment=_share(sum(map(self.meets, asking)), len(asking)))
+        rows = _rows("of requests", attainment=_share(sum(request.met for request in asking), len(asking)))
         rows += _rows("requests", requests=len(asking), refused=refused, failed=failed, browned_out=elsewhere)
         rows += [*_rows("answers", answers=len(wrote)), *_latencies(wrote)]
         return [replace(row, name=f"{row.name}.{tier}") for row in rows]

@@ -10,17 +10,18 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from math import inf
 
-from overfill.errors import InvalidRequest, OverfillError, Overloaded
-from overfill.lab.simulate.autoscale import Autoscaler, LoadObserver
+from overfill.errors import OverfillError, Overloaded
+from overfill.lab.simulate.autoscale import LoadObserver
 from overfill.lab.simulate.blocks import KeptBlocks
 from overfill.lab.simulate.clock import Clock
-from overfill.lab.simulate.decode import SequenceState, SimDecode, SimSequence
+from overfill.lab.simulate.decode import SequenceState, SimDecode
 from overfill.lab.simulate.histogram import Histogram
-from overfill.lab.simulate.options import POLICY_NAMES, SimulationOptions
+from overfill.lab.simulate.options import SimulationOptions
 from overfill.lab.simulate.prefill import SimPrefill, Ticket
 from overfill.lab.simulate.profiles import Profile
-from overfill.lab.simulate.request import DecodeAttempt, SimRequest, answer_keys, attempt_of, make_job
+from overfill.lab.simulate.request import DecodeAttempt, SimRequest, answer_keys, make_job
 from overfill.lab.simulate.result import Counters, SimulationResult
 from overfill.lab.simulate.workers import BOTH, DECODE_ONLY, PREFILL_ONLY, SimWorker, Stages
 from overfill.lab.traffic.traces import TraceRequest
@@ -28,7 +29,7 @@ from overfill.routing import invariant
 from overfill.routing.brownout import Brownout, Prediction, predict
 from overfill.routing.dispatcher import Dispatcher, Rejection
 from overfill.routing.job import Job, JobState
-from overfill.routing.policies import DECODE_DEFAULT, DECODE_POLICIES, POLICIES, PREFILL_DEFAULT
+from overfill.routing.policies import DECODE_DEFAULT, POLICIES, PREFILL_DEFAULT
 from overfill.routing.pool import Roster
 from overfill.routing.scaling import INTERVAL, Scaler, ScalingConfig
 from overfill.routing.tier import Tier
@@ -48,10 +49,10 @@ class Simulation:
     def __init__(self, trace: Sequence[TraceRequest], profile: Profile, options: SimulationOptions) -> None:
         self.clock = Clock()
         self.tiers = options.all_tiers(profile)
-        goals = {name: tier.objectives(options.objective) for name, tier in self.tiers.items()}
+        goals = {name: tier.goals for name, tier in self.tiers.items()}
         self.roster = Roster(tiers=[Tier(name, objectives=goal) for name, goal in goals.items()])
-        _use_policy(self.roster, options.policy, options.seed)
-        self.dispatcher = Dispatcher(self.roster, max_queue=options.max_queue, max_wait=options.max_wait)
+        self.roster.use(POLICIES[PREFILL_DEFAULT](options.seed), lambda: POLICIES[DECODE_DEFAULT](options.seed))
+        self.dispatcher = Dispatcher(self.roster, max_wait=options.max_wait)
         self.counters = Counters()
         self.profile, self.options = profile, options
         self.open: dict[Job, SimRequest] = {}
@@ -66,35 +67,37 @@ class Simulation:
         self._started = 0
         self._random = random.Random(options.seed)
         self._tier_random = random.Random(f"tiers {options.seed}")
-        self._observer = self._scaler = self.brownout = None
-        if options.scaling is not None or options.brownout or options.colocated:
-            config = options.scaling or ScalingConfig()
-            scaling = {name: options.scaling_of(tier, config) for name, tier in self.tiers.items()}
-            self._observer = LoadObserver(self, Scaler(config, scaling))
-            if options.scaling is not None:
-                self._scaler = Autoscaler(self, config, self._observer)
-            if options.brownout:
-                self.brownout = Brownout(options.brownout, goals, self._predict)
+        config = options.scaling or ScalingConfig()
+        configs = {name: tier.scaling(config) if options.tiers else config for name, tier in self.tiers.items()}
+        self._observer = LoadObserver(self.clock, Scaler(config, configs), self.tiers, self.workers)
+        self.brownout = Brownout(options.brownout, goals, self._predict)
 
-    def run(self, progress: Callable[[int, int], None] = lambda done, total: None) -> SimulationResult:
-        """Plays the whole trace. Calls ``progress`` with the numbers of ended requests and of all requests."""
+    def run(
+        self, progress: Callable[[int, int], None] = lambda done, total: None, max_misses: float = inf
+    ) -> SimulationResult:
+        """Plays the whole trace, or until more than ``max_misses`` requests have missed their objective.
+
+        Calls ``progress`` with the numbers of ended requests and of all requests.
+        """
         for _ in range(self.options.prefill):
-            self.start_worker(PREFILL_ONLY, 0.0)
+            self._start_worker(PREFILL_ONLY, 0.0)
         for tier in self.tiers.values():
             for _ in range(tier.workers):
-                self.start_worker(DECODE_ONLY, 0.0, tier.name)
+                self._start_worker(DECODE_ONLY, 0.0, tier.name)
         for _ in range(self.options.colocated):
-            self.start_worker(BOTH, 0.0, self.roster.default_tier)
+            self._start_worker(BOTH, 0.0, self.roster.default_tier)
         # Events run in the order of scheduling, so workers join and report before the first request.
         self.clock.at(self._trace[0].arrival, self._arrive, 0)
-        if self._scaler is not None:
-            self.clock.at(0.0, self._scaler.tick)
-        if self.brownout is not None:
-            self.clock.at(0.0, self._update_brownout)
+        if self.options.scaling is not None:
+            self.clock.at(0.0, self._repeat, self._scale)
+        if self.options.brownout:
+            self.clock.at(0.0, self._repeat, self._update_brownout)
         if self.options.colocated:
-            self.clock.at(0.0, self._update_short_prompts)
+            self.clock.at(0.0, self._repeat, self._update_short_prompts)
         limit, reported = self._trace[-1].arrival + _END_TIMEOUT, 0
-        while self._goes_on and self.clock.now < limit and self.clock.step():
+        while (self.open or len(self._requests) < len(self._trace)) and self._misses <= max_misses:
+            if self.clock.now >= limit or not self.clock.step():
+                break
             if self.options.check:
                 self._check()
             if (ended := len(self._requests) - len(self.open)) >= reported + 500:
@@ -105,19 +108,16 @@ class Simulation:
         for worker in self.workers.values():
             self._account(worker)
         self.counters.events = self.clock.events
-        return SimulationResult(self.profile, self.options, self._requests, self._gaps, self.counters)
+        return SimulationResult(self.options, self._requests, self._gaps, self.counters)
 
-    @property
-    def _goes_on(self) -> bool:
-        """True unless all requests have ended, or too many have missed their objective."""
-        allowed = self.options.max_misses
-        return bool(self.open or len(self._requests) < len(self._trace)) and (
-            allowed is None or self._misses <= allowed
-        )
+    def _repeat(self, action: Callable[[], None]) -> None:
+        """Calls ``action`` now and after every ``INTERVAL``."""
+        action()
+        self.clock.after(INTERVAL, self._repeat, action)
 
     # -- workers ---------------------------------------------------------------------------------------------------
 
-    def start_worker(self, stages: Stages, delay: float, tier: str = "", disk: KeptBlocks | None = None) -> SimWorker:
+    def _start_worker(self, stages: Stages, delay: float, tier: str = "", disk: KeptBlocks | None = None) -> SimWorker:
         """Starts a worker, which is ready after ``delay``.
 
         Args:
@@ -126,10 +126,6 @@ class Simulation:
         """
         self._started += 1
         name = f"{_LETTERS[stages]}{self._started}"
-        profile, goal = self.profile, None
-        if tier:
-            profile = self.tiers[tier].profile
-            goal = self.tiers[tier].objectives(self.options.objective)
         block_bytes, size = self._block_tokens * self.profile.kv_token_bytes, self.options.kv_disk_size
         if PREFILL in stages and disk is None and size and block_bytes:
             disk = KeptBlocks(lambda: size // block_bytes)
@@ -138,12 +134,11 @@ class Simulation:
             stages,
             self.clock,
             self,
-            profile,
+            self.profile,
+            self.tiers.get(tier),
             self._gaps,
             self._block_tokens,
             lends=self.options.kv_peers and self._block_tokens > 0,
-            tier=tier,
-            objectives=goal,
             disk=disk,
         )
         self.workers[name] = worker
@@ -153,14 +148,14 @@ class Simulation:
             self.clock.after(delay + self._random.expovariate(1 / self.options.mtbf), self._fail, worker)
         return worker
 
-    def drain_worker(self, worker: SimWorker) -> None:
+    def _drain_worker(self, worker: SimWorker) -> None:
         """Drains a worker: it accepts no new requests; those left after the grace period migrate."""
         if not worker.entries:  # it has not joined yet
             self._remove(worker)
             return
         worker.draining = True
         worker.push()
-        self.clock.after(self.profile.grace, self._evict, worker)
+        self.clock.after(self.profile.grace, self._abandon, worker, False)
 
     def reported(self, worker: SimWorker, reports: Sequence[registry_pb2.Report]) -> None:
         if worker.entries:
@@ -198,36 +193,55 @@ class Simulation:
         if worker.gone:
             return
         self.counters.failures += 1
-        sequences, tickets = worker.kill()
-        for sequence in sequences:
-            self.clock.after(self.profile.hop, self._lost, sequence, sequence.emitted, True)
-        for ticket in tickets:
-            self.clock.after(2 * self.profile.hop, self._prefill_lost, ticket.owner, ticket, True)
+        self._abandon(worker, True)
+        worker.kill()
         self._remove(worker)
         if not worker.draining:
-            self.start_worker(worker.stages, self.profile.startup, worker.tier, worker.disk)
+            self._start_worker(worker.stages, self.profile.startup, worker.tier, worker.disk)
         self._poll()
 
-    def _evict(self, worker: SimWorker) -> None:
-        """Migrates the requests that are left on a worker after its grace period."""
+    def _abandon(self, worker: SimWorker, failed: bool) -> None:
+        """Loses the requests of a worker that has ``failed``; migrates those that are left after a grace period."""
         if worker.gone:
             return
         if worker.decode is not None:
             for sequence in list(worker.decode.sequences):
                 emitted = worker.decode.emitted(sequence)
-                worker.decode.release(sequence)
-                self.clock.after(self.profile.hop, self._lost, sequence, emitted, False)
+                if not failed:
+                    worker.decode.release(sequence)
+                self.clock.after(self.profile.hop, self._lost, sequence, emitted, failed)
         if worker.prefill is not None:
             for ticket in worker.prefill.tickets():
-                worker.prefill.cancel(ticket)
-                self.clock.after(2 * self.profile.hop, self._prefill_lost, ticket.owner, ticket, False)
+                if not failed:
+                    worker.prefill.cancel(ticket)
+                self.clock.after(2 * self.profile.hop, self._prefill_lost, ticket, failed)
+
+    def _scale(self) -> None:
+        """Starts and drains workers as the scaling policy recommends."""
+        targets = self._observer.targets(self.open)
+        self._resize(PREFILL_ONLY, "", targets.prefill)
+        for tier in self.tiers:
+            self._resize(DECODE_ONLY, tier, targets.decode_pools[tier].workers)
+
+    def _resize(self, stages: Stages, tier: str, target: int) -> None:
+        staying = [w for w in self.workers.values() if (w.stages, w.tier) == (stages, tier) and not w.draining]
+        limit = None if self.options.scaling is None else self.options.scaling.max_total
+        for _ in range(target - len(staying)):
+            # A draining worker occupies its machine until it has left.
+            if limit is not None and len(self.workers) >= limit:
+                return
+            self._start_worker(stages, self.profile.startup, tier)
+        staying.sort(key=lambda w: (w.ready_since is not None, w.active, -w.since))
+        for worker in staying[: max(0, len(staying) - target)]:
+            self._drain_worker(worker)
 
     # -- the router's side -----------------------------------------------------------------------------------------
 
     def _arrive(self, index: int) -> None:
         trace = self._trace[index]
         job = make_job(f"r{index}", trace)
-        request = SimRequest(trace, job, self._asked())
+        asked = self._asked()
+        request = SimRequest(trace, job, asked, self.tiers[asked].objective)
         request.allows_brownout = self._tier_random.random() < self.options.brownout_share
         self._requests.append(request)
         if index + 1 < len(self._trace):
@@ -239,8 +253,9 @@ class Simulation:
             self._end(request, type(error).__name__)
             return
         finally:
-            if self._observer is not None:
-                self._observer.arrived(request)
+            counters = self.counters
+            hit_rate = counters.cached_tokens / counters.prompt_tokens if counters.prompt_tokens else 0.0
+            self._observer.arrived(request, hit_rate)
         self._poll()
 
     def _asked(self) -> str:
@@ -252,7 +267,7 @@ class Simulation:
         """Submits the request's job in the tier that the router would choose."""
         asked, brownout, job = request.asked, self.brownout, request.job
         tiers: Iterable[str] = (asked,)
-        if brownout is not None and request.allows_brownout:
+        if request.allows_brownout:
             chosen = brownout.choose(asked, lambda tier: True, self.clock.now)
             tiers = dict.fromkeys((chosen, asked, *brownout.cheaper(asked)))
         refusal: Overloaded | None = None
@@ -269,19 +284,13 @@ class Simulation:
         raise refusal
 
     def _predict(self, tier: str) -> Prediction:
-        assert self._observer is not None
         return predict(self.roster, self.dispatcher, tier, self.clock.now, self._observer.scaler.expected_itl)
 
     def _update_brownout(self) -> None:
-        assert self.brownout is not None
         self.brownout.update(self.clock.now)
-        self.clock.after(INTERVAL, self._update_brownout)
 
     def _update_short_prompts(self) -> None:
-        assert self._observer is not None
-        self._observer.look()
         self.roster.prefill.policy.set_short_prompts(self._observer.short_prompts())
-        self.clock.after(INTERVAL, self._update_short_prompts)
 
     def _poll(self) -> None:
         for outcome in self.dispatcher.poll(self.clock.now):
@@ -359,10 +368,9 @@ class Simulation:
         if request.attempt is not None:
             self._cancel(request.attempt)
             request.attempt.over = True
-        if self._observer is not None and not error:
+        if not error:
             self._observer.finished(request)
-        if self.options.max_misses is not None:
-            self._misses += not self.tiers[request.asked].objective(self.options.objective).met(request.outcome)
+        self._misses += not request.met
         self.dispatcher.finish(request.job)
         del self.open[request.job]
 
@@ -399,7 +407,7 @@ class Simulation:
         )
         worker = self.workers.get(name)
         if worker is None or worker.prefill is None or worker.gone:
-            self.clock.after(2 * self.profile.hop, self._prefill_lost, attempt, ticket, True)
+            self.clock.after(2 * self.profile.hop, self._prefill_lost, ticket, True)
         else:
             worker.prefill.submit(ticket)
 
@@ -423,29 +431,25 @@ class Simulation:
         counters.disk_tokens += ticket.imported["disk"]
         counters.new_tokens += self._count_computed(ticket.keys, ticket.prompt_tokens)
         if ticket.local:
-            attempt = attempt_of(ticket.owner)
-            self._first_token(attempt, ticket)
-            self._kv_arrived(attempt, ticket)
+            self._first_token(ticket)
+            self._kv_arrived(ticket)
         else:
-            self.clock.after(self.profile.hop, self._first_token, ticket.owner, ticket)
+            self.clock.after(self.profile.hop, self._first_token, ticket)
 
-    def _first_token(self, attempt: DecodeAttempt, ticket: Ticket) -> None:
-        worker = self._receiver(attempt, ticket)
-        if worker is not None:
-            self.clock.after(self.profile.hop, self._tokens, attempt)
-            worker.first_token(attempt)
+    def _first_token(self, ticket: Ticket) -> None:
+        if (engine := self._receiver(ticket)) is not None:
+            self.clock.after(self.profile.hop, self._tokens, ticket.owner)
+            engine.first_token(ticket.owner)
 
     def kv_sent(self, ticket: Ticket) -> None:
-        self.clock.after(self.profile.hop, self._kv_arrived, ticket.owner, ticket)
+        self.clock.after(self.profile.hop, self._kv_arrived, ticket)
 
-    def _kv_arrived(self, attempt: DecodeAttempt, ticket: Ticket) -> None:
-        worker = self._receiver(attempt, ticket)
-        if worker is not None:
-            attempt.ticket = None
-            worker.kv_arrived(attempt)
+    def _kv_arrived(self, ticket: Ticket) -> None:
+        if (engine := self._receiver(ticket)) is not None:
+            ticket.owner.ticket = None
+            engine.kv_arrived(ticket.owner)
 
-    def answer_done(self, sequence: SimSequence) -> None:
-        attempt = attempt_of(sequence)
+    def answer_done(self, attempt: DecodeAttempt) -> None:
         self._cancel(attempt)  # a one-token answer needs no KV: cancel its transfer
         self._return_kv(attempt)
         self.clock.after(self.profile.hop, self._done, attempt)
@@ -459,14 +463,15 @@ class Simulation:
             if worker is not None and worker.returned is not None:
                 worker.returned.keep(keys)
 
-    def kv_needed(self, sequence: SimSequence) -> None:
-        self.clock.after(self.profile.hop, self._need_prefill, attempt_of(sequence), False)
+    def kv_needed(self, attempt: DecodeAttempt) -> None:
+        self.clock.after(self.profile.hop, self._need_prefill, attempt, False)
 
-    def preempted(self, sequence: SimSequence) -> None:
+    def preempted(self, attempt: DecodeAttempt) -> None:
         self.counters.preemptions += 1
-        self._cancel(attempt_of(sequence))
+        self._cancel(attempt)
 
-    def _prefill_lost(self, attempt: DecodeAttempt, ticket: Ticket, failed: bool) -> None:
+    def _prefill_lost(self, ticket: Ticket, failed: bool) -> None:
+        attempt = ticket.owner
         if not attempt.over and attempt.ticket is ticket:
             attempt.ticket = None
             self._need_prefill(attempt, failed)
@@ -478,15 +483,14 @@ class Simulation:
         if ticket is not None and worker is not None and worker.prefill is not None:
             self.clock.after(0.0 if ticket.local else self.profile.hop, worker.prefill.cancel, ticket)
 
-    def _receiver(self, attempt: DecodeAttempt, ticket: Ticket) -> SimDecode | None:
+    def _receiver(self, ticket: Ticket) -> SimDecode | None:
         """Returns the decode engine that receives a prefill's message.
 
         None means that the message is stale or the worker has left, which the router may not know yet.
         """
+        attempt = ticket.owner
         worker = self.workers.get(attempt.worker)
-        if attempt.over or attempt.ticket is not ticket or worker is None:
-            return None
-        return worker.decode
+        return None if attempt.over or attempt.ticket is not ticket or worker is None else worker.decode
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
@@ -497,12 +501,3 @@ class Simulation:
             worker.check()
         if self.dispatcher.num_jobs != len(self.open):
             raise AssertionError(f"{len(self.open)} requests are open, the dispatcher knows {self.dispatcher.num_jobs}")
-
-
-def _use_policy(roster: Roster, policy: str, seed: int) -> None:
-    """Gives the pools a policy, one of ``POLICY_NAMES``. Raises InvalidRequest if it is none."""
-    if policy not in POLICY_NAMES:
-        raise InvalidRequest("policy", f"must be one of {', '.join(POLICY_NAMES)}, got {policy!r}")
-    prefill = next((name for name in POLICIES if name == policy), PREFILL_DEFAULT)
-    decode = next((name for name in DECODE_POLICIES if name == policy), DECODE_DEFAULT)
-    roster.use(POLICIES[prefill](seed), lambda: POLICIES[decode](seed))

@@ -17,11 +17,11 @@ from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.lab.simulate.blocks import CachedBlocks, KeptBlocks
 from overfill.lab.simulate.clock import Clock, Event
 from overfill.lab.simulate.colocated import SimTurns
-from overfill.lab.simulate.decode import DecodeListener, SimDecode, SimSequence
+from overfill.lab.simulate.decode import DecodeListener, SimDecode
 from overfill.lab.simulate.histogram import Histogram
-from overfill.lab.simulate.prefill import PrefillListener, SimPrefill, Ticket
+from overfill.lab.simulate.options import SimTier
+from overfill.lab.simulate.prefill import PrefillListener, SimPrefill
 from overfill.lab.simulate.profiles import Profile
-from overfill.routing.tier import Objectives
 from overfill.routing.worker import DECODE, PREFILL, Worker, WorkerInfo
 from overfill.rpc.membership import REPORT_INTERVAL
 from overfill.v1 import common_pb2, decode_pb2, registry_pb2
@@ -68,23 +68,23 @@ class SimWorker:
         clock: Clock,
         router: SimRouter,
         profile: Profile,
+        tier: SimTier | None,
         gaps: Histogram,
         shared_block: int,
         *,
         lends: bool,
-        tier: str = "",
-        objectives: Objectives | None = None,
         disk: KeptBlocks | None = None,
     ) -> None:
         """Args:
+        profile: Its speed if it has no tier.
         shared_block: As of ``CachedBlocks``.
         lends: Whether workers lend each other KV.
-        objectives: Of its tier; needed with both stages, which take turns.
         """
+        profile = profile if tier is None else tier.profile
         if stages == BOTH:
             profile = profile.colocated()
-        self.name, self.stages, self.tier = name, stages, tier
-        self._clock, self._router = clock, router
+        self.name, self.stages, self.tier = name, stages, "" if tier is None else tier.name
+        self._clock, self._router, self._profile, self._lends = clock, router, profile, lends
         self.entries: tuple[Worker, ...] = ()
         self.since = clock.now
         self.ready_since: float | None = None
@@ -93,8 +93,9 @@ class SimWorker:
         self.prefill: SimPrefill | None = None
         self.decode: SimDecode | None = None
         self.returned: KeptBlocks | None = None
-        self._lends = lends
         self._turns: SimTurns | None = None
+        self._due: Event | None = None
+        self._reported = float("-inf")
         if PREFILL in stages:
             blocks = CachedBlocks(profile.prefill.kv_tokens, shared_block)
             self.prefill = SimPrefill(clock, profile, blocks, router, self._load_changed, disk)
@@ -104,27 +105,17 @@ class SimWorker:
             # As many as fit into what the answers leave free.
             size = profile.decode.block_size
             self.returned = KeptBlocks(lambda: (engine.total - engine.used) * size // shared_block)
-        if self.prefill is not None and self.decode is not None:
-            assert objectives is not None
-            turns = Turns(profile.prefill.max_num_batched_tokens, objectives.ttft, objectives.itl)
+        if self.prefill is not None and self.decode is not None and tier is not None:
+            turns = Turns(profile.prefill.max_num_batched_tokens, tier.goals.ttft, tier.goals.itl)
             self._turns = SimTurns(clock, self.prefill, self.decode, turns)
-        self._profile = profile
-        self._due: Event | None = None
-        self._reported = float("-inf")
 
     @property
     def infos(self) -> list[WorkerInfo]:
         """The worker's description in each of its stages."""
         common = WorkerInfo(self.name, 1, PREFILL, "", (), _IDENTITY, 0, 0, colocated=self.stages == BOTH)
-        return [
-            replace(
-                common,
-                stage=stage,
-                tier=self.tier if stage == DECODE else "",
-                lends_kv=self._lends and (stage == PREFILL or self.returned is not None),
-            )
-            for stage in self.stages
-        ]
+        prefill = replace(common, lends_kv=self._lends)
+        decode = replace(common, stage=DECODE, tier=self.tier, lends_kv=self.returned is not None)
+        return [prefill if stage == PREFILL else decode for stage in self.stages]
 
     @property
     def pools(self) -> tuple[str, ...]:
@@ -205,13 +196,11 @@ class SimWorker:
         if self._due is not None:
             self._due.cancel()
 
-    def kill(self) -> tuple[Sequence[SimSequence], Sequence[Ticket]]:
-        """Kills the worker. Returns its sequences and its prompts."""
+    def kill(self) -> None:
         self.leave()
-        return (
-            self.decode.kill() if self.decode is not None else [],
-            self.prefill.kill() if self.prefill is not None else [],
-        )
+        for engine in (self.decode, self.prefill):
+            if engine is not None:
+                engine.kill()
 
     def _schedule(self, time: float) -> None:
         if self._due is not None:

@@ -32,7 +32,6 @@ from overfill.cli.main import main
         ("top --interval nan", "'--interval'"),
         ("health --address http://127.0.0.1:8000", "HOST:PORT"),
         ("health --address ''", "address is"),
-        ("simulate --policy bogus", "'--policy'"),
         ("simulate --objective bogus=1", "--objective: 'bogus=1' is not a limit"),
         ("simulate --profile bogus", "--profile: must be one of cpu"),
         ("simulate --trace bogus.csv", "--trace: bogus.csv cannot be read"),

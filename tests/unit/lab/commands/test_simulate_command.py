@@ -61,12 +61,11 @@ def test_chats_with_kv_from_peers_and_disk(capsys):
     chats = ("simulate", "--trace", "sessions:6:4:640", "--prompt-tokens", "320", "--prefill", "2", "--decode", "2")
     assert main([*chats, "--kv-disk-size", "1GiB", "--json"]) == 0
     assert figures(capsys)["requests"] == 24
-    assert main([*chats, "--policy", "round-robin", "--json"]) == 0
+    assert main([*chats, "--json"]) == 0
     peers = figures(capsys)
-    assert main([*chats, "--policy", "round-robin", "--json", "--no-kv-peers"]) == 0
+    assert main([*chats, "--json", "--no-kv-peers"]) == 0
     alone = figures(capsys)
     assert peers["cached_peer"] > 0 == alone["cached_peer"]
-    assert peers["computed_per_new"] < alone["computed_per_new"]
 
 
 TIERS = ("--tier", "full=cpu:2,weights=6,share=2,itl-objective=0.05", "--tier", "fast=cpu")
@@ -90,12 +89,9 @@ def test_workers_with_both_stages_alone_and_beside_others(capsys):
     assert main([*SMALL, "--colocated", "1", "--prefill", "1", "--json"]) == 0
     found = figures(capsys)
     assert (found["workers.prefill"], found["workers.default"]) == (2, 1)
-    local = {}
-    for policy in ("conditional", "prefix-affinity"):
-        mixed = ("--prompt-tokens", "20", "--colocated", "2", "--prefill", "1", "--policy", policy, "--json")
-        assert main([*SMALL, *mixed]) == 0
-        local[policy] = figures(capsys)["local"]
-    assert local["conditional"] > local["prefix-affinity"]
+    mixed = ("--prompt-tokens", "20", "--colocated", "2", "--prefill", "1", "--json")
+    assert main([*SMALL, *mixed]) == 0
+    assert figures(capsys)["local"] > 0.5, "short prompts stay"
 
 
 @pytest.mark.parametrize(

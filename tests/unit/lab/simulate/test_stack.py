@@ -6,12 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overfill.lab.simulate.options import POLICY_NAMES, SimTier, SimulationOptions
+from overfill.lab.simulate.options import SimTier, SimulationOptions
 from overfill.lab.simulate.profiles import CPU
-from overfill.lab.simulate.sizing import SizeSearch
+from overfill.lab.simulate.sizing import smallest_sizes
 from overfill.lab.simulate.stack import Simulation
 from overfill.lab.traffic.outcome import Objective
 from overfill.lab.traffic.traces import TraceRequest, concatenate, synthetic
+from overfill.routing.policies import DECODE_POLICIES, POLICIES
 from overfill.routing.scaling import Bounds, ScalingConfig
 
 OBJECTIVE = Objective(ttft=2, itl=0.1)
@@ -89,7 +90,7 @@ def loads(draw):
 @settings(max_examples=25, deadline=None)
 @given(
     trace=loads(),
-    policy=st.sampled_from(POLICY_NAMES),
+    policies=st.tuples(st.sampled_from([*POLICIES]), st.sampled_from(DECODE_POLICIES)),
     workers=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     colocated=st.integers(0, 2),
     mtbf=st.sampled_from([None, 15.0, 60.0]),
@@ -99,7 +100,7 @@ def loads(draw):
     disk=st.sampled_from([0, 30, 1000]),
     returns=st.booleans(),
 )
-def test_every_request_ends_exactly_once(trace, policy, workers, colocated, mtbf, total, seed, peers, disk, returns):
+def test_every_request_ends_exactly_once(trace, policies, workers, colocated, mtbf, total, seed, peers, disk, returns):
     """Workers die, pools grow and shrink, blocks run out: all counters are checked after every event."""
     bounds = Bounds(1, 5)
     scaling = None
@@ -112,20 +113,21 @@ def test_every_request_ends_exactly_once(trace, policy, workers, colocated, mtbf
             short_window=3,
             long_window=9,
         )
-    result = run(
-        trace,
-        replace(TIGHT, returns_kv=returns),
+    options = SimulationOptions(
         kv_peers=peers,
         kv_disk_size=disk * 64 * TIGHT.kv_token_bytes,
         prefill=workers[0],
         decode=workers[1],
         colocated=colocated,
-        policy=policy,
         mtbf=mtbf,
         scaling=scaling,
         seed=seed,
         check=True,
     )
+    simulation = Simulation(trace, replace(TIGHT, returns_kv=returns), options)
+    prefill, decode = (POLICIES[name] for name in policies)
+    simulation.roster.use(prefill(seed), lambda: decode(seed))
+    result = simulation.run()
     assert len(result.requests) == len(trace)
     for request in result.requests:
         assert (request.ended, request.error) == (True, "")
@@ -136,7 +138,7 @@ def test_every_request_ends_exactly_once(trace, policy, workers, colocated, mtbf
 def test_what_is_too_large_or_too_much_is_refused():
     trace = [TraceRequest(0.0, 100, 10), TraceRequest(0.1, 5000, 10)]
     assert [r.error for r in run(trace, TIGHT).requests] == ["", "PromptTooLong"]
-    crowd = run(synthetic(50, "burst", 1, 500, 50, 0), TIGHT, max_queue=10)
+    crowd = run(synthetic(200, "poisson", 20, 500, 50, 0), TIGHT, max_wait=1.0)
     errors = [r.error for r in crowd.requests]
     assert set(errors) == {"", "Overloaded"}
     assert crowd.figures["failed"] == errors.count("Overloaded")
@@ -151,6 +153,20 @@ def test_what_prefill_sends_to_a_worker_that_has_just_died_is_lost():
         assert all(request.ok for request in result.requests)
 
 
+@pytest.mark.parametrize("lose", [Simulation._fail, Simulation._drain_worker])
+def test_another_worker_computes_the_prompt_of_one_that_dies_or_leaves(lose):
+    profile = replace(CPU, grace=0.0)
+    simulation = Simulation([TraceRequest(0.0, 512, 11)], profile, SimulationOptions(prefill=2, check=True))
+
+    def lose_the_busy_one():
+        [busy] = [w for w in simulation.workers.values() if w.prefill is not None and w.prefill.active]
+        lose(simulation, busy)
+
+    simulation.clock.at(0.1, lose_the_busy_one)
+    [request] = simulation.run().requests
+    assert request.outcome.ttft == pytest.approx(0.1 + CPU.prefill.step_seconds([(0, 512)]), abs=0.01)
+
+
 def test_prefixes_that_are_cached_are_not_computed_again():
     blocks = tuple(range(8))
     trace = [TraceRequest(10.0 * index, 900, 10, blocks, 100) for index in range(5)]
@@ -163,7 +179,7 @@ def test_prefixes_that_are_cached_are_not_computed_again():
 def test_sizes_meet_the_objective_and_one_worker_less_does_not():
     trace = synthetic(150, "poisson", 6, 512, 64, 0)
     profile = replace(CPU, decode=replace(CPU.decode, per_sequence=0.02))
-    sizes = SizeSearch(trace, profile, SimulationOptions(objective=OBJECTIVE), 0.95, costs=(3, 1)).frontier()
+    sizes = smallest_sizes(trace, profile, SimulationOptions(objective=OBJECTIVE), 0.95, costs=(3, 1))
     assert [size.value for size in sizes] == sorted(size.value for size in sizes)
     assert len({size.prefill for size in sizes}) == len(sizes)
     for size in sizes:
@@ -175,7 +191,8 @@ def test_sizes_meet_the_objective_and_one_worker_less_does_not():
 
 
 FULL = replace(CPU, decode=CPU.decode.with_weights(6))
-TIERS = (SimTier("full", FULL, share=3, itl=0.05), SimTier("fast", CPU, share=1))
+HURRIED = Objective(ttft=2, itl=0.05)
+TIERS = (SimTier("full", FULL, share=3, objective=HURRIED), SimTier("fast", CPU, share=1))
 
 
 def test_a_brownout_gives_answers_to_the_next_tier_instead_of_refusals():
@@ -197,7 +214,7 @@ def test_a_brownout_gives_answers_to_the_next_tier_instead_of_refusals():
 
 def test_the_scaler_moves_the_pool_of_the_loaded_tier():
     scaling = ScalingConfig(prefill=Bounds(1, 4), decode=Bounds(1, 6))
-    tiers = (SimTier("full", FULL, share=1, itl=0.05), SimTier("fast", CPU, share=0))
+    tiers = (SimTier("full", FULL, share=1, objective=HURRIED), SimTier("fast", CPU, share=0))
     result = run(synthetic(900, "poisson", 15, 200, 60, 0), replace(CPU, startup=2), tiers=tiers, scaling=scaling)
     assert result.figures["workers.full"] > 2
     assert result.figures["workers.fast"] == 1
