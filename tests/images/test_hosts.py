@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -190,7 +191,7 @@ def test_answers_over_a_bad_link_are_those_of_the_reference(tiny_pair: Path, tmp
 @pytest.mark.timeout(420)
 def test_chaos_over_hosts(tmp_path: Path):
     replay, report = tmp_path / "faults.json", tmp_path / "report.json"
-    faults = [PlannedFault(number, *fault).as_dict() for number, fault in enumerate(FAULTS)]
+    faults = [asdict(PlannedFault(number, *fault)) for number, fault in enumerate(FAULTS)]
     replay.write_text(json.dumps({"strikes": faults}), encoding="utf-8")
     command = [sys.executable, "-m", "overfill.cli.main", "chaos", "--hosts", f"--replay={replay}"]
     command += [f"--report={report}", "--requests=40", "--streams=6", "--max-tokens=32"]
@@ -199,4 +200,4 @@ def test_chaos_over_hosts(tmp_path: Path):
     found = json.loads(report.read_text(encoding="utf-8"))
     assert found["missed"] == []
     assert found["correct"] == found["answers"] > 0
-    assert sorted((one["fault"], one["target"]) for one in found["strikes"]) == sorted((f, t) for f, _, t, _ in FAULTS)
+    assert sorted((one["kind"], one["target"]) for one in found["strikes"]) == sorted((f, t) for f, _, t, _ in FAULTS)

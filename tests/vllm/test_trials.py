@@ -6,6 +6,7 @@ Short forms of the runs of ``overfill chaos --prefill-engine vllm --decode-engin
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_faults_of_workers_cost_no_answer(tmp_path: Path, prefill: str, decode: 
 def run(folder: Path, faults: list[PlannedFault], prefill: str, decode: str, *options: str) -> dict[str, Any]:
     """Injects ``faults`` into a stack of two workers per stage, asserts that the trial passed, returns its report."""
     plan, report = folder / "plan.json", folder / "report.json"
-    plan.write_text(json.dumps({"strikes": [fault.as_dict() for fault in faults]}))
+    plan.write_text(json.dumps({"strikes": [asdict(fault) for fault in faults]}))
     engines = [f"--prefill-engine={prefill}", f"--decode-engine={decode}"]
     size = ["--prefill=2", "--decode=2", "--streams=6", "--requests=40", "--max-tokens=32"]
     code = main(["chaos", *engines, *size, *options, f"--replay={plan}", f"--report={report}"])

@@ -44,11 +44,10 @@ class ProbeControl:
 
     def __init__(self, folder: Path) -> None:
         self.path = str(folder / "probes")
-        self._stages: dict[str, frozenset[str]] = {}  # process -> its stages
         self._writers: dict[str, asyncio.StreamWriter] = {}
         self._request_processes: Recent[str, dict[str, str]] = Recent()
         self._ids = itertools.count(1)
-        self._waiting: dict[int, tuple[Phase, dict[str, Any], asyncio.Future[HeldRequest]]] = {}
+        self._waiting: dict[int, tuple[dict[str, Any], asyncio.Future[HeldRequest]]] = {}
 
     async def __aenter__(self) -> ProbeControl:
         self._server = await asyncio.start_unix_server(self._serve, self.path)
@@ -72,30 +71,25 @@ class ProbeControl:
         breakpoint = next(self._ids)
         held: asyncio.Future[HeldRequest] = asyncio.get_running_loop().create_future()
         order = {"breakpoint": breakpoint, "phase": phase, "hold": hold}
-        self._waiting[breakpoint] = phase, order, held
-        self._send_to_stage(phase, order)
+        self._waiting[breakpoint] = order, held
+        self.send(order)  # only processes whose probes watch the phase reach it
         try:
             async with asyncio.timeout(timeout):
                 return await held
         finally:
             del self._waiting[breakpoint]
-            self._send_to_stage(phase, {"remove": breakpoint})
+            self.send({"remove": breakpoint})
 
     def release(self, held: HeldRequest | None) -> None:
         """Lets a held request go on; None does nothing."""
         if held is not None:
-            self.send(held.process, {"release": held.breakpoint})
+            self.send({"release": held.breakpoint}, held.process)
 
-    def send(self, name: str, packet: dict[str, Any]) -> None:
-        """Sends ``packet`` to a process and its ranks. Does nothing when none of them is connected."""
+    def send(self, packet: dict[str, Any], name: str | None = None) -> None:
+        """Sends ``packet`` to all processes that are connected, or to the one with this name and its ranks."""
         for of, writer in self._writers.items():
-            if of.partition("/")[0] == name:
+            if name in (None, of.partition("/")[0]):
                 writer.write(json.dumps(packet).encode() + b"\n")
-
-    def _send_to_stage(self, phase: Phase, packet: dict[str, Any]) -> None:
-        for name, stages in self._stages.items():
-            if STAGE_OF[phase] in stages:
-                self.send(name, packet)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         name = ""
@@ -106,15 +100,14 @@ class ProbeControl:
                     self._on(name, message)
                     continue
                 name = message["name"]
-                self._writers[name], self._stages[name] = writer, frozenset(message["stages"])
-                for phase, order, _ in self._waiting.values():  # it connected during a wait
-                    if STAGE_OF[phase] in self._stages[name]:
-                        self.send(name, order)
+                self._writers[name] = writer
+                for order, _ in self._waiting.values():  # it connected during a wait
+                    self.send(order, name)
         except OSError:
             pass  # the process was killed
         finally:
             if self._writers.get(name) is writer:
-                del self._writers[name], self._stages[name]
+                del self._writers[name]
             writer.close()
 
     def _on(self, name: str, message: dict[str, Any]) -> None:
@@ -123,7 +116,7 @@ class ProbeControl:
         if breakpoint is None:
             return
         held = HeldRequest(breakpoint, name, request)
-        _, _, waiting = self._waiting.get(breakpoint, (None, None, None))
+        _, waiting = self._waiting.get(breakpoint, (None, None))
         if waiting is None or waiting.done():  # another process was first to reach the phase
             self.release(held)
         else:

@@ -6,7 +6,7 @@ import itertools
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -77,16 +77,6 @@ class PlannedFault:
     ranks: tuple[int, ...] = ()
     worker: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the fields for a report, in which ``kind`` is called "fault"."""
-        return {"fault" if name == "kind" else name: value for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> PlannedFault:
-        """Reads what ``as_dict`` wrote; ignores other keys. Raises KeyError when one is missing."""
-        known = {name: record["fault" if name == "kind" else name] for name in cls.__slots__}
-        return cls(**known | {"ranks": tuple(known["ranks"])})
-
 
 def targets_of(hosts: bool, wanted: Sequence[Target] = ()) -> dict[FaultName, tuple[Target, ...]]:
     """Returns fault -> the targets that it can hit: those of ``wanted`` only, if it can hit one of these.
@@ -152,7 +142,11 @@ def read_report(report: Path) -> list[PlannedFault]:
     """Returns the faults of a report, in their order. Raises ValueError when the file is not a report."""
     try:
         records: list[dict[str, Any]] = json.loads(report.read_text(encoding="utf-8"))["strikes"]
-        return [PlannedFault.from_dict(record) for record in records]
+        names = [one.name for one in fields(PlannedFault)]  # an injected fault has further ones
+        return [
+            PlannedFault(**{name: record[name] for name in names} | {"ranks": tuple(record["ranks"])})
+            for record in records
+        ]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{report} is not a report of overfill chaos: {error}") from error
 

@@ -82,7 +82,7 @@ class FaultInjector:
                     setattr(link, attribute, value)
                     undo.callback(setattr, link, attribute, usual)
             case "corrupt":
-                self._stack.control.send(name, {"corrupt": _CORRUPT_CHUNKS})
+                self._stack.control.send({"corrupt": _CORRUPT_CHUNKS}, name)
             case "clock":
                 self._stack.clocks.jump(name, fault.jump)
                 undo.callback(self._stack.clocks.jump, name, 0.0)

@@ -2,7 +2,7 @@
 
 Each packet is a line of JSON. The probe sends:
 
-* ``{"name", "stages"}`` once;
+* ``{"name"}`` once;
 * ``{"at", "request", "breakpoint"}`` when a request enters a phase; ``breakpoint`` is null unless the request is held.
 
 The trial sends:
@@ -22,7 +22,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 _POLL = 0.002  # seconds between checks whether a held request was released
@@ -53,20 +53,16 @@ class _Breakpoint:
 
 
 class Probe:
-    """This process's end of the socket. Thread-safe.
+    """This process's end of the socket. Thread-safe."""
 
-    Args:
-        stages: the stages of the process.
-    """
-
-    def __init__(self, path: str, name: str, stages: Iterable[str]) -> None:
+    def __init__(self, path: str, name: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(path)
         self._lock = threading.Lock()
         self._breakpoints: dict[int, _Breakpoint] = {}
         self._corrupt = 0
         self._rng = random.Random(name)
-        self._tell({"name": name, "stages": [*stages]})
+        self._tell({"name": name})
         self._listening = threading.Thread(target=self._listen, name="probe", daemon=True)
         self._listening.start()
 

@@ -18,9 +18,8 @@ from contextlib import aclosing
 from typing import Any
 
 from overfill.lab.chaos.probe import Probe, Recent
-from overfill.lab.chaos.rank_probes import watch_ranks
-from overfill.lab.faults.patching import around, damage_received, damage_sent
-from overfill.settings.reader import SETTINGS
+from overfill.lab.chaos.rank_probes import give_probes, watch_rank_pulls
+from overfill.lab.faults.patching import around, damage_received, damage_sent, runs_vllm
 
 _DECODE_TOKENS = 3  # token index from which on a sequence is in the phase decode
 
@@ -208,24 +207,26 @@ def watch_decode(probe: Probe) -> None:
         write_message(self, *arguments)
 
     damage_received(probe.flip)
+    if runs_vllm():
+        watch_rank_pulls(probe)
 
 
-WATCH: dict[str, dict[str, Callable[[Probe], None]]] = {
-    "services.router.main": {"router": watch_router},
-    "services.prefill.main": {"prefill": watch_prefill},
-    "services.decode.main": {"decode": watch_decode},
-    "services.colocated.main": {"prefill": watch_prefill_beside_decode, "decode": watch_decode},
+WATCH: dict[str, tuple[Callable[[Probe], None], ...]] = {
+    "services.router.main": (watch_router,),
+    "services.prefill.main": (watch_prefill,),
+    "services.decode.main": (watch_decode,),
+    "services.colocated.main": (watch_prefill_beside_decode, watch_decode),
 }
-"""Module -> the stages of its process, each with the function that watches it."""
+"""Module -> the functions that watch its process."""
 
 
 def main() -> None:
     path, name, module = sys.argv[1:4]
-    probe = Probe(path, name, WATCH[module])
-    for watch in WATCH[module].values():
+    probe = Probe(path, name)
+    for watch in WATCH[module]:
         watch(probe)
-    if '"engine": "vllm"' in os.environ.get(SETTINGS, ""):
-        watch_ranks(probe, path, name)
+    if runs_vllm():
+        give_probes(path, name)
     sys.argv = [module, *sys.argv[4:]]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -28,23 +28,27 @@ class RankProbe:
 def start(path: str, name: str) -> RankProbe:
     """Starts the probe if this process is a rank."""
     if multiprocessing.parent_process() is not None and not _started:
-        probe = Probe(path, f"{name}/{os.getpid()}", ())
+        probe = Probe(path, f"{name}/{os.getpid()}")
         damage_sent(probe.flip)
         damage_received(probe.flip)
         _started.append(probe)
     return RankProbe(path, name)
 
 
-def watch_ranks(probe: Probe, path: str, name: str) -> None:
-    """Gives a probe to each rank that this worker starts, and holds requests before their ranks pull."""
+def give_probes(path: str, name: str) -> None:
+    """Gives a probe to each rank that this worker starts."""
     from overfill.engine.vllm.ranks.link import RankLinks
-    from overfill.engine.vllm.ranks.worker import RankPuller
-    from overfill.telemetry import logs
 
     @around(RankLinks, "__init__")
     def init_watched(init: Any, self: Any, *arguments: Any) -> None:
         init(self, *arguments)
         self.config = {**self.config, "probe": RankProbe(path, name)}
+
+
+def watch_rank_pulls(probe: Probe) -> None:
+    """Holds requests before their ranks pull."""
+    from overfill.engine.vllm.ranks.worker import RankPuller
+    from overfill.telemetry import logs
 
     @around(RankPuller, "pull")
     async def pull_held(pull: Any, self: Any, *arguments: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 
@@ -26,16 +26,8 @@ from overfill.stack.process_runner import ProcessRunner
 _PROBES = "overfill.lab.chaos.probes"
 
 
-class Link(Protocol):
-    """A proxy, or the link of a host. The attributes may be set at any time."""
-
-    delay: float
-    loss: float
-    rate: float | None
-
-    def partition(self) -> None: ...
-
-    def heal(self) -> None: ...
+Link = TcpProxy | Host
+"""Both have the attributes ``delay``, ``loss`` and ``rate``, and the methods ``partition`` and ``heal``."""
 
 
 @dataclass(frozen=True, slots=True)

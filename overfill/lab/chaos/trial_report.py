@@ -13,7 +13,7 @@ from rich.table import Table
 from overfill.lab.chaos.fault_plan import FAULTS, KV_PHASES, PHASES
 from overfill.lab.chaos.load import RequestResult
 from overfill.lab.chaos.memory import lifetimes
-from overfill.lab.chaos.trial import InjectedFault, TrialResult
+from overfill.lab.chaos.trial import TrialResult
 from overfill.pair.reference import Summary
 from overfill.routing.tier import NO_FALLBACK
 
@@ -68,21 +68,18 @@ class TrialReport:
     def cells(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Returns fault -> phase -> counts of the faults and of the requests held for them."""
         by_id = {one.request: one for one in self.result.results}
-        found: dict[tuple[str, str], list[InjectedFault]] = {}
-        for one in self.result.injected:
-            found.setdefault((one.kind, one.phase), []).append(one)
         cells: dict[str, dict[str, dict[str, Any]]] = {}
-        for fault, phase in itertools.product(FAULTS, _ALL_PHASES):
-            if injected := found.get((fault, phase)):
-                cells.setdefault(fault, {})[phase] = self._cell(injected, by_id)
+        for kind, phase in itertools.product(FAULTS, _ALL_PHASES):
+            if injected := [one for one in self.result.injected if (one.kind, one.phase) == (kind, phase)]:
+                held = [by_id[one.request] for one in injected if one.request in by_id]
+                cells.setdefault(kind, {})[phase] = {"strikes": len(injected), **self._cell(held)}
         return cells
 
     def tiers(self) -> dict[str, dict[str, int]]:
         """Returns tier -> counts of the requests that asked it. Empty if all asked the same one."""
-        found: dict[str, list[RequestResult]] = {}
-        for one in sorted(self.result.results, key=lambda one: one.tier):
-            found.setdefault(one.tier, []).append(one)
-        return {tier: self._tier(asked) for tier, asked in found.items()} if len(found) > 1 else {}
+        tiers = sorted({one.tier for one in self.result.results})
+        each = {tier: [one for one in self.result.results if one.tier == tier] for tier in tiers}
+        return {tier: self._tier(asked) for tier, asked in each.items()} if len(each) > 1 else {}
 
     def _tier(self, asked: Sequence[RequestResult]) -> dict[str, int]:
         answered = [one for one in asked if one.ending == "answered"]
@@ -100,7 +97,7 @@ class TrialReport:
         return sum(one.request not in self.wrong for one in answered)
 
     def as_dict(self) -> dict[str, Any]:
-        result, delays = self.result, self.result.delays()
+        result, pauses = self.result, self.result.pauses(migrated=True)
         endings = Counter(one.ending for one in result.results)
         errors = Counter(one.error for one in result.results if one.error)
         sampled = [one for one in result.ended("answered") if not one.sampling.greedy]
@@ -120,14 +117,14 @@ class TrialReport:
             "ties": self.summary.ties,
             "errors": dict(errors.most_common(20)),
             "faults": len(result.injected),
-            "missed": [fault.as_dict() for fault in result.missed],
-            "unavailable": result.unavailable,
+            "missed": [asdict(fault) for fault in result.missed],
             "migrations": result.migrations,
-            "migrated_answers": len(delays),
+            "migrated_answers": len(pauses),
             "sampled": {"answers": len(sampled), "right": self._count_right(sampled), "migrated": moved},
-            "delay_p50": _quantile(delays, 0.5),
-            "delay_p95": _quantile(delays, 0.95),
-            "delay_max": _quantile(delays, 1.0),
+            "pause_p50": _quantile(pauses, 0.5),
+            "pause_p95": _quantile(pauses, 0.95),
+            "pause_max": _quantile(pauses, 1.0),
+            "usual_pause": _quantile(result.pauses(migrated=False), 0.5),
             "blocks_freed_after": None if result.freed_after is None else round(result.freed_after, 3),
             "leaked": result.leaked,
             "unclean_exits": result.unclean_exits,
@@ -139,12 +136,13 @@ class TrialReport:
             "tier_problems": result.tier_problems,
             "cells": self.cells(),
             "lives": [asdict(lifetime) for lifetime in lifetimes(result.memory_samples)],
-            "strikes": [one.as_dict() for one in result.injected],
+            "strikes": [asdict(one) for one in result.injected],
         }
 
     def tables(self) -> list[Table]:
         """Returns tables: totals; tiers (if several); how held requests ended, per fault and phase; memory, if long."""
-        report, cells = self.as_dict(), self.cells()
+        report = self.as_dict()
+        cells, tiers = report["cells"], report["tiers"]
         left_out = ("settings", "cells", "strikes", "lives", "tiers")
         figures = Table(box=None, show_header=False)
         for name, value in report.items():
@@ -153,50 +151,43 @@ class TrialReport:
         phases = [one for one in _ALL_PHASES if one in PHASES or any(one in of_fault for of_fault in cells.values())]
         return [
             figures,
+            *_table("requests by the tier that they asked", [{"tier": tier, **tiers[tier]} for tier in tiers]),
             *_table(
-                "requests by the tier that they asked",
-                "tier",
-                [{"tier": tier, **counts} for tier, counts in self.tiers().items()],
-            ),
-            *_table(
-                "faults: right/held requests, longest delay in seconds",
-                "fault",
+                "faults: right/held requests, longest pause in seconds",
                 [{"fault": one, **{p: _in_words(cells[one].get(p)) for p in phases}} for one in cells],
             ),
-            *_table("memory and open files of processes, from one minute after their start", "name", report["lives"]),
+            *_table("memory and open files of processes, from one minute after their start", report["lives"]),
         ]
 
-    def _cell(self, injected: Sequence[InjectedFault], by_id: dict[str, RequestResult]) -> dict[str, Any]:
-        held = [by_id[one.request] for one in injected if one.request in by_id]
-        usual, endings = self.result.usual_pause(), Counter(one.ending for one in held)
-        delays = [one.longest_pause - usual for one in held if one.ending == "answered" and not one.slow]
+    def _cell(self, held: Sequence[RequestResult]) -> dict[str, Any]:
+        endings = Counter(one.ending for one in held)
+        answered = [one for one in held if one.ending == "answered"]
         return {
-            "strikes": len(injected),
             "in_phase": len(held),
-            "right": self._count_right(one for one in held if one.ending == "answered"),
+            "right": self._count_right(answered),
             "wrong": sum(one.request in self.wrong for one in held),
             "vanished": endings["vanished"],
             "refused": endings["refused"] + endings["given up"],
             "failed": endings["failed"],
-            "delay_max": _quantile(delays, 1.0),
+            "pause_max": _quantile([one.longest_pause for one in answered if not one.slow], 1.0),
         }
 
 
-def _table(title: str, first: str, rows: Sequence[Mapping[str, object]]) -> list[Table]:
-    """Returns a table with a column per key; nothing for no rows."""
+def _table(title: str, rows: Sequence[Mapping[str, object]]) -> list[Table]:
+    """Returns a table with a column per key, of which the first names the row; nothing for no rows."""
     if not rows:
         return []
     table = Table(title=title, title_justify="left")
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "), justify="left" if column == first else "right")
+    for number, column in enumerate(rows[0]):
+        table.add_column(column.replace("_", " "), justify="right" if number else "left")
     for row in rows:
         table.add_row(*map(str, row.values()))
     return [table]
 
 
-def _quantile(delays: Sequence[float], share: float) -> float | None:
-    """Returns the ``share`` quantile (0 to 1) of delays, of which none is less than 0. None if there are none."""
-    ordered = sorted(max(0.0, delay) for delay in delays)
+def _quantile(pauses: Sequence[float], share: float) -> float | None:
+    """Returns the ``share`` quantile (0 to 1) of ``pauses``; None if there are none."""
+    ordered = sorted(pauses)
     return round(ordered[round(share * (len(ordered) - 1))], 3) if ordered else None
 
 
@@ -209,5 +200,5 @@ def _in_words(cell: dict[str, Any] | None) -> str:
         return ""
     bad = "".join(f", {cell[name]} {name}" for name in ("wrong", "failed", "refused") if cell[name])
     right = f"{cell['right']}/{cell['in_phase'] - cell['vanished']}" if cell["in_phase"] > cell["vanished"] else "–"
-    delay = "" if cell["delay_max"] is None else f" {cell['delay_max']:.1f}"
-    return f"{cell['strikes']}: {right}{bad}{delay}"
+    pause = "" if cell["pause_max"] is None else f" {cell['pause_max']:.1f}"
+    return f"{cell['strikes']}: {right}{bad}{pause}"

@@ -291,9 +291,7 @@ def _choose_faults(options: ChaosOptions) -> Iterable[PlannedFault]:
         possible = targets_of(options.hosts)
         if any(fault.target not in possible[fault.kind] for fault in faults):
             raise click.UsageError(f"{options.replay} has hosts that vanish: add --hosts")
-        if any(
-            max(fault.ranks, default=-1) >= options.num_ranks.get(fault.target, 0) for fault in faults if fault.ranks
-        ):
+        if any(fault.ranks and max(fault.ranks) >= options.num_ranks.get(fault.target, 0) for fault in faults):
             raise click.UsageError(f"{options.replay} has faults of ranks: give as many with --tensor-parallel-size")
         return faults
     caused = [phase for phase, does in zip(KV_PHASES, (options.turns > 1, options.kv_disk), strict=True) if does]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
+
+from overfill.settings.reader import SETTINGS
 
 Changed = Callable[..., Any]
 
@@ -23,6 +27,11 @@ def around(owner: Any, name: str) -> Callable[[Changed], Changed]:
         return changed
 
     return install
+
+
+def runs_vllm() -> bool:
+    """Returns True if this service's engine is vLLM, by its flags or by the settings that its parent gives it."""
+    return "--engine=vllm" in sys.argv or '"engine": "vllm"' in os.environ.get(SETTINGS, "")
 
 
 def damage_sent(flip: Flip) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import random
 from contextlib import suppress
-from types import TracebackType
 
 _PIECE_BYTES = 16 * 1024  # maximum bytes forwarded at a time
 _MAX_PIECES = 64  # maximum pieces in flight per direction
@@ -44,9 +43,7 @@ class TcpProxy:
         self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
         self.cut()

@@ -27,7 +27,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import os
 import runpy
 import sys
 import threading
@@ -42,10 +41,9 @@ from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.kv.chunks import Chunk
 from overfill.kv.keys import token_bytes
-from overfill.lab.faults.patching import around, damage_received
+from overfill.lab.faults.patching import around, damage_received, runs_vllm
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
-from overfill.settings.reader import SETTINGS
 
 _KV_DELAY = 0.8  # seconds
 _STEP_DELAY = 0.15
@@ -154,14 +152,9 @@ def share_answers() -> None:
         return False
 
 
-def _runs_vllm() -> bool:
-    """Returns True if the service's engine is vLLM, by its flags or by the settings that its parent gives it."""
-    return "--engine=vllm" in sys.argv or '"engine": "vllm"' in os.environ.get(SETTINGS, "")
-
-
 def _kv_store() -> type:
     """Returns the class in which the service's engine keeps received KV."""
-    if not _runs_vllm():
+    if not runs_vllm():
         return KvCache
     from overfill.engine.vllm.store import VllmKvStore
 
@@ -176,12 +169,12 @@ def _before_each_step(act: Callable[[int], None]) -> None:
     """Calls ``act`` in every step of the engine, with the step's number from 1."""
     steps = itertools.count(1)
     owner: Any = ModelRunner
-    if _runs_vllm():
+    if runs_vllm():
         from overfill.engine.vllm.internals import VllmCore
 
         owner = VllmCore
 
-    @around(owner, "step" if _runs_vllm() else "_batch")
+    @around(owner, "step" if runs_vllm() else "_batch")
     def act_and_step(step: Any, *args: Any) -> Any:
         act(next(steps))
         return step(*args)

@@ -61,7 +61,7 @@ def test_the_faults_of_a_report_are_those_that_were_injected(tmp_path: Path) -> 
     faults = list(itertools.islice(draw(3, 1.0), 9))
     report = tmp_path / "report.json"
     injected = [
-        InjectedFault(**asdict(fault), at=1.0, victim="decode-0", request="chaos-1", took=2.0).as_dict()
+        asdict(InjectedFault(**asdict(fault), at=1.0, victim="decode-0", request="chaos-1", took=2.0))
         for fault in faults
     ]
     report.write_text(json.dumps({"strikes": injected}), encoding="utf-8")
@@ -74,7 +74,7 @@ def test_a_rolling_restart_drains_each_worker_once_in_their_order(tmp_path: Path
         ("drain", "prefill", "prefill-0", 2.0), ("drain", "prefill", "prefill-1", 2.0),
     ]  # fmt: skip
     report = tmp_path / "report.json"
-    report.write_text(json.dumps({"strikes": [fault.as_dict() for fault in faults]}), encoding="utf-8")
+    report.write_text(json.dumps({"strikes": [asdict(fault) for fault in faults]}), encoding="utf-8")
     assert read_report(report) == faults
     refused = CliRunner().invoke(chaos_command, ["--rolling-restart", "--matrix=1"])
     assert refused.exit_code == 2
@@ -89,7 +89,7 @@ def test_faults_hit_a_worker_one_of_its_ranks_or_all_of_them(tmp_path: Path) -> 
     assert hit == {"kill": whole | ranks, "freeze": whole | ranks, "drain": whole}
     assert max(fault.seconds for fault in faults if fault.ranks) > 25, "some outlast the worker's patience"
     report = tmp_path / "report.json"
-    report.write_text(json.dumps({"strikes": [fault.as_dict() for fault in faults]}), encoding="utf-8")
+    report.write_text(json.dumps({"strikes": [asdict(fault) for fault in faults]}), encoding="utf-8")
     assert read_report(report) == faults
     refused = CliRunner().invoke(chaos_command, ["--replay", str(report)])
     assert refused.exit_code == 2
@@ -108,7 +108,7 @@ def test_what_is_no_report_is_refused_by_name(tmp_path: Path, text: str) -> None
 
 def test_hosts_that_vanish_are_replayed_on_hosts_only(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    vanished = PlannedFault(0, "vanish", "decode", "decode", 2.0).as_dict()
+    vanished = asdict(PlannedFault(0, "vanish", "decode", "decode", 2.0))
     report.write_text(json.dumps({"strikes": [vanished]}), encoding="utf-8")
     done = CliRunner().invoke(chaos_command, [f"--replay={report}"])
     assert done.exit_code == 2

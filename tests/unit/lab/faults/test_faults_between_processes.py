@@ -95,8 +95,8 @@ def test_a_clock_is_set_for_one_process_while_it_runs(tmp_path: Path, seconds: i
 
 async def test_a_request_is_held_in_its_phase_until_it_is_let_go(tmp_path: Path) -> None:
     async with ProbeControl(tmp_path) as control:
-        probe = await asyncio.to_thread(Probe, control.path, "worker-0", ["prefill", "decode"])
-        other = await asyncio.to_thread(Probe, control.path, "decode-of-no-stage", ["prefill"])
+        probe = await asyncio.to_thread(Probe, control.path, "worker-0")
+        other = await asyncio.to_thread(Probe, control.path, "decode-of-no-stage")
         waiting_for = asyncio.ensure_future(control.hold_next("reserving", 30.0, 30.0))
         holding = asyncio.ensure_future(until_held(probe, "reserving", "r1"))
         held = await waiting_for
@@ -118,25 +118,32 @@ async def test_a_request_is_held_in_its_phase_until_it_is_let_go(tmp_path: Path)
 
 
 @pytest.mark.parametrize("connects", ["before", "meanwhile"])
-async def test_a_breakpoint_is_set_in_processes_of_its_stage(tmp_path: Path, connects: str) -> None:
+async def test_a_breakpoint_holds_one_request_of_all_processes(tmp_path: Path, connects: str) -> None:
     async with ProbeControl(tmp_path) as control:
-        other = await asyncio.to_thread(Probe, control.path, "prefill-by-name-only", ["decode"])
+        probes = {"worker-0": await asyncio.to_thread(Probe, control.path, "worker-0")}
         if connects == "meanwhile":
-            waiting = asyncio.ensure_future(control.hold_next("prefill", 0.01, 30.0))
+            waiting = asyncio.ensure_future(control.hold_next("prefill", 60.0, 30.0))
             await asyncio.sleep(0)
-        worker = await asyncio.to_thread(Probe, control.path, "worker-0", ["prefill", "decode"])
+        probes["worker-1"] = await asyncio.to_thread(Probe, control.path, "worker-1")
         if connects == "before":
-            waiting = asyncio.ensure_future(control.hold_next("prefill", 0.01, 30.0))
-        await asyncio.wait_for(until_held(worker, "prefill", "r1"), 10)
-        assert (await waiting).process == "worker-0"
-        assert other.reached("prefill", "r2") is None
-        worker.close()
-        other.close()
+            waiting = asyncio.ensure_future(control.hold_next("prefill", 60.0, 30.0))
+        async with asyncio.timeout(10):
+            while not all(probe.waits_for("prefill") for probe in probes.values()):
+                await asyncio.sleep(0.001)
+            held = {name: probe.reached("prefill", f"of {name}") for name, probe in probes.items()}
+            chosen = held.pop((await waiting).process)
+            (other,) = held.values()
+            while other is not None and other.holds:
+                await asyncio.sleep(0.001)
+        assert chosen is not None
+        assert chosen.holds
+        for probe in probes.values():
+            probe.close()
 
 
 async def test_nobody_waits_for_longer_than_asked(tmp_path: Path) -> None:
     async with ProbeControl(tmp_path) as control:
-        probe = await asyncio.to_thread(Probe, control.path, "decode-0", ["decode"])
+        probe = await asyncio.to_thread(Probe, control.path, "decode-0")
         with pytest.raises(TimeoutError):
             await control.hold_next("decode", 0.05, 0.05)
         await asyncio.wait_for(until_held(probe, "decode", "r1"), 10)
