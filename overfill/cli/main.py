@@ -50,7 +50,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "verify": ("overfill.cli", "Check a running stack's answers against plain transformers, token by token."),
         "bench": (
             "overfill.lab.commands",
-            "Measure the engine, the handoff, the router, or whole servers on this machine.",
+            "Measure engines, the router, or whole servers on this machine.",
         ),
         "loadtest": ("overfill.lab.commands", "Load a stack or an OpenAI endpoint, and check objectives."),
         "simulate": (
