@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -50,6 +50,25 @@ def install_option(command: _F) -> _F:
     return click.option(
         "--install", is_flag=True, help="First install missing peers and tools into OVERFILL_HOME/envs."
     )(command)
+
+
+def peer_pythons(peers: Iterable[str], install: bool) -> dict[str, Path]:
+    """Interpreter of each peer's environment. With ``install``, installs those that are missing.
+
+    Raises:
+        UsageError: A peer is not installed.
+    """
+    from overfill.cli.progress import show_progress
+    from overfill.lab.peers import environment
+
+    found = {}
+    with show_progress() as report:
+        for peer in peers:
+            python = environment.install(peer, report) if install else environment.python_of(peer)
+            if python is None:
+                raise click.UsageError(f"{peer} is not installed; add --install to download it")
+            found[peer] = python
+    return found
 
 
 def pair_folder(name: str) -> Path:

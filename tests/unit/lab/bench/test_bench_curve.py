@@ -19,7 +19,7 @@ from overfill.lab.bench.curve.results import Figures, FormatChanged, figures_of
 from overfill.lab.bench.curve.run import Folder, Measured, run_sweeps
 from overfill.lab.bench.curve.tools import Endpoint
 from overfill.lab.commands.bench import bench_group
-from overfill.lab.peers import environment
+from overfill.lab.peers import environment, process
 from overfill.lab.peers.process import PeerFailed
 from overfill.lab.peers.vllm_server import vllm_server
 from overfill.lab.traffic.outcome import Outcome
@@ -238,7 +238,7 @@ def fake_tool(tmp_path, monkeypatch):
             python.chmod(0o700)
             return tools.measure(Point("c", "split", "guidellm", 1, 2), SHAPES["c"], at, 4, {"guidellm": python}, limit)
 
-    monkeypatch.setattr(tools, "Child", Recorded)
+    monkeypatch.setattr(process, "Child", Recorded)
     fake = Tool()
     return fake
 
@@ -344,7 +344,7 @@ class _MockPair:
 def test_the_command_names_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("OVERFILL_HOME", str(tmp_path))
     result = CliRunner().invoke(bench_group, ["curve", "--out", str(tmp_path / "out"), "--system=split"])
-    assert "guidellm: not installed; add --install" in result.output
+    assert "guidellm is not installed; add --install" in result.output
 
 
 # vLLM's server
