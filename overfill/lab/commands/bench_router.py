@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from overfill.cli.options import Number
-from overfill.lab.commands.bench_options import install_option, json_option, log_line, peer_pythons
+from overfill.lab.commands.bench_options import Listed, install_option, json_option, log_line, peer_pythons
 from overfill.lab.measurement import print_measurements
 
 _PEERS = ("dynamo", "smg", "vllm-router")
 
 
-class _Peers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
-    """A comma-separated list of peers; empty for none."""
-
-    name = "peers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        names = tuple(part.strip() for part in str(value).split(",") if part.strip())
-        if unknown := [name for name in names if name not in _PEERS]:
-            self.fail(f"{unknown[0]!r} is no peer; choose among {', '.join(_PEERS)}", param, ctx)
-        return tuple(dict.fromkeys(names))
-
-
 @click.command("router", short_help="CPU, latency and memory of the router, beside other projects' routers.")
-@click.option("--peers", type=_Peers(), help="Comma-separated: dynamo, smg, vllm-router; default: those installed.")
+@click.option(
+    "--peers",
+    type=Listed("peers", click.Choice(_PEERS), empty=True),
+    help="Comma-separated: dynamo, smg, vllm-router; default: those installed.",
+)
 @install_option
 @click.option("--seconds", type=Number(0.2), default=2.0, show_default=True, help="Duration of each part.")
 @json_option

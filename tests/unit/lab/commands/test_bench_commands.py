@@ -24,7 +24,7 @@ def test_the_router_is_measured_beside_the_bare_server():
 
 @pytest.mark.parametrize(
     ("peers", "message"),
-    [("dynamo,other", "'other' is no peer; choose among dynamo, smg, vllm-router"), ("smg", "smg is not installed")],
+    [("dynamo,other", "'other' is not one of 'dynamo', 'smg', 'vllm-router'"), ("smg", "smg is not installed")],
 )
 def test_a_peer_that_cannot_be_measured_is_named(peers, message, monkeypatch, tmp_path):
     monkeypatch.setenv("OVERFILL_HOME", str(tmp_path))
