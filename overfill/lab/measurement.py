@@ -82,17 +82,17 @@ class Measurement:
 def measurements_table(measurements: Iterable[Measurement], more: Mapping[str, str] = MappingProxyType({})) -> Table:
     """A table with a line per measurement, and a column per key of ``of``. What all have alike is in the caption.
 
+    Columns without any content are left out.
+
     Args:
-        more: title of a further column -> attribute that it shows.
+        more: title of a further column -> attribute that it shows, of the rows that have it.
     """
     shown = list(measurements)
     names = dict.fromkeys(key for one in shown for key in one.of)
     values = {key: {one.of[key] for one in shown if key in one.of} for key in names}
     keys = [key for key, found in values.items() if len(found) > 1]
     alike = ", ".join(f"{key} {found.pop()}" for key, found in values.items() if len(found) == 1)
-    table = Table(caption=alike or None)
-    for column in ("", *keys, "measured", "", "rounds", "bound", "peer", *more):
-        table.add_column(column, justify="left" if column in ("", "peer") else "right", no_wrap=True)
+    rows = []
     for one in shown:
         bound = "" if one.bound is None else f"{'≥' if one.at_least else '≤'} {one.bound:,g}"
         peer = "" if one.peer_value is None else f"{one.peer}: {_number(one.peer_value)}"
@@ -101,8 +101,15 @@ def measurements_table(measurements: Iterable[Measurement], more: Mapping[str, s
         rounds = "" if one.low is None or one.high is None else f"{_number(one.low)} to {_number(one.high)}"
         verdict = bound if one.reached else f"{bound}, missed"
         about = [str(one.of.get(key, "")) for key in keys]
-        cells = [_number(getattr(one, attribute)) for attribute in more.values()]
-        table.add_row(one.name, *about, _number(one.value), one.unit, rounds, verdict, peer, *cells)
+        cells = [_number(getattr(one, attribute, None)) for attribute in more.values()]
+        rows.append((one.name, *about, _number(one.value), one.unit, rounds, verdict, peer, *cells))
+    table = Table(caption=alike or None)
+    heads = ("", *keys, "measured", "", "rounds", "bound", "peer", *more)
+    columns = [(head, cells) for head, cells in zip(heads, zip(*rows, strict=True), strict=True) if any(cells)]
+    for head, _ in columns:
+        table.add_column(head, justify="left" if head in ("", "peer") else "right", no_wrap=True)
+    for row in zip(*(cells for _, cells in columns), strict=True):
+        table.add_row(*row)
     return table
 
 
@@ -121,9 +128,16 @@ def print_measurements(
     return 0 if all(one.reached for one in measurements) else 1
 
 
+def value_text(value: float | None, unit: str) -> str:
+    """Formats a value or a bound for a message."""
+    return "not measured" if value is None or value != value else f"{value:,.4g} {unit}".strip()
+
+
 def _digits(value: float) -> float | None:
     return None if value != value else float(f"{value:.4g}")
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    if value is None:
+        return ""
+    return "–" if value != value else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

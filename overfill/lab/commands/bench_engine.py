@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from overfill.cli.options import dtype_option, option_errors
-from overfill.lab.commands.bench_options import Counts, json_option, pair_option
+from overfill.lab.commands.bench_options import Counts, json_option, load_pair, pair_option
 
 if TYPE_CHECKING:
     from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
@@ -100,10 +100,8 @@ def _print(
     from overfill.cli.progress import show_progress
     from overfill.lab.bench.engine.measure import EngineRun
     from overfill.lab.measurement import print_measurements
-    from overfill.model.manifest import Pair
-    from overfill.pair.store import resolve_pair
 
+    loaded = load_pair(pair)
     with show_progress() as report:
-        loaded = Pair.load(resolve_pair(pair, report))
         found = list(measure(EngineRun(loaded, dtype, device, threads or len(os.sched_getaffinity(0)), rounds, report)))
     return print_measurements(found, as_json)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,7 +74,9 @@ def quality_command(
     """
     from overfill.api.tokenizer import Tokenizer
     from overfill.cli.progress import show_progress
+    from overfill.lab.cpu_clock import cpu_seconds
     from overfill.lab.measurement import print_measurements
+    from overfill.lab.stacks import served
     from overfill.lab.tasks.quality import measure_quality, quality_table
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
@@ -90,8 +91,12 @@ def quality_command(
             _write(tokenizer, write)
             return
         cpu = None
-        if target is None:
-            target, cpu = opened.enter_context(_stack(tiers, adapters, threads))
+        if target is None:  # a stack without prefix caches
+            settings = {"prefix_cache": False, "adapters": None if adapters is None else str(adapters.resolve())}
+            stack = opened.enter_context(
+                served(Path(tiers[0].pair), settings=settings, log=log_line, tiers=tiers, threads=threads)
+            )
+            target, cpu = stack.url, lambda: sum(map(cpu_seconds, stack.processes.values()))
         found = list(
             measure_quality(
                 target.rstrip("/"),
@@ -106,20 +111,6 @@ def quality_command(
         print_measurements(found, as_json)
     else:
         console().print(quality_table(found))
-
-
-@contextmanager
-def _stack(
-    tiers: tuple[TierSpec, ...], adapters: Path | None, threads: int | None
-) -> Iterator[tuple[str, Callable[[], float]]]:
-    """Starts a stack without prefix caches. Yields its URL, and a function that returns its CPU time."""
-    from overfill.lab.cpu_clock import cpu_seconds
-    from overfill.lab.stacks import served
-
-    settings = {"prefix_cache": False, "adapters": None if adapters is None else str(adapters.resolve())}
-    pair = Path(tiers[0].pair)
-    with served(pair, settings=settings, log=log_line, tiers=tiers, threads=threads) as stack:
-        yield stack.url, lambda: sum(map(cpu_seconds, stack.processes.values()))
 
 
 def _write(tokenizer: Tokenizer, folder: Path) -> None:

@@ -53,5 +53,5 @@ def loadtest_command(connection: ClientConnection, **options: Any) -> int:
     try:
         outcomes = run_test(plan, requests, connection.tls, connection.api_key or None, sys.stderr)
     except RequestFailed as error:
-        return nothing_measured(str(error), sys.stderr)
-    return conclude(plan, outcomes, sys.stdout, sys.stderr)
+        return nothing_measured(str(error))
+    return conclude(plan, outcomes)

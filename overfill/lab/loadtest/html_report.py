@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from html import escape
 from io import StringIO
@@ -13,10 +13,10 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from rich.table import Table
 
 from overfill.client import TTFT_PARTS
 from overfill.lab.loadtest.plan import LoadPlan
-from overfill.lab.loadtest.tables import ResultTable
 from overfill.lab.traffic.outcome import PERCENTILES, Outcome, samples
 from overfill.version import __version__
 
@@ -42,21 +42,32 @@ svg{width:100%;height:auto}h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2r
 
 
 def write_report(
-    path: Path, plan: LoadPlan, outcomes: Sequence[Outcome], tables: Sequence[ResultTable], passed: bool
+    path: Path, plan: LoadPlan, outcomes: Sequence[Outcome], tables: Mapping[str, Table], passed: bool
 ) -> None:
-    """Writes the report to ``path``. ``outcomes`` are sorted by due time; times count from the start of the test."""
+    """Writes the report to ``path``. ``outcomes`` are sorted by due time; times count from the start of the test.
+
+    Args:
+        tables: by title. The page shows the last one, the objectives, first.
+    """
     late = [1e3 * (outcome.sent - outcome.due) for outcome in outcomes if outcome.sent is not None] or [0.0]
     errors = Counter(outcome.error for outcome in outcomes if outcome.error is not None).most_common(_FAILURES)
-    failures = ResultTable("Failures", ("times", "error"), [(str(count), error[:300]) for error, count in errors])
-    options = ResultTable("Options", ("option", "value"), _options(plan))
+    found = [
+        _table(
+            title, [str(column.header) for column in table.columns], zip(*(c.cells for c in table.columns), strict=True)
+        )
+        for title, table in tables.items()
+    ]
     body = [
         f"<h1>Load test: {'every objective met' if passed else 'objectives missed'}</h1>",
         f"<p>{escape(_description(plan, outcomes))}</p>",
-        *map(_table, [tables[-1], *tables[:-1]]),  # the objectives first
+        *found[-1:],
+        *found[:-1],
         f"<p>The client sent 99 % of the requests within {np.percentile(late, 99):.1f} ms of when due.</p>",
         *_plots([outcome for outcome in outcomes if outcome.ok]),
-        *map(_table, [failures, options] if errors else [options]),
     ]
+    if errors:
+        body.append(_table("Failures", ("times", "error"), ((count, error[:300]) for error, count in errors)))
+    body.append(_table("Options", ("option", "value"), _options(plan)))
     path.write_text(
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Load test</title>'
         f"<style>{_STYLE}</style></head><body>{''.join(body)}<p>overfill {__version__}</p></body></html>\n",
@@ -80,15 +91,15 @@ def _options(plan: LoadPlan) -> list[tuple[str, str]]:
     ]
 
 
-def _table(table: ResultTable) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
-    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
-    return f"<h2>{table.title}</h2><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    cells = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<h2>{title}</h2><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table>"
 
 
 def _plots(done: Sequence[Outcome]) -> list[str]:
     plots = ["<h2>Latencies over time</h2>", _svg(lambda: _over_time(done))] if done else []
-    if timed := [outcome for outcome in done if outcome.unattributed is not None]:
+    if timed := [outcome for outcome in done if outcome.ttft_parts]:
         plots += [
             "<h2>Parts of the time to first token</h2>",
             "<p>Left: means over time. Right: means per tenth of the answers, from the fastest to the slowest. "
@@ -137,18 +148,12 @@ def _parts(timed: Sequence[Outcome]) -> Any:
 def _stack(axes: Any, places: Sequence[float], groups: Sequence[Sequence[Outcome]], width: float) -> None:
     bottom = np.zeros(len(groups))
     for name, colour in zip((*TTFT_PARTS, "unattributed"), _COLOURS, strict=True):
-        heights = np.array([1e3 * np.mean([max(0.0, _part(o, name)) for o in group]) for group in groups])
+        heights = np.array(
+            [1e3 * np.mean([max(0.0, outcome.ttft_parts[name]) for outcome in group]) for group in groups]
+        )
         axes.bar(places, heights, width, bottom=bottom, color=colour, label=name.replace("_", " "))
         bottom += heights
     axes.grid(axis="y", alpha=0.3)
-
-
-def _part(outcome: Outcome, name: str) -> float:
-    """Returns the seconds of one part of the time to first token."""
-    if name == "unattributed":
-        share = outcome.unattributed
-        return 0.0 if share is None or outcome.sent is None else share * (outcome.times[0] - outcome.sent)
-    return getattr(outcome.timing, name) or 0.0
 
 
 def _binned(done: Sequence[Outcome]) -> list[tuple[float, float, list[Outcome]]]:

@@ -3,63 +3,65 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TextIO
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 
-from rich.console import Console
-from rich.table import Table
-
+from overfill.cli.output import console
 from overfill.lab.loadtest.plan import LoadPlan
-from overfill.lab.loadtest.tables import ResultTable, result_tables
-from overfill.lab.traffic.outcome import Outcome
-from overfill.lab.traffic.run_objectives import judge, value_text
+from overfill.lab.measurement import Measurement, measurements_table, value_text
+from overfill.lab.traffic.figures import Figure, figures
+from overfill.lab.traffic.outcome import Objective, Outcome
+from overfill.lab.traffic.run_objectives import judge, of_each_request
 
 MET, MISSED, NOT_MEASURED = 0, 1, 2
 """Exit codes: every objective is met, one is missed, nothing could be measured."""
 
-_WIDTH = 120
-_NARROW = 4
-"""Number of columns up to which a table has wide gaps."""
+_PERCENTILES = {"p90": "p90", "p99": "p99"}
 
 
-def conclude(plan: LoadPlan, outcomes: Sequence[Outcome], out: TextIO, err: TextIO) -> int:
-    """Prints tables to ``out`` and missed objectives to ``err``, and writes the plan's files. Returns the exit code."""
+def conclude(plan: LoadPlan, outcomes: Sequence[Outcome]) -> int:
+    """Prints tables on stdout and missed objectives on stderr, and writes the plan's files. Returns the exit code."""
     if not outcomes:
-        return nothing_measured("no request was sent", err)
+        return nothing_measured("no request was sent")
     verdicts = judge(plan.objectives, outcomes)
-    tables = result_tables(outcomes, verdicts)
-    if err.isatty():
-        print(file=err)  # below the progress line
-    console = Console(file=out, highlight=False, width=None if out.isatty() else _WIDTH)
-    for table in tables:
-        console.print(_rich(table))
+    shown: dict[str, Sequence[Measurement]] = {
+        "Figures": figures(outcomes),
+        "Tiers": [*_of_tiers(outcomes, of_each_request(verdicts))],
+        "Objectives": verdicts,
+    }
+    tables = {title: measurements_table(rows, _PERCENTILES) for title, rows in shown.items() if rows}
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # below the progress line
+    for table in tables.values():
+        console().print(table)
     if errors := [outcome.error or "" for outcome in outcomes if not outcome.ok]:
-        print(f"loadtest: {len(errors)} requests failed; the first: {errors[0]}", file=err)
+        print(f"loadtest: {len(errors)} requests failed; the first: {errors[0]}", file=sys.stderr)
     missed = [verdict for verdict in verdicts if not verdict.reached]
     for one in missed:
         measured, bound = value_text(one.value, one.unit), value_text(one.bound, one.unit)
-        print(f"loadtest: missed: {one.name}: {measured} (at most {bound})", file=err)
+        print(f"loadtest: missed: {one.name}: {measured} (at most {bound})", file=sys.stderr)
     if plan.records is not None:
         plan.records.write_text("".join(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes))
     if plan.report is not None:
         from overfill.lab.loadtest.html_report import write_report
 
         write_report(plan.report, plan, outcomes, tables, passed=not missed)
-        print(f"loadtest: the report is {plan.report}", file=err)
+        print(f"loadtest: the report is {plan.report}", file=sys.stderr)
     return MISSED if missed else MET
 
 
-def nothing_measured(reason: str, err: TextIO) -> int:
-    print(f"\nloadtest: nothing was measured: {reason}", file=err)
+def nothing_measured(reason: str) -> int:
+    print(f"\nloadtest: nothing was measured: {reason}", file=sys.stderr)
     return NOT_MEASURED
 
 
-def _rich(table: ResultTable) -> Table:
-    made = Table(box=None, padding=(0, 1 if len(table.head) > _NARROW else 2))
-    for column, title in enumerate(table.head):
-        cells = [row[column] for row in table.rows if column < len(row)]
-        made.add_column(title, justify="right" if all(cell[:1].isdigit() or cell == "–" for cell in cells) else "left")
-    for row in table.rows:
-        made.add_row(*row)
-    return made
+def _of_tiers(outcomes: Sequence[Outcome], objective: Objective) -> Iterator[Figure]:
+    """Yields the figures of each tier that requests named, and the number of answers by the tier that wrote them."""
+    for tier in sorted({outcome.tier for outcome in outcomes} - {""}):
+        of_tier = [outcome for outcome in outcomes if outcome.tier == tier]
+        writers = Counter(outcome.written_by or "unknown" for outcome in of_tier if outcome.ok)
+        written = (Figure(f"written by {name}", count, "answers") for name, count in sorted(writers.items()))
+        for figure in (*figures(of_tier, objective), *written):
+            yield replace(figure, of={"tier": tier})

@@ -10,7 +10,8 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 from overfill.lab.loadtest.plan import LoadPlan
-from overfill.lab.traffic.outcome import Outcome, RequestFailed, figures
+from overfill.lab.traffic.figures import latencies
+from overfill.lab.traffic.outcome import Outcome, RequestFailed
 from overfill.lab.traffic.play import Target, run_load
 from overfill.lab.traffic.targets import GrpcTarget, OpenAiTarget
 from overfill.lab.traffic.traces import TraceRequest
@@ -86,12 +87,14 @@ async def _show_progress(outcomes: Sequence[Outcome], total: int | None, err: Te
     start, end = ("\r\033[K", "") if terminal else ("", "\n")
     while True:
         await asyncio.sleep(_TERMINAL_SECONDS if terminal else _LOG_SECONDS)
-        found = figures(outcomes[-_RECENT:])
         parts = [
             f"{time.monotonic() - began:.0f} s",
             f"{len(outcomes)}{'' if total is None else f' of {total}'} answered",
             f"{sum(not outcome.ok for outcome in outcomes)} failed",
-            *(f"{name} {1e3 * found[name]:.0f} ms" for name in ("ttft_p90", "itl_p90") if not math.isnan(found[name])),
+            *(
+                f"{one.name}_p90 {1e3 * (one.p90 or 0):.0f} ms"
+                for one in latencies(outcomes[-_RECENT:], ("ttft", "itl"))
+            ),
         ]
         err.write(f"{start}{', '.join(parts)}{end}")
         err.flush()

@@ -63,7 +63,7 @@ class TimedUser(User):
                 times += [time.perf_counter()] * (tokens - len(times))
             if not times:
                 raise RequestFailed("no token arrived")
-        except (OverfillError, RequestFailed) as error:
+        except OverfillError as error:
             fire("end to end", time.perf_counter() - due, error)
             raise RescheduleTask(str(error)) from error
         outcome = Outcome(due, tuple(times))
@@ -96,7 +96,6 @@ class ClientUser(TimedUser):
         Raises:
             RescheduleTask: The request failed. The statistics count it, and locust goes on with another task.
         """
-
         answers: list[Answer] = []
 
         def counts() -> Iterator[int]:
@@ -124,8 +123,7 @@ class OpenAiUser(TimedUser):
     protocol = "OpenAI"
     host = "http://127.0.0.1:8000/v1"
 
-    def __init__(self, environment: Environment) -> None:
-        super().__init__(environment)
+    def on_start(self) -> None:
         self._session, self._model = Session(), ""
         if key := os.environ.get(_API_KEY):
             self._session.headers["Authorization"] = f"Bearer {key}"

@@ -1,39 +1,20 @@
-"""Result of a simulated run: its counters, and its figures. Names are those of ``overfill.lab.traffic.outcome``."""
+"""Result of a simulated run: its counters, and its figures. Names are those of ``overfill.lab.traffic.figures``."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
 
-import numpy as np
-
-from overfill.lab.measurement import Measurement
 from overfill.lab.simulate.histogram import Histogram
 from overfill.lab.simulate.options import SimulationOptions
 from overfill.lab.simulate.profiles import Profile
 from overfill.lab.simulate.request import SimRequest
+from overfill.lab.traffic.figures import Figure, latencies
 from overfill.request.names import cached_by_source
 
 PERCENTILES = {"p90": "p90", "p95": "p95", "p99": "p99"}
 """Columns of a table of figures, and what they show."""
-
-
-@dataclass(frozen=True, slots=True)
-class Figure(Measurement):
-    """A figure of a run. Of a latency, ``value`` is the median, and the percentiles are beside it."""
-
-    p90: float | None = None
-    p95: float | None = None
-    p99: float | None = None
-
-    @classmethod
-    def latency(cls, name: str, percentile: Callable[[float], Any]) -> Figure:
-        """Makes the figure of a latency in seconds, given the function that returns its percentiles."""
-        value, p90, p95, p99 = (float(percentile(mark)) for mark in (50, 90, 95, 99))
-        return cls(name, value, "s", p90=p90, p95=p95, p99=p99)
 
 
 @dataclass(slots=True)
@@ -158,13 +139,7 @@ class SimulationResult:
 
 
 def _latencies(answers: Sequence[SimRequest]) -> list[Figure]:
-    outcomes = [request.outcome for request in answers]
-    samples = {
-        "ttft": [outcome.ttft for outcome in outcomes],
-        "request_itl": [outcome.itl for outcome in outcomes if outcome.tokens > 1],
-        "e2e": [outcome.e2e for outcome in outcomes],
-    }
-    return [Figure.latency(name, partial(np.percentile, values)) for name, values in samples.items() if values]
+    return latencies([request.outcome for request in answers], ("ttft", "request_itl", "e2e"))
 
 
 def _rows(unit: str, **values: float | None) -> list[Figure]:

@@ -1,20 +1,23 @@
-"""Builds the body of a streamed OpenAI completion, and parses its events. No sockets."""
+"""Builds the body of a streamed OpenAI completion or chat, and parses its events. No sockets."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from overfill.client.answers import Timing
 from overfill.lab.traffic.outcome import RequestFailed
 
+Message = Mapping[str, Any]
+"""A message of a chat, with its role and content."""
+
 
 def completion_body(
-    model: str | None, prompt: Sequence[int], max_tokens: int, *, extensions: bool, **own: Any
+    model: str | None, prompt: Sequence[int] | Sequence[Message], max_tokens: int, *, extensions: bool, **own: Any
 ) -> dict[str, Any]:
-    """Builds the body of a ``/completions`` request.
+    """Builds the body of a ``/completions`` request, or of ``/chat/completions`` if the prompt is messages.
 
     Args:
         extensions: whether to use ``ignore_eos`` and a token count in every message, which OpenAI's API does not have.
@@ -22,7 +25,7 @@ def completion_body(
     """
     body: dict[str, Any] = {
         "model": model,
-        "prompt": list(prompt),
+        "prompt" if isinstance(prompt[0], int) else "messages": list(prompt),
         "max_tokens": max_tokens,
         "temperature": 0,
         "stream": True,
@@ -40,11 +43,12 @@ class CompletionEvents:
     Attributes:
         timing: The server's own timing. Our server sends it after the last token; others send none.
         tier: Tier that wrote the end of the answer; empty until our server says so.
+        text: Text received so far.
     """
 
     def __init__(self) -> None:
         self.timing: Timing | None = None
-        self.tier = ""
+        self.tier = self.text = ""
         self._tokens = 0
         self._finished = False
 
@@ -58,10 +62,10 @@ class CompletionEvents:
             RequestFailed: The line is an error.
             ValueError, KeyError, TypeError: The line does not belong to this API.
         """
-        text = line.decode().strip()
-        if not text.startswith("data:"):
+        field, _, data = line.decode().strip().partition(":")
+        data = data.strip()
+        if field != "data":
             return self._tokens
-        data = text.removeprefix("data:").strip()
         if data == "[DONE]":
             self._finished = True
             return self._tokens
@@ -71,9 +75,12 @@ class CompletionEvents:
         if ours := event.get("overfill"):
             choice = ours["choices"][0]
             self.timing, self.tier = timing(choice["timing"]), choice.get("tier") or ""
+        choices = event.get("choices") or ()
+        text = "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
+        self.text += text
         if usage := event.get("usage"):
             self._tokens = int(usage["completion_tokens"])
-        elif any(choice.get("text") for choice in event.get("choices") or ()):
+        elif text:
             self._tokens += 1
         return self._tokens
 

@@ -1,18 +1,19 @@
-"""Outcome of one request as its client measured it, and figures of many: percentiles, throughput, goodput. No I/O."""
+"""Outcome of one request as its client measured it, and the objective that it should meet. No I/O."""
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from overfill.client import TTFT_PARTS, Timing
-from overfill.errors import InvalidRequest
+from overfill.errors import InvalidRequest, OverfillError
 
 PERCENTILES = (50, 90, 99)
+_SECONDS = re.compile(r"((?:\d+(?:\.\d*)?|\.\d+)(?:e-?\d+)?)(ms|s)?")
 
 
-class RequestFailed(Exception):
+class RequestFailed(OverfillError):
     """The server did not answer a request completely; the message says why."""
 
 
@@ -70,16 +71,22 @@ class Outcome:
         return (self.times[-1] - self.times[0]) / (self.tokens - 1) if self.tokens > 1 else 0.0
 
     @property
-    def unattributed(self) -> float | None:
-        """Share of the time from sending to the first token that no part of the server's breakdown covers.
+    def ttft_parts(self) -> dict[str, float]:
+        """Seconds from sending to the first token, by the server's parts; empty if the server sent none.
 
-        It is spent in the network and at both of its ends. None means that the server sent no breakdown.
+        The last part, ``unattributed``, is what no other covers: the network and both of its ends.
         """
         if not self.ok or self.sent is None or self.timing is None or self.timing.ttft is None:
-            return None
-        seen = self.times[0] - self.sent
-        parts = sum(getattr(self.timing, part) or 0.0 for part in TTFT_PARTS)
-        return (seen - parts) / seen if seen > 0 else None
+            return {}
+        parts = {name: getattr(self.timing, name) or 0.0 for name in TTFT_PARTS}
+        return parts | {"unattributed": self.times[0] - self.sent - sum(parts.values())}
+
+    @property
+    def unattributed(self) -> float | None:
+        """Share of the time from sending to the first token that no part covers. None means that none is known."""
+        parts = self.ttft_parts
+        seen = sum(parts.values())
+        return parts["unattributed"] / seen if seen > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +99,7 @@ class Objective:
 
     @classmethod
     def parse(cls, text: str) -> Objective:
-        """Parses a text such as ``ttft=2,itl=0.2``, in seconds.
+        """Parses a text such as ``ttft=2,itl=200ms``. Limits are in seconds without a unit.
 
         Raises:
             InvalidRequest: A name is not ttft, itl or e2e, or a value is not a positive number.
@@ -100,56 +107,36 @@ class Objective:
         limits: dict[str, float] = {}
         for part in text.split(","):
             name, _, value = part.strip().partition("=")
-            try:
-                limit = float(value)
-            except ValueError:
-                limit = 0.0
-            if name not in cls.__slots__ or not limit > 0:
+            limits[name] = parse_seconds(value)
+            if name not in cls.__slots__ or limits[name] <= 0:
                 raise InvalidRequest(
-                    "objective", f"{part.strip()!r} is not a limit in seconds such as ttft=2 or itl=0.2"
+                    "objective", f"{part.strip()!r} is not a limit such as ttft=2 (seconds), itl=200ms or e2e=30"
                 )
-            limits[name] = limit
         return cls(**limits)
 
     def met(self, outcome: Outcome) -> bool:
-        pairs = ((self.ttft, "ttft"), (self.itl, "itl"), (self.e2e, "e2e"))
-        return outcome.ok and all(limit is None or getattr(outcome, name) <= limit for limit, name in pairs)
+        limits = ((name, getattr(self, name)) for name in self.__slots__)
+        return outcome.ok and all(limit is None or getattr(outcome, name) <= limit for name, limit in limits)
 
     def __str__(self) -> str:
-        names = ("ttft", "itl", "e2e")
-        return ", ".join(f"{name} <= {getattr(self, name):g} s" for name in names if getattr(self, name) is not None)
+        limits = ((name, getattr(self, name)) for name in self.__slots__)
+        return ", ".join(f"{name} <= {limit:g} s" for name, limit in limits if limit is not None)
+
+
+def parse_seconds(text: str) -> float:
+    """Parses ``2``, ``2s`` or ``200ms``. Returns 0 for a text that is no such time."""
+    found = _SECONDS.fullmatch(text)
+    return 0.0 if found is None else float(found[1]) / (1e3 if found[2] == "ms" else 1)
 
 
 def samples(outcomes: Sequence[Outcome], name: str) -> list[float]:
-    """Returns all values of ``ttft``, ``e2e`` or ``unattributed`` (one per answer) or of ``itl`` (one per gap)."""
+    """Returns the values of ``ttft``, ``e2e``, ``unattributed`` and ``request_itl`` per answer, of ``itl`` per gap.
+
+    ``request_itl`` is the mean gap of each answer with several tokens.
+    """
     done = [outcome for outcome in outcomes if outcome.ok]
     if name == "itl":
         return [gap for outcome in done for gap in outcome.gaps]
+    if name == "request_itl":
+        return [outcome.itl for outcome in done if outcome.tokens > 1]
     return [value for outcome in done if (value := getattr(outcome, name)) is not None]
-
-
-def figures(outcomes: Sequence[Outcome], objective: Objective | None = None) -> dict[str, float]:
-    """Computes the figures of a run by name: latencies in seconds, rates per second, and the number of failures.
-
-    With an objective, ``goodput`` are the answers per second that meet it, and ``attainment`` is their share of all
-    requests. A latency that no answer has is NaN.
-    """
-    import numpy as np  # imported here: parsing a load test's options must not need it
-
-    done = [outcome for outcome in outcomes if outcome.ok]
-    span = max((outcome.times[-1] for outcome in done), default=0.0) - min((o.due for o in outcomes), default=0.0)
-
-    def per_second(count: int) -> float:
-        return count / span if span > 0 else 0.0
-
-    found: dict[str, float] = {}
-    for name in ("ttft", "itl", "e2e"):
-        marks = np.percentile(samples(done, name) or [math.nan], PERCENTILES)
-        found |= {f"{name}_p{p}": float(mark) for p, mark in zip(PERCENTILES, marks, strict=True)}
-    found["output_tokens"] = per_second(sum(outcome.tokens for outcome in done))
-    found["requests"] = per_second(len(done))
-    found["failed"] = len(outcomes) - len(done)
-    if objective is not None:
-        good = sum(objective.met(outcome) for outcome in outcomes)
-        found |= {"goodput": per_second(good), "attainment": good / max(1, len(outcomes))}
-    return found

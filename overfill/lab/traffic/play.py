@@ -37,10 +37,12 @@ class ReceivedAnswer:
     Attributes:
         timing: The server's own breakdown of the time; None means unknown.
         tier: Tier that wrote the end of the answer; empty means unknown.
+        text: The answer itself, of an OpenAI endpoint.
     """
 
     timing: Timing | None = None
     tier: str = ""
+    text: str = ""
 
 
 class Target(Protocol):

@@ -1,7 +1,7 @@
 """Objectives of a whole run, such as ``ttft_p95=2,itl_p99=200ms,errors=0``: parsing and checking. No I/O.
 
 An objective is a ``Measurement`` whose bound is the largest allowed value. Its value is NaN until a run is judged. Its
-unit is ms, %, or none for a number of errors.
+unit is s, %, or none for a number of errors.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import replace
 
 from overfill.errors import InvalidRequest
 from overfill.lab.measurement import Measurement
-from overfill.lab.traffic.outcome import Objective, Outcome, samples
+from overfill.lab.traffic.outcome import Objective, Outcome, parse_seconds, samples
 
-_NAME = re.compile(r"(ttft|itl|tpot|e2e|unattributed)_p(\d{1,2}(?:\.\d+)?|100)")
-_VALUE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ms|s|%)?")
+_PERCENTILE = r"_p(\d{1,2}(?:\.\d+)?|100)"
+_NUMBER = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(%)?")
 
 
 def parse_objectives(text: str) -> list[Measurement]:
@@ -51,15 +51,8 @@ def of_each_request(objectives: Sequence[Measurement]) -> Objective:
     for objective in objectives:
         name = objective.name.partition("_p")[0].replace("tpot", "itl")
         if name in Objective.__slots__ and objective.bound is not None:
-            limits[name] = max(objective.bound / 1e3, limits.get(name, 0.0))
+            limits[name] = max(objective.bound, limits.get(name, 0.0))
     return Objective(**limits)
-
-
-def value_text(value: float | None, unit: str) -> str:
-    """Formats the value or the bound of an objective."""
-    if value is None or math.isnan(value):
-        return "not measured"
-    return f"{value:.1f} {unit}" if unit else f"{value:.0f}"
 
 
 def _measure(objective: Measurement, outcomes: Sequence[Outcome]) -> float:
@@ -69,25 +62,21 @@ def _measure(objective: Measurement, outcomes: Sequence[Outcome]) -> float:
     import numpy as np  # imported here: parsing a load test's options must not need it
 
     name, _, percentile = objective.name.partition("_p")
-    if name == "tpot":
-        values = [outcome.itl for outcome in outcomes if outcome.ok and outcome.tokens > 1]
-    else:
-        values = samples(outcomes, name)
-    factor = 1e2 if objective.unit == "%" else 1e3
+    values = samples(outcomes, name.replace("tpot", "request_itl"))
+    factor = 100 if objective.unit == "%" else 1
     return factor * float(np.percentile(values, float(percentile))) if values else math.nan
 
 
 def _parse(part: str) -> Measurement:
     name, _, given = part.partition("=")
-    value, of_answers = _VALUE.fullmatch(given), _NAME.fullmatch(name)
-    if value is not None:
-        number, unit = float(value[1]), value[2]
-        if name == "errors" and (unit == "%" or (unit is None and number == int(number))):
-            return Measurement(name, math.nan, unit or "", bound=number)
-        if of_answers and of_answers[1] == "unattributed" and unit in (None, "%"):
-            return Measurement(name, math.nan, "%", bound=number if unit else 100 * number)
-        if of_answers and of_answers[1] != "unattributed" and unit != "%" and number > 0:
-            return Measurement(name, math.nan, "ms", bound=number if unit == "ms" else 1e3 * number)
+    if re.fullmatch(rf"(ttft|itl|tpot|e2e){_PERCENTILE}", name) and (limit := parse_seconds(given)) > 0:
+        return Measurement(name, math.nan, "s", bound=limit)
+    if value := _NUMBER.fullmatch(given):
+        number, percent = float(value[1]), value[2] or ""
+        if name == "errors" and (percent or number == int(number)):
+            return Measurement(name, math.nan, percent, bound=number)
+        if re.fullmatch(rf"unattributed{_PERCENTILE}", name):
+            return Measurement(name, math.nan, "%", bound=number if percent else 100 * number)
     raise InvalidRequest(
         "objective",
         f"{part!r} is not an objective such as ttft_p95=2 (seconds), itl_p99=200ms, tpot_p50=0.1, e2e_p90=30, "

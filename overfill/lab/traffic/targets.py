@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncIterator, Sequence
-from typing import Self
+from typing import Any, Self
 
 import aiohttp
 
 from overfill.client import AsyncClient, SamplingParams
 from overfill.errors import OverfillError
 from overfill.lab.traffic import openai
+from overfill.lab.traffic.openai import Message
 from overfill.lab.traffic.outcome import RequestFailed
 from overfill.lab.traffic.play import ReceivedAnswer
 from overfill.rpc.tls import ClientTls
 
 
 class OpenAiTarget:
-    """Streams ``/completions`` of an OpenAI endpoint. Prompts are token ids.
+    """Streams from an OpenAI endpoint: ``/completions`` of token ids, and ``/chat/completions`` of messages.
 
     Args:
         url: URL of the endpoint, including ``/v1``.
@@ -55,7 +56,7 @@ class OpenAiTarget:
             headers=self._headers, connector=connector, timeout=aiohttp.ClientTimeout(total=None)
         )
         try:
-            self._model = self._model or await self._first_model()
+            self._model = self._model or str((await self.models())[0]["id"])
         except BaseException:
             await self._session.close()
             raise
@@ -65,15 +66,15 @@ class OpenAiTarget:
         await self._session.close()
 
     async def stream(
-        self, prompt: Sequence[int], max_tokens: int, received: ReceivedAnswer, tier: str = ""
+        self, prompt: Sequence[int] | Sequence[Message], max_tokens: int, received: ReceivedAnswer, tier: str = ""
     ) -> AsyncIterator[int]:
-        """As of ``Target``. Only our endpoint fills ``received``."""
+        """As of ``Target``. Only our endpoint tells the timing and the tier."""
         body = openai.completion_body(
             self._model, prompt, max_tokens, extensions=self._extensions, tier=tier, **self._own
         )
-        events = openai.CompletionEvents()
+        events, path = openai.CompletionEvents(), "completions" if "prompt" in body else "chat/completions"
         try:
-            async with self._session.post(f"{self._url}/completions", json=body) as response:
+            async with self._session.post(f"{self._url}/{path}", json=body) as response:
                 if response.status != 200:
                     raise RequestFailed(f"HTTP {response.status}: {openai.error_message(await response.text())}")
                 async for line in response.content:
@@ -81,14 +82,17 @@ class OpenAiTarget:
         except (aiohttp.ClientError, ValueError, KeyError, TypeError) as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
         events.end()
-        received.timing, received.tier = events.timing, events.tier
+        received.timing, received.tier, received.text = events.timing, events.tier, events.text
 
-    async def _first_model(self) -> str:
+    async def models(self) -> list[dict[str, Any]]:
+        """Returns what the endpoint says about its models, at least one. Raises RequestFailed if it lists none."""
         try:
             async with self._session.get(f"{self._url}/models") as response:
                 if response.status != 200:
                     raise RequestFailed(f"HTTP {response.status}: {openai.error_message(await response.text())}")
-                return str((await response.json())["data"][0]["id"])
+                models: list[dict[str, Any]] = (await response.json())["data"]
+                models[0]["id"]
+                return models
         except (aiohttp.ClientError, ValueError, KeyError, IndexError, TypeError) as error:
             raise RequestFailed(f"{self._url}/models does not answer as an OpenAI endpoint does: {error!r}") from error
 

@@ -24,7 +24,7 @@ from overfill.errors import InvalidRequest
 MOONCAKE_BLOCK = 512
 """Prompt tokens per hash in Mooncake's traces."""
 
-Arrivals = Literal["poisson", "constant", "burst"]
+Arrivals = Literal["poisson", "burst"]
 TraceKind = Literal["azure", "mooncake"]
 
 
@@ -150,7 +150,7 @@ def synthetic(
     """Returns ``count`` requests of equal length.
 
     Args:
-        arrivals: ``poisson`` and ``constant`` arrive at ``rate`` per second; ``burst`` all at once, ignoring ``rate``.
+        arrivals: ``poisson`` at ``rate`` per second on average; ``burst`` all at once, ignoring ``rate``.
     """
     generator = random.Random(seed)
     requests = []
@@ -159,8 +159,6 @@ def synthetic(
         requests.append(TraceRequest(now, prompt_tokens, output_tokens))
         if arrivals == "poisson":
             now += generator.expovariate(rate)
-        elif arrivals == "constant":
-            now += 1 / rate
     return requests
 
 

@@ -48,4 +48,5 @@ def test_what_was_measured_is_a_field_of_the_line_and_a_column_where_it_differs(
     print_measurements(ones, as_json=False)
     out = capsys.readouterr().out
     assert "batch" in out
+    assert "bound" not in out, "no figure has one"
     assert " ".join(out.split()).count("device cpu") == 1

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -73,7 +74,7 @@ class MachineProbe:
 
     def matrix_rate(self) -> float:
         """Floating-point operations per second in the fastest of several shapes."""
-        return max(2 * x.numel() * len(w) / self._seconds(_product(x, w)) for x, w in self._products)
+        return max(2 * x.numel() * len(w) / self._seconds(partial(linear, x, w)) for x, w in self._products)
 
     def _hash(self) -> None:
         view = self._buffer.numpy().data.cast("B")
@@ -108,10 +109,6 @@ def _host_buffer() -> torch.Tensor:
         with suppress(OSError):  # the kernel has no huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.float32).fill_(1)
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
-    return lambda: linear(x, weight)
 
 
 def median_machine(measured: list[Machine]) -> Machine:

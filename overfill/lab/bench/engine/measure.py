@@ -147,7 +147,7 @@ class EngineRun:
         least: float,
     ) -> Measurement:
         """Tokens per second. ``tokens`` took ``seconds`` in each round, and this machine needs ``least`` seconds."""
-        about = {**of, "weights": engine.weights, "kv_cache": engine.kv_cache} | self._of
+        about = {**of, **engine.formats, **self._of}
         rates = [tokens / each for each in seconds]
         return Measurement.median(name, rates, "tokens/s", peer=LIMIT, peer_value=tokens / least, of=about)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -15,9 +16,7 @@ from overfill.engine.protocol import EngineOptions
 from overfill.engine.runner import ModelRunner
 from overfill.engine.sequence import (
     ChangeAdapter,
-    DecodeEvent,
     DecodeSequence,
-    PrefillEvent,
     PrefillSequence,
     PromptComputed,
     Release,
@@ -91,6 +90,7 @@ class BenchEngine:
     def __init__(self, name: str, stage: Stage, adapters: int = 0) -> None:
         assert isinstance(stage.runner, ModelRunner)
         self.name, self._stage, self._runner, self._adapters = name, stage, stage.runner, adapters
+        self._arrived: list[Any] = []
 
     def cost(self, batch: int) -> ModelCost:
         """Bytes and operations of the model, with the adapters of ``batch`` sequences."""
@@ -99,15 +99,21 @@ class BenchEngine:
         return ModelCost.of(model.config, model.bytes_read + adapters, self._runner.cache.token_bytes)
 
     @property
-    def weights(self) -> str:
-        """Type of the model's weights, such as "bfloat16" or "int8"."""
+    def formats(self) -> dict[str, str]:
+        """Type of the model's weights, such as "bfloat16" or "int8", and element type of the KV cache."""
         model = self._runner.model
-        return str(model.dtype).removeprefix("torch.") if model.quantize == "none" else model.quantize
+        weights = str(model.dtype) if model.quantize == "none" else model.quantize
+        formats = {"weights": weights, "kv_cache": str(self._runner.cache.k.dtype)}
+        return {name: of.removeprefix("torch.") for name, of in formats.items()}
 
-    @property
-    def kv_cache(self) -> str:
-        """Element type of the KV cache."""
-        return str(self._runner.cache.k.dtype).removeprefix("torch.")
+    def _events(self) -> list[Any]:
+        """Returns the engine's events since the last call. Raises the error of a sequence that failed."""
+        events = self._arrived[:]
+        self._arrived.clear()
+        for event in events:
+            if isinstance(event, SequenceFailed):
+                raise event.error
+        return events
 
     def _prompt(self, length: int, seed: int) -> list[int]:
         """Random token ids. Speed does not depend on which ids they are."""
@@ -120,9 +126,8 @@ class BenchDecoder(BenchEngine):
 
     def __init__(self, name: str, stage: Stage, adapters: int = 0) -> None:
         super().__init__(name, stage, adapters)
-        self._events: list[DecodeEvent] = []
         self._engine = DecodeEngine(
-            self._runner, stage.pool, _QUEUE, stage.options.max_num_batched_tokens, self._events.extend
+            self._runner, stage.pool, _QUEUE, stage.options.max_num_batched_tokens, self._arrived.extend
         )
         self._ids: list[str] = []
         cache = self._runner.cache
@@ -136,7 +141,7 @@ class BenchDecoder(BenchEngine):
             adapter = LoraAdapter(AdapterRecord(f"random-{slot}", "", "", rank), products)
             stage.adapters.stage(slot, adapter)
             self._engine.handle(ChangeAdapter(slot, adapter))
-        self._pop_events()
+        self._events()
 
     def begin(self, batch: int, prompt_tokens: int, steps: int) -> None:
         """Starts ``batch`` sequences after a prompt of ``prompt_tokens`` tokens, with room for ``steps`` more each."""
@@ -145,7 +150,7 @@ class BenchDecoder(BenchEngine):
             sequence = DecodeSequence(f"{self.name}-{index}", list(prompt), [], _GREEDY, limit)
             sequence.adapter = index % self._adapters if self._adapters else None
             self._engine.handle(Reserve(sequence))
-            (event,) = self._pop_events()
+            (event,) = self._events()
             if not isinstance(event, Reserved):
                 raise InternalError(f"the engine reserved no KV blocks: {event}")
             self._ids.append(sequence.id)
@@ -160,7 +165,7 @@ class BenchDecoder(BenchEngine):
         for id in self._ids:
             self._engine.handle(Release(id))
         self._ids = []
-        self._events.clear()
+        self._events()
 
     def _step(self) -> float:
         """Runs the engine until every sequence has one more token. Returns the seconds."""
@@ -168,18 +173,11 @@ class BenchDecoder(BenchEngine):
         start = time.perf_counter()
         while remaining > 0:
             self._engine.step()
-            for event in self._pop_events():
-                if isinstance(event, SequenceFailed):
-                    raise event.error
+            for event in self._events():
                 if not isinstance(event, StepSampled) or event.finishes:
                     raise InternalError(f"unexpected event in a decode run: {event}")
                 remaining -= len(event.ids)
         return time.perf_counter() - start
-
-    def _pop_events(self) -> list[DecodeEvent]:
-        events = self._events[:]
-        self._events.clear()
-        return events
 
 
 class BenchPrefiller(BenchEngine):
@@ -187,9 +185,8 @@ class BenchPrefiller(BenchEngine):
 
     def __init__(self, stage: Stage) -> None:
         super().__init__("full", stage)
-        self._events: list[PrefillEvent] = []
         self._engine = PrefillEngine(
-            self._runner, stage.pool, stage.options.max_num_batched_tokens, _QUEUE, self._events.extend
+            self._runner, stage.pool, stage.options.max_num_batched_tokens, _QUEUE, self._arrived.extend
         )
 
     def prefill(self, lengths: Sequence[int]) -> float:
@@ -202,11 +199,7 @@ class BenchPrefiller(BenchEngine):
         while remaining:
             if not self._engine.step():
                 raise InternalError("the prompts do not fit into the KV cache")
-            for event in self._events:
-                if isinstance(event, SequenceFailed):
-                    raise event.error
-                remaining -= isinstance(event, PromptComputed)
-            self._events.clear()
+            remaining -= sum(isinstance(event, PromptComputed) for event in self._events())
         seconds = time.perf_counter() - start
         for id in prompts:
             self._engine.handle(Release(id))

@@ -84,30 +84,20 @@ def test_ctrl_c_ends_a_test_and_what_has_not_ended_has_failed(tested):
 
 
 @pytest.mark.parametrize(("objective", "code"), [("ttft_p99=2", MET), ("ttft_p99=0.5", MISSED)])
-def test_the_end_prints_judges_and_writes_a_page_that_needs_nothing_else(objective, code, tmp_path):
+def test_the_end_prints_judges_and_writes_a_page_that_needs_nothing_else(objective, code, tmp_path, capsys):
     page, records = tmp_path / "report.html", tmp_path / "records.jsonl"
     plan = LoadPlan(objective=objective, report=page, records=records, tier=("full",))
     outcomes = [
         Outcome(i, (i + 1.0, i + 1.5), sent=float(i), timing=TIMING, tier="full", written_by="cheap") for i in range(20)
     ]
-    out, err = io.StringIO(), io.StringIO()
-    assert conclude(plan, outcomes, out, err) == code
-    lines = [line.split() for line in out.getvalue().splitlines()]
-    assert ["time", "to", "first", "token,", "ms", "1,000.0", "1,000.0", "1,000.0"] in lines
-    assert [
-        "full",
-        "20",
-        "20",
-        "100.0" if code == MET else "0.0",
-        "%",
-        "1,000.0",
-        "1,000.0",
-        "500.0",
-        "cheap",
-        "20",
-    ] in lines
-    assert ["ttft_p99", "1000.0", "ms", "2000.0", "ms", "met"] in lines or code == MISSED
-    assert ("loadtest: missed: ttft_p99: 1000.0 ms (at most 500.0 ms)" in err.getvalue()) == (code == MISSED)
+    assert conclude(plan, outcomes) == code
+    out, err = capsys.readouterr()
+    lines = [line.replace("│", "").split() for line in out.splitlines()]
+    assert ["ttft", "1", "s", "1", "1"] in lines
+    assert ["attainment", "1" if code == MET else "0", "of", "requests"] in lines
+    assert ["written", "by", "cheap", "20", "answers"] in lines
+    assert ["ttft_p99", "1", "s", "≤", "2"] in lines or code == MISSED
+    assert ("loadtest: missed: ttft_p99: 1 s (at most 0.5 s)" in err) == (code == MISSED)
     html = page.read_text()
     assert html.count("<svg") == 2
     assert "unattributed" in html
@@ -119,24 +109,24 @@ def test_the_end_prints_judges_and_writes_a_page_that_needs_nothing_else(objecti
     assert told[1]["timing"]["prefill_compute"] == 0.5
 
 
-def test_failures_are_counted_and_told(tmp_path):
+def test_failures_are_counted_and_told(tmp_path, capsys):
     page = tmp_path / "report.html"
     outcomes = [Outcome(0.0, (1.0,), sent=0.0), Outcome(0.5, (), "<refused>", sent=0.5), Outcome(0.6, (), "never sent")]
-    out, err = io.StringIO(), io.StringIO()
-    assert conclude(LoadPlan(report=page), outcomes, out, err) == MISSED
-    assert "1 of 3" in out.getvalue()
-    assert "2 requests failed; the first: <refused>" in err.getvalue()
-    assert "missed: errors: 2 (at most 0)" in err.getvalue()
+    assert conclude(LoadPlan(report=page), outcomes) == MISSED
+    out, err = capsys.readouterr()
+    assert ["failed", "2", "requests"] in [line.replace("│", "").split() for line in out.splitlines()]
+    assert "2 requests failed; the first: <refused>" in err
+    assert "missed: errors: 2 (at most 0)" in err
     assert "<td>1</td><td>&lt;refused&gt;</td>" in page.read_text()
 
 
-def test_a_report_of_failures_alone_has_no_plots(tmp_path):
+def test_a_report_of_failures_alone_has_no_plots(tmp_path, capsys):
     page = tmp_path / "report.html"
-    assert conclude(LoadPlan(report=page), [Outcome(0.0, (), "refused")], io.StringIO(), io.StringIO()) == MISSED
+    assert conclude(LoadPlan(report=page, objective="ttft_p95=1"), [Outcome(0.0, (), "refused")]) == MISSED
+    assert "missed: ttft_p95: not measured (at most 1 s)" in capsys.readouterr().err
     assert "<svg" not in page.read_text()
 
 
-def test_nothing_measured_is_told_apart_from_missed():
-    err = io.StringIO()
-    assert conclude(LoadPlan(), [], io.StringIO(), err) == NOT_MEASURED
-    assert "nothing was measured: no request was sent" in err.getvalue()
+def test_nothing_measured_is_told_apart_from_missed(capsys):
+    assert conclude(LoadPlan(), []) == NOT_MEASURED
+    assert "nothing was measured: no request was sent" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from overfill.api.tokenizer import Tokenizer
 from overfill.lab.commands.bench_quality import quality_command
 from overfill.lab.tasks.cases import TASKS, cases, conversations
-from overfill.lab.tasks.quality import TargetFailed
+from overfill.lab.traffic.outcome import RequestFailed
 from overfill.making.conversations import encode, read_conversations
 from overfill.model.manifest import Pair
 from overfill.settings.tiers import TierSpec
@@ -80,14 +80,19 @@ class Endpoint:
             }
         )
 
-    async def answer(self, request: web.Request) -> web.Response:
+    async def answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
         if self.status != 200:
             return web.json_response({"error": {"message": "too many requests"}}, status=self.status)
         text = self._known[body["messages"][-1]["content"]] if body["model"] == "fast:row-1" else "I do not know."
-        choice = {"message": {"role": "assistant", "content": text}}
-        return web.json_response({"choices": [choice], "usage": {"completion_tokens": 5}})
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        events = [{"choices": [{"delta": {"content": part}}]} for part in (text[:3], text[3:])]
+        for event in [*events, {"choices": [], "usage": {"completion_tokens": 5}}]:
+            await response.write(f"data: {json.dumps(event)}\n\n".encode())
+        await response.write(b"data: [DONE]\n\n")
+        return response
 
 
 @pytest.fixture
@@ -139,14 +144,14 @@ def test_each_writer_is_scored_beside_the_full_model(tiny_pair: Path, endpoint: 
     lengths = {body["model"]: len(body["messages"]) for body in served.bodies}
     assert lengths == {"fast:full": 5, "fast:fast": 5, "fast:row-1": 1}
     (line,) = [line for line in run(*options).output.splitlines() if "row-1" in line]
-    assert "75.0 %" in line
+    assert "0.75" in line.split()
 
 
 def test_an_endpoint_that_refuses_is_an_error(tiny_pair: Path, endpoint: tuple[str, Endpoint]) -> None:
     url, served = endpoint
     served.status = 429
     done = run(f"--tier=full={tiny_pair}", f"--target={url}", "--examples=8")
-    assert isinstance(done.exception, TargetFailed)
+    assert isinstance(done.exception, RequestFailed)
     assert "HTTP 429: too many requests" in str(done.exception)
 
 
