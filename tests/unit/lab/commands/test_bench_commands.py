@@ -33,6 +33,19 @@ def test_a_peer_that_cannot_be_measured_is_named(peers, message, monkeypatch, tm
     assert message in " ".join(done.output.split())
 
 
+@pytest.mark.parametrize(("arguments", "measured"), [([], ["smg"]), (["--peers="], []), (["--peers", "smg"], ["smg"])])
+def test_the_installed_peers_are_measured_unless_others_are_named(arguments, measured, monkeypatch, tmp_path):
+    monkeypatch.setenv("OVERFILL_HOME", str(tmp_path))
+    (tmp_path / "envs" / "smg").mkdir(parents=True)
+    (tmp_path / "envs" / "smg" / "ready").touch()
+    asked = []
+    monkeypatch.setattr(
+        "overfill.lab.bench.router.cost.measure_cost", lambda peers, *_, **__: asked.extend(peers) or []
+    )
+    CliRunner().invoke(bench_group, ["router", *arguments], standalone_mode=False, catch_exceptions=False)
+    assert asked == measured
+
+
 def test_these_are_the_subcommands():
     names = ["curve", "decode", "prefill", "quality", "router", "vllm"]
     assert list(bench_group.commands) == names
