@@ -105,7 +105,7 @@ def measurements_table(measurements: Iterable[Measurement], more: Mapping[str, s
         rows.append((one.name, *about, _number(one.value), one.unit, rounds, verdict, peer, *cells))
     table = Table(caption=alike or None)
     heads = ("", *keys, "measured", "", "rounds", "bound", "peer", *more)
-    columns = [(head, cells) for head, cells in zip(heads, zip(*rows, strict=True), strict=True) if any(cells)]
+    columns = [(head, cells) for head, *cells in zip(heads, *rows, strict=True) if any(cells)]
     for head, _ in columns:
         table.add_column(head, justify="left" if head in ("", "peer") else "right", no_wrap=True)
     for row in zip(*(cells for _, cells in columns), strict=True):

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from overfill.cli.options import Number
-from overfill.lab.commands.bench_options import Counts, install_option, json_option, load_pair
+from overfill.lab.commands.bench_options import Counts, install_option, json_option, load_pair, peer_pythons
 from overfill.lab.measurement import print_measurements
 
 
@@ -62,23 +62,16 @@ def curve_command(
     Writes curve.json and curve.png into the folder, and prints our figures beside the best other system's, losses
     first. Exits with 1 if a point failed, or the tools disagree by more than the rounds.
     """
-    from overfill.cli.progress import show_progress
     from overfill.lab.bench.curve.plan import sweeps
     from overfill.lab.bench.curve.report import checks, comparison, losses, save_plot
     from overfill.lab.bench.curve.run import Folder, conditions, run_sweeps
-    from overfill.lab.peers.environment import NOT_INSTALLED, python_of
-    from overfill.lab.peers.environment import install as install_peer
     from overfill.process.extras import require
 
     require("loadtest", "`overfill bench curve`", "matplotlib")
     planned = sweeps(shapes, systems, concurrency, rounds)
     tools = {point.tool for sweep in planned for point in sweep.points} - {"own"}
     peers = sorted(tools | {"vllm"} & set(systems))
-    with show_progress() as report:
-        pythons = {peer: install_peer(peer, report) if install else python_of(peer) for peer in peers}
-    for peer, python in pythons.items():
-        if python is None:
-            raise click.UsageError(f"{peer}: {NOT_INSTALLED}")
+    pythons = peer_pythons(peers, install)
     loaded = {name: load_pair("identity" if name in ("identity", "vllm") else pair) for name in systems}
 
     def say(line: str) -> None:
@@ -93,7 +86,7 @@ def curve_command(
                 folder,
                 seconds,
                 loaded,
-                {peer: python for peer, python in pythons.items() if python is not None},
+                pythons,
                 say,
                 lambda process, line: print(f"{process} | {line}", file=servers, flush=True),
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,21 +14,31 @@ if TYPE_CHECKING:
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class Counts(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
-    """A comma-separated list of positive whole numbers, such as ``1,8,32``."""
+class Listed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """A comma-separated list, such as ``1,8,32``.
 
-    name = "numbers"
+    Args:
+        item: Type of the items.
+        empty: Whether the list may be empty.
+    """
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+    def __init__(self, name: str, item: click.ParamType, *, empty: bool = False) -> None:  # type: ignore[type-arg]
+        self.name = name
+        self._item = item
+        self._empty = empty
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
         if isinstance(value, tuple):
             return value
-        try:
-            numbers = tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            numbers = ()
-        if not numbers or min(numbers) < 1:
-            self.fail(f"{value!r} is not a list of positive whole numbers such as 1,8,32", param, ctx)
-        return numbers
+        parts = () if self._empty and not value else str(value).split(",")
+        return tuple(self._item.convert(part.strip(), param, ctx) for part in parts)
+
+
+class Counts(Listed):
+    """A comma-separated list of positive whole numbers, such as ``1,8,32``."""
+
+    def __init__(self) -> None:
+        super().__init__("numbers", click.IntRange(1))
 
 
 def pair_option(command: _F) -> _F:
@@ -50,6 +60,25 @@ def install_option(command: _F) -> _F:
     return click.option(
         "--install", is_flag=True, help="First install missing peers and tools into OVERFILL_HOME/envs."
     )(command)
+
+
+def peer_pythons(peers: Iterable[str], install: bool) -> dict[str, Path]:
+    """Interpreter of each peer's environment. With ``install``, installs those that are missing.
+
+    Raises:
+        UsageError: A peer is not installed.
+    """
+    from overfill.cli.progress import show_progress
+    from overfill.lab.peers import environment
+
+    found = {}
+    with show_progress() as report:
+        for peer in peers:
+            python = environment.install(peer, report) if install else environment.python_of(peer)
+            if python is None:
+                raise click.UsageError(f"{peer} is not installed; add --install to download it")
+            found[peer] = python
+    return found
 
 
 def pair_folder(name: str) -> Path:

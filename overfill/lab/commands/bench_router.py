@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from overfill.cli.options import Number
-from overfill.lab.commands.bench_options import install_option, json_option, log_line
+from overfill.lab.commands.bench_options import Listed, install_option, json_option, log_line, peer_pythons
 from overfill.lab.measurement import print_measurements
 
 _PEERS = ("dynamo", "smg", "vllm-router")
 
 
-class _Peers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
-    """A comma-separated list of peers; empty for none."""
-
-    name = "peers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        names = tuple(part.strip() for part in str(value).split(",") if part.strip())
-        if unknown := [name for name in names if name not in _PEERS]:
-            self.fail(f"{unknown[0]!r} is no peer; choose among {', '.join(_PEERS)}", param, ctx)
-        return tuple(dict.fromkeys(names))
-
-
 @click.command("router", short_help="CPU, latency and memory of the router, beside other projects' routers.")
-@click.option("--peers", type=_Peers(), help="Comma-separated: dynamo, smg, vllm-router; default: those installed.")
+@click.option(
+    "--peers",
+    type=Listed("peers", click.Choice(_PEERS), empty=True),
+    help="Comma-separated: dynamo, smg, vllm-router; default: those installed.",
+)
 @install_option
 @click.option("--seconds", type=Number(0.2), default=2.0, show_default=True, help="Duration of each part.")
 @json_option
@@ -36,21 +24,16 @@ def router_command(peers: tuple[str, ...] | None, install: bool, seconds: float,
     """Measure what the router costs beside others: CPU per request and per token, time to first token, memory.
 
     All get the same streamed chat completions over HTTP, and each has its own workers behind it: mock ones, or a bare
-    server that sends recorded bytes. That server alone is the lower bound. The rows in which our router loses most come
-    first. Dynamo runs in a network namespace, which needs root. Exits with 1 when a bound is missed.
+    server that sends the same event for every token. That server alone is the lower bound. The rows in which our router
+    loses most come first. Dynamo runs in a network namespace, which needs root. Exits with 1 when a bound is missed.
     """
     from overfill.cli.progress import show_progress
     from overfill.lab.bench.router.cost import measure_cost
-    from overfill.lab.peers import environment
+    from overfill.lab.peers.environment import python_of
 
+    if peers is None:
+        peers = tuple(peer for peer in _PEERS if install or python_of(peer) is not None)
+    peer_pythons(peers, install)
     with show_progress() as report:
-        if install:
-            for peer in peers or _PEERS:
-                environment.install(peer, report)
-        if peers is None:
-            peers = tuple(peer for peer in _PEERS if environment.python_of(peer) is not None)
-        for peer in peers:
-            if environment.python_of(peer) is None:
-                raise click.UsageError(f"the peer {peer} is {environment.NOT_INSTALLED}")
         found = measure_cost(peers, seconds, log_line, report=report)
     return print_measurements(found, as_json)

@@ -18,8 +18,6 @@ from overfill.errors import OverfillError
 from overfill.process.home import home
 from overfill.telemetry.progress import Report, silent
 
-NOT_INSTALLED = "not installed; add --install to download it"
-
 _READY = "ready"
 
 
@@ -67,9 +65,9 @@ def python_of(peer: str) -> Path | None:
 
 
 def version_of(peer: str) -> str | None:
-    """Version of an installed peer's first package."""
+    """Version of an installed peer."""
     environment = ENVIRONMENTS[peer]
-    package = re.split("[<>=]", (*environment.requirements, *environment.alone)[0])[0].replace("-", "_")
+    package = re.split("[<>=]", (*environment.alone, *environment.requirements)[0])[0].replace("-", "_")
     found = folder_of(peer).glob(f"lib/python*/site-packages/{package}-*.dist-info")
     return next((one.name.removesuffix(".dist-info").rpartition("-")[2] for one in found), None)
 

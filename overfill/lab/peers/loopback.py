@@ -9,10 +9,15 @@ import ctypes
 import os
 import shutil
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from overfill.lab.peers.process import PeerFailed
 
 _CLONE_NEWNET = 0x40000000
+
+T = TypeVar("T")
 
 
 def alone(name: str, command: list[str]) -> list[str]:
@@ -37,6 +42,17 @@ def alone(name: str, command: list[str]) -> list[str]:
 def beside(process: int, command: list[str]) -> list[str]:
     """Returns a command that runs ``command`` in the namespace of ``process``."""
     return ["nsenter", f"--net=/proc/{process}/ns/net", "--", *command]
+
+
+def within(process: int, function: Callable[[], T]) -> T:
+    """Calls ``function`` on a thread in the namespace of ``process``."""
+
+    def call() -> T:
+        enter(process)
+        return function()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(call).result()
 
 
 def enter(process: int) -> None:

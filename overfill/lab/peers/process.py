@@ -1,70 +1,82 @@
-"""A process that is driven over JSON lines, such as plain vLLM."""
+"""Runs programs of other projects: starts them, waits until they answer, and shows what they printed when they fail."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import IO, Any
+import http.client
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from types import MappingProxyType
 
 from overfill.errors import OverfillError
+from overfill.stack.child import Child, stop
 
-_LAST_LINES = 8
+HOST = "127.0.0.1"
+_POLL_SECONDS = 0.2
+
+Start = Callable[..., Child]
+"""Function that ``peer_processes`` yields."""
 
 
 class PeerFailed(OverfillError):
     """A peer did not start, or failed. The notes hold the last lines that it printed."""
 
+    @classmethod
+    def of(cls, child: Child, how: str) -> PeerFailed:
+        """Makes the error of a process that has exited."""
+        failure = cls(f"{child.name} {how}")
+        for line in child.last_lines():
+            failure.add_note(line)
+        return failure
 
-class JsonProcess:
-    """A process that answers each JSON line on its stdin with one on its stdout, and ends when stdin closes.
+
+@contextmanager
+def peer_processes(environment: Mapping[str, str | None] = MappingProxyType({}), grace: float = 5.0) -> Iterator[Start]:
+    """Yields a function that starts a process, and stops all of them at the end. Call it on the main thread only.
+
+    The function takes a name, a command, and how to wait for the process. ``ready`` says whether it answers; by default
+    nothing is waited for. ``seconds`` is the longest wait. ``orphaned`` is as of ``Child``. It returns the process, and
+    raises PeerFailed if one of the processes exits during the wait, or the time is over.
 
     Args:
-        name: Name in messages.
-        log: File for the process's stderr; its last lines are shown when a request fails.
+        environment: variables that differ from ours; None removes one. ``PYTHONPATH`` is removed.
+        grace: seconds between SIGTERM and SIGKILL.
     """
+    changed = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": None, **environment}
+    kept = {name: value for name, value in changed.items() if value is not None}
+    children: list[Child] = []
 
-    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        self.name = name
-        self._log = log
-        with log.open("w") as output:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True, env=environment
-            )
+    def start(
+        name: str,
+        command: Sequence[str],
+        ready: Callable[[], bool] = lambda: True,
+        seconds: float = 60.0,
+        orphaned: signal.Signals = signal.SIGKILL,
+    ) -> Child:
+        children.append(Child(name, command, kept, lambda name, line: None, orphaned))
+        deadline = time.monotonic() + seconds
+        while not ready():
+            for child in children:
+                if child.returncode is not None:
+                    raise PeerFailed.of(child, f"{child.describe_exit()} during start-up")
+            if time.monotonic() > deadline:
+                raise PeerFailed(f"{name} did not answer within {seconds:g} s")
+            time.sleep(_POLL_SECONDS)
+        return children[-1]
 
-    def close(self) -> None:
-        """Closes the process's stdin, and kills the process if it has not exited after 10 s."""
-        stdin, stdout = self._pipes()
-        with suppress(BrokenPipeError):  # the peer died with input unread
-            stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        stdout.close()
+    try:
+        yield start
+    finally:
+        stop(children, grace)
 
-    def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """Sends a request and waits for its answer. Raises PeerFailed if the process fails or has exited."""
-        stdin, stdout = self._pipes()
-        try:
-            stdin.write(json.dumps({"op": op, **arguments}) + "\n")
-            stdin.flush()
-            line = stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        answer: dict[str, Any] = json.loads(line) if line else {"error": "the process exited"}
-        if "error" in answer:
-            failure = PeerFailed(f"{self.name} failed in {op!r}: {answer['error']}")
-            for line in self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:]:
-                failure.add_note(line)
-            raise failure
-        return answer
 
-    def _pipes(self) -> tuple[IO[str], IO[str]]:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        if stdin is None or stdout is None:
-            raise AssertionError("stdin and stdout are pipes")
-        return stdin, stdout
+def answers(port: int, path: str, body: str | None = None) -> bool:
+    """Returns whether an HTTP server on loopback answers a GET, or with a body of JSON a POST."""
+    try:
+        with closing(http.client.HTTPConnection(HOST, port, timeout=10)) as connection:
+            connection.request("POST" if body else "GET", path, body, {"content-type": "application/json"})
+            return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from overfill.lab.peers.process import PeerFailed
-from overfill.stack.child import Child, stop
+from overfill.lab.peers.process import HOST, answers, peer_processes
 from overfill.stack.ports import free_ports
 
 _START_SECONDS = 600.0  # vLLM compiles kernels at its first start
-_POLL_SECONDS = 0.2
 _GRACE = 20.0
 _MAX_NUM_BATCHED_TOKENS = 2048
 
@@ -42,56 +39,25 @@ def vllm_server(
     Raises:
         PeerFailed: The server did not start.
     """
-    host, (port,) = "127.0.0.1", free_ports("127.0.0.1", 1)
+    (port,) = free_ports(HOST, 1)
     # The entry point `vllm` needs a distribution of that name; the CPU build has another name.
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--host", host, "--port", str(port), "--dtype", "bfloat16"]
+    command += ["--host", HOST, "--port", str(port), "--dtype", "bfloat16"]
     command += ["--enable-prefix-caching" if prefix_cache else "--no-enable-prefix-caching"]
     command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
     command += ["--max-num-batched-tokens", str(max(_MAX_NUM_BATCHED_TOKENS, max_model_len))]
     command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
     command += ["--kv-cache-memory-bytes", str(kv_memory)]
     cores = sorted(os.sched_getaffinity(0))
-    environment = os.environ | {
+    environment = {
         "OMP_NUM_THREADS": str(len(cores)),
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": None,  # it would replace the argument
     }
-    environment.pop("PYTHONPATH", None)
-    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would replace the argument
-    # The server has child processes. It ends them on SIGTERM, but not when it is killed.
-    server = Child("vllm's server", command, environment, lambda name, line: None, orphaned=signal.SIGTERM)
-    try:
-        wait_ready([server], _START_SECONDS, lambda: _is_healthy(host, port))
-        yield f"http://{host}:{port}/v1"
-    finally:
-        stop([server], _GRACE)
-
-
-def wait_ready(children: Sequence[Child], seconds: float, ready: Callable[[], bool]) -> None:
-    """Waits until a server of some processes is ready.
-
-    Raises:
-        PeerFailed: A process exited, or the time is over. The notes hold the last lines of its output.
-    """
-    deadline = time.monotonic() + seconds
-    while not ready():
-        for child in children:
-            if child.returncode is not None:
-                failure = PeerFailed(f"{child.name} {child.describe_exit()} during start-up")
-                for line in child.last_lines():
-                    failure.add_note(line)
-                raise failure
-        if time.monotonic() > deadline:
-            raise PeerFailed(f"{children[-1].name} did not answer within {seconds:g} s")
-        time.sleep(_POLL_SECONDS)
-
-
-def _is_healthy(host: str, port: int) -> bool:
-    try:
-        with closing(http.client.HTTPConnection(host, port, timeout=5)) as connection:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
+    with peer_processes(environment, _GRACE) as start:
+        # The server has child processes. It ends them on SIGTERM, but not when it is killed.
+        healthy = partial(answers, port, "/health")
+        start("vllm's server", command, healthy, seconds=_START_SECONDS, orphaned=signal.SIGTERM)
+        yield f"http://{HOST}:{port}/v1"

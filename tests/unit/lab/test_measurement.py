@@ -50,3 +50,8 @@ def test_what_was_measured_is_a_field_of_the_line_and_a_column_where_it_differs(
     assert "batch" in out
     assert "bound" not in out, "no figure has one"
     assert " ".join(out.split()).count("device cpu") == 1
+
+
+def test_a_run_without_figures_prints_none(capsys):
+    assert print_measurements([], as_json=True) == print_measurements([], as_json=False) == 0
+    assert capsys.readouterr().out.strip() == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
 
@@ -17,24 +18,14 @@ _AGREE, _FULL_LENGTH = 0.05, 0.99
 """Largest difference of two tools' figures that counts as agreement; smallest share of an answer that counts as all."""
 
 
-def _output(found: Figures) -> float:
-    return found.tokens_per_s
-
-
-def _per_user(found: Figures) -> float:
-    return found.per_user
-
-
-def _first_token(found: Figures) -> float:
-    return found.ttft[0]
-
-
-def _gap(found: Figures) -> float:
-    return found.gap[0]
-
-
-_COMPARED = {"output": ("tokens/s", _output), "per user": ("tokens/s", _per_user), "first token": ("s", _first_token)}
-_OF_TOOLS = {"output": _output, "first token": _first_token, "gap": _gap}
+_COMPARED = {
+    "output": ("tokens/s", attrgetter("tokens_per_s")),
+    "per user": ("tokens/s", attrgetter("per_user")),
+    "first token": ("s", attrgetter("ttft_p50")),
+}
+_OF_TOOLS = {
+    name: attrgetter(of) for name, of in (("output", "tokens_per_s"), ("first token", "ttft_p50"), ("gap", "gap_p50"))
+}
 _COLOURS = dict(zip(SYSTEMS, ("#d95f02", "#1b9e77", "#7570b3", "#666666"), strict=True))
 
 
@@ -74,9 +65,9 @@ def checks(measured: Sequence[Measured]) -> list[Measurement]:
     rows = [
         Measurement("failed requests", sum(one.figures.failed for one in measured), "requests", bound=0),
         Measurement(
-            "shortest mean answer, by what was asked",
+            "shortest mean answer",
             min(one.figures.answer / SHAPES[one.point.shape].answer for one in measured),
-            "",
+            "of what was asked",
             bound=_FULL_LENGTH,
             at_least=True,
         ),
@@ -152,7 +143,7 @@ def save_plot(path: Path, measured: Iterable[Measured], title: str) -> None:
         )
         axis.set_xlim(0, 1.1 * max(x for x, _ in middles))
         axis.set_ylim(0, 1.1 * max(y for _, y in middles))
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, title="numbers: requests at a time", title_fontsize=8)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

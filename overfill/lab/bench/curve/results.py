@@ -29,13 +29,12 @@ class FormatChanged(OverfillError):
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Figures of a point; times in seconds.
+    """Figures of a point; times in seconds, percentiles over the requests.
 
     Attributes:
         requests, failed: numbers of answered requests, and of failed or unfinished ones.
         tokens_per_s: output tokens of all requests per second.
         per_user: output tokens per second of one user: 1 / the median gap.
-        ttft, gap: percentiles 50, 90 and 99 over the requests.
         goodput: requests per second that meet ``OBJECTIVE``.
         answer: mean length of the answers, in tokens.
         tool_cpu: CPU seconds of the tool, which had the same cores as the servers.
@@ -45,8 +44,12 @@ class Figures:
     failed: int
     tokens_per_s: float
     per_user: float
-    ttft: tuple[float, ...]
-    gap: tuple[float, ...]
+    ttft_p50: float
+    ttft_p90: float
+    ttft_p99: float
+    gap_p50: float
+    gap_p90: float
+    gap_p99: float
     goodput: float
     answer: float
     tool_cpu: float = 0.0
@@ -65,20 +68,16 @@ def figures_of(outcomes: Sequence[Outcome], tokens_per_s: float | None = None) -
     tokens = sum(one.tokens for one in done)
     if tokens_per_s is None:
         tokens_per_s = tokens / (max(one.times[-1] for one in done) - min(one.due for one in outcomes))
-    ttft, gap = (
-        tuple(float(mark) for mark in np.percentile(values, PERCENTILES))
-        for values in ([one.ttft for one in done], [one.itl for one in done])
-    )
-    good = sum(OBJECTIVE.met(one) for one in done)
+    samples = {"ttft": [one.ttft for one in done], "gap": [one.itl for one in done]}
+    marks = {f"{name}_p{p}": float(np.percentile(found, p)) for name, found in samples.items() for p in PERCENTILES}
     return Figures(
         requests=len(done),
         failed=len(failed),
         tokens_per_s=tokens_per_s,
-        per_user=1 / max(gap[0], 1e-9),
-        ttft=ttft,
-        gap=gap,
-        goodput=good * tokens_per_s / tokens,
+        per_user=1 / max(marks["gap_p50"], 1e-9),
+        goodput=sum(map(OBJECTIVE.met, done)) * tokens_per_s / tokens,
         answer=tokens / len(done),
+        **marks,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,9 +15,9 @@ from overfill.lab.bench.curve.plan import Point, Sweep, left_of, seconds_of, sec
 from overfill.lab.bench.curve.results import OBJECTIVE, Figures
 from overfill.lab.bench.curve.systems import LIMITS, started
 from overfill.lab.bench.curve.tools import measure, warm_up
+from overfill.lab.machine import describe_machine
 from overfill.lab.peers.environment import version_of
 from overfill.model.manifest import Pair
-from overfill.version import __version__
 
 Say = Callable[[str], None]
 
@@ -39,7 +38,7 @@ class Measured:
     @classmethod
     def of_json(cls, data: dict[str, Any]) -> Measured:
         point = Point(**{name: data.pop(name) for name in Point.__slots__})
-        return cls(point, Figures(**data | {"ttft": tuple(data["ttft"]), "gap": tuple(data["gap"])}))
+        return cls(point, Figures(**data))
 
 
 class Folder:
@@ -82,19 +81,12 @@ def _write(path: Path, data: object) -> None:
 
 def conditions(seconds: float, pairs: Mapping[str, Pair], peers: Iterable[str]) -> dict[str, Any]:
     """Returns what must not change between the parts of a run: options, models, versions and machine."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
         "seconds": seconds,
         "dtype": "bfloat16",
         "limits": LIMITS,
         "objective": str(OBJECTIVE),
-        "processor": next(names, None),
-        "cores": len(os.sched_getaffinity(0)),
-        "overfill": __version__,
+        **describe_machine(),
         **{peer: version_of(peer) for peer in peers},
         **{f"models of {name}": f"{pair.full_digest}, {pair.decoder_digest}" for name, pair in pairs.items()},
     }
@@ -166,7 +158,7 @@ def _line(found: Figures) -> str:
     failed = f", {found.failed} FAILED" if found.failed else ""
     return (
         f"{found.requests} answers{failed}, {found.tokens_per_s:.1f} tokens/s, {found.per_user:.1f} per user, "
-        f"TTFT {found.ttft[0]:.2f} s"
+        f"TTFT {found.ttft_p50:.2f} s"
     )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import resource
 import tempfile
 import time
@@ -19,17 +18,14 @@ from typing import Any
 from overfill.lab.bench.curve import results
 from overfill.lab.bench.curve.plan import GUIDELLM, WAVE, Pace, Point, Shape
 from overfill.lab.bench.curve.results import Figures
-from overfill.lab.peers.process import PeerFailed
+from overfill.lab.peers.process import PeerFailed, peer_processes
 from overfill.lab.traffic.outcome import Outcome
 from overfill.lab.traffic.play import run_load
 from overfill.lab.traffic.targets import OpenAiTarget
 from overfill.lab.traffic.traces import TraceRequest
-from overfill.stack.child import Child, stop
 
 _POLL_SECONDS = 0.1
-_GRACE = 5.0
 _FULL_LENGTH = {"temperature": 0, "ignore_eos": True}
-_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,18 +151,11 @@ def _aiperf(folder: Path, shape: Shape, at: Endpoint, requests: int, concurrency
 
 def _run(tool: str, command: Sequence[str], limit: float) -> None:
     """Runs a tool to its end. Stops it and its processes at the limit, and when this process is interrupted."""
-    # aiperf finds a tokenizer's folder only online, and then sends nothing; guidellm needs neither.
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", *_OFFLINE)}
-    child = Child(tool, command, environment, lambda name, line: None)
     deadline = time.monotonic() + limit
-    try:
-        while child.returncode is None and time.monotonic() < deadline:
+    # aiperf finds a tokenizer's folder only online, and then sends nothing; guidellm needs neither.
+    with peer_processes({"HF_HUB_OFFLINE": None, "TRANSFORMERS_OFFLINE": None}) as start:
+        child = start(tool, command)
+        while (code := child.returncode) is None and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
-        code = child.returncode
-    finally:
-        stop([child], _GRACE)
     if code != 0:
-        failure = PeerFailed(f"{tool} {f'took more than {limit:.0f} s' if code is None else child.describe_exit()}")
-        for line in child.last_lines():
-            failure.add_note(line)
-        raise failure
+        raise PeerFailed.of(child, f"took more than {limit:.0f} s" if code is None else child.describe_exit())

@@ -13,21 +13,18 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import psutil
 
-from overfill.lab.bench.router.bare_server import bare_server, record
 from overfill.lab.bench.router.load import Load, Received, running
-from overfill.lab.cpu_clock import cpu_seconds
+from overfill.lab.cpu_clock import cpu_seconds, family
 from overfill.lab.measurement import Measurement
-from overfill.lab.peers.environment import python_of
 from overfill.lab.peers.process import PeerFailed
-from overfill.lab.peers.routers import RunningRouter, dynamo, processes, smg, vllm_router
+from overfill.lab.peers.routers import STARTS, RunningRouter, StartRouter, bare
 from overfill.lab.stacks import served
 from overfill.pair.store import MOCK, resolve_pair
 from overfill.process.open_files import allow_connections
@@ -65,8 +62,6 @@ acknowledgement by up to 40 ms, and a router without TCP_NODELAY waits for it on
 _START_SECONDS, _SETTLE_SECONDS = 60.0, 0.4
 
 Log = Callable[[str, str], None]
-Start = Callable[[float, int], AbstractContextManager[RunningRouter]]
-"""Starts a router with its workers, from the seconds between two tokens and the number of sequences."""
 
 
 @dataclass(slots=True)
@@ -93,53 +88,36 @@ def measure_cost(
     """Measures our router, then the bare server, then each of ``peers``; each takes about 12 times ``seconds``.
 
     Args:
+        peers: names in ``routers.STARTS``.
         seconds: Duration of each part; the times to first token take two.
 
     Raises:
         PeerFailed, StartFailed: A router did not start.
     """
     allow_connections(2 * max(open_streams, *streams))  # a proxy has two for each stream
-    pair = resolve_pair(MOCK)
-    ours = partial(our_router, pair=pair, log=log)
-    with ours(_STEP, _SPARE) as server:
-        bare = partial(bare_server, record(server))
-    starts: dict[str, Start] = {"ours": ours, "bare": bare}
-    starts |= {peer: peer_start(peer, pair / "model", bare) for peer in peers}
-    found = {}
+    starts: dict[str, StartRouter] = {"ours": partial(our_router, log=log), "bare": bare}
+    starts |= {peer: STARTS[peer] for peer in peers}
+    found = []
     for done, (name, start) in enumerate(starts.items()):
         report(f"Measuring {name}", done, len(starts))
-        found[name] = measure_router(start, seconds, streams, open_streams)
+        found.append(measure_router(start, seconds, streams, open_streams))
     report("Measuring routers", len(starts), len(starts))
-    return rows(found["ours"], found["bare"], [found[peer] for peer in peers])
+    return rows(*found)
 
 
 @contextmanager
-def our_router(step: float, sequences: int, pair: Path, log: Log) -> Iterator[RunningRouter]:
+def our_router(step: float, sequences: int, log: Log) -> Iterator[RunningRouter]:
     """Starts our router with mock workers."""
     times = {"step": step, "answer": "~", "answer_tokens": _LONGEST_ANSWER}
     settings = {"engine": "mock", "engine_args": json.dumps(times), "max_num_seqs": sequences}
-    with served(pair, settings=settings, log=log, prefill=_WORKERS, decode=_WORKERS, threads=1) as stack:
+    shape = {"prefill": _WORKERS, "decode": _WORKERS, "threads": 1}
+    with served(resolve_pair(MOCK), settings=settings, log=log, **shape) as stack:
         address = stack.url.removeprefix("http://").removesuffix("/v1")
         workers = tuple(pid for name, pid in stack.processes.items() if name != "router")
-        yield RunningRouter(address, stack.model, "ours", processes(stack.processes["router"]), workers)
+        yield RunningRouter(address, stack.model, "ours", family(stack.processes["router"]), workers)
 
 
-def peer_start(peer: str, model: Path, bare: Start) -> Start:
-    """Returns how an installed peer is started, with the server ``bare`` behind it if it is a proxy."""
-    python = python_of(peer)
-    assert python is not None, peer
-    if peer != "vllm-router":
-        return partial({"dynamo": dynamo, "smg": smg}[peer], python, model)
-
-    @contextmanager
-    def proxy(step: float, sequences: int) -> Iterator[RunningRouter]:
-        with bare(step, sequences) as behind, vllm_router(python, behind, sequences) as router:
-            yield router
-
-    return proxy
-
-
-def measure_router(start: Start, seconds: float, streams: Sequence[int], open_streams: int) -> Figures:
+def measure_router(start: StartRouter, seconds: float, streams: Sequence[int], open_streams: int) -> Figures:
     """Starts a router twice: with tokens at the usual pace, and with slow ones, to measure memory."""
     with start(_STEP, max(AT_ONCE, *streams) + _SPARE) as server:
         turn = _Turn(server, seconds)
@@ -168,9 +146,9 @@ class _Turn:
     def at_rest(self) -> None:
         time.sleep(self._settle)
         self._add("memory_at_rest", _memory(self.server) / 2**20)
-        cpu = _cpu(self.server.router)
+        cpu = cpu_seconds(*self.server.router)
         time.sleep(self._seconds)
-        self._add("cpu_at_rest", 1e3 * (_cpu(self.server.router) - cpu) / self._seconds)
+        self._add("cpu_at_rest", 1e3 * (cpu_seconds(*self.server.router) - cpu) / self._seconds)
 
     def first_tokens(self) -> None:
         """Measures the time to first token, without and with quick acknowledgements, and keeps what is better."""
@@ -220,9 +198,9 @@ class _Turn:
             _wait_for_first_tokens(counts, streams)
             time.sleep(self._settle)
             before, client, start = counts(), time.process_time(), time.perf_counter()
-            router, workers = _cpu(self.server.router), _cpu(self.server.workers)
+            router, workers = cpu_seconds(*self.server.router), cpu_seconds(*self.server.workers)
             time.sleep(self._seconds)
-            router, workers = _cpu(self.server.router) - router, _cpu(self.server.workers) - workers
+            router, workers = cpu_seconds(*self.server.router) - router, cpu_seconds(*self.server.workers) - workers
             used = (time.process_time() - client) / (time.perf_counter() - start)
             after = counts()
         self._add(_CLIENT, max(self.figures.values[_CLIENT], used))
@@ -246,7 +224,7 @@ class _Turn:
         self.figures.values[name] = float(value)
 
 
-def rows(ours: Figures, bare: Figures, peers: Sequence[Figures]) -> list[Measurement]:
+def rows(ours: Figures, bare: Figures, *peers: Figures) -> list[Measurement]:
     """A row per figure and peer: first those of other projects' routers, with where we lose most on top.
 
     Less is better in each. What only tells how the measurement went comes last.
@@ -269,10 +247,6 @@ def _unit(name: str) -> str:
     units = {"ttft": "ms", "memory_at": "MiB", "memory_per": "KiB", "cpu_at": "ms/s", "tokens": "tokens"}
     units |= {"rate": "tokens/s", _FAILED: "requests", _CLIENT: "cores"}
     return next((unit for start, unit in units.items() if name.startswith(start)), "us")
-
-
-def _cpu(processes: Sequence[int]) -> float:
-    return sum(map(cpu_seconds, processes))
 
 
 def _memory(server: RunningRouter) -> int:

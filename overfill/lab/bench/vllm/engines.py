@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
 import os
 import random
 import re
-import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,12 +23,14 @@ import psutil
 
 from overfill.client import Answer, Client, SamplingParams
 from overfill.kv.spec import DTypeName
+from overfill.lab.bench.vllm.plain import PlainVllm, serve
 from overfill.lab.bench.vllm.window import CpuTimes, DecodeWindow, decode_window
 from overfill.lab.cpu_clock import cpu_seconds
-from overfill.lab.peers.process import JsonProcess
+from overfill.lab.peers.process import PeerFailed
 from overfill.lab.stacks import ServedStack, served
 from overfill.lab.traffic.openai import completion_body
 from overfill.settings.tiers import TierSpec
+from overfill.stack.child import TAIL_LINES
 from overfill.stack.process_runner import child_environment
 from overfill.telemetry.progress import Report
 
@@ -118,19 +120,28 @@ class StackEngine:
         return {"worker": cpu_seconds(self._worker), "router": cpu_seconds(self._router), **threads}
 
 
-class PlainEngine(JsonProcess):
+class PlainEngine:
     """One model in plain vLLM, in a process of its own. The constructor starts the process and loads the model.
 
     Args:
-        in_process: Use vLLM's synchronous engine instead of ``AsyncLLM``.
+        name: Name in messages.
+        log: File for all that the process prints; its last lines are shown when a request fails.
+        kind: Class of the engine.
 
     Raises:
         PeerFailed: vLLM did not start.
     """
 
-    def __init__(self, name: str, model: Path, settings: VllmSettings, log: Path, *, in_process: bool = False) -> None:
+    def __init__(
+        self, name: str, model: Path, settings: VllmSettings, log: Path, kind: Callable[[Any], Any] = PlainVllm
+    ) -> None:
+        self._name, self._log = name, log
         environment = child_environment(os.environ, settings.threads) | _PLAIN_ENVIRONMENT
-        super().__init__(name, [sys.executable, "-m", "overfill.lab.bench.vllm.plain"], environment, log)
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, log, environment))  # it ends when the pipe closes
+        self._process.start()
+        theirs.close()
         arguments = {
             "model": str(model),
             "kv_cache_memory_bytes": settings.kv_memory,
@@ -138,21 +149,42 @@ class PlainEngine(JsonProcess):
             "skip_tokenizer_init": True,
             "disable_log_stats": True,
         }
-        arguments |= settings.common() | dict(settings.engine_args)
         try:
-            self.ask("load", in_process=in_process, arguments=arguments)
+            self._ask(kind, arguments | settings.common() | dict(settings.engine_args))
         except BaseException:
             self.close()
             raise
 
     def decode(self, prompts: Sequence[list[int]], max_tokens: int, steps: int) -> DecodeWindow:
         """Tokens while all ``prompts`` are decoded."""
-        return DecodeWindow(**self.ask("decode", prompts=prompts, max_tokens=max_tokens, steps=steps))
+        window: DecodeWindow = self._ask("decode", prompts, max_tokens, steps)
+        return window
 
     def answer(self, prompt: list[int], max_tokens: int) -> list[float]:
         """When each token of one answer arrived."""
-        times: list[float] = self.ask("answer", prompt=prompt, max_tokens=max_tokens)["times"]
+        times: list[float] = self._ask("answer", prompt, max_tokens)
         return times
+
+    def close(self) -> None:
+        """Ends the process, and kills it if it has not exited after 10 s."""
+        self._pipe.close()
+        self._process.join(10)
+        self._process.kill()
+        self._process.join()
+
+    def _ask(self, what: str | Callable[[Any], Any], *arguments: Any) -> Any:
+        """Sends a request as of ``serve``. Raises PeerFailed if it fails, or the process has exited."""
+        try:
+            self._pipe.send((what, *arguments))
+            result, error = self._pipe.recv()
+        except (EOFError, OSError):
+            result, error = None, "the process exited"
+        if error is None:
+            return result
+        failure = PeerFailed(f"{self._name} failed in {getattr(what, '__name__', what)!r}: {error}")
+        for line in self._log.read_text(errors="replace").splitlines()[-TAIL_LINES:] if self._log.exists() else ():
+            failure.add_note(line)
+        raise failure
 
 
 async def completion_counts(url: str, body: Mapping[str, Any]) -> AsyncGenerator[int, None]:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from overfill.engine.vllm_release import TESTED_RANGE, installed, untested_warning
-from overfill.version import __version__
+from overfill.lab.machine import describe_machine
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Versions, and the device with its driver. ``vllm_tested`` is True for a release of the tested range."""
-    release = installed()
+    release, machine = installed(), describe_machine()
     found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "overfill": __version__,
+        **machine,
         "vllm": str(release),
         "vllm_tested_range": TESTED_RANGE,
         "vllm_tested": untested_warning(release) is None,
         "torch": torch.__version__,
         "device": str(device),
-        "device_name": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "device_name": machine["processor"],
     }
     if device.type != "cuda":
         return found
@@ -48,11 +45,3 @@ def _driver() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return next(iter(output.splitlines()), None)
-
-
-def _cpu_name() -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)

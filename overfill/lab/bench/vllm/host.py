@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from overfill.lab.bench.vllm.engines import Log, PlainEngine, Turns, VllmSettings, stack_engines
+from overfill.lab.bench.vllm.plain import InProcessVllm
 from overfill.lab.bench.vllm.window import DecodeWindow
 from overfill.lab.measurement import Measurement
 from overfill.making.tiny import make_tiny_pair
@@ -62,7 +63,7 @@ def measure_host(
         alone = replace(settings, engine_args={**settings.engine_args, "distributed_executor_backend": _IN_ONE_PROCESS})
         # Without asynchronous scheduling, which an engine in process has on a GPU.
         steps = replace(alone, engine_args={**alone.engine_args, "async_scheduling": False})
-        in_process = PlainEngine(_IN_PROCESS, pair.full_path, steps, folder / "in_process.log", in_process=True)
+        in_process = PlainEngine(_IN_PROCESS, pair.full_path, steps, folder / "in_process.log", InProcessVllm)
         stack.callback(in_process.close)
         report("Starting engines", 2, 3)
         asynchronous = PlainEngine(_ASYNC, pair.full_path, alone, folder / "async.log")

@@ -1,35 +1,23 @@
-"""A process with one plain vLLM engine, driven by JSON lines on stdin. It knows nothing of pairs, workers and handoffs.
-
-Each line on stdin is a request; each line on stdout is its answer::
-
-    {"op": "load", "in_process", "arguments": {...}}                 -> {}
-    {"op": "decode", "prompts": [[...], ...], "max_tokens", "steps"} -> the fields of ``DecodeWindow``
-    {"op": "answer", "prompt": [...], "max_tokens"}                  -> {"times": [...]}
-
-or ``{"error": ...}``. vLLM's own output goes to stderr. With ``in_process`` the engine is vLLM's synchronous one, which
-this process steps. Otherwise it is ``AsyncLLM``, whose core is in a process of its own.
-"""
+"""An engine of plain vLLM, and the process in which it runs. It knows nothing of pairs, workers and handoffs."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import os
-import sys
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-import psutil
-
 from overfill.lab.bench.vllm.window import STARTED, DecodeWindow, decode_window
-from overfill.lab.cpu_clock import cpu_seconds
+from overfill.lab.cpu_clock import cpu_seconds, family
 
 
 class PlainVllm:
-    """Executes the requests of the protocol above with ``AsyncLLM``."""
+    """vLLM's ``AsyncLLM``, whose core is in a process of its own."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -37,11 +25,11 @@ class PlainVllm:
 
         self._ids = map(str, itertools.count())
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-        self._processes = [os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))]
+        self._processes = family(os.getpid())
 
     async def decode(self, prompts: list[list[int]], max_tokens: int, steps: int) -> DecodeWindow:
         streams = [self._stream(prompt, max_tokens) for prompt in prompts]
-        return await decode_window(streams, steps, lambda: {"worker": sum(map(cpu_seconds, self._processes))})
+        return await decode_window(streams, steps, lambda: {"worker": cpu_seconds(*self._processes)})
 
     async def answer(self, prompt: list[int], max_tokens: int) -> list[float]:
         start, times = time.perf_counter(), list[float]()
@@ -60,7 +48,7 @@ class PlainVllm:
 
 
 class InProcessVllm:
-    """vLLM's synchronous engine, which only decodes."""
+    """vLLM's synchronous engine, which this process steps. It only decodes."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -103,32 +91,32 @@ def _request(prompt: Sequence[int], max_tokens: int) -> tuple[Any, Any]:
     return TokensPrompt(prompt_token_ids=list(prompt)), sampling
 
 
-async def _execute(engine: Any, op: str, request: dict[str, Any]) -> dict[str, Any]:
-    found = await getattr(engine, op)(**request)
-    return asdict(found) if isinstance(found, DecodeWindow) else {"times": found}
+def serve(pipe: Connection, log: Path, environment: Mapping[str, str]) -> None:
+    """Carries out what the pipe asks for, until its other end is closed. The log gets all that vLLM prints.
+
+    The first request is a class and the engine's arguments, further ones a method's name and its arguments. Each is
+    answered by a pair of a result and an error's text, one of which is None.
+    """
+    os.environ.clear()
+    os.environ.update(environment)  # before vLLM and torch are imported
+    with log.open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    asyncio.run(_serve(pipe))
 
 
-async def main() -> None:
-    # vLLM may print to stdout, which is for answers only: keep a copy of it, and redirect stdout to stderr.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    engine: PlainVllm | InProcessVllm | None = None
-    try:
-        while line := await asyncio.to_thread(sys.stdin.readline):
-            request, answer = json.loads(line), {}
+async def _serve(pipe: Connection) -> None:
+    engine: Any = None
+    with suppress(EOFError), ExitStack() as opened:
+        while True:
+            what, *arguments = await asyncio.to_thread(pipe.recv)
+            result, error = None, None
             try:
-                if (op := request.pop("op")) == "load":
-                    kind = InProcessVllm if request["in_process"] else PlainVllm
-                    engine = kind(request["arguments"])
+                if engine is None:
+                    engine = what(*arguments)
+                    opened.callback(engine.close)
                 else:
-                    answer = await _execute(engine, op, request)
-            except Exception as error:
-                answer = {"error": f"{type(error).__name__}: {error}"}
-            print(json.dumps(answer), file=answers, flush=True)
-    finally:
-        if engine is not None:
-            engine.close()
-
-
-if __name__ == "__main__":
-    asyncio.run(main())
+                    result = await getattr(engine, what)(*arguments)
+            except Exception as failure:
+                error = f"{type(failure).__name__}: {failure}"
+            pipe.send((result, error))

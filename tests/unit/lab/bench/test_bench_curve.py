@@ -19,7 +19,7 @@ from overfill.lab.bench.curve.results import Figures, FormatChanged, figures_of
 from overfill.lab.bench.curve.run import Folder, Measured, run_sweeps
 from overfill.lab.bench.curve.tools import Endpoint
 from overfill.lab.commands.bench import bench_group
-from overfill.lab.peers import environment
+from overfill.lab.peers import environment, process
 from overfill.lab.peers.process import PeerFailed
 from overfill.lab.peers.vllm_server import vllm_server
 from overfill.lab.traffic.outcome import Outcome
@@ -28,7 +28,7 @@ from overfill.stack.child import Child
 SAMPLES = Path(__file__).parent / "samples"
 ALL = ("split", "colocated", "identity", "vllm")
 USERS = (1, 2, 4, 8, 16)
-FIGURES = Figures(10, 0, 100.0, 20.0, (1.0, 2.0, 3.0), (0.05, 0.06, 0.07), 0.5, 128.0)
+FIGURES = Figures(10, 0, 100.0, 20.0, 1.0, 2.0, 3.0, 0.05, 0.06, 0.07, 0.5, 128.0)
 
 
 def measured(system, users, tool="guidellm", number=1, shape="a", **figures):
@@ -168,7 +168,7 @@ def test_guidellm_s_report_is_read():
     found = results.read_guidellm(SAMPLES / "guidellm.json")
     assert (found.requests, found.failed, found.answer) == (4, 0, 128)
     assert found.tokens_per_s == pytest.approx(4 * 128 / 91.03, rel=1e-3)
-    assert found.ttft[0] == pytest.approx((6.644 + 19.239) / 2, rel=1e-3)
+    assert found.ttft_p50 == pytest.approx((6.644 + 19.239) / 2, rel=1e-3)
     assert found.per_user == pytest.approx(2 / (0.24665 + 0.25473), rel=1e-3)
 
 
@@ -176,7 +176,7 @@ def test_aiperf_s_records_are_read(tmp_path):
     found = results.read_aiperf(SAMPLES / "aiperf")
     assert (found.requests, found.failed, found.answer) == (4, 0, 128)
     assert found.tokens_per_s == pytest.approx(4 * 128 / 63.42, rel=1e-3)
-    assert found.gap[0] == pytest.approx(0.18649, rel=1e-3)
+    assert found.gap_p50 == pytest.approx(0.18649, rel=1e-3)
     shutil.copytree(SAMPLES / "aiperf", tmp_path, dirs_exist_ok=True)
     with (tmp_path / "profile_export.jsonl").open("a") as records:
         records.write('{"metadata": {}, "metrics": {}, "error": {"code": 503}}\n')
@@ -215,7 +215,7 @@ def test_goodput_counts_requests_that_meet_both_limits():
 def test_our_generator_s_requests_give_the_same_figures():
     found = figures_of([Outcome(0.0, (1.0, 1.5, 2.0)), Outcome(0.0, (2.0, 3.0, 4.0)), Outcome(0.0, (), "HTTP 503")])
     assert (found.requests, found.failed, found.answer) == (2, 1, 3)
-    assert (found.tokens_per_s, found.ttft[0], found.gap[0]) == (1.5, 1.5, 0.75)
+    assert (found.tokens_per_s, found.ttft_p50, found.gap_p50) == (1.5, 1.5, 0.75)
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def fake_tool(tmp_path, monkeypatch):
             python.chmod(0o700)
             return tools.measure(Point("c", "split", "guidellm", 1, 2), SHAPES["c"], at, 4, {"guidellm": python}, limit)
 
-    monkeypatch.setattr(tools, "Child", Recorded)
+    monkeypatch.setattr(process, "Child", Recorded)
     fake = Tool()
     return fake
 
@@ -273,10 +273,10 @@ def test_a_tool_that_hangs_is_stopped(fake_tool):
 def test_losses_come_first():
     rows = report.comparison(
         [
-            measured("colocated", 4, tokens_per_s=90.0, per_user=30.0, ttft=(1.0, 2.0, 3.0)),
-            measured("colocated", 4, number=2, tokens_per_s=110.0, per_user=30.0, ttft=(1.0, 2.0, 3.0)),
-            measured("identity", 4, tokens_per_s=80.0, per_user=20.0, ttft=(2.0, 2.0, 3.0)),
-            measured("vllm", 4, tokens_per_s=200.0, per_user=25.0, ttft=(0.8, 2.0, 3.0)),
+            measured("colocated", 4, tokens_per_s=90.0, per_user=30.0, ttft_p50=1.0),
+            measured("colocated", 4, number=2, tokens_per_s=110.0, per_user=30.0, ttft_p50=1.0),
+            measured("identity", 4, tokens_per_s=80.0, per_user=20.0, ttft_p50=2.0),
+            measured("vllm", 4, tokens_per_s=200.0, per_user=25.0, ttft_p50=0.8),
         ]
     )
     assert [(row.name, row.peer, row.peer_value) for row in rows] == [
@@ -291,7 +291,7 @@ def test_losses_come_first():
 def test_tools_agree_within_5_percent_or_the_rounds_spread():
     points = [
         measured("colocated", 1, tokens_per_s=100.0),
-        measured("colocated", 1, "aiperf", tokens_per_s=104.0, ttft=(1.2, 2.0, 3.0)),
+        measured("colocated", 1, "aiperf", tokens_per_s=104.0, ttft_p50=1.2),
         measured("colocated", 2, tokens_per_s=90.0),
         measured("colocated", 2, number=2, tokens_per_s=110.0),
         measured("colocated", 2, "own", tokens_per_s=105.0),
@@ -344,7 +344,7 @@ class _MockPair:
 def test_the_command_names_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("OVERFILL_HOME", str(tmp_path))
     result = CliRunner().invoke(bench_group, ["curve", "--out", str(tmp_path / "out"), "--system=split"])
-    assert "guidellm: not installed; add --install" in result.output
+    assert "guidellm is not installed; add --install" in result.output
 
 
 # vLLM's server

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from overfill.lab.peers import environment
-from overfill.lab.peers.environment import PeerEnvironment, PeerInstallFailed, install, python_of
+from overfill.lab.peers.environment import PeerEnvironment, PeerInstallFailed, install, python_of, version_of
 
 
 def test_an_environment_exists_only_after_a_complete_installation(tmp_path, monkeypatch):
@@ -18,3 +18,11 @@ def test_an_environment_exists_only_after_a_complete_installation(tmp_path, monk
     python = install("thing")
     assert python_of("thing") == python
     assert python.exists()
+
+
+def test_the_version_is_that_of_the_peer_and_not_of_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setenv("OVERFILL_HOME", str(tmp_path))
+    packages = tmp_path / "envs" / "dynamo" / "lib" / "python3.12" / "site-packages"
+    for package in ("ai_dynamo-1.6.1", "ai_dynamo_runtime-1.6.0", "pydantic-2.10.6"):
+        (packages / f"{package}.dist-info").mkdir(parents=True)
+    assert version_of("dynamo") == "1.6.1"

@@ -2,20 +2,19 @@
 
 import asyncio
 import json
-import os
-import sys
 
 import pytest
 from click.testing import CliRunner
+from plain_vllm import FakeVllm, broken_vllm
 
 from overfill.errors import InternalError
-from overfill.lab.bench.vllm.engines import completion_counts
+from overfill.lab.bench.vllm.engines import PlainEngine, VllmSettings, completion_counts
 from overfill.lab.bench.vllm.host import host_figures
 from overfill.lab.bench.vllm.stages import PromptRound, StagesPlan, decode_figures, prompt_figures
 from overfill.lab.bench.vllm.window import DecodeWindow, decode_window
 from overfill.lab.commands import bench_vllm
 from overfill.lab.measurement import Measurement
-from overfill.lab.peers.process import JsonProcess, PeerFailed
+from overfill.lab.peers.process import PeerFailed
 
 
 class Streams:
@@ -94,45 +93,33 @@ async def test_a_completion_s_token_counts_are_read_from_torn_events():
     assert sorted(set(counts)) == counts
 
 
-PLAIN = """
-import asyncio
-from overfill.lab.bench.vllm import plain
-
-class Fake:
-    def __init__(self, arguments):
-        print("noise on stdout")
-        self.arguments = arguments
-    async def answer(self, prompt, max_tokens):
-        return [self.arguments["step"] * at for at in range(max_tokens)]
-    async def decode(self, prompts, max_tokens, steps):
-        raise ValueError("prompt too long")
-    def close(self):
-        pass
-
-plain.PlainVllm = Fake
-asyncio.run(plain.main())
-"""
-
-
 @pytest.fixture
 def plain(tmp_path):
-    process = JsonProcess("plain vLLM", [sys.executable, "-c", PLAIN], os.environ, tmp_path / "log")
-    process.ask("load", in_process=False, arguments={"step": 2})
-    yield process
-    process.close()
+    settings = VllmSettings("float32", 1, 2, 64, 1 << 20, {})
+    engine = PlainEngine("plain vLLM", tmp_path, settings, tmp_path / "log", FakeVllm)
+    yield engine
+    engine.close()
 
 
-def test_plain_vllm_answers_by_json_lines_in_a_process_of_its_own(plain):
-    assert plain.ask("answer", prompt=[1], max_tokens=3) == {"times": [0, 2, 4]}
+def test_plain_vllm_answers_from_a_process_of_its_own(plain, tmp_path):
+    assert plain.answer([1], 3) == [0, 2, 4]
     with pytest.raises(PeerFailed, match="plain vLLM failed in 'decode': ValueError: prompt too long") as caught:
-        plain.ask("decode", prompts=[[1]], max_tokens=3, steps=2)
+        plain.decode([[1]], 3, 2)
     assert "noise on stdout" in caught.value.__notes__
+    plain.close()
+    assert (tmp_path / "log").read_text().splitlines()[-1] == "closed"
 
 
 def test_plain_vllm_that_dies_is_not_waited_for(plain):
     plain._process.kill()
     with pytest.raises(PeerFailed, match="the process exited"):
-        plain.ask("answer", prompt=[1], max_tokens=3)
+        plain.answer([1], 3)
+
+
+def test_plain_vllm_that_does_not_start_says_why(tmp_path):
+    settings = VllmSettings("float32", 1, 2, 64, 1 << 20, {})
+    with pytest.raises(PeerFailed, match="failed in 'broken_vllm': ValueError: no such model"):
+        PlainEngine("plain vLLM", tmp_path, settings, tmp_path / "log", broken_vllm)
 
 
 def window(rate, rows=2, **cpu):

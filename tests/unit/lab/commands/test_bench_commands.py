@@ -24,13 +24,26 @@ def test_the_router_is_measured_beside_the_bare_server():
 
 @pytest.mark.parametrize(
     ("peers", "message"),
-    [("dynamo,other", "'other' is no peer; choose among dynamo, smg, vllm-router"), ("smg", "smg is not installed")],
+    [("dynamo,other", "'other' is not one of 'dynamo', 'smg', 'vllm-router'"), ("smg", "smg is not installed")],
 )
 def test_a_peer_that_cannot_be_measured_is_named(peers, message, monkeypatch, tmp_path):
     monkeypatch.setenv("OVERFILL_HOME", str(tmp_path))
     done = CliRunner().invoke(bench_group, ["router", "--peers", peers])
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(("arguments", "measured"), [([], ["smg"]), (["--peers="], []), (["--peers", "smg"], ["smg"])])
+def test_the_installed_peers_are_measured_unless_others_are_named(arguments, measured, monkeypatch, tmp_path):
+    monkeypatch.setenv("OVERFILL_HOME", str(tmp_path))
+    (tmp_path / "envs" / "smg").mkdir(parents=True)
+    (tmp_path / "envs" / "smg" / "ready").touch()
+    asked = []
+    monkeypatch.setattr(
+        "overfill.lab.bench.router.cost.measure_cost", lambda peers, *_, **__: asked.extend(peers) or []
+    )
+    CliRunner().invoke(bench_group, ["router", *arguments], standalone_mode=False, catch_exceptions=False)
+    assert asked == measured
 
 
 def test_these_are_the_subcommands():
