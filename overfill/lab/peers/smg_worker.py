@@ -17,7 +17,7 @@ from smg_grpc_proto.generated import vllm_engine_pb2 as pb  # type: ignore[impor
 from smg_grpc_proto.generated import vllm_engine_pb2_grpc as service
 
 
-class Worker(service.VllmEngineServicer):  # type: ignore[misc]
+class SmgWorker(service.VllmEngineServicer):  # type: ignore[misc]
     """Answers each prompt with as many tokens as it asks for. The running answers get their next token together."""
 
     def __init__(self, model: Path, step: float) -> None:
@@ -56,7 +56,7 @@ class Worker(service.VllmEngineServicer):  # type: ignore[misc]
 
 async def main(port: str, model: str, step: str) -> None:
     """Serves until the process ends."""
-    worker, server = Worker(Path(model), float(step)), grpc.aio.server()
+    worker, server = SmgWorker(Path(model), float(step)), grpc.aio.server()
     service.add_VllmEngineServicer_to_server(worker, server)
     server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()

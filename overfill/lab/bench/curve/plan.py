@@ -18,7 +18,7 @@ WAVE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class RequestShape:
     """Lengths of requests, in tokens.
 
     Attributes:
@@ -40,7 +40,11 @@ class Shape:
 
 SHAPES = {
     shape.name: shape
-    for shape in (Shape("a", 1024, 128), Shape("b", 128, 512), Shape("c", 1280, 128, prefix=1000, groups=4))
+    for shape in (
+        RequestShape("a", 1024, 128),
+        RequestShape("b", 128, 512),
+        RequestShape("c", 1280, 128, prefix=1000, groups=4),
+    )
 }
 _IN_ROUNDS = "a"
 
@@ -67,7 +71,7 @@ class Point:
 class Sweep:
     """The points that one start of a system serves."""
 
-    shape: Shape
+    shape: RequestShape
     system: str
     points: tuple[Point, ...]
 
@@ -114,7 +118,7 @@ def seconds_of_points(points: Sequence[Point], seconds: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class AnswerPace:
     """How fast a warmed-up system answers: seconds of one request alone, and of ``WAVE`` at once."""
 
     alone: float

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from overfill.lab.bench.curve.plan import GUIDELLM, OTHERS, OURS, SHAPES, SYSTEMS
-from overfill.lab.bench.curve.results import Figures
+from overfill.lab.bench.curve.results import PointFigures
 from overfill.lab.bench.curve.run import Measured
 from overfill.lab.measurement import Measurement
 
@@ -157,9 +157,9 @@ def _bars(values: Sequence[Sequence[float]]) -> tuple[list[float], list[float], 
     return middle, low, [max(one) - at for at, one in zip(middle, values, strict=True)]
 
 
-def _rounds(measured: Iterable[Measured]) -> dict[tuple[str, str, int], list[Figures]]:
+def _rounds(measured: Iterable[Measured]) -> dict[tuple[str, str, int], list[PointFigures]]:
     """Returns guidellm's figures by shape, system and concurrency; one per round."""
-    found: dict[tuple[str, str, int], list[Figures]] = defaultdict(list)
+    found: dict[tuple[str, str, int], list[PointFigures]] = defaultdict(list)
     for one in measured:
         if one.point.tool == GUIDELLM:
             found[one.point.shape, one.point.system, one.point.concurrency].append(one.figures)

@@ -28,7 +28,7 @@ class FormatChanged(OverfillError):
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class PointFigures:
     """Figures of a point; times in seconds, percentiles over the requests.
 
     Attributes:
@@ -55,7 +55,7 @@ class Figures:
     tool_cpu: float = 0.0
 
 
-def figures_of(outcomes: Sequence[Outcome], tokens_per_s: float | None = None) -> Figures:
+def figures_of(outcomes: Sequence[Outcome], tokens_per_s: float | None = None) -> PointFigures:
     """Computes the figures of a point. ``tokens_per_s`` None computes it too, from the first request to the last token.
 
     Raises:
@@ -70,7 +70,7 @@ def figures_of(outcomes: Sequence[Outcome], tokens_per_s: float | None = None) -
         tokens_per_s = tokens / (max(one.times[-1] for one in done) - min(one.due for one in outcomes))
     samples = {"ttft": [one.ttft for one in done], "gap": [one.itl for one in done]}
     marks = {f"{name}_p{p}": float(np.percentile(found, p)) for name, found in samples.items() for p in PERCENTILES}
-    return Figures(
+    return PointFigures(
         requests=len(done),
         failed=len(failed),
         tokens_per_s=tokens_per_s,
@@ -81,7 +81,7 @@ def figures_of(outcomes: Sequence[Outcome], tokens_per_s: float | None = None) -
     )
 
 
-def read_guidellm(path: Path) -> Figures:
+def read_guidellm(path: Path) -> PointFigures:
     """Reads the report of ``guidellm run`` with one benchmark. Raises FormatChanged for a missing field."""
     report = _load(GUIDELLM, path.read_text())
     names = ("time_to_first_token_ms", "inter_token_latency_ms", "output_tokens")
@@ -95,7 +95,7 @@ def read_guidellm(path: Path) -> Figures:
     return figures_of(outcomes, _number(GUIDELLM, report, "benchmarks.0.metrics.output_tokens_per_second.total.mean"))
 
 
-def read_aiperf(folder: Path) -> Figures:
+def read_aiperf(folder: Path) -> PointFigures:
     """Reads the folder that ``aiperf profile`` wrote, with its records. Raises FormatChanged for a missing field."""
     total = _load(AIPERF, (folder / "profile_export_aiperf.json").read_text())
     records = [_load(AIPERF, line) for line in (folder / "profile_export.jsonl").read_text().splitlines()]

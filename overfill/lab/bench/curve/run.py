@@ -12,7 +12,7 @@ from typing import Any
 
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.lab.bench.curve.plan import Point, Sweep, left_of, seconds_of, seconds_of_points
-from overfill.lab.bench.curve.results import OBJECTIVE, Figures
+from overfill.lab.bench.curve.results import OBJECTIVE, PointFigures
 from overfill.lab.bench.curve.systems import LIMITS, started
 from overfill.lab.bench.curve.tools import measure, warm_up
 from overfill.lab.machine import describe_machine
@@ -30,7 +30,7 @@ class Measured:
     """A finished point. ``figures.requests`` and ``figures.failed`` are as many as were asked for."""
 
     point: Point
-    figures: Figures
+    figures: PointFigures
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self.point) | asdict(self.figures)
@@ -38,7 +38,7 @@ class Measured:
     @classmethod
     def of_json(cls, data: dict[str, Any]) -> Measured:
         point = Point(**{name: data.pop(name) for name in Point.__slots__})
-        return cls(point, Figures(**data))
+        return cls(point, PointFigures(**data))
 
 
 class Folder:
@@ -154,7 +154,7 @@ def _load_of(point: Point) -> tuple[str, str, int]:
     return point.shape, point.system, point.concurrency
 
 
-def _line(found: Figures) -> str:
+def _line(found: PointFigures) -> str:
     failed = f", {found.failed} FAILED" if found.failed else ""
     return (
         f"{found.requests} answers{failed}, {found.tokens_per_s:.1f} tokens/s, {found.per_user:.1f} per user, "

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from overfill.lab.bench.curve.plan import Shape
+from overfill.lab.bench.curve.plan import RequestShape
 from overfill.lab.bench.curve.tools import Endpoint
 from overfill.lab.peers.vllm_server import vllm_server
 from overfill.lab.stacks import served
@@ -20,7 +20,7 @@ LIMITS = {"max_num_seqs": 64, "max_model_len": 2048, "kv_memory": 1 << 30}
 
 @contextmanager
 def started(
-    system: str, shape: Shape, pairs: Mapping[str, Pair], vllm: Path | None, log: Callable[[str, str], None]
+    system: str, shape: RequestShape, pairs: Mapping[str, Pair], vllm: Path | None, log: Callable[[str, str], None]
 ) -> Iterator[Endpoint]:
     """Starts a system and yields its endpoint once it is ready. Call it on the main thread only.
 

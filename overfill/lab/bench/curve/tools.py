@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from overfill.lab.bench.curve import results
-from overfill.lab.bench.curve.plan import GUIDELLM, WAVE, Pace, Point, Shape
-from overfill.lab.bench.curve.results import Figures
+from overfill.lab.bench.curve.plan import GUIDELLM, WAVE, AnswerPace, Point, RequestShape
+from overfill.lab.bench.curve.results import PointFigures
 from overfill.lab.peers.process import PeerFailed, peer_processes
 from overfill.lab.traffic.outcome import Outcome
 from overfill.lab.traffic.play import run_load
@@ -46,8 +46,8 @@ class Endpoint:
 
 
 def measure(
-    point: Point, shape: Shape, at: Endpoint, requests: int, pythons: Mapping[str, Path], limit: float
-) -> Figures:
+    point: Point, shape: RequestShape, at: Endpoint, requests: int, pythons: Mapping[str, Path], limit: float
+) -> PointFigures:
     """Measures one point with its tool.
 
     Args:
@@ -79,7 +79,7 @@ def measure(
     return replace(found, tool_cpu=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
-def warm_up(shape: Shape, at: Endpoint, limit: float) -> Pace:
+def warm_up(shape: RequestShape, at: Endpoint, limit: float) -> AnswerPace:
     """Sends requests until every code path has run, and returns how fast the system answers.
 
     Raises:
@@ -94,10 +94,10 @@ def warm_up(shape: Shape, at: Endpoint, limit: float) -> Pace:
         return max(outcome.times[-1] for outcome in outcomes)
 
     seconds(WAVE)
-    return Pace(seconds(1), seconds(WAVE))
+    return AnswerPace(seconds(1), seconds(WAVE))
 
 
-async def _play(shape: Shape, at: Endpoint, requests: int, concurrency: int, limit: float) -> list[Outcome]:
+async def _play(shape: RequestShape, at: Endpoint, requests: int, concurrency: int, limit: float) -> list[Outcome]:
     wanted = [
         TraceRequest(0.0, shape.prompt, shape.answer, blocks=(number % shape.groups,), block_tokens=shape.prefix)
         for number in range(requests)
@@ -106,7 +106,7 @@ async def _play(shape: Shape, at: Endpoint, requests: int, concurrency: int, lim
         return await run_load(target, wanted, at.vocab_size, concurrency=concurrency, timeout=limit)
 
 
-def _guidellm(folder: Path, shape: Shape, at: Endpoint, requests: int, concurrency: int, seed: int) -> list[str]:
+def _guidellm(folder: Path, shape: RequestShape, at: Endpoint, requests: int, concurrency: int, seed: int) -> list[str]:
     """Writes a scenario of guidellm, and returns what follows its interpreter."""
     data: dict[str, Any] = {
         "kind": "synthetic_text",
@@ -137,7 +137,7 @@ def _guidellm(folder: Path, shape: Shape, at: Endpoint, requests: int, concurren
     return ["-m", "guidellm", "run", "--config", str(folder / "scenario.json"), "--disable-console-interactive"]
 
 
-def _aiperf(folder: Path, shape: Shape, at: Endpoint, requests: int, concurrency: int, seed: int) -> list[str]:
+def _aiperf(folder: Path, shape: RequestShape, at: Endpoint, requests: int, concurrency: int, seed: int) -> list[str]:
     """Returns what follows aiperf's interpreter. It measures no shape with prefixes, and adds ``/v1`` itself."""
     options = (
         f"--url {at.url.removesuffix('/v1')} --endpoint-type completions --streaming --use-server-token-count "

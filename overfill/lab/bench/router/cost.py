@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 import psutil
 
-from overfill.lab.bench.router.load import Load, Received, running
+from overfill.lab.bench.router.load import HttpLoad, Received, running
 from overfill.lab.cpu_clock import cpu_seconds, family
 from overfill.lab.measurement import Measurement
 from overfill.lab.peers.process import PeerFailed
@@ -65,7 +65,7 @@ Log = Callable[[str, str], None]
 
 
 @dataclass(slots=True)
-class Figures:
+class RouterFigures:
     """What one router was measured to cost.
 
     Attributes:
@@ -117,7 +117,7 @@ def our_router(step: float, sequences: int, log: Log) -> Iterator[RunningRouter]
         yield RunningRouter(address, stack.model, "ours", family(stack.processes["router"]), workers)
 
 
-def measure_router(start: StartRouter, seconds: float, streams: Sequence[int], open_streams: int) -> Figures:
+def measure_router(start: StartRouter, seconds: float, streams: Sequence[int], open_streams: int) -> RouterFigures:
     """Starts a router twice: with tokens at the usual pace, and with slow ones, to measure memory."""
     with start(_STEP, max(AT_ONCE, *streams) + _SPARE) as server:
         turn = _Turn(server, seconds)
@@ -138,7 +138,7 @@ class _Turn:
 
     def __init__(self, server: RunningRouter, seconds: float) -> None:
         self.server = server
-        self.figures = Figures(server.about, {_FAILED: 0, _CLIENT: 0})
+        self.figures = RouterFigures(server.about, {_FAILED: 0, _CLIENT: 0})
         self._seconds = seconds
         self._settle = min(seconds, _SETTLE_SECONDS)
         self._quick = False
@@ -160,13 +160,13 @@ class _Turn:
             self._add(f"ttft_p{percent}", 1e3 * np.percentile(quick if self._quick else plain, percent))
         largest = []
         for _ in range(_BURSTS):
-            with self._running(Load(self.server, 1, AT_ONCE, once=True)) as counts:
+            with self._running(HttpLoad(self.server, 1, AT_ONCE, once=True)) as counts:
                 largest.append(max(_wait_for_first_tokens(counts, AT_ONCE)))
         self._add(f"ttft_{AT_ONCE}_at_once_max", 1e3 * statistics.median(largest))
 
     def _first_tokens(self, quick: bool) -> list[float]:
         self._quick = quick
-        with self._running(Load(self.server, 2, rate=LOW_RATE)) as counts:
+        with self._running(HttpLoad(self.server, 2, rate=LOW_RATE)) as counts:
             begun = len(_wait_for_first_tokens(counts, 5))
             time.sleep(2 * self._seconds)
             return _wait_for_first_tokens(counts, begun + 1)[begun:]
@@ -185,16 +185,16 @@ class _Turn:
 
     def memory(self, streams: int) -> None:
         """Measures the memory of streams that have their first token and wait for the next."""
-        with self._running(Load(self.server, _ANSWER, _WARM_STREAMS)) as counts:
+        with self._running(HttpLoad(self.server, _ANSWER, _WARM_STREAMS)) as counts:
             _wait_for_first_tokens(counts, _WARM_STREAMS)
         before = _memory(self.server)
-        with self._running(Load(self.server, _ANSWER, streams)) as counts:
+        with self._running(HttpLoad(self.server, _ANSWER, streams)) as counts:
             _wait_for_first_tokens(counts, streams)
             self._add("memory_per_stream", (_memory(self.server) - before) / streams / 1024)
 
     def _window(self, tokens: int, streams: int) -> tuple[float, float, Received]:
         """Keeps requests running. Returns CPU seconds of router and workers, and what a window of the load received."""
-        with self._running(Load(self.server, tokens, streams)) as counts:
+        with self._running(HttpLoad(self.server, tokens, streams)) as counts:
             _wait_for_first_tokens(counts, streams)
             time.sleep(self._settle)
             before, client, start = counts(), time.process_time(), time.perf_counter()
@@ -208,7 +208,7 @@ class _Turn:
         return router, workers, Received(ended=ended, events=events, tokens=tokens)
 
     @contextmanager
-    def _running(self, load: Load) -> Iterator[Callable[[], Received]]:
+    def _running(self, load: HttpLoad) -> Iterator[Callable[[], Received]]:
         with running(replace(load, quick_ack=self._quick)) as counts:
             yield counts
             self._add(_FAILED, self.figures.values[_FAILED] + counts().failed)
@@ -224,7 +224,7 @@ class _Turn:
         self.figures.values[name] = float(value)
 
 
-def rows(ours: Figures, bare: Figures, *peers: Figures) -> list[Measurement]:
+def rows(ours: RouterFigures, bare: RouterFigures, *peers: RouterFigures) -> list[Measurement]:
     """A row per figure and peer: first those of other projects' routers, with where we lose most on top.
 
     Less is better in each. What only tells how the measurement went comes last.
@@ -235,7 +235,7 @@ def rows(ours: Figures, bare: Figures, *peers: Figures) -> list[Measurement]:
     return sorted(found, key=lambda one: one.unit in ("tokens", "tokens/s", "cores", "requests"))
 
 
-def _beside(ours: Figures, peer: Figures) -> list[Measurement]:
+def _beside(ours: RouterFigures, peer: RouterFigures) -> list[Measurement]:
     return [
         Measurement(name, value, _unit(name), peer=peer.about, peer_value=peer.values[name])
         for name, value in ours.values.items()

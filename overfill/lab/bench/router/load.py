@@ -31,7 +31,7 @@ _LONGEST_WAIT = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class HttpLoad:
     """Requests that the client sends.
 
     Attributes:
@@ -77,7 +77,7 @@ def make_body(model: str, tokens: int) -> bytes:
 
 
 @contextmanager
-def running(load: Load) -> Iterator[Callable[[], Received]]:
+def running(load: HttpLoad) -> Iterator[Callable[[], Received]]:
     """Runs a load. Yields a function that returns what was received so far.
 
     Raises:
@@ -100,9 +100,9 @@ def running(load: Load) -> Iterator[Callable[[], Received]]:
 
 
 class _Client:
-    """Runs one ``Load`` on its thread."""
+    """Runs one ``HttpLoad`` on its thread."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: HttpLoad) -> None:
         self.load = load
         self.counts = Received()
         self.stop = threading.Event()

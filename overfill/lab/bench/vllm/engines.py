@@ -225,7 +225,7 @@ def stack_engines(pairs: Mapping[str, Path], settings: VllmSettings, log: Log) -
         yield {name: StackEngine(stack, name) for name in pairs}
 
 
-class Turns:
+class EngineRounds:
     """The turns of the engines: random prompts, pauses and progress."""
 
     def __init__(self, rounds: int, vocab_size: int, report: Report) -> None:

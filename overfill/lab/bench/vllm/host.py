@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from overfill.lab.bench.vllm.engines import Log, PlainEngine, Turns, VllmSettings, stack_engines
+from overfill.lab.bench.vllm.engines import EngineRounds, Log, PlainEngine, VllmSettings, stack_engines
 from overfill.lab.bench.vllm.plain import InProcessVllm
 from overfill.lab.bench.vllm.window import DecodeWindow
 from overfill.lab.measurement import Measurement
@@ -69,7 +69,7 @@ def measure_host(
         asynchronous = PlainEngine(_ASYNC, pair.full_path, alone, folder / "async.log")
         stack.callback(asynchronous.close)
         report("Starting engines", 3, 3)
-        turns = Turns(rounds, pair.full_config.vocab_size, report)
+        turns = EngineRounds(rounds, pair.full_config.vocab_size, report)
 
         def turn(count: int) -> HostRound:
             return turns.decode(count, CONTEXT, MAX_MODEL_LEN - CONTEXT, ours, in_process, asynchronous)

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from overfill.errors import InternalError
-from overfill.lab.bench.vllm.engines import Log, PlainEngine, StackEngine, Turns, VllmSettings, stack_engines
+from overfill.lab.bench.vllm.engines import EngineRounds, Log, PlainEngine, StackEngine, VllmSettings, stack_engines
 from overfill.lab.bench.vllm.window import DecodeWindow
 from overfill.lab.measurement import Measurement
 from overfill.making.identity_pair import identity_pair
@@ -117,7 +117,7 @@ def measure_stages(
             plain[half] = stack.enter_context(closing(engine))
         report("Starting engines", 3, 3)
         max_answer = min(MAX_ANSWER, settings.max_model_len - DECODE_PROMPT)
-        turns = Turns(plan.rounds, pair.full_config.vocab_size, report)
+        turns = EngineRounds(plan.rounds, pair.full_config.vocab_size, report)
 
         def decode_round(batch: int) -> DecodeRound:
             return {half: turns.decode(batch, DECODE_PROMPT, max_answer, ours[half], plain[half]) for half in ours}
@@ -135,7 +135,7 @@ def measure_stages(
             yield from prompt_figures(length, asked, found)
 
 
-def _prompt_round(length: int, turns: Turns, ours: StackEngine, plain: Mapping[str, PlainEngine]) -> PromptRound:
+def _prompt_round(length: int, turns: EngineRounds, ours: StackEngine, plain: Mapping[str, PlainEngine]) -> PromptRound:
     ((prompt,), (same_length,)) = turns.prompts(1, length), turns.prompts(1, length)
     times, answer = ours.answer(prompt, ANSWER)
     timing = answer.timing

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 
 from overfill.errors import InvalidRequest, OverfillError
 from overfill.lab.bench.curve import report, results, run, tools
-from overfill.lab.bench.curve.plan import SHAPES, Pace, Point, left_of, seconds_of, sweeps
-from overfill.lab.bench.curve.results import Figures, FormatChanged, figures_of
+from overfill.lab.bench.curve.plan import SHAPES, AnswerPace, Point, left_of, seconds_of, sweeps
+from overfill.lab.bench.curve.results import FormatChanged, PointFigures, figures_of
 from overfill.lab.bench.curve.run import Folder, Measured, run_sweeps
 from overfill.lab.bench.curve.tools import Endpoint
 from overfill.lab.commands.bench import bench_group
@@ -28,7 +28,7 @@ from overfill.stack.child import Child
 SAMPLES = Path(__file__).parent / "samples"
 ALL = ("split", "colocated", "identity", "vllm")
 USERS = (1, 2, 4, 8, 16)
-FIGURES = Figures(10, 0, 100.0, 20.0, 1.0, 2.0, 3.0, 0.05, 0.06, 0.07, 0.5, 128.0)
+FIGURES = PointFigures(10, 0, 100.0, 20.0, 1.0, 2.0, 3.0, 0.05, 0.06, 0.07, 0.5, 128.0)
 
 
 def measured(system, users, tool="guidellm", number=1, shape="a", **figures):
@@ -64,7 +64,7 @@ def test_one_system_is_measured_by_all_tools_once():
 
 
 def test_every_user_sends_the_same_number_of_requests():
-    pace = Pace(alone=2.0, wave=5.0)
+    pace = AnswerPace(alone=2.0, wave=5.0)
     assert pace.requests(1, 20) == 10
     assert pace.requests(4, 20) == 4 * 4
     assert pace.requests(16, 20) == 2 * 16  # at least two each, though that takes longer
@@ -108,7 +108,7 @@ def fake_run(monkeypatch, tmp_path):
         return replace(FIGURES, requests=requests)
 
     monkeypatch.setattr(run, "started", started)
-    monkeypatch.setattr(run, "warm_up", lambda *_: Pace(1.0, 1.0 + len(fake.calls)))
+    monkeypatch.setattr(run, "warm_up", lambda *_: AnswerPace(1.0, 1.0 + len(fake.calls)))
     monkeypatch.setattr(run, "measure", measure)
     return fake
 

@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 
-from overfill.lab.bench.router.cost import Figures, measure_router, rows
-from overfill.lab.bench.router.load import Load, running
+from overfill.lab.bench.router.cost import RouterFigures, measure_router, rows
+from overfill.lab.bench.router.load import HttpLoad, running
 from overfill.lab.peers import loopback
 from overfill.lab.peers.process import PeerFailed
 from overfill.lab.peers.routers import RunningRouter, bare
@@ -72,7 +72,7 @@ def chunked(*parts):
 class TestClient:
     @pytest.mark.parametrize("quick_ack", [False, True])
     def test_every_token_of_every_answer_is_counted(self, quick_ack):
-        with bare(0.001, 5) as server, running(Load(server, 7, streams=5, quick_ack=quick_ack)) as counts:
+        with bare(0.001, 5) as server, running(HttpLoad(server, 7, streams=5, quick_ack=quick_ack)) as counts:
             found = wait_for(counts, lambda found: found.ended >= 200)
         assert found.failed == 0
         assert found.events == found.tokens
@@ -80,27 +80,27 @@ class TestClient:
         assert found.ended <= len(found.ttft) <= found.ended + 5
 
     def test_requests_at_a_rate_are_sent_whether_or_not_others_have_ended(self):
-        with bare(3600, 20) as server, running(Load(server, 2, rate=500)) as counts:
+        with bare(3600, 20) as server, running(HttpLoad(server, 2, rate=500)) as counts:
             found = wait_for(counts, lambda found: len(found.ttft) >= 20)
         assert found.ended == found.failed == 0
 
     def test_a_load_that_runs_once_sends_no_further_request(self):
         with bare(0.001, 3) as server:
-            with running(Load(server, 1, streams=3, once=True)) as counts:
+            with running(HttpLoad(server, 1, streams=3, once=True)) as counts:
                 wait_for(counts, lambda found: found.ended == 3)
             assert counts().ended == 3
 
     def test_events_and_chunks_may_be_cut_anywhere(self, peer):
         whole = chunked(HEAD + event(b"~"), event(b"~~")[:20], event(b"~~")[20:] + TAIL.replace(b":1}", b":3}"))
         server = peer([whole[at : at + 7] for at in range(0, len(whole), 7)])
-        with running(Load(server, 3, streams=1)) as counts:
+        with running(HttpLoad(server, 3, streams=1)) as counts:
             found = wait_for(counts, lambda found: found.ended >= 3)
         assert found.failed == 0
         assert found.tokens in {3 * found.ended + begun for begun in range(4)}
 
     def test_an_event_with_other_text_is_a_token(self, peer):
         server = peer([chunked(event(b' a \\"word\\"'), event("ü".encode()), TAIL.replace(b":1}", b":2}"))], token=b"")
-        with running(Load(server, 2, streams=1, once=True)) as counts:
+        with running(HttpLoad(server, 2, streams=1, once=True)) as counts:
             found = wait_for(counts, lambda found: found.ended)
         assert (found.events, found.tokens, found.failed) == (2, 2, 0)
 
@@ -112,19 +112,19 @@ class TestClient:
         ],
     )
     def test_an_answer_without_all_its_tokens_has_failed(self, peer, answer):
-        with running(Load(peer([answer]), 2, streams=1)) as counts:
+        with running(HttpLoad(peer([answer]), 2, streams=1)) as counts:
             assert wait_for(counts, lambda found: found.failed >= 3).ended == 0
 
     def test_a_connection_that_the_server_ends_between_two_requests_is_no_failure(self, peer):
         server = peer([chunked(event(b"~"), TAIL)])
-        with running(Load(server, 1, streams=1, once=True)) as counts:
+        with running(HttpLoad(server, 1, streams=1, once=True)) as counts:
             wait_for(counts, lambda found: found.ended == 1)
             peer.connections[0].shutdown(socket.SHUT_WR)
             found = wait_for(counts, lambda _: not peer.threads[0].is_alive())  # the client has ended it too
         assert (found.ended, found.failed) == (1, 0)
 
     def test_a_server_that_is_not_there_is_named(self):
-        load = Load(RunningRouter("127.0.0.1:1", "m", "a peer", ()), 1, streams=1)
+        load = HttpLoad(RunningRouter("127.0.0.1:1", "m", "a peer", ()), 1, streams=1)
         with pytest.raises(PeerFailed, match=r"a peer: .*refused"), running(load):
             pass
 
@@ -141,12 +141,14 @@ def test_a_router_is_measured():
 
 
 def test_rows_begin_where_we_lose_most_and_end_with_the_bare_server():
-    ours = Figures(
+    ours = RouterFigures(
         "ours", {"failed_requests": 0, "client": 0.1, "request_cpu_32": 700, "ttft_p50": 1, "cpu_at_rest": 1}
     )
-    one = Figures("one", {"failed_requests": 2, "client": 0.2, "request_cpu_32": 350, "ttft_p50": 2})
-    other = Figures("other", {"failed_requests": 0, "client": 0.3, "request_cpu_32": float("nan"), "ttft_p50": 0.1})
-    lowest = Figures("bare", {"failed_requests": 0, "client": 0.1, "request_cpu_32": 50, "ttft_p50": 0.01})
+    one = RouterFigures("one", {"failed_requests": 2, "client": 0.2, "request_cpu_32": 350, "ttft_p50": 2})
+    other = RouterFigures(
+        "other", {"failed_requests": 0, "client": 0.3, "request_cpu_32": float("nan"), "ttft_p50": 0.1}
+    )
+    lowest = RouterFigures("bare", {"failed_requests": 0, "client": 0.1, "request_cpu_32": 50, "ttft_p50": 0.01})
     found = rows(ours, lowest, one, other)
     assert [(row.name, row.peer) for row in found[:6]] == [
         ("ttft_p50", "other"),
