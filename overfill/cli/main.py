@@ -74,6 +74,7 @@ EXTRAS: dict[str, str] = {
     "pair path": "server",
     "pair show": "server",
     "bench": "server",
+    "bench curve": "loadtest,server",
     "bench router": "loadtest,server",
     "bench quality": "loadtest,server",
     "loadtest": "loadtest",
