@@ -34,7 +34,7 @@ from overfill.lab.measurement import print_measurements
     multiple=True,
     default=SYSTEMS,
     help="split: a worker per stage. colocated: one with both. identity: the full model alone in our engine. vllm: the "
-    "full model there. Repeatable; by default all.",
+    "full model in vLLM's server. Repeatable; by default all.",
 )
 @click.option("--concurrency", type=Counts(), default="1,2,4,8,16", show_default=True, help="Requests at a time.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Rounds of shape a.")
@@ -58,10 +58,11 @@ def curve_command(
     """Measure tokens/s against tokens/s per user with guidellm, on all cores of this machine.
 
     Each system has the same cores, bfloat16 and the same limits. aiperf and our own generator measure one system too.
-    A run that was interrupted continues with the same --out; other parts can be added to it.
+    A run that was interrupted continues with the same --out, and another run can add shapes and systems to it.
 
     Writes curve.json and curve.png into the folder, and prints our figures beside the best other system's, losses
-    first. Exits with 1 if a point failed, or the tools disagree by more than the rounds.
+    first. Exits with 1 if a point or a request failed, if answers were too short, or if a tool differs from guidellm by
+    more than 5 % and by more than guidellm's rounds differ.
     """
     from overfill.lab.bench.curve.report import checks, comparison, losses, save_plot
     from overfill.lab.bench.curve.run import Folder, conditions, run_sweeps

@@ -38,7 +38,12 @@ _JUDGED_SEED, _SHOTS_SEED = 1_000_000, 1_000_001
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Serve the adapters of this folder of `overfill pair adapter add` too, named TASK or TASK-SUFFIX.",
 )
-@click.option("--target", metavar="URL", help="Ask this OpenAI endpoint instead, such as http://127.0.0.1:8000/v1.")
+@click.option(
+    "--target",
+    metavar="URL",
+    help="Ask this OpenAI endpoint instead, such as http://127.0.0.1:8000/v1. "
+    "The first --tier then only counts the tokens of a question.",
+)
 @click.option("--examples", type=click.IntRange(1), default=100, show_default=True, help="Questions of each task.")
 @click.option("--tokens", type=click.IntRange(1), default=200, show_default=True, help="Tokens of a question.")
 @click.option(

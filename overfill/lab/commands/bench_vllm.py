@@ -69,7 +69,7 @@ def vllm_command(
     With --host, the model costs next to nothing. The figures are what OverFill's engine thread and processes cost
     beside vLLM's own.
 
-    Exits with 1 when an aim is missed.
+    Exits with 1 when a bound is missed.
     """
     import torch
 

@@ -118,7 +118,7 @@ class ChaosOptions:
         "weights than --pair.",
         metavar="PAIR",
     )
-    num_adapters: int = _count("Number of random adapters that requests ask too.", 0, least=0)
+    num_adapters: int = _count("Number of random adapters that requests are spread over too.", 0, least=0)
     requests: int = _count("Minimum number of requests.", 200)
     streams: int = _count("Concurrent requests; with --soak only while capacity is measured.", 16)
     max_tokens: int = _count("Maximum tokens of an answer.", 48)

@@ -39,7 +39,7 @@ class Size(Measurement):
 SIZE_COLUMNS = {
     "met": "attainment",
     "TTFT p99": "ttft_p99",
-    "ITL p99": "request_itl_p99",
+    "request ITL p99": "request_itl_p99",
     "prefill busy": "prefill_utilisation",
     "decode busy": "decode_utilisation",
 }

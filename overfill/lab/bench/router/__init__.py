@@ -1,1 +1,1 @@
-"""The cost of the router, beside bare gRPC and HTTP servers, with mock workers behind it."""
+"""The cost of the router, beside other projects' routers and a bare HTTP server."""
