@@ -35,7 +35,7 @@ from overfill.stack.placed import PlacedStack
 _HOLD_SECONDS = 0.5  # maximum seconds that a request is held while its fault is injected
 _MATCH_TIMEOUT = 8.0  # seconds to wait for a request in the phase; then the fault is injected without one
 _STATUS_INTERVAL = 0.2  # seconds between polls of a router's workers
-_CALM_TIMEOUT = 600.0  # seconds to wait for the last requests after the faults
+_CALM_TIMEOUT = 3600.0  # seconds to wait for the last requests after the faults
 _MIN_RESTART_TIMEOUT = 60.0  # least seconds to wait for processes to be back; or twice what the start took
 _POLL = 0.05
 _CAPACITY_SECONDS = 20.0  # seconds of load without faults in which the capacity is measured

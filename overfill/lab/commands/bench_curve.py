@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from overfill.cli.options import Number
+from overfill.lab.bench.curve.plan import OWN, SHAPES, SYSTEMS, sweeps
 from overfill.lab.commands.bench_options import Counts, install_option, json_option, load_pair, peer_pythons
 from overfill.lab.measurement import print_measurements
 
@@ -20,18 +21,18 @@ from overfill.lab.measurement import print_measurements
 @click.option(
     "--shape",
     "shapes",
-    type=click.Choice(["a", "b", "c"]),
+    type=click.Choice([*SHAPES]),
     multiple=True,
-    default=["a", "b", "c"],
+    default=[*SHAPES],
     help="a: 1,024 tokens in and 128 out. b: 128 in, 512 out. c: agents, 1,280 in, of which 1,000 shared, 128 out. "
     "Repeatable; by default all.",
 )
 @click.option(
     "--system",
     "systems",
-    type=click.Choice(["split", "colocated", "identity", "vllm"]),
+    type=click.Choice(SYSTEMS),
     multiple=True,
-    default=["split", "colocated", "identity", "vllm"],
+    default=SYSTEMS,
     help="split: a worker per stage. colocated: one with both. identity: the full model alone in our engine. vllm: the "
     "full model in vLLM's server. Repeatable; by default all.",
 )
@@ -63,14 +64,13 @@ def curve_command(
     first. Exits with 1 if a point or a request failed, if answers were too short, or if a tool differs from guidellm by
     more than 5 % and by more than guidellm's rounds differ.
     """
-    from overfill.lab.bench.curve.plan import sweeps
     from overfill.lab.bench.curve.report import checks, comparison, losses, save_plot
     from overfill.lab.bench.curve.run import Folder, conditions, run_sweeps
     from overfill.process.extras import require
 
-    require("loadtest", "`overfill bench curve`", "matplotlib")
+    require("loadtest", "`overfill bench curve`", "aiohttp", "matplotlib")
     planned = sweeps(shapes, systems, concurrency, rounds)
-    tools = {point.tool for sweep in planned for point in sweep.points} - {"own"}
+    tools = {point.tool for sweep in planned for point in sweep.points} - {OWN}
     peers = sorted(tools | {"vllm"} & set(systems))
     pythons = peer_pythons(peers, install)
     loaded = {name: load_pair("identity" if name in ("identity", "vllm") else pair) for name in systems}

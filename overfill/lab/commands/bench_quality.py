@@ -86,8 +86,8 @@ def quality_command(
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
 
-    if target and adapters:
-        raise click.UsageError("--target has adapters of its own: leave --adapters out")
+    if target and (adapters or threads):
+        raise click.UsageError("--target has adapters and threads of its own: leave --adapters and --threads out")
     with ExitStack() as opened:
         report = opened.enter_context(show_progress())
         tiers = tuple(tier.model_copy(update={"pair": str(resolve_pair(tier.pair, report))}) for tier in tiers)

@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from overfill.cli.options import TIER, Number, field_options, option_errors
-from overfill.lab.commands.bench_options import Counts, json_option
+from overfill.lab.commands.bench_options import Listed, json_option
 from overfill.lab.simulate.load import Load
 from overfill.lab.simulate.options import SimTier, SimulationOptions
 from overfill.lab.simulate.profiles import Profile, load_profile
@@ -63,7 +63,12 @@ _TIER_SETTINGS = ("share", "weights")
 @click.option(
     "--attainment", type=Number(0.5, 1), default=0.95, help="With --size: share of requests that must meet --objective."
 )
-@click.option("--costs", type=Counts(), default="1,1", help="With --size: costs of a prefill and of a decode worker.")
+@click.option(
+    "--costs",
+    type=Listed("numbers", Number(0, min_open=True)),
+    default="1,1",
+    help="With --size: costs of a prefill and of a decode worker.",
+)
 @json_option
 @option_errors()
 def simulate_command(
@@ -76,7 +81,7 @@ def simulate_command(
     max_workers: int | None,
     size: bool,
     attainment: float,
-    costs: tuple[int, ...],
+    costs: tuple[float, ...],
     as_json: bool,
     **given: Any,
 ) -> int:
@@ -101,7 +106,9 @@ def simulate_command(
     scaling = _scaling(profile, goal, max_workers) if autoscale else None
     options = SimulationOptions(**given, tiers=made, brownout=order, objective=goal, scaling=scaling, seed=load.seed)
     if len(costs) != 2:
-        raise click.UsageError(f"--costs: must be two numbers such as 3,1, got {','.join(map(str, costs))}")
+        raise click.UsageError(
+            f"--costs: must be two numbers such as 3,1, got {','.join(f'{cost:g}' for cost in costs)}"
+        )
     rows: Sequence[Measurement]
     with show_progress() as report:
         if size:

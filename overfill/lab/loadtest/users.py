@@ -149,7 +149,7 @@ class OpenAiUser(TimedUser):
                 for chunk in response.iter_content(None):  # iter_lines would wait for chunks of its own size
                     *lines, rest = (rest + chunk).split(b"\n")
                     yield from map(events.push, lines)
-        except (RequestException, ValueError, KeyError, TypeError) as error:
+        except (RequestException, ValueError, LookupError, TypeError) as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
         events.end()
 

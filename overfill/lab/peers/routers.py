@@ -96,9 +96,9 @@ def dynamo(step: float, sequences: int) -> Iterator[RunningRouter]:
         with peer_processes(settings) as start:
             router = start("dynamo", alone("dynamo's mocker", front)).pid
             deadline = time.monotonic() + _START_SECONDS
-            while os.path.samefile(f"/proc/{router}/ns/net", "/proc/self/ns/net") and time.monotonic() < deadline:
+            while _shares_our_network(router) and time.monotonic() < deadline:
                 time.sleep(0.01)
-            workers = start("dynamo's mocker", beside(router, mocker), partial(within, router, partial(_answers, port)))
+            workers = start("dynamo's mocker", beside(router, mocker), partial(_answers_within, router, port))
             yield RunningRouter(
                 f"{HOST}:{port}",
                 MODEL,
@@ -172,6 +172,22 @@ def _gateway(peer: str, module: list[str], port: int, worker: str, sequences: in
     command += ["--worker-urls", worker, "--worker-startup-check-interval", "1", "--policy", "round_robin"]
     command += ["--max-concurrent-requests", str(2 * sequences), "--disable-retries", "--disable-circuit-breaker"]
     return [*command, "--log-level", "error"]
+
+
+def _shares_our_network(process: int) -> bool:
+    """Returns False for a process that has exited, too."""
+    try:
+        return os.path.samefile(f"/proc/{process}/ns/net", "/proc/self/ns/net")
+    except OSError:
+        return False
+
+
+def _answers_within(process: int, port: int) -> bool:
+    """Returns False if the process, in whose namespace the router listens, has exited: its end is the error to show."""
+    try:
+        return within(process, partial(_answers, port))
+    except OSError:
+        return False
 
 
 def _answers(port: int) -> bool:

@@ -76,7 +76,7 @@ class CompletionEvents:
             choice = ours["choices"][0]
             self.timing, self.tier = timing(choice["timing"]), choice.get("tier") or ""
         choices = event.get("choices") or ()
-        text = "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
+        text = "".join(choice.get("text") or (choice.get("delta") or {}).get("content") or "" for choice in choices)
         self.text += text
         if usage := event.get("usage"):
             self._tokens = int(usage["completion_tokens"])

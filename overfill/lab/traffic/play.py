@@ -1,6 +1,6 @@
 """The load generator: sends requests in an open or a closed loop, and records when tokens arrive.
 
-Benchmarks, load tests and fault trials all use its two loops.
+Load tests, fault trials, ``bench quality`` and the own generator of ``bench curve`` use its two loops.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from overfill.lab.traffic.outcome import RequestFailed
 from overfill.lab.traffic.play import ReceivedAnswer
 from overfill.rpc.tls import ClientTls
 
+_MODELS_TIMEOUT = aiohttp.ClientTimeout(total=30.0)
+
 
 class OpenAiTarget:
     """Streams from an OpenAI endpoint: ``/completions`` of token ids, and ``/chat/completions`` of messages.
@@ -87,13 +89,13 @@ class OpenAiTarget:
     async def models(self) -> list[dict[str, Any]]:
         """Returns what the endpoint says about its models, at least one. Raises RequestFailed if it lists none."""
         try:
-            async with self._session.get(f"{self._url}/models") as response:
+            async with self._session.get(f"{self._url}/models", timeout=_MODELS_TIMEOUT) as response:
                 if response.status != 200:
                     raise RequestFailed(f"HTTP {response.status}: {openai.error_message(await response.text())}")
                 models: list[dict[str, Any]] = (await response.json())["data"]
                 models[0]["id"]
                 return models
-        except (aiohttp.ClientError, ValueError, KeyError, IndexError, TypeError) as error:
+        except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
             raise RequestFailed(f"{self._url}/models does not answer as an OpenAI endpoint does: {error!r}") from error
 
 

@@ -24,7 +24,7 @@ OBJECTIVE = Objective(ttft=5.0, itl=0.1)
 
 
 class FormatChanged(OverfillError):
-    """A tool's output lacks a field that is read here."""
+    """A tool's output lacks a file or a field that is read here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,8 @@ def figures_of(outcomes: Sequence[Outcome], tokens_per_s: float | None = None) -
 
 
 def read_guidellm(path: Path) -> PointFigures:
-    """Reads the report of ``guidellm run`` with one benchmark. Raises FormatChanged for a missing field."""
-    report = _load(GUIDELLM, path.read_text())
+    """Reads the report of ``guidellm run`` with one benchmark. Raises FormatChanged if a part is missing."""
+    report = _load(GUIDELLM, _text(GUIDELLM, path))
     names = ("time_to_first_token_ms", "inter_token_latency_ms", "output_tokens")
     outcomes = [
         _outcome(*(_number(GUIDELLM, one, name) for name in names))
@@ -96,9 +96,9 @@ def read_guidellm(path: Path) -> PointFigures:
 
 
 def read_aiperf(folder: Path) -> PointFigures:
-    """Reads the folder that ``aiperf profile`` wrote, with its records. Raises FormatChanged for a missing field."""
-    total = _load(AIPERF, (folder / "profile_export_aiperf.json").read_text())
-    records = [_load(AIPERF, line) for line in (folder / "profile_export.jsonl").read_text().splitlines()]
+    """Reads the folder that ``aiperf profile`` wrote, with its records. Raises FormatChanged if a part is missing."""
+    total = _load(AIPERF, _text(AIPERF, folder / "profile_export_aiperf.json"))
+    records = [_load(AIPERF, line) for line in _text(AIPERF, folder / "profile_export.jsonl").splitlines()]
     names = ("time_to_first_token", "inter_token_latency", "output_sequence_length")
     outcomes = [
         Outcome(0.0, (), str(error))
@@ -112,6 +112,13 @@ def read_aiperf(folder: Path) -> PointFigures:
 def _outcome(ttft: float, gap: float, tokens: float) -> Outcome:
     """Returns the outcome of a request, of which a tool says these times in milliseconds."""
     return Outcome(0.0, (ttft / 1e3, (ttft + gap * (tokens - 1)) / 1e3), counted=int(tokens))
+
+
+def _text(tool: str, path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise FormatChanged(f"{tool} wrote no {path.name} ({error.strerror}), although it succeeded") from None
 
 
 def _load(tool: str, text: str) -> Any:

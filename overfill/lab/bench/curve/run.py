@@ -101,7 +101,9 @@ def run_sweeps(
     say: Say,
     log: Callable[[str, str], None],
 ) -> list[Point]:
-    """Measures the points that the folder lacks. Returns those that failed, which a later call tries again.
+    """Measures the points that the folder lacks, or has with failed requests. Returns those that failed.
+
+    A later call tries the failed ones again.
 
     Args:
         seconds: about how long each point's requests take.
@@ -110,7 +112,7 @@ def run_sweeps(
         log: as of ``started``.
     """
     finished = folder.read()
-    rest = left_of(planned, {one.point.name for one in finished})
+    rest = left_of(planned, {one.point.name for one in finished if not one.figures.failed})
     points = sum(len(sweep.points) for sweep in rest)
     skipped = sum(len(sweep.points) for sweep in planned) - points
     if skipped:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from overfill.lab.bench.curve import results
-from overfill.lab.bench.curve.plan import GUIDELLM, WAVE, AnswerPace, Point, RequestShape
+from overfill.lab.bench.curve.plan import GUIDELLM, OWN, WAVE, AnswerPace, Point, RequestShape
 from overfill.lab.bench.curve.results import PointFigures
 from overfill.lab.peers.process import PeerFailed, peer_processes
 from overfill.lab.traffic.outcome import Outcome
@@ -55,10 +55,11 @@ def measure(
         limit: seconds after which the tool is stopped.
 
     Raises:
-        PeerFailed: the tool failed, or reached its limit. The notes have its last lines.
-        OverfillError: its output lacks a field, or no request was answered.
+        PeerFailed: the tool failed, reached its limit, or sent another number of requests. The notes have its last
+            lines if it failed.
+        OverfillError: its output lacks a file or a field, or no request was answered.
     """
-    if point.tool not in pythons:
+    if point.tool == OWN:
         began = time.process_time()
         found = results.figures_of(asyncio.run(_play(shape, at, requests, point.concurrency, limit)))
         return replace(found, tool_cpu=time.process_time() - began)
@@ -76,6 +77,8 @@ def measure(
             if point.tool == GUIDELLM
             else results.read_aiperf(Path(folder))
         )
+    if (sent := found.requests + found.failed) != requests:
+        raise PeerFailed(f"{point.tool} reports {sent} of {requests} requests")
     return replace(found, tool_cpu=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
@@ -86,21 +89,31 @@ def warm_up(shape: RequestShape, at: Endpoint, limit: float) -> AnswerPace:
         PeerFailed: it answers no request.
     """
 
-    def seconds(requests: int) -> float:
-        outcomes = asyncio.run(_play(shape, at, requests, requests, limit))
+    def seconds(requests: int, first: int) -> float:
+        outcomes = asyncio.run(_play(shape, at, requests, requests, limit, first))
         for outcome in outcomes:
             if not outcome.ok:
                 raise PeerFailed(f"the system failed in its warm-up: {outcome.error}")
         return max(outcome.times[-1] for outcome in outcomes)
 
-    seconds(WAVE)
-    return AnswerPace(seconds(1), seconds(WAVE))
+    # Other prompts each time: where prefixes are kept, a prompt that was sent before costs next to nothing.
+    seconds(WAVE, 0)
+    return AnswerPace(seconds(1, WAVE), seconds(WAVE, WAVE + 1))
 
 
-async def _play(shape: RequestShape, at: Endpoint, requests: int, concurrency: int, limit: float) -> list[Outcome]:
+async def _play(
+    shape: RequestShape, at: Endpoint, requests: int, concurrency: int, limit: float, first: int = 0
+) -> list[Outcome]:
+    """Sends requests with our own generator. Where prompts share prefixes, another ``first`` gives other endings."""
     wanted = [
-        TraceRequest(0.0, shape.prompt, shape.answer, blocks=(number % shape.groups,), block_tokens=shape.prefix)
-        for number in range(requests)
+        TraceRequest(
+            0.0,
+            shape.prompt,
+            shape.answer,
+            blocks=(number % shape.groups, shape.groups + number),  # the second one is longer than the prompt's rest
+            block_tokens=shape.prefix,
+        )
+        for number in range(first, first + requests)
     ]
     async with OpenAiTarget(at.url, at.model) as target:
         return await run_load(target, wanted, at.vocab_size, concurrency=concurrency, timeout=limit)

@@ -28,7 +28,8 @@ from overfill.lab.bench.vllm.window import CpuTimes, DecodeWindow, decode_window
 from overfill.lab.cpu_clock import cpu_seconds
 from overfill.lab.peers.process import PeerFailed
 from overfill.lab.stacks import ServedStack, served
-from overfill.lab.traffic.openai import completion_body
+from overfill.lab.traffic.openai import completion_body, error_message
+from overfill.lab.traffic.outcome import RequestFailed
 from overfill.settings.tiers import TierSpec
 from overfill.stack.child import TAIL_LINES
 from overfill.stack.process_runner import child_environment
@@ -90,6 +91,7 @@ class StackEngine:
 
         Raises:
             InternalError: an answer ended before.
+            RequestFailed: the router refused a request.
         """
 
         async def run() -> DecodeWindow:
@@ -191,6 +193,9 @@ async def completion_counts(url: str, body: Mapping[str, Any]) -> AsyncGenerator
     """Streams a completion whose events have token counts, and yields the counts.
 
     It reads no more than these, because the client shares the cores with what is measured.
+
+    Raises:
+        RequestFailed: the server refused the request.
     """
     address, content = urlsplit(url), json.dumps(body)
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
@@ -198,6 +203,9 @@ async def completion_counts(url: str, body: Mapping[str, Any]) -> AsyncGenerator
         head = f"POST {address.path}/completions HTTP/1.1\r\nhost: {address.netloc}\r\nconnection: close\r\n"
         head += f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
         writer.write(f"{head}{content}".encode())
+        if b" 200 " not in (status := await reader.readline()):
+            text = (await reader.read()).partition(b"\r\n\r\n")[2].decode(errors="replace")
+            raise RequestFailed(f"{status.decode(errors='replace').strip()}: {error_message(text)}")
         rest = b""
         while received := await reader.read(1 << 16):
             events, _, rest = (rest + received).rpartition(b"\n\n")

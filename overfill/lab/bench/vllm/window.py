@@ -40,7 +40,9 @@ class DecodeWindow:
     @classmethod
     def between(cls, before: Sequence[int], after: Sequence[int], seconds: float, cpus: tuple[CpuTimes, ...]) -> Self:
         """The window between two counts of the tokens of each sequence, and between two readings of CPU times."""
-        spent = {name: cpus[1][name] - cpus[0][name] for name in cpus[0]}
+        before_window, after_window = cpus
+        # Without threads that have ended in the window.
+        spent = {name: after_window[name] - at for name, at in before_window.items() if name in after_window}
         return cls(len(before), sum(before) / len(before), sum(after) - sum(before), seconds, spent)
 
     @property

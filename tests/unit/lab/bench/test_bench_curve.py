@@ -128,6 +128,14 @@ def test_a_second_run_measures_what_the_first_did_not(fake_run):
     assert fake_run.calls == []
 
 
+def test_a_point_with_failed_requests_is_measured_again(fake_run, tmp_path):
+    planned = sweeps("b", ("split",), (1, 2), 1)
+    for point, failed in zip(planned[0].points, (0, 1), strict=True):
+        Folder(tmp_path, {"seconds": 8}).add(Measured(point, replace(FIGURES, failed=failed)))
+    assert fake_run(planned) == []
+    assert [call[0] for call in fake_run.calls if isinstance(call, tuple)] == [planned[0].points[1]]
+
+
 def test_a_failure_leaves_the_other_points_and_is_tried_again(fake_run):
     planned = sweeps("b", ("split", "identity", "vllm"), (1, 2), 1)
     failure = PeerFailed("guidellm exited with status 1")
@@ -259,6 +267,16 @@ def test_a_tool_that_fails_says_why(fake_tool):
     with pytest.raises(PeerFailed, match="guidellm exited with status 3") as caught:
         fake_tool("echo no such option; exit 3", 600)
     assert caught.value.__notes__ == ["no such option"]
+
+
+def test_a_tool_that_writes_nothing_or_sends_fewer_requests_fails(fake_tool, tmp_path):
+    with pytest.raises(FormatChanged, match=r"guidellm wrote no report\.json"):
+        fake_tool("exit 0", 600)
+    fewer = json.loads((SAMPLES / "guidellm.json").read_text())
+    fewer["benchmarks"][0]["requests"]["successful"].pop()
+    (tmp_path / "fewer.json").write_text(json.dumps(fewer))
+    with pytest.raises(PeerFailed, match="guidellm reports 3 of 4 requests"):
+        fake_tool(f'cp {tmp_path}/fewer.json "${{5%scenario.json}}report.json"', 600)
 
 
 def test_a_tool_that_hangs_is_stopped(fake_tool):

@@ -15,6 +15,7 @@ from overfill.lab.bench.vllm.window import DecodeWindow, decode_window
 from overfill.lab.commands import bench_vllm
 from overfill.lab.measurement import Measurement
 from overfill.lab.peers.process import PeerFailed
+from overfill.lab.traffic.outcome import RequestFailed
 
 
 class Streams:
@@ -74,7 +75,7 @@ async def test_a_completion_s_token_counts_are_read_from_torn_events():
         head = await reader.readuntil(b"\r\n\r\n")
         length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
         requests.append((head.split(b"\r\n")[0], json.loads(await reader.readexactly(length))))
-        events = b"".join(
+        events = b"HTTP/1.1 200 OK\r\n\r\n" + b"".join(
             b'41\r\ndata: {"choices":[],"usage":{"completion_tokens":%d,"total_tokens":99}}\n\n\r\n' % count
             for count in range(2, 66, 2)
         )
@@ -91,6 +92,18 @@ async def test_a_completion_s_token_counts_are_read_from_torn_events():
     assert counts[-1] == 64
     assert set(counts) <= set(range(2, 66, 2))
     assert sorted(set(counts)) == counts
+
+
+async def test_a_completion_that_is_refused_says_why():
+    async def refuse(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b'HTTP/1.1 400 Bad Request\r\n\r\n{"error": {"message": "prompt too long"}}')
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(RequestFailed, match="400 Bad Request: prompt too long"):
+            _ = [count async for count in completion_counts(f"http://127.0.0.1:{port}/v1", {"prompt": [1]})]
 
 
 @pytest.fixture
