@@ -154,7 +154,7 @@ MISSING = {
     "up --engine mock": "xxhash",
     "demo": "torch",
     "verify --questions {questions} --max-tokens 4": "torch",
-    "chaos": "psutil",
+    "chaos": "torch",
     "pair build --full x --out pair": "huggingface_hub",
     "pair lm-eval default --tasks x": "lm_eval",
     "bench decode": "torch",

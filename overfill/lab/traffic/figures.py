@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from overfill.lab.measurement import Measurement
 from overfill.lab.traffic.outcome import Objective, Outcome, samples
 
@@ -32,8 +34,6 @@ def latencies(outcomes: Sequence[Outcome], names: Sequence[str] = ("ttft", "itl"
     Args:
         more: arguments of every ``Figure``.
     """
-    import numpy as np  # imported here: parsing a load test's options must not need it
-
     found = ((name, samples(outcomes, name)) for name in names)
     return [Figure.latency(name, partial(np.percentile, values), **more) for name, values in found if values]
 
