@@ -97,7 +97,7 @@ async def test_a_completion_s_token_counts_are_read_from_torn_events():
 async def test_a_completion_that_is_refused_says_why():
     async def refuse(reader, writer):
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b'HTTP/1.1 400 Bad Request\r\n\r\n{"error": {"message": "prompt too long"}}')
+        writer.write(b'HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n{"error": {"message": "prompt too long"}}')
         writer.close()
 
     async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
