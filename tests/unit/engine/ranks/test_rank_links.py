@@ -257,7 +257,12 @@ def test_a_rank_that_ends_during_the_start_fails_it(links, lost, rank):
 
 def test_a_silent_rank_is_lost_while_nobody_waits_for_it(lost):
     links = RankLinks(1, lost, silence=1.0)
-    with subprocess.Popen(["sleep", "1000"]) as process, Rank(links.config, pid=process.pid).introduced().sock:
+    with (
+        subprocess.Popen(["sleep", "1000"]) as process,
+        contextlib.ExitStack() as exits,
+        Rank(links.config, pid=process.pid).introduced().sock,
+    ):
+        exits.callback(process.kill)  # so that a failure does not wait for it
         assert lost.happened.wait(60)
         assert process.wait(60) == -signal.SIGKILL, "its process ends too"
         assert lost.threads == ["rank-links"]
