@@ -6,15 +6,15 @@ import asyncio
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from overfill.cli.options import FILE, TIER, Number, OutPath, check_replaced
+from overfill.cli.options import FILE, TIER, Number, OutPath, check_replaced, field_options, option_field
 from overfill.cli.output import console
 from overfill.lab.chaos.fault_plan import (
     FAULTS,
@@ -55,39 +55,34 @@ _TINY_ON_VLLM = {
 REVISIONS = ("r1", "r2")  # names of the two revisions of a stack with --canary-pair
 
 
-def _option(help: str, default: object = None, **how: Any) -> Any:
-    shown = default is not None and not isinstance(default, bool)
-    return field(metadata={"help": help, "default": default, "show_default": shown, **how})
-
-
 def _flag(help: str) -> Any:
-    return _option(help, False, is_flag=True)
+    return option_field(False, help, bool, is_flag=True)
 
 
-def _count(help: str, default: int | None, least: int = 1) -> Any:
-    return _option(help, default, type=click.IntRange(least))
+def _count(help: str, default: int | None, least: int = 1, otherwise: str | None = None) -> Any:
+    return option_field(default, help, click.IntRange(least), otherwise)
 
 
-def _some(choices: Iterable[str], help: str, default: str = "all") -> Any:
-    help += f"; repeat for several.  [default: {default}]"
-    return _option(help, type=click.Choice([*choices]), multiple=True)
+def _some(choices: Iterable[str], help: str, otherwise: str = "all") -> Any:
+    return option_field((), f"{help}; repeat for several.", click.Choice([*choices]), otherwise, multiple=True)
 
 
 def _engine(stage: str) -> Any:
     # Not auto: by default, every machine breaks the same engine.
-    return _option(f"Engine of the {stage} workers.", "overfill", type=click.Choice(get_args(EngineChoice)))
+    return option_field("overfill", f"Engine of the {stage} workers.", click.Choice(get_args(EngineChoice)))
 
 
 @dataclass(frozen=True, slots=True)
 class ChaosOptions:
-    """The options of ``overfill chaos``. The metadata of a field is what click needs besides its name."""
+    """The options of ``overfill chaos``. Each field is an ``option_field``."""
 
-    pair: str = _option("Name or folder of a pair, or tiny (a small pair with random weights).", "tiny")
-    tier: tuple[TierSpec, ...] = _option(
+    pair: str = option_field("tiny", "Name or folder of a pair, or tiny (a small pair with random weights).", str)
+    tier: tuple[TierSpec, ...] = option_field(
+        (),
         "A tier, as for `overfill up`. Repeat it for each tier; it replaces --pair and --decode. With the pair tiny, "
         "the first tier's decoder is the full model, and the others answer differently.",
+        TIER,
         multiple=True,
-        type=TIER,
     )
     fault: tuple[FaultName, ...] = _some(FAULTS, "Fault to inject")
     phase: tuple[Phase, ...] = _some(
@@ -100,22 +95,25 @@ class ChaosOptions:
     )
     num_faults: int = _count("Number of random faults.", 60, least=0)
     matrix: int | None = _count("Inject every fault in every phase this often, in place of random faults.", None)
-    soak: float | None = _option(
+    soak: float | None = option_field(
+        None,
         "Inject random faults for this many minutes, instead of a fixed number. Requests arrive at 0.7 of the "
         "capacity, which is measured first.",
+        Number(0, min_open=True),
         metavar="MINUTES",
-        type=Number(0, min_open=True),
     )
     rolling_restart: bool = _flag("Drain each prefill worker once, one after the other.")
-    replay: Path | None = _option("Inject the faults of this JSON report again.", type=FILE)
-    seed: int = _option("Random seed for faults, phases, targets and times.", 0)
-    pause: float = _option("Mean pause between faults, seconds.", 2.0, type=Number(0))
+    replay: Path | None = option_field(None, "Inject the faults of this JSON report again.", FILE)
+    seed: int = option_field(0, "Random seed for faults, phases, targets and times.", int)
+    pause: float = option_field(2.0, "Mean pause between faults, seconds.", Number(0))
     colocated: int = _count("Number of workers with both stages, in the default tier.", 0, least=0)
-    prefill: int | None = _count("Number of prefill workers.  [default: 2, or 0 with --colocated]", None, 0)
-    decode: int | None = _count("Number of decode workers.  [default: 3, or 0 with --colocated]", None, 0)
-    canary_pair: str | None = _option(
+    prefill: int | None = _count("Number of prefill workers.", None, 0, "2, or 0 with --colocated")
+    decode: int | None = _count("Number of decode workers.", None, 0, "3, or 0 with --colocated")
+    canary_pair: str | None = option_field(
+        None,
         "Pair of a new revision, which has as many workers and gets half of the conversations. tiny has other random "
         "weights than --pair.",
+        str,
         metavar="PAIR",
     )
     num_adapters: int = _count("Number of random adapters that requests are spread over too.", 0, least=0)
@@ -128,9 +126,9 @@ class ChaosOptions:
         1,
     )
     kv_disk: bool = _flag("Give the prefill workers a disk tier, in a temporary folder.")
-    grace_period: float = _option("Seconds for running requests after SIGTERM.", 1.0)
-    kv_memory: str | None = _option(
-        "Size of each worker's KV cache, such as 512MiB.  [default: 8MiB for tiny, else sized to fit]"
+    grace_period: float = option_field(1.0, "Seconds for running requests after SIGTERM.", float)
+    kv_memory: str | None = option_field(
+        None, "Size of each worker's KV cache, such as 512MiB.", str, "8MiB for tiny, else sized to fit"
     )
     prefill_engine: EngineChoice = _engine("prefill")
     decode_engine: EngineChoice = _engine("decode")
@@ -141,7 +139,7 @@ class ChaosOptions:
         "Run each process on a host of its own: a network namespace with a real link, mutual TLS, no shared memory. "
         "partition, delay, loss and bandwidth then act on the link, and vanish on hosts too.  [needs Linux and root]",
     )
-    report: Path | None = _option("Write a JSON report to this file.", type=OutPath("file"))
+    report: Path | None = option_field(None, "Write a JSON report to this file.", OutPath("file"))
 
     @property
     def num_ranks(self) -> Mapping[Target, int]:
@@ -151,14 +149,8 @@ class ChaosOptions:
         return on_vllm if self.tensor_parallel_size > 1 else NO_RANKS
 
 
-def _with_options(command: Callable[..., int]) -> Callable[..., int]:
-    for one in reversed(fields(ChaosOptions)):
-        command = click.option(f"--{one.name.replace('_', '-')}", **one.metadata)(command)
-    return command
-
-
 @click.command("chaos")
-@_with_options
+@field_options(ChaosOptions)
 def chaos_command(**values: Any) -> int:
     """Break a stack under load and check every answer. The stack is started on this machine.
 

@@ -108,7 +108,10 @@ class CachedBlocks:
         return self.cache.num_used
 
     def prompt(self, num_tokens: int, shared: Sequence[int]) -> PromptBlocks:
-        """Returns the blocks of a prompt, given the trace's numbers of its first blocks. Nobody shares the others."""
+        """Returns the blocks of a prompt, given the trace's numbers of its first blocks.
+
+        The other blocks get numbers that no other prompt has.
+        """
         full, rest = divmod(num_tokens, self.block_size)
         numbers = list(shared[:full])
         for _ in range(full + bool(rest) - len(numbers)):
