@@ -57,8 +57,9 @@ def curve_command(
 ) -> int:
     """Measure tokens/s against tokens/s per user with guidellm, on all cores of this machine.
 
-    Each system has the same cores, bfloat16 and the same limits. aiperf and our own generator measure one system too.
-    A run that was interrupted continues with the same --out, and another run can add shapes and systems to it.
+    Each system has the same cores, bfloat16 and the same limits. aiperf and our own generator measure colocated too,
+    beside guidellm, with all cores but one: the last is the tool's. A run that was interrupted continues with the same
+    --out, and another run can add shapes and systems to it.
 
     Writes curve.json and curve.png into the folder, and prints our figures beside the best other system's, losses
     first. Exits with 1 if a point or a request failed, if answers were too short, or if a tool differs from guidellm by

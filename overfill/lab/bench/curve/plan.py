@@ -7,8 +7,12 @@ from dataclasses import dataclass
 
 OURS, OTHERS = ("split", "colocated"), ("identity", "vllm")
 SYSTEMS = (*OURS, *OTHERS)
-COMPARED = "colocated"
-"""The system that all tools measure, once, in the first round of the first shape."""
+APART, APART_FROM = "apart", "colocated"
+"""The system that all tools measure, once, with the first shape, and the system of the curve that it resembles.
+
+It is not on the curve: a tool that uses more CPU time slows servers on the same cores, so this one leaves the last core
+to the tool.
+"""
 
 GUIDELLM, AIPERF, OWN = "guidellm", "aiperf", "own"
 
@@ -87,11 +91,15 @@ def sweeps(shapes: Collection[str], systems: Collection[str], concurrency: Seque
         in_rounds = shape.name == _IN_ROUNDS
         for number in range(1, (rounds if in_rounds else 1) + 1):
             for system in (name for name in SYSTEMS if name in systems):
-                all_tools = in_rounds and number == 1 and system == COMPARED
-                tools = (GUIDELLM, AIPERF, OWN) if all_tools else (GUIDELLM,)
-                points = [Point(shape.name, system, tool, number, users) for users in concurrency for tool in tools]
-                found.append(Sweep(shape, system, tuple(points)))
+                found.append(_sweep(shape, system, (GUIDELLM,), number, concurrency))
+            if in_rounds and number == 1 and APART_FROM in systems:
+                found.append(_sweep(shape, APART, (GUIDELLM, AIPERF, OWN), number, concurrency))
     return found
+
+
+def _sweep(shape: RequestShape, system: str, tools: Sequence[str], number: int, concurrency: Sequence[int]) -> Sweep:
+    points = [Point(shape.name, system, tool, number, users) for users in concurrency for tool in tools]
+    return Sweep(shape, system, tuple(points))
 
 
 def left_of(planned: Sequence[Sweep], done: Collection[str]) -> list[Sweep]:

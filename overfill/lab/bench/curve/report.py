@@ -9,7 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 from statistics import median
 
-from overfill.lab.bench.curve.plan import GUIDELLM, OTHERS, OURS, SHAPES, SYSTEMS
+from overfill.lab.bench.curve.plan import APART_FROM, GUIDELLM, OTHERS, OURS, SHAPES, SYSTEMS
 from overfill.lab.bench.curve.results import PointFigures
 from overfill.lab.bench.curve.run import Measured
 from overfill.lab.measurement import Measurement
@@ -59,8 +59,8 @@ def losses(rows: Sequence[Measurement]) -> int:
 def checks(measured: Sequence[Measured]) -> list[Measurement]:
     """Returns whether the points count: failed requests, length of answers, and how far the tools differ.
 
-    A tool is compared with guidellm in the same round. The bound is 5 %, or the spread of guidellm's own rounds if
-    they differ by more.
+    A tool is compared with guidellm on the same system, which leaves a core to the tool. The bound is 5 %, or the
+    spread of guidellm's rounds of the same load on the curve if they differ by more.
     """
     rows = [
         Measurement("failed requests", sum(one.figures.failed for one in measured), "requests", bound=0),
@@ -79,7 +79,7 @@ def checks(measured: Sequence[Measured]) -> list[Measurement]:
             continue
         at = (one.point.shape, one.point.system, one.point.concurrency)
         for name, value in _OF_TOOLS.items():
-            by_round = [value(figures) for figures in rounds[at]]
+            by_round = [value(figures) for figures in rounds.get((at[0], APART_FROM, at[2]), [beside])]
             spread = (max(by_round) - min(by_round)) / median(by_round)
             rows.append(
                 Measurement(

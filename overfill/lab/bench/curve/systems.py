@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from overfill.lab.bench.curve.plan import RequestShape
+from overfill.lab.bench.curve.plan import APART, APART_FROM, RequestShape
 from overfill.lab.bench.curve.tools import Endpoint
 from overfill.lab.peers.vllm_server import vllm_server
 from overfill.lab.stacks import served
@@ -24,6 +24,8 @@ def started(
 ) -> Iterator[Endpoint]:
     """Starts a system and yields its endpoint once it is ready. Call it on the main thread only.
 
+    ``APART`` gets all cores but the last, which this thread and its later children get meanwhile.
+
     Args:
         pairs: pair of each system. vLLM serves the full model of its own.
         vllm: interpreter of vLLM's environment.
@@ -32,7 +34,16 @@ def started(
     Raises:
         StartFailed, PeerFailed: a process exited.
     """
-    pair, cores = pairs[system], len(os.sched_getaffinity(0))
+    if system == APART and len(cores := sorted(os.sched_getaffinity(0))) > 1:
+        os.sched_setaffinity(0, cores[:-1])
+        try:
+            with started(APART_FROM, shape, pairs, vllm, log) as endpoint:
+                os.sched_setaffinity(0, cores[-1:])
+                yield endpoint
+        finally:
+            os.sched_setaffinity(0, cores)
+        return
+    pair, threads = pairs[APART_FROM if system == APART else system], len(os.sched_getaffinity(0))
     caches = shape.prefix > 0
     tokenizer, vocab_size = pair.full_path, pair.full_config.vocab_size
     if system == "vllm":
@@ -46,7 +57,7 @@ def started(
         "prefill": int(split),
         "decode": int(split),
         "colocated": int(not split),
-        "threads": max(1, cores // 2) if split else cores,
+        "threads": max(1, threads // 2) if split else threads,
     }
     settings = {"device": "cpu", "dtype": "bfloat16", "prefix_cache": caches, **LIMITS}
     with served(pair.folder, settings=settings, log=log, **stages) as stack:

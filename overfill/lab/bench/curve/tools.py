@@ -156,7 +156,9 @@ def _aiperf(folder: Path, shape: RequestShape, at: Endpoint, requests: int, conc
         f"--url {at.url.removesuffix('/v1')} --endpoint-type completions --streaming --use-server-token-count "
         f"--isl {shape.prompt} --osl {shape.answer} --concurrency {concurrency} --request-count {requests} "
         f"--num-dataset-entries {requests} --random-seed {seed} --export-level records --ui none "
-        "--no-gpu-telemetry --no-server-metrics"
+        "--no-gpu-telemetry --no-server-metrics "
+        # Without a rate it asks without a pause whether another request may start, and so takes a whole core.
+        "--request-rate 200 --arrival-pattern constant"
     )
     paths = ["--model", at.model, "--tokenizer", str(at.tokenizer), "--artifact-dir", str(folder)]
     return ["-m", "aiperf", "profile", *options.split(), *paths, "--extra-inputs", json.dumps(_FULL_LENGTH)]

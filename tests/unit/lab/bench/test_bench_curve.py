@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 from overfill.errors import InvalidRequest, OverfillError
-from overfill.lab.bench.curve import report, results, run, tools
+from overfill.lab.bench.curve import report, results, run, systems, tools
 from overfill.lab.bench.curve.plan import SHAPES, AnswerPace, Point, left_of, seconds_of, sweeps
 from overfill.lab.bench.curve.results import FormatChanged, PointFigures, figures_of
 from overfill.lab.bench.curve.run import Folder, Measured, run_sweeps
@@ -41,7 +43,7 @@ def measured(system, users, tool="guidellm", number=1, shape="a", **figures):
 def test_the_whole_curve_fits_into_two_hours():
     planned = sweeps("abc", ALL, USERS, 3)
     points = [point for sweep in planned for point in sweep.points]
-    assert len(points) == len({point.name for point in points}) == 110
+    assert len(points) == len({point.name for point in points}) == 115
     assert seconds_of(planned, 40) <= 120 * 60
     assert seconds_of(planned, 80) > 120 * 60
 
@@ -49,7 +51,7 @@ def test_the_whole_curve_fits_into_two_hours():
 def test_in_each_round_every_system_has_its_turn():
     planned = sweeps("ab", ALL, (1,), 2)
     assert [(s.shape.name, s.points[0].round, s.system) for s in planned] == [
-        *[("a", 1, name) for name in ALL],
+        *[("a", 1, name) for name in (*ALL, "apart")],
         *[("a", 2, name) for name in ALL],
         *[("b", 1, name) for name in ALL],
     ]
@@ -58,9 +60,30 @@ def test_in_each_round_every_system_has_its_turn():
 def test_one_system_is_measured_by_all_tools_once():
     points = [point for sweep in sweeps("abc", ALL, (1, 2), 3) for point in sweep.points if point.tool != "guidellm"]
     assert {(p.shape, p.system, p.tool, p.round) for p in points} == {
-        ("a", "colocated", "aiperf", 1),
-        ("a", "colocated", "own", 1),
+        ("a", "apart", "aiperf", 1),
+        ("a", "apart", "own", 1),
     }
+    assert all(sweep.system != "apart" for sweep in sweeps("a", ("split", "vllm"), (1,), 3))
+
+
+def test_the_tools_have_a_core_of_their_own_where_they_are_compared(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cores))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, wanted: cores.__setitem__(slice(None), wanted))
+
+    @contextlib.contextmanager
+    def served(folder, *, threads, **_):
+        started_on.append((list(cores), threads))
+        yield SimpleNamespace(url="http://127.0.0.1:1/v1", model="m")
+
+    monkeypatch.setattr(systems, "served", served)
+    pair = SimpleNamespace(full_path=tmp_path, folder=tmp_path, full_config=SimpleNamespace(vocab_size=9))
+    cores, started_on = [2, 5], []
+    with systems.started("apart", SHAPES["a"], {"colocated": pair}, None, print):
+        assert cores == [5]
+    assert (cores, started_on) == ([2, 5], [([2], 1)])
+    with systems.started("colocated", SHAPES["a"], {"colocated": pair}, None, print):
+        assert cores == [2, 5]
+    assert started_on[1] == ([2, 5], 2)
 
 
 def test_every_user_sends_the_same_number_of_requests():
@@ -152,8 +175,13 @@ def test_rounds_and_tools_send_the_same_number_of_requests(fake_run):
     calls = [call for call in fake_run.calls if isinstance(call, tuple)]
     fake_run(sweeps("a", ("colocated",), (2,), 3))  # its warm-ups find another pace
     calls += [call for call in fake_run.calls if isinstance(call, tuple)]
-    assert [point.tool for point, _ in calls] == ["guidellm", "aiperf", "own", "guidellm", "guidellm"]
-    assert len({requests for _, requests in calls}) == 1
+    assert [(point.system, point.tool) for point, _ in calls] == [
+        ("colocated", "guidellm"),
+        *[("apart", tool) for tool in ("guidellm", "aiperf", "own")],
+        *[("colocated", "guidellm")] * 2,
+    ]
+    for system in ("colocated", "apart"):
+        assert len({requests for point, requests in calls if point.system == system}) == 1
 
 
 def test_a_folder_of_other_conditions_is_refused(tmp_path):
@@ -308,18 +336,19 @@ def test_losses_come_first():
 
 def test_tools_agree_within_5_percent_or_the_rounds_spread():
     points = [
-        measured("colocated", 1, tokens_per_s=100.0),
-        measured("colocated", 1, "aiperf", tokens_per_s=104.0, ttft_p50=1.2),
+        measured("apart", 1, tokens_per_s=100.0),
+        measured("apart", 1, "aiperf", tokens_per_s=104.0, ttft_p50=1.2),
+        measured("apart", 2, tokens_per_s=100.0),
+        measured("apart", 2, "own", tokens_per_s=115.0),
         measured("colocated", 2, tokens_per_s=90.0),
         measured("colocated", 2, number=2, tokens_per_s=110.0),
-        measured("colocated", 2, "own", tokens_per_s=105.0),
     ]
     found = {row.name: row for row in report.checks(points)}
-    assert found["A colocated at 1: output, aiperf beside guidellm, difference"].value == pytest.approx(0.04)
+    assert found["A apart at 1: output, aiperf beside guidellm, difference"].value == pytest.approx(0.04)
     assert [row.name for row in found.values() if not row.reached] == [
-        "A colocated at 1: first token, aiperf beside guidellm, difference"
+        "A apart at 1: first token, aiperf beside guidellm, difference"
     ]
-    assert found["A colocated at 2: output, own beside guidellm, difference"].bound == 0.2
+    assert found["A apart at 2: output, own beside guidellm, difference"].bound == 0.2
 
 
 def test_short_and_failed_answers_are_said():
