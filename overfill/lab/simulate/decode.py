@@ -54,6 +54,11 @@ class SimSequence:
 
 
 class DecodeListener(Protocol):
+    """The owner of decode workers. ``gaps`` has the seconds between tokens, over all sequences."""
+
+    clock: Clock
+    gaps: Histogram
+
     def answer_done(self, sequence: Any) -> None: ...
 
     def kv_needed(self, sequence: Any) -> None:
@@ -68,23 +73,15 @@ class SimDecode:
 
     Attributes:
         total: Number of blocks.
-        gaps: Seconds between tokens, over all sequences.
         busy: Seconds spent in steps.
         sequences: The sequences on the worker, oldest first.
+        on_load: Called when a report of the load would change.
         on_step: Called after a phase with the mean seconds of its steps.
         on_ready: Called when a phase may begin. A worker with both stages replaces it, because its stages take turns.
     """
 
-    def __init__(
-        self,
-        clock: Clock,
-        profile: Profile,
-        listener: DecodeListener,
-        gaps: Histogram,
-        load_changed: Callable[[], object],
-    ) -> None:
-        self._clock, self._model, self._listener, self.gaps = clock, profile.decode, listener, gaps
-        self._load_changed = load_changed
+    def __init__(self, profile: Profile, listener: DecodeListener) -> None:
+        self._clock, self._model, self._listener = listener.clock, profile.decode, listener
         self.total = self._model.kv_tokens // self._model.block_size
         self.busy = 0.0
         self.sequences: dict[SimSequence, None] = {}
@@ -97,6 +94,7 @@ class SimDecode:
         self._context = 0  # tokens that the phase's first step attends to
         self._extra = 0.0  # seconds that replays add to the phase's first step
         self._paused_since: float | None = None  # end of the last phase, if sequences have waited since
+        self.on_load: Callable[[], object] = lambda: None
         self.on_step: Callable[[float], object] = lambda seconds: None
         self.on_ready: Callable[[], object] = self.begin_phase
 
@@ -127,7 +125,7 @@ class SimDecode:
         self.sequences[sequence] = None
         if self._phase is not None and self._blocks_taken(self._phase_steps) > self.total - self._held:
             self.end_soon()  # the phase would have needed these blocks
-        self._load_changed()
+        self.on_load()
         return True
 
     def first_token(self, sequence: SimSequence) -> None:
@@ -289,9 +287,9 @@ class SimDecode:
         self.busy += seconds
         self.on_step(seconds / steps)
         paused = 0.0 if self._paused_since is None else self._phase_start - self._paused_since
-        self.gaps.add(paused + first, self.batch)
+        self._listener.gaps.add(paused + first, self.batch)
         if steps > 1:
-            self.gaps.add((seconds - first) / (steps - 1), self.batch * (steps - 1))
+            self._listener.gaps.add((seconds - first) / (steps - 1), self.batch * (steps - 1))
         self._extra = 0.0
         for sequence in self._running:
             sequence.emitted += steps
@@ -304,7 +302,7 @@ class SimDecode:
         self._leaving.clear()
         self._paused_since = self._clock.now if self._running else None
         self.on_ready()
-        self._load_changed()
+        self.on_load()
 
     def _end(self, sequence: SimSequence) -> None:
         self._forget(sequence)
@@ -314,7 +312,7 @@ class SimDecode:
         sequence.state, sequence.blocks = SequenceState.ENDED, 0
         self.sequences.pop(sequence, None)
         self._running.pop(sequence, None)
-        self._load_changed()
+        self.on_load()
 
     def _preempt_youngest(self) -> None:
         victim = next(

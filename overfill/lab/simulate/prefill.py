@@ -55,6 +55,8 @@ class Ticket:
 
 
 class PrefillListener(Protocol):
+    clock: Clock
+
     def prompt_computed(self, ticket: Ticket) -> None:
         """The prompt is computed and the first token sampled."""
 
@@ -75,21 +77,15 @@ class SimPrefill:
         waiting: Prompts without blocks, in the order of their arrival.
         admitted: Prompts that hold blocks: those that are imported, running or being sent.
         running: Prompts that hold blocks and can be computed, oldest first.
+        on_load: Called when a report of the load would change.
         on_step: Called at the end of a step with its tokens and seconds.
         on_ready: Called when a step may begin. A worker with both stages replaces it, because its stages take turns.
     """
 
     def __init__(
-        self,
-        clock: Clock,
-        profile: Profile,
-        blocks: CachedBlocks,
-        listener: PrefillListener,
-        load_changed: Callable[[], object],
-        disk: KeptBlocks | None = None,
+        self, profile: Profile, blocks: CachedBlocks, listener: PrefillListener, disk: KeptBlocks | None = None
     ) -> None:
-        self._clock, self._profile, self._model = clock, profile, profile.prefill
-        self._listener, self._load_changed = listener, load_changed
+        self._clock, self._profile, self._model, self._listener = listener.clock, profile, profile.prefill, listener
         self.blocks = blocks
         self.busy = 0.0
         self.computed = 0
@@ -99,6 +95,7 @@ class SimPrefill:
         self._taken = (0, 0.0)
         self._step: Event | None = None
         self._disk = disk
+        self.on_load: Callable[[], object] = lambda: None
         self.on_step: Callable[[int, float], object] = lambda tokens, seconds: None
         self.on_ready: Callable[[], object] = self.begin_step
 
@@ -123,7 +120,7 @@ class SimPrefill:
         ticket.keys = ticket.prompt.keys[: min(full, len(ticket.shared))]
         self.waiting.append(ticket)
         self.on_ready()
-        self._load_changed()
+        self.on_load()
 
     def cancel(self, ticket: Ticket) -> None:
         """Cancels a prompt. If it is in the running step, it leaves when the step ends."""
@@ -135,7 +132,7 @@ class SimPrefill:
         elif ticket not in self.running or self._step is None:
             self._drop(ticket)
         self.on_ready()
-        self._load_changed()
+        self.on_load()
 
     def take_work(self) -> tuple[int, float]:
         """Returns the prompt tokens computed and the seconds spent in steps since the last call."""
@@ -222,7 +219,7 @@ class SimPrefill:
         self.blocks.publish(ticket.id, tokens)
         ticket.cached = ticket.computed = tokens
         self.on_ready()
-        self._load_changed()
+        self.on_load()
 
     def _schedule(self, left: int) -> list[tuple[Ticket, int]]:
         """Schedules as ``PrefillEngine._schedule``: at least half of the budget for the oldest, then shortest first."""
@@ -265,7 +262,7 @@ class SimPrefill:
         for ticket in finished:
             self._listener.prompt_computed(ticket)
         self.on_ready()
-        self._load_changed()
+        self.on_load()
 
     def _send(self, ticket: Ticket, tokens: int, since: float) -> None:
         """Queues KV of ``tokens`` tokens on the link, from time ``since`` on."""
@@ -279,7 +276,7 @@ class SimPrefill:
         self._drop(ticket)
         self._listener.kv_sent(ticket)
         self.on_ready()
-        self._load_changed()
+        self.on_load()
 
     def _drop(self, ticket: Ticket) -> None:
         """Takes the blocks of a prompt back, if it holds any."""

@@ -219,7 +219,7 @@ class Simulation:
 
     def _arrive(self, index: int) -> None:
         trace = self._trace[index]
-        asked = self._asked()
+        [asked] = self._tier_random.choices([*self.tiers], [tier.share for tier in self.tiers.values()])
         request = SimRequest(trace, make_job(f"r{index}", trace), asked, self.tiers[asked].objective)
         allows_brownout = self._tier_random.random() < self.options.brownout_share
         self._requests.append(request)
@@ -234,11 +234,6 @@ class Simulation:
             self._end(request, type(error).__name__)
         else:
             self._poll()
-
-    def _asked(self) -> str:
-        """Returns the tier that the next request asks for."""
-        shares = [tier.share for tier in self.tiers.values()]
-        return self._tier_random.choices([*self.tiers], shares)[0] if len(shares) > 1 else next(iter(self.tiers))
 
     def _submit_job(self, request: SimRequest, allows_brownout: bool) -> None:
         """Submits the request's job in the tier that the router would choose."""

@@ -15,10 +15,9 @@ from overfill.engine.turns import Turns
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec, RopeSpec
 from overfill.lab.simulate.blocks import CachedBlocks, KeptBlocks, SharedBlocks
-from overfill.lab.simulate.clock import Clock, Event
+from overfill.lab.simulate.clock import Event
 from overfill.lab.simulate.colocated import SimTurns
 from overfill.lab.simulate.decode import DecodeListener, SimDecode
-from overfill.lab.simulate.histogram import Histogram
 from overfill.lab.simulate.options import SimTier
 from overfill.lab.simulate.prefill import PrefillListener, SimPrefill
 from overfill.lab.simulate.profiles import Profile
@@ -38,15 +37,12 @@ class SimRouter(PrefillListener, DecodeListener, Protocol):
     Attributes:
         profile: Speed of workers without a tier.
         tiers: The tiers by name.
-        gaps: Seconds between tokens, over all answers.
         block_tokens: Tokens of a block that prompts may share; 0 without such blocks.
         lends_kv: Whether workers lend each other KV.
     """
 
-    clock: Clock
     profile: Profile
     tiers: dict[str, SimTier]
-    gaps: Histogram
     block_tokens: int
     lends_kv: bool
 
@@ -95,9 +91,11 @@ class SimWorker:
         self._reported = float("-inf")
         if PREFILL in stages:
             blocks = CachedBlocks(profile.prefill.kv_tokens, block_tokens)
-            self.prefill = SimPrefill(clock, profile, blocks, router, self._load_changed, disk)
+            self.prefill = SimPrefill(profile, blocks, router, disk)
+            self.prefill.on_load = self._load_changed
         if DECODE in stages:
-            self.decode = engine = SimDecode(clock, profile, router, router.gaps, self._load_changed)
+            self.decode = engine = SimDecode(profile, router)
+            engine.on_load = self._load_changed
         if router.lends_kv and stages == DECODE_ONLY and profile.returns_kv:
             # As many as fit into what the answers leave free.
             size = profile.decode.block_size

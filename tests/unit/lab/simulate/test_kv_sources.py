@@ -42,7 +42,7 @@ class Worker(SimPrefill):
         self.clock = clock or Clock()
         self.done = {}
         self.lenders = lenders or {}
-        super().__init__(self.clock, profile, CachedBlocks(profile.prefill.kv_tokens, BLOCK), self, lambda: None, disk)
+        super().__init__(profile, CachedBlocks(profile.prefill.kv_tokens, BLOCK), self, disk)
 
     def ask(self, name, blocks, holder=""):
         """Submits a prompt of these blocks and half a block more."""
