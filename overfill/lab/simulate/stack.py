@@ -265,7 +265,8 @@ class Simulation:
                 hops = 1 if outcome.worker.id == request.attempt.worker else 2
                 self.clock.after(hops * self.profile.hop, self._submit, request.attempt, outcome.worker.id)
             else:
-                attempt, prefill = request.start(outcome.worker.id), self.dispatcher.prefill_with_start(request.job)
+                attempt = request.start(outcome.worker.id)
+                prefill = self.dispatcher.prefill_with_start(request.job)
                 self.clock.after(self.profile.hop, self._reserve, attempt, "" if prefill is None else prefill.id)
 
     def _tell_router(self, handle: Callable[..., None], attempt: Any, *about: object) -> None:
