@@ -14,7 +14,7 @@ from overfill.cli.options import TIER, Number, field_options, option_errors
 from overfill.lab.commands.bench_options import Listed, json_option
 from overfill.lab.simulate.load import Load
 from overfill.lab.simulate.options import SimTier, SimulationOptions
-from overfill.lab.simulate.profiles import Profile, load_profile
+from overfill.lab.simulate.profiles import load_profile
 from overfill.lab.traffic.outcome import Objective
 from overfill.routing.scaling import Bounds, ScalingConfig
 from overfill.settings.tiers import TierSpec, check_tiers, parse_order
@@ -103,7 +103,10 @@ def simulate_command(
         profile = replace(profile, startup=startup)
     load = Load(**{f.name: given.pop(f.name) for f in fields(Load)})
     requests = load.read()
-    scaling = _scaling(profile, goal, max_workers) if autoscale else None
+    scaling = None
+    if autoscale:
+        bounds = Bounds(1, 1024 if max_workers is None else max_workers - 1)
+        scaling = ScalingConfig(prefill=bounds, decode=bounds, max_total=max_workers, prefill_rate=profile.prefill_rate)
     options = SimulationOptions(**given, tiers=made, brownout=order, objective=goal, scaling=scaling, seed=load.seed)
     if len(costs) != 2:
         raise click.UsageError(
@@ -114,8 +117,7 @@ def simulate_command(
         if size:
             rows, columns = smallest_sizes(requests, profile, options, attainment, costs, report), SIZE_COLUMNS
         else:
-            result = Simulation(requests, profile, options).run(lambda done, total: report("Simulating", done, total))
-            rows, columns = result.measurements(), PERCENTILES
+            rows, columns = Simulation(requests, profile, options).run(report).measurements(), PERCENTILES
     return print_measurements(rows, as_json, columns)
 
 
@@ -124,28 +126,18 @@ def _check_combination(
 ) -> None:
     """Raises UsageError for options that exclude each other. With colocated workers, sets the defaults of others."""
     source = click.get_current_context().get_parameter_source
-    if size and autoscale:
-        raise click.UsageError("--size and --autoscale exclude each other: give only one of them")
+    modes = {"--size": size, "--colocated": given["colocated"], "--autoscale": autoscale, "--tier": tiers}
+    chosen = [flag for flag, on in modes.items() if on]
+    if len(chosen) > 1 and chosen != ["--autoscale", "--tier"]:
+        raise click.UsageError(f"{' and '.join(chosen)} exclude each other: give only one of them")
     if max_workers is not None and not autoscale:
         raise click.UsageError("--max-workers needs --autoscale; without it, pools have --prefill and --decode workers")
-    if tiers and size:
-        raise click.UsageError("--tier: leave out --size")
     if given["colocated"]:
-        if size or autoscale or tiers:
-            raise click.UsageError(
-                "--colocated: leave out --size, --autoscale and --tier; the number of workers is fixed"
-            )
         given |= {name: 0 for name in ("prefill", "decode") if source(name) is ParameterSource.DEFAULT}
     elif not (given["prefill"] and given["decode"]):
         raise click.UsageError("--prefill and --decode: each stage needs a worker; 0 needs --colocated")
     if tiers and source("decode") is not ParameterSource.DEFAULT:
         raise click.UsageError("--decode: each --tier has its number of decode workers; leave out --decode")
-
-
-def _scaling(profile: Profile, goal: Objective, max_workers: int | None) -> ScalingConfig:
-    bounds = Bounds(1, max_workers - 1 if max_workers is not None else 1024)
-    config = ScalingConfig(prefill=bounds, decode=bounds, max_total=max_workers, prefill_rate=profile.prefill_rate)
-    return SimTier("", profile, objective=goal).scaling(config)
 
 
 def _tiers(specs: Sequence[TierSpec], brownout: str, goal: Objective) -> tuple[tuple[SimTier, ...], tuple[str, ...]]:

@@ -8,7 +8,7 @@ loan or a read that has begun succeeds, even if its blocks are evicted meanwhile
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 
 from overfill.kv.blocks import BlockPool
 from overfill.kv.journal import KeyJournal
@@ -23,27 +23,39 @@ _FIRST_UNIQUE_ID = 1 << 31
 """First number for blocks that no other prompt shares. Block numbers are 32-bit."""
 
 
-class SharedLink:
-    """A network link or a disk: moves the KV of one prompt after the other.
+class SharedBlocks:
+    """Blocks that other prompts may use, by key, and the link or disk that moves KV: one prompt's after the other.
+
+    Args:
+        journal: Has the keys of the blocks.
 
     Attributes:
-        free: Time at which everything has moved that was asked for so far.
+        free_at: Time at which all KV has moved that was asked for so far.
     """
 
-    def __init__(self) -> None:
-        self.free = 0.0
+    def __init__(self, journal: KeyJournal) -> None:
+        self._journal, self._feed = journal, journal.feed()
+        self.free_at = 0.0
 
-    def end(self, since: float, seconds: float) -> float:
+    def transfer_end(self, since: float, seconds: float) -> float:
         """Returns when a transfer would end that takes ``seconds`` and can begin at ``since``."""
-        return max(self.free, since) + seconds
+        return max(self.free_at, since) + seconds
 
-    def take(self, since: float, seconds: float) -> float:
+    def transfer(self, since: float, seconds: float) -> float:
         """Begins such a transfer. Returns when it ends."""
-        self.free = self.end(since, seconds)
-        return self.free
+        self.free_at = self.transfer_end(since, seconds)
+        return self.free_at
+
+    def leading(self, keys: Sequence[int], begin: int) -> int:
+        """Returns how many leading blocks of a prompt an importer has after an import; it has ``begin`` before."""
+        return next((index for index in range(begin, len(keys)) if keys[index] not in self._journal), len(keys))
+
+    def delta(self) -> registry_pb2.PrefixDelta | None:
+        """Returns the changes since the last call, for a report."""
+        return self._feed.take()
 
 
-class KeptBlocks:
+class KeptBlocks(SharedBlocks):
     """Blocks on a disk, or those that a decode worker lends. The least recently used ones make room for others.
 
     Args:
@@ -51,30 +63,25 @@ class KeptBlocks:
     """
 
     def __init__(self, room: Callable[[], int]) -> None:
-        self.link = SharedLink()
+        super().__init__(KeyJournal())
         self._room = room
         self._keys: OrderedDict[int, None] = OrderedDict()
-        self._journal = KeyJournal()
-        self._feed = self._journal.feed()
 
     def keep(self, keys: Sequence[int]) -> None:
         """Keeps a prompt's leading blocks, given by all their keys."""
         for key in reversed(keys):  # a block is useless without those before it, so that they go last
-            if key not in self._keys:
-                self._journal.add(key)
+            self._journal.add(key)
             self._keys[key] = None
             self._keys.move_to_end(key)
         self._make_room()
 
     def leading(self, keys: Sequence[int], begin: int) -> int:
-        """Returns how many leading blocks of a prompt an importer has after an import; it has ``begin`` before."""
         self._make_room()
-        return _leading(self._keys, keys, begin)
+        return super().leading(keys, begin)
 
     def delta(self) -> registry_pb2.PrefixDelta | None:
-        """Returns the changes since the last call, for a report."""
         self._make_room()
-        return self._feed.take()
+        return super().delta()
 
     def _make_room(self) -> None:
         room = max(0, self._room())
@@ -83,12 +90,16 @@ class KeptBlocks:
             self._journal.remove(key)
 
 
-class CachedBlocks:
+class CachedBlocks(SharedBlocks):
     """The memory of a prefill worker: the real prefix cache over the trace's blocks.
 
     Args:
         kv_tokens: Capacity in tokens.
         shared_block: Tokens of a block that prompts may share. 0 means that no prompt shares any, and none is cached.
+
+    Attributes:
+        block_size: Tokens per block.
+        cache: The cache, in which each block counts as one token.
     """
 
     def __init__(self, kv_tokens: int, shared_block: int) -> None:
@@ -96,16 +107,8 @@ class CachedBlocks:
         pool = BlockPool(max(1, kv_tokens // self.block_size), 1)
         attention_tokens = max(1.0, 4096 / self.block_size)
         self.cache = PrefixCache(pool, enabled=shared_block > 0, attention_tokens=attention_tokens)
-        self._feed = self.cache.journal.feed()
+        super().__init__(self.cache.journal)
         self._next = 0
-
-    @property
-    def total(self) -> int:
-        return self.cache.pool.num_blocks
-
-    @property
-    def used(self) -> int:
-        return self.cache.num_used
 
     def prompt(self, num_tokens: int, shared: Sequence[int]) -> PromptBlocks:
         """Returns the blocks of a prompt, given the trace's numbers of its first blocks.
@@ -121,26 +124,9 @@ class CachedBlocks:
 
     def acquire(self, owner: str, prompt: PromptBlocks) -> int | None:
         """Acquires a prompt's blocks and returns its number of cached tokens. None means too few free blocks."""
-        if not self.cache.num_available:
-            return None  # a prompt needs at least one free block: its last block is never cached
         grant = self.cache.acquire(owner, prompt, prompt.num_tokens)
         return None if grant is None else grant.cached_tokens * self.block_size
 
     def publish(self, owner: str, num_tokens: int) -> None:
         # Only full blocks: a partial last block is never looked up.
         self.cache.publish(owner, num_tokens // self.block_size)
-
-    def release(self, owner: str) -> None:
-        self.cache.release(owner)
-
-    def leading(self, keys: Sequence[int], begin: int) -> int:
-        """As ``KeptBlocks.leading``, of the blocks in memory."""
-        return _leading(self.cache.journal, keys, begin)
-
-    def delta(self) -> registry_pb2.PrefixDelta | None:
-        """Returns the changes of the cache since the last call, for a report."""
-        return self._feed.take()
-
-
-def _leading(known: Container[int], keys: Sequence[int], begin: int) -> int:
-    return next((index for index in range(begin, len(keys)) if keys[index] not in known), len(keys))

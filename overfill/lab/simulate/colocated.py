@@ -13,8 +13,7 @@ class SimTurns:
 
     def __init__(self, clock: Clock, prefill: SimPrefill, decode: SimDecode, turns: Turns) -> None:
         self._clock, self._prefill, self._decode, self._turns = clock, prefill, decode, turns
-        self._steps, self._decode_busy = 0, 0.0  # counts before the last step of each stage
-        self._tokens, self._prefill_busy = 0, 0.0
+        prefill.on_step, decode.on_step = turns.prefilled, turns.decoded
         prefill.on_ready = decode.on_ready = self._advance
 
     def check(self) -> None:
@@ -22,38 +21,26 @@ class SimTurns:
         prefill, decode = self._prefill, self._decode
         if prefill.stepping and decode.stepping:
             raise AssertionError("both stages run a step")
-        if not (prefill.stepping or decode.stepping) and (decode.runnable or prefill.oldest is not None):
+        if not (prefill.stepping or decode.stepping) and (decode.runnable or prefill.running):
             raise AssertionError("no stage runs, although there is work")
 
     def _advance(self) -> None:
         if self._prefill.stepping:
             return
         if self._decode.stepping:
-            if self._prefill.admit():
+            if self._prefill.admit() is not None:
                 self._decode.end_soon()
-            return
-        self._note_steps()
-        if self._turns.decode_first:
+        elif self._turns.decode_first:
             self._step_decode() or self._step_prefill()
         else:
             self._step_prefill() or self._step_decode()
 
-    def _note_steps(self) -> None:
-        """Tells ``Turns`` of the steps that have ended."""
-        prefill, decode = self._prefill, self._decode
-        if decode.steps > self._steps:
-            self._turns.decoded((decode.busy - self._decode_busy) / (decode.steps - self._steps))
-            self._steps, self._decode_busy = decode.steps, decode.busy
-        if prefill.computed > self._tokens:
-            self._turns.prefilled(prefill.computed - self._tokens, prefill.busy - self._prefill_busy)
-            self._tokens, self._prefill_busy = prefill.computed, prefill.busy
-
     def _step_decode(self) -> bool:
-        self._decode.begin_phase(1 if self._prefill.admit() else None)
+        self._decode.begin_phase(None if self._prefill.admit() is None else 1)
         return self._decode.stepping
 
     def _step_prefill(self) -> bool:
-        oldest = self._prefill.oldest if self._prefill.admit() else None
+        oldest = self._prefill.admit()
         if oldest is None:
             return False
         waited = self._clock.now - oldest.submitted

@@ -69,7 +69,8 @@ class SimulationOptions:
         tiers: The tiers. Empty means one tier, of ``decode`` workers.
         brownout: Order of the tiers from the best to the cheapest. Empty means no brownout.
         objective: Objective of the requests without ``tiers``.
-        scaling: Configuration of the scaling policy. None means that the numbers of workers are constant.
+        scaling: Configuration of the scaling policy, in which each tier replaces what is its own. None means that the
+            numbers of workers are constant.
         seed: Random seed for failures, policies and the tiers of requests.
     """
 

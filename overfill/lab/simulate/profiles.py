@@ -106,7 +106,6 @@ class Profile:
 
     Attributes:
         name: Name for titles.
-        source: Source of the numbers, in words.
         kv_token_bytes: Bytes of one token's keys and values in all transferred layers.
         layers: Number of layers. KV of all but the last is sent while later layers are computed.
         link_bandwidth: Bytes per second that a worker can send.
@@ -124,7 +123,6 @@ class Profile:
     name: str
     prefill: PrefillModel
     decode: DecodeModel
-    source: str = ""
     kv_token_bytes: NonNegativeInt = 0
     layers: PositiveInt = 32
     link_bandwidth: PositiveFloat = 1e9
@@ -194,10 +192,13 @@ _KV_TOKEN_BYTES = 2 * _LAYERS * 8 * 128 * 2
 
 
 def from_datasheets(name: str, prefill: Accelerator, decode: Accelerator, decoder: float = _DECODER) -> Profile:
-    """Estimates a profile: FLOP / rate for prefill, bytes / bandwidth for decode. ``decoder`` has parameters."""
+    """Estimates a profile from datasheets: FLOP / rate for prefill, bytes / bandwidth for decode.
+
+    Args:
+        decoder: Number of its parameters.
+    """
     return Profile(
         name=name,
-        source="estimated from datasheets; not measured",
         prefill=PrefillModel(
             seconds_per_token=2 * _FULL / prefill.rate,
             seconds_per_position=4.0 * _HIDDEN * _LAYERS / prefill.rate,
@@ -226,7 +227,6 @@ def from_datasheets(name: str, prefill: Accelerator, decode: Accelerator, decode
 
 CPU = Profile(
     name="cpu",
-    source="docs/lab/2026-11-25-engine-zen4.md: SmolLM2-135M and its decoder `fast` in int8, two Zen 4 cores",
     # 512 tokens at 1,684 tokens/s and 2,048 at 1,340.
     prefill=PrefillModel(5.43e-4, 1.98e-7, kv_tokens=65_536),
     # Batches of 1, 8, 32 and 64 at 256 tokens: 477, 1,703, 1,521 and 1,813 tokens/s. 23 kB of KV a token at 33 GB/s.
@@ -237,6 +237,7 @@ CPU = Profile(
     startup=8.0,
     colocated_kv_tokens=65_536,
 )
+"""SmolLM2-135M and its decoder `fast` in int8, on two Zen 4 cores: docs/lab/2026-11-25-engine-zen4.md."""
 
 BUILT_IN: dict[str, Profile] = {
     profile.name: profile
@@ -265,18 +266,16 @@ def load_profile(name: str) -> Profile:
         known = ", ".join(BUILT_IN)
         raise InvalidRequest("profile", f"must be one of {known}, or a file; {name} cannot be read: {error}") from None
     try:
-        json.loads(text)
-    except ValueError:
-        return profile_from_bench(path, text)
-    try:
         return TypeAdapter(Profile).validate_json(text)
     except ValidationError as error:
         wrong = min(error.errors(), key=lambda item: item["type"] == "missing")  # a wrong field before one that lacks
+        if wrong["type"] == "json_invalid":  # not one object
+            return _from_bench(path, text)
         got = "" if wrong["type"] == "missing" else f", got {wrong['input']!r}"
         raise InvalidRequest(".".join(["profile", *map(str, wrong["loc"])]), f"{wrong['msg']}{got}") from None
 
 
-def profile_from_bench(path: Path, text: str) -> Profile:
+def _from_bench(path: Path, text: str) -> Profile:
     """Fits the formulas to lines of ``overfill bench decode|prefill --json``; the rest is as in ``cpu``."""
     prefill: list[tuple[float, float]] = []  # (tokens of a prompt, seconds)
     decode: list[tuple[float, float, float]] = []  # (batch, context, seconds)
@@ -310,7 +309,6 @@ def profile_from_bench(path: Path, text: str) -> Profile:
     return replace(
         CPU,
         name=path.stem,
-        source=f"fitted to {path.name}",
         prefill=replace(CPU.prefill, seconds_per_token=per_token, seconds_per_position=per_position),
         decode=replace(CPU.decode, base=base, per_sequence=per_sequence, per_kv_token=per_kv_token),
     )

@@ -23,14 +23,12 @@ class DecodeAttempt(SimSequence):
 
     Attributes:
         ticket: Its prompt on the worker ``prefill``.
-        with_start: Prefill worker that was assigned with the start.
     """
 
     request: SimRequest
     worker: str
     ticket: Ticket | None = None
     prefill: str = ""
-    with_start: str = ""
     over: bool = False
 
 
@@ -41,36 +39,32 @@ class SimRequest:
     Attributes:
         asked: Tier that it asks for. The job has the tier that answers.
         objective: Objective of that tier.
-        allows_brownout: True if a cheaper tier may answer.
         first, last: Times at which the client had the first and the last token. None means not yet.
         emitted: Tokens that the router has received; the next attempt continues after them.
-        error: Reason why the request ended without an answer; empty if it did not.
+        error: Reason why the request ended without an answer; empty if it has one, and None if it has not ended.
     """
 
     trace: TraceRequest
     job: Job
     asked: str
     objective: Objective
-    allows_brownout: bool = False
     first: float | None = None
     last: float | None = None
     emitted: int = 0
     attempt: DecodeAttempt | None = None
-    error: str = ""
-    ended: bool = False
+    error: str | None = None
 
     def start(self, worker: str) -> DecodeAttempt:
         """Starts an attempt that continues the last one: it replays the emitted tokens."""
-        trace, emitted = self.trace, self.emitted
-        replay = max(0, emitted - 1)
+        trace, replay = self.trace, max(0, self.emitted - 1)
         self.attempt = DecodeAttempt(
-            trace.prompt_tokens, trace.output_tokens, emitted, replay=replay, request=self, worker=worker
+            trace.prompt_tokens, trace.output_tokens, self.emitted, replay=replay, request=self, worker=worker
         )
         return self.attempt
 
     @property
     def ok(self) -> bool:
-        return self.ended and not self.error
+        return self.error == ""
 
     @property
     def met(self) -> bool:
@@ -80,8 +74,7 @@ class SimRequest:
     def outcome(self) -> Outcome:
         """What a client of a real stack would have noted."""
         times = () if self.first is None or self.last is None else (self.first, self.last)
-        error = None if self.ok else self.error or "has not ended"
-        return Outcome(self.trace.arrival, times, error, counted=self.trace.output_tokens)
+        return Outcome(self.trace.arrival, times, self.error or None, counted=self.trace.output_tokens)
 
 
 def make_job(name: str, trace: TraceRequest) -> Job:

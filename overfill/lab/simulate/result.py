@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from overfill.lab.simulate.decode import SimDecode
 from overfill.lab.simulate.histogram import Histogram
 from overfill.lab.simulate.options import SimulationOptions
+from overfill.lab.simulate.prefill import SimPrefill
 from overfill.lab.simulate.request import SimRequest
+from overfill.lab.simulate.workers import SimWorker
 from overfill.lab.traffic.figures import Figure, latencies
 from overfill.request.names import cached_by_source
 
@@ -18,32 +21,22 @@ PERCENTILES = {"p90": "p90", "p95": "p95", "p99": "p99"}
 
 @dataclass(slots=True)
 class Counters:
-    """Counters of a run. Times are in virtual seconds.
-
-    A worker with both stages is in both pools. Its time counts in each, and each pool counts its own steps.
+    """Counters of a run.
 
     Attributes:
-        prefill_worker_seconds, decode_worker_seconds: Time of the workers of each pool.
-        worker_seconds: Time of all workers.
         most_workers: Largest number of workers of each pool at once: "prefill", or the tier. Workers that are starting
-            or draining count.
+            or draining count. A worker with both stages is in both pools.
         prompts, local_prompts: Prompts computed, and those of them computed where their answer was written.
         prompt_tokens, cached_tokens: Tokens of these prompts, and those that were not computed.
         peer_tokens, disk_tokens: Parts of ``cached_tokens`` that came from other workers and from disk.
         new_tokens: Part of ``prompt_tokens`` that no worker had computed before.
     """
 
-    events: int = 0
     checks: int = 0
     refusals: int = 0
     preemptions: int = 0
     failures: int = 0
     migrations: int = 0
-    prefill_worker_seconds: float = 0.0
-    decode_worker_seconds: float = 0.0
-    worker_seconds: float = 0.0
-    prefill_busy: float = 0.0
-    decode_busy: float = 0.0
     most_workers: Counter[str] = field(default_factory=Counter)
     prompts: int = 0
     local_prompts: int = 0
@@ -60,11 +53,13 @@ class SimulationResult:
 
     Attributes:
         requests: All requests, in order of arrival.
+        workers: All workers, also those that have left.
         gaps: Seconds between successive tokens, over all answers. A request's ``itl`` is the mean of its own gaps.
     """
 
     options: SimulationOptions
     requests: Sequence[SimRequest]
+    workers: Sequence[SimWorker]
     gaps: Histogram
     counters: Counters
 
@@ -91,9 +86,8 @@ class SimulationResult:
         rows = [*_latencies(done)]
         if self.gaps.total:
             rows.append(Figure.latency("itl", self.gaps.percentile))
-        rows += _rows("requests", requests=len(requests), failed=len(requests) - len(done))
         errors = Counter(f"failed.{request.error}" for request in requests if request.error)
-        rows += _rows("requests", **errors)
+        rows += _rows("requests", requests=len(requests), failed=len(requests) - len(done), **errors)
         rows += _rows("of requests", attainment=_share(met, len(requests)))
         rows += _rows("1/s", goodput=_share(met, span))
         rows += _rows("tokens/s", output_tokens=_share(sum(r.trace.output_tokens for r in done), span))
@@ -107,10 +101,10 @@ class SimulationResult:
             rows += _rows("of prompts", local=_share(counters.local_prompts, counters.prompts))
         rows += _rows(
             "of time",
-            prefill_utilisation=_share(counters.prefill_busy, counters.prefill_worker_seconds),
-            decode_utilisation=_share(counters.decode_busy, counters.decode_worker_seconds),
+            prefill_utilisation=_utilisation((worker, worker.prefill) for worker in self.workers),
+            decode_utilisation=_utilisation((worker, worker.decode) for worker in self.workers),
         )
-        rows += _rows("hours", worker_hours=counters.worker_seconds / 3600)
+        rows += _rows("hours", worker_hours=sum(worker.seconds for worker in self.workers) / 3600)
         rows += _rows("at most", **{f"workers.{pool}": number for pool, number in counters.most_workers.items()})
         rows += _rows("", refusals=counters.refusals, preemptions=counters.preemptions, migrations=counters.migrations)
         rows += _rows("", failures=counters.failures or None, checked_events=counters.checks or None)
@@ -133,6 +127,12 @@ class SimulationResult:
 
 def _latencies(answers: Sequence[SimRequest]) -> list[Figure]:
     return latencies([request.outcome for request in answers], ("ttft", "request_itl", "e2e"))
+
+
+def _utilisation(parts: Iterable[tuple[SimWorker, SimPrefill | SimDecode | None]]) -> float | None:
+    """Returns the share of workers' time that these engines spent in steps."""
+    times = [(engine.busy, worker.seconds) for worker, engine in parts if engine is not None]
+    return _share(sum(busy for busy, _ in times), sum(seconds for _, seconds in times))
 
 
 def _rows(unit: str, **values: float | None) -> list[Figure]:

@@ -6,9 +6,10 @@ more decode workers. The search finds both ends by bisection and walks from one 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from overfill.errors import OverfillError
@@ -18,6 +19,9 @@ from overfill.lab.simulate.profiles import Profile
 from overfill.lab.simulate.result import SimulationResult
 from overfill.lab.simulate.stack import Simulation
 from overfill.lab.traffic.traces import TraceRequest
+
+MAX_WORKERS = 256
+"""Maximum workers of one kind to try."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,6 @@ def smallest_sizes(
     attainment: float,
     costs: Sequence[float] = (1.0, 1.0),
     report: Callable[[str, int, int], object] = lambda what, done, total: None,
-    max_workers: int = 256,
 ) -> list[Size]:
     """Returns the smallest sizes of both pools, the cheapest first.
 
@@ -61,41 +64,40 @@ def smallest_sizes(
         attainment: Share of requests that must meet the objective of ``options``.
         costs: Costs of one prefill and one decode worker, in any unit.
         report: Called after each run with what was tried, and the numbers of runs and of those expected.
-        max_workers: Maximum workers of one kind to try.
 
     Raises:
-        OverfillError: Even ``max_workers`` workers of each kind miss the objective.
+        OverfillError: Even ``MAX_WORKERS`` workers of each kind miss the objective.
     """
     max_misses = int((1 - attainment) * len(trace) + 1e-9)
-    met: dict[tuple[int, int], SimulationResult | None] = {}
 
-    def meets(prefill: int, decode: int) -> bool:
-        if (prefill, decode) not in met:
-            sized = replace(options, prefill=prefill, decode=decode)
-            result = Simulation(trace, profile, sized).run(max_misses=max_misses)
-            met[prefill, decode] = result if result.attainment >= attainment else None
-            report(f"Tried {_words(prefill, decode)}", len(met), len(met) + 1)
-        return met[prefill, decode] is not None
+    @cache
+    def met(prefill: int, decode: int) -> SimulationResult | None:
+        """Returns the result of a run with these sizes; None if it misses the objective."""
+        sized = replace(options, prefill=prefill, decode=decode)
+        result = Simulation(trace, profile, sized).run(max_misses=max_misses)
+        runs = met.cache_info().misses
+        report(f"Tried {_words(prefill, decode)}", runs, runs + 1)
+        return result if result.attainment >= attainment else None
 
     workers = 1
-    while not meets(workers, workers):
-        if workers >= max_workers:
+    while met(workers, workers) is None:
+        if workers >= MAX_WORKERS:
             raise OverfillError(
                 f"{options.objective} is not met by {attainment:.0%} of the requests with {workers} workers of "
                 "each kind; some requests may take longer than that on an idle worker",
             )
-        workers = min(max_workers, 2 * workers)
+        workers *= 2
     # With twice as many workers of the other kind, only the searched kind limits the run.
     decode = ample = 2 * workers
-    fewest_prefill = _smallest(1, workers, lambda n: meets(n, ample))
-    fewest_decode = _smallest(1, workers, lambda m: meets(ample, m))
+    fewest_prefill = _smallest(1, workers, lambda n: met(n, ample))
+    fewest_decode = _smallest(1, workers, lambda m: met(ample, m))
     sizes: list[Size] = []
     for prefill in range(fewest_prefill, ample + 1):
-        least = _smallest(fewest_decode, decode, partial(meets, prefill))
+        least = _smallest(fewest_decode, decode, partial(met, prefill))
         if sizes and least == decode:
             continue  # one more prefill worker saves no decode worker
         decode = least
-        result = met[prefill, decode]
+        result = met(prefill, decode)
         assert result is not None
         figures: dict[str, Any] = {name: result.figures.get(name) for name in SIZE_COLUMNS.values()}
         cost = prefill * costs[0] + decode * costs[1]
@@ -109,12 +111,6 @@ def _words(prefill: int, decode: int) -> str:
     return f"{prefill} prefill + {decode} decode"
 
 
-def _smallest(low: int, high: int, enough: Callable[[int], bool]) -> int:
-    """Returns the smallest number from ``low`` to ``high`` that is enough. ``high`` must be enough."""
-    while low < high:
-        middle = (low + high) // 2
-        if enough(middle):
-            high = middle
-        else:
-            low = middle + 1
-    return low
+def _smallest(low: int, high: int, met: Callable[[int], object]) -> int:
+    """Returns the smallest number from ``low`` to ``high`` that meets the objective. ``high`` must meet it."""
+    return low + bisect_left(range(low, high), True, key=lambda number: met(number) is not None)

@@ -73,7 +73,7 @@ def test_the_simulator_reads_the_lines(tiny_pair, tmp_path):
     lines += run("decode", f"--pair={tiny_pair}", "--batch=1,3", "--context=32", "--steps=2", "--json").stdout
     (tmp_path / "mine.jsonl").write_text(lines)
     profile = load_profile(str(tmp_path / "mine.jsonl"))
-    assert profile.source == "fitted to mine.jsonl"
+    assert profile.name == "mine"
     assert profile.decode.cost.seconds(1, 32) > 0
 
 

@@ -42,7 +42,7 @@ class Worker(SimPrefill):
         self.clock = clock or Clock()
         self.done = {}
         self.lenders = lenders or {}
-        super().__init__(self.clock, profile, CachedBlocks(profile.prefill.kv_tokens, BLOCK), self, lambda: None, disk)
+        super().__init__(profile, CachedBlocks(profile.prefill.kv_tokens, BLOCK), self, disk)
 
     def ask(self, name, blocks, holder=""):
         """Submits a prompt of these blocks and half a block more."""
@@ -77,13 +77,13 @@ def test_a_prompt_that_memory_has_lost_comes_from_disk(disk):
     worker.play()
     began, held = worker.clock.now, worker.blocks.leading(disk_keys := worker.ask("again", range(10)).keys, 0)
     assert held < 10
-    assert worker.blocks.used == 11, "the import has its blocks from the start"
+    assert worker.blocks.cache.num_used == 11, "the import has its blocks from the start"
     worker.play()
     lacking = (10 - held) * BLOCK
     assert worker.done["again"] - began == pytest.approx(lacking * 0.005 + 5 * 0.01)
     assert worker.computed == 105 + 195 + 5
     assert worker.blocks.leading(disk_keys, 0) == 10
-    assert worker.blocks.used == 0
+    assert worker.blocks.cache.num_used == 0
 
 
 def test_other_prompts_are_computed_while_one_is_imported(disk):
@@ -103,7 +103,7 @@ def test_a_cancelled_import_gives_its_blocks_back(disk):
     worker = Worker(disk=disk)
     disk.keep(worker.blocks.cache.blocks_of(range(10)).keys)
     worker.cancel(worker.ask("gone", range(10)))
-    assert (worker.blocks.used, worker.queued_tokens, worker.active) == (0, 0, 0)
+    assert (worker.blocks.cache.num_used, worker.queued_tokens, worker.tickets) == (0, 0, [])
     worker.play()
     assert worker.done == {}
 
@@ -122,8 +122,9 @@ def test_a_peer_s_link_carries_one_loan_after_the_other_and_the_disk_has_the_res
     holder.ask("first", range(8))
     holder.play()
     disk.keep(holder.blocks.cache.blocks_of(range(10)).keys)
-    began = max(clock.now, holder.link.free)
-    borrowers = [Worker(clock, disk, lenders={"holder": holder}), Worker(clock, lenders={"holder": holder})]
+    began = max(clock.now, holder.blocks.free_at)
+    lenders = {"holder": holder.blocks}
+    borrowers = [Worker(clock, disk, lenders=lenders), Worker(clock, lenders=lenders)]
     tickets = [worker.ask("again", range(10), "holder") for worker in borrowers]
     gone = borrowers[1].ask("gone", [200], "a worker that has left")
     holder.play()

@@ -30,7 +30,7 @@ class Listener:
     """Records the workers' messages."""
 
     def __init__(self, clock):
-        self.clock = clock
+        self.clock, self.gaps = clock, Histogram()
         self.done, self.computed, self.sent, self.needed, self.lost = {}, {}, {}, [], []
 
     def answer_done(self, sequence):
@@ -58,7 +58,7 @@ def decode_worker(**model):
     clock = Clock()
     listener = Listener(clock)
     profile = replace(CPU, decode=DecodeModel(**model))
-    return clock, listener, SimDecode(clock, profile, listener, Histogram(), lambda: None)
+    return clock, listener, SimDecode(profile, listener)
 
 
 def start(worker, name, prompt, output):
@@ -85,7 +85,7 @@ def test_a_single_worker_reproduces_the_bound_model():
     began = listener.done.pop("first")
     expected = sum(decode_step_seconds(cost, machine, 8, 501 + step) for step in range(100))
     assert {round(time - began, 9) for time in listener.done.values()} == {round(expected, 9)}
-    assert worker.gaps.percentile(50) == pytest.approx(expected / 100, rel=0.02)
+    assert listener.gaps.percentile(50) == pytest.approx(expected / 100, rel=0.02)
 
     full = ModelCost(
         0, 131_072, layer_flops=16_000_000_000, tail_flops=0, head_flops=0, attention_flops=524_288, num_layers=10**12
@@ -139,7 +139,7 @@ def prefill_worker(**model):
     link = {name: model.pop(name) for name in ("kv_token_bytes", "link_bandwidth", "layers") if name in model}
     profile = replace(CPU, prefill=PrefillModel(**model), **link)
     blocks = CachedBlocks(profile.prefill.kv_tokens, 0)
-    return clock, listener, SimPrefill(clock, profile, blocks, listener, lambda: None)
+    return clock, listener, SimPrefill(profile, blocks, listener)
 
 
 def test_m_d_1_waits_as_the_formula_says():
