@@ -17,9 +17,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
+from overfill.lab.chaos.patching import around, damage_received, damage_sent, runs_vllm
 from overfill.lab.chaos.probe import Probe, Recent
 from overfill.lab.chaos.rank_probes import give_probes, watch_rank_pulls
-from overfill.lab.faults.patching import around, damage_received, damage_sent, runs_vllm
 
 _DECODE_TOKENS = 3  # token index from which on a sequence is in the phase decode
 

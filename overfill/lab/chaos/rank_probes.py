@@ -9,8 +9,8 @@ import multiprocessing
 import os
 from typing import Any
 
+from overfill.lab.chaos.patching import around, damage_received, damage_sent
 from overfill.lab.chaos.probe import Probe
-from overfill.lab.faults.patching import around, damage_received, damage_sent
 
 _started: list[Probe] = []
 

@@ -14,7 +14,7 @@ import psutil
 
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.chaos.control import ProbeControl
-from overfill.lab.faults.proxy import TcpProxy
+from overfill.lab.chaos.proxy import TcpProxy
 from overfill.lab.hosts.network import Host
 from overfill.lab.hosts.place import place_on_hosts
 from overfill.settings.config import ServiceConfig

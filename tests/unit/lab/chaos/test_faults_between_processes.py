@@ -15,7 +15,7 @@ import pytest
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.chaos.control import ProbeControl
 from overfill.lab.chaos.probe import Probe
-from overfill.lab.faults.proxy import TcpProxy
+from overfill.lab.chaos.proxy import TcpProxy
 
 DATA = bytes(range(256)) * 400  # seven pieces
 
