@@ -25,7 +25,7 @@ from overfill.lab.chaos.control import HeldRequest, ProbeControl
 from overfill.lab.chaos.fault_plan import PlannedFault
 from overfill.lab.chaos.injector import SILENCING, FaultInjector, wait_until
 from overfill.lab.chaos.load import RequestMix, RequestResult, RequestSender
-from overfill.lab.chaos.memory import MemorySample, watch
+from overfill.lab.chaos.memory import ProcessKey, Sample, watch
 from overfill.lab.chaos.stack import BreakableStack, add_hosts, add_proxies
 from overfill.lab.traffic.play import closed_loop, open_loop
 from overfill.pair.reference import JudgedAnswer, Summary, TwoStageReference, judge_parts, summarise
@@ -106,7 +106,7 @@ class TrialResult:
     freed_after: float | None = None
     leaked: list[str] = field(default_factory=list)
     unclean_exits: list[str] = field(default_factory=list)
-    memory_samples: list[MemorySample] = field(default_factory=list)
+    memory_samples: dict[ProcessKey, list[Sample]] = field(default_factory=dict)
     seconds: float = 0.0
     capacity: float | None = None
     rate: float | None = None

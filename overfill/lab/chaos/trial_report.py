@@ -12,7 +12,7 @@ from rich.table import Table
 
 from overfill.lab.chaos.fault_plan import FAULTS, KV_PHASES, PHASES
 from overfill.lab.chaos.load import RequestResult
-from overfill.lab.chaos.memory import lifetimes
+from overfill.lab.chaos.memory import growth
 from overfill.lab.chaos.trial import TrialResult
 from overfill.pair.reference import Summary
 from overfill.routing.tier import NO_FALLBACK
@@ -135,7 +135,7 @@ class TrialReport:
             "tiers": self.tiers(),
             "tier_problems": result.tier_problems,
             "cells": self.cells(),
-            "lives": [asdict(lifetime) for lifetime in lifetimes(result.memory_samples)],
+            "lives": growth(result.memory_samples),
             "strikes": [asdict(one) for one in result.injected],
         }
 

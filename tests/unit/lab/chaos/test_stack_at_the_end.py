@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from overfill.lab.chaos.load import RequestResult
-from overfill.lab.chaos.memory import MemorySample, ProcessLifetime, lifetimes
+from overfill.lab.chaos.memory import growth
 from overfill.lab.chaos.trial import TrialResult, View
 from overfill.lab.chaos.trial_report import TrialReport
 from overfill.pair.reference import Summary
@@ -49,9 +49,8 @@ def test_the_pauses_of_migrated_answers_stand_beside_the_usual_one() -> None:
 
 
 def test_growth_of_memory_is_that_after_the_first_minute_of_a_process_that_ran_long() -> None:
-    samples = [
-        MemorySample(at, "decode-0", 7, (1000 if at < 60 else 100 + at) << 20, 5 + at // 200)
-        for at in range(0, 400, 10)
+    long = [(at, 1000 if at < 60 else 100 + at, 5 + at // 200) for at in range(0, 400, 10)]
+    short = [(at, 100, 5) for at in range(400, 500, 10)]
+    assert growth({("decode-0", 7): long, ("decode-0", 8): short}) == [
+        {"name": "decode-0", "minutes": 5.5, "mib": 440.0, "more_mib": 230.0, "files": 6, "more_files": 1}
     ]
-    samples += [MemorySample(at, "decode-0", 8, 100 << 20, 5) for at in range(400, 500, 10)]  # it ran too short
-    assert lifetimes(samples) == [ProcessLifetime("decode-0", 5.5, 440.0, 230.0, 6, 1)]
