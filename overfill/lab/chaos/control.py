@@ -27,16 +27,16 @@ STAGE_OF: dict[Phase, str] = {
 
 @dataclass(frozen=True, slots=True)
 class HeldRequest:
-    """A request that a process holds in a phase.
+    """A request that a process holds in a phase; all fields are empty if no request entered the phase in time.
 
     Attributes:
         breakpoint: Identifier of the breakpoint that holds the request.
         process: Name of that process.
     """
 
-    breakpoint: int
-    process: str
-    request: str
+    breakpoint: int = 0
+    process: str = ""
+    request: str = ""
 
 
 class ProbeControl:
@@ -63,10 +63,9 @@ class ProbeControl:
         return self._request_processes.get(request, {})
 
     async def hold_next(self, phase: Phase, hold: float, timeout: float) -> HeldRequest:
-        """Waits for the next request that enters ``phase``. It is held there for ``hold`` seconds or until ``release``.
+        """Waits ``timeout`` seconds for the next request that enters ``phase``.
 
-        Raises:
-            TimeoutError: No request entered the phase within ``timeout`` seconds.
+        The process holds the request there for ``hold`` seconds, or until ``release``.
         """
         breakpoint = next(self._ids)
         held: asyncio.Future[HeldRequest] = asyncio.get_running_loop().create_future()
@@ -76,14 +75,15 @@ class ProbeControl:
         try:
             async with asyncio.timeout(timeout):
                 return await held
+        except TimeoutError:
+            return HeldRequest()
         finally:
             del self._waiting[breakpoint]
             self.send({"remove": breakpoint})
 
-    def release(self, held: HeldRequest | None) -> None:
-        """Lets a held request go on; None does nothing."""
-        if held is not None:
-            self.send({"release": held.breakpoint}, held.process)
+    def release(self, held: HeldRequest) -> None:
+        """Lets a held request go on."""
+        self.send({"release": held.breakpoint}, held.process)
 
     def send(self, packet: dict[str, Any], name: str | None = None) -> None:
         """Sends ``packet`` to all processes that are connected, or to the one with this name and its ranks."""

@@ -87,10 +87,10 @@ class TrialReport:
             "requests": len(asked),
             "answers": len(answered),
             "right": self._count_right(answered),
-            "migrations": sum(one.migrations for one in answered),
+            "migrations": sum(one.answer.migrations for one in answered),
             "with_fallback": sum(one.fallback != NO_FALLBACK for one in answered),
             "changed_tier": sum(one.changed_tier for one in answered),
-            "changed_within": sum(len(one.parts) > 1 for one in answered),
+            "changed_within": sum(len(one.answer.parts) > 1 for one in answered),
         }
 
     def _count_right(self, answered: Iterable[RequestResult]) -> int:
@@ -101,11 +101,11 @@ class TrialReport:
         endings = Counter(one.ending for one in result.results)
         errors = Counter(one.error for one in result.results if one.error)
         sampled = [one for one in result.ended("answered") if not one.sampling.greedy]
-        moved = sum(one.migrations > 0 for one in sampled)
+        moved = sum(one.answer.migrations > 0 for one in sampled)
         return {
             "passed": self.passed,
             "settings": self.settings,
-            **{f"{stage}_engine": engine for stage, engine in result.engines.items()},
+            **{f"{stage}_engine": result.engines(stage) for stage in ("prefill", "decode")},
             "seconds": round(result.seconds, 1),
             "capacity_per_second": result.capacity,
             "requests_per_second": result.rate,
