@@ -27,7 +27,10 @@ _PROBES = "overfill.lab.chaos.probes"
 
 
 Link = TcpProxy | Host
-"""Both have the attributes ``delay``, ``loss`` and ``rate``, and the methods ``partition`` and ``heal``."""
+"""Both have the attributes ``delay``, ``loss`` and ``rate``, and the methods ``partition`` and ``heal``.
+
+A proxy is a link of the processes at both of its ends, so that faults may partition it twice.
+"""
 
 
 @dataclass(frozen=True, slots=True)

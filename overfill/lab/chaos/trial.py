@@ -26,7 +26,7 @@ from overfill.errors import OverfillError
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.chaos.control import HeldRequest, ProbeControl
 from overfill.lab.chaos.fault_plan import PlannedFault
-from overfill.lab.chaos.injector import SILENCING, FaultInjector, wait_until
+from overfill.lab.chaos.injector import SILENCING, inject, wait_until
 from overfill.lab.chaos.load import RequestMix, RequestResult, RequestSender
 from overfill.lab.chaos.memory import ProcessKey, Sample, watch
 from overfill.lab.chaos.stack import BreakableStack, add_hosts, add_proxies
@@ -240,7 +240,6 @@ class View:
 class _TrialRun:
     def __init__(self, stack: BreakableStack, trial: Trial, report: Report, restart_timeout: float) -> None:
         self._stack = stack
-        self._injector = FaultInjector(stack)
         self._trial = trial
         self._report = report
         self._restart_timeout = restart_timeout
@@ -384,7 +383,7 @@ class _TrialRun:
             self._stack.control.release(held)
         else:
             self._over_at[victim] = math.inf
-            problem = await self._injector.inject(fault, victim, lambda: self._stack.control.release(held))
+            problem = await inject(self._stack, fault, victim, lambda: self._stack.control.release(held))
             if problem is not None:
                 self._result.unclean_exits.append(problem)
             self._over_at[victim] = time.monotonic()
