@@ -56,14 +56,8 @@ class TrialReport:
         """
         result = self.result
         freed = result.freed_after is not None and result.freed_after <= FREED_WITHIN
-        whole = freed and not result.leaked and not result.unclean_exits
-        return (
-            self.summary.passed
-            and not result.ended("failed")
-            and not result.tier_problems
-            and whole
-            and not self.unused
-        )
+        problems = [result.leaked, result.unclean_exits, result.ended("failed"), result.tier_problems, self.unused]
+        return self.summary.passed and freed and not any(problems)
 
     def cells(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Returns fault -> phase -> counts of the faults and of the requests held for them."""
@@ -111,10 +105,7 @@ class TrialReport:
             "requests_per_second": result.rate,
             "requests": len(result.results),
             "endings": dict(endings),
-            "answers": self.summary.answers,
-            "correct": self.summary.correct,
-            "identical": self.summary.identical,
-            "ties": self.summary.ties,
+            **asdict(self.summary),
             "errors": dict(errors.most_common(20)),
             "faults": len(result.injected),
             "missed": [asdict(fault) for fault in result.missed],
