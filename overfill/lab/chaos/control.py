@@ -9,20 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overfill.lab.chaos.fault_plan import Phase
+from overfill.lab.chaos.fault_plan import KV_PHASES, PHASES, Phase
 from overfill.lab.chaos.probe import Recent
-
-STAGE_OF: dict[Phase, str] = {
-    "queued": "router",
-    "reserving": "decode",
-    "prefill": "prefill",
-    "handoff": "decode",
-    "decode": "decode",
-    "finishing": "decode",
-    "lending": "prefill",
-    "saving": "prefill",
-}
-"""Phase -> the stage whose processes report that a request is in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +100,7 @@ class ProbeControl:
 
     def _on(self, name: str, message: dict[str, Any]) -> None:
         request, breakpoint = message["request"], message["breakpoint"]
-        self._request_processes[request] = self.processes_of(request) | {STAGE_OF[message["at"]]: name}
+        self._request_processes[request] = self.processes_of(request) | {(PHASES | KV_PHASES)[message["at"]]: name}
         if breakpoint is None:
             return
         held = HeldRequest(breakpoint, name, request)

@@ -17,10 +17,13 @@ Phase = Literal["queued", "reserving", "prefill", "handoff", "decode", "finishin
 Target = Literal["router", "prefill", "decode", "client"]
 
 FAULTS: tuple[FaultName, ...] = get_args(FaultName)
-PHASES: tuple[Phase, ...] = ("queued", "reserving", "prefill", "handoff", "decode", "finishing")
-"""Phases of every request."""
+PHASES: dict[Phase, Target] = {
+    "queued": "router", "reserving": "decode", "prefill": "prefill", "handoff": "decode", "decode": "decode",
+    "finishing": "decode",
+}  # fmt: skip
+"""Phases of every request -> the stage whose processes report that a request is in it."""
 
-KV_PHASES: tuple[Phase, ...] = ("lending", "saving")
+KV_PHASES: dict[Phase, Target] = {"lending": "prefill", "saving": "prefill"}
 """Phases that some requests cause in other processes: a worker lends KV that another pulls, or writes KV to disk. The
 process with the loan or the file counts as the one that prefills."""
 
@@ -84,7 +87,7 @@ class FaultChoice:
     """
 
     faults: Sequence[FaultName] = FAULTS
-    phases: Sequence[Phase] = PHASES
+    phases: Sequence[Phase] = tuple(PHASES)
     targets: Sequence[Target] = ()
     hosts: bool = False
     num_ranks: Mapping[Target, int] = field(default_factory=dict)
