@@ -345,7 +345,8 @@ class _TrialRun:
         """
         if fault.target == "client":
             return "client" if self._sender.runs(held.request) else None
-        if one := fault.worker or self._stack.control.processes_of(held.request).get(fault.target):
+        known = self._stack.control.processes_of(held.request) if held.process else {}
+        if one := fault.worker or known.get(fault.target):
             return one if self._may_hit(fault, one) else None
         among = [name for name in self._stack.names(fault.target) if self._may_hit(fault, name)]
         return self._rng.choice(among) if among else None
