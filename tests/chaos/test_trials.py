@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from overfill.lab.chaos.fault_plan import FAULTS, PHASES, PlannedFault, matrix, rolling_restart
+from overfill.lab.chaos.fault_plan import FAULTS, PHASES, FaultChoice, PlannedFault, rolling_restart
 from overfill.lab.chaos.load import RequestMix
 from overfill.lab.chaos.trial import Trial, run_trial
 from overfill.lab.chaos.trial_report import TrialReport
@@ -180,7 +180,7 @@ def test_a_worker_that_dies_while_it_writes_to_disk_leaves_no_wrong_kv(
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_in_every_phase(tiny_pair: Path, fault: str) -> None:
-    faults = matrix(1, 3, [fault], PHASES)  # type: ignore[list-item]
+    faults = FaultChoice([fault]).matrix(1, 3)  # type: ignore[list-item]
     report = broken(tiny_pair, faults, concurrent_faults=2, seconds=1500.0)
     assert set(report.cells().get(fault, {})) == set(PHASES) or (fault == "clock" and not CAN_SET_CLOCKS)
 
@@ -188,8 +188,6 @@ def test_every_fault_in_every_phase(tiny_pair: Path, fault: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_soak_at_a_share_of_what_the_stack_can_do(tiny_pair: Path) -> None:
-    from overfill.lab.chaos.fault_plan import draw
-
-    report = broken(tiny_pair, draw(3, 2.0), load_fraction=0.7, seconds=120.0, concurrent_faults=2)
+    report = broken(tiny_pair, FaultChoice().draw(3, 2.0), load_fraction=0.7, seconds=120.0, concurrent_faults=2)
     assert report.result.rate is not None
     assert len(report.result.results) > 60 * report.result.rate

@@ -37,7 +37,7 @@ class ForkedChild(Child):
 
 
 class FaultyStack(ProcessRunner):
-    """A stack of forked processes. Workers named in ``faults`` have one fault each (overfill.lab.faults.service)."""
+    """A stack of forked processes. Workers named in ``faults`` have one fault each (tests.support.faulty_service)."""
 
     def __init__(self, spec, sink, faults):
         super().__init__(place(spec), sink)
@@ -45,7 +45,7 @@ class FaultyStack(ProcessRunner):
 
     def _program(self, name, module):
         fault = self._faults.get(name)
-        return module.split() if fault is None else ["overfill.lab.faults.service", fault, *module.split()]
+        return module.split() if fault is None else ["tests.support.faulty_service", fault, *module.split()]
 
     def _spawn(self, name, module, config, threads):
         command = [sys.executable, "-m", *self._program(name, module)]

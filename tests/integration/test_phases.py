@@ -25,7 +25,7 @@ from overfill.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from overfill.kv import puller
 from overfill.kv.peers import PeerPool
 from overfill.kv.wire import add_prefill_to_server
-from overfill.lab.faults.proxy import TcpProxy
+from overfill.lab.chaos.proxy import TcpProxy
 from overfill.model.manifest import Pair
 from overfill.model.steps import NO_HOOKS, LayerHooks
 from overfill.pair.reference import TwoStageReference

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from overfill.client import AsyncClient, Incompatible, InvalidRequest, PromptTooLong, SamplingParams, Unavailable
-from overfill.lab.faults.proxy import TcpProxy
+from overfill.lab.chaos.proxy import TcpProxy
 from overfill.making.tiny import make_tiny_pair
 from overfill.model.manifest import Pair
 from overfill.rpc.constants import WIRE_VERSION

@@ -10,7 +10,7 @@ from kv_pulls import opened, prefill_process, pull
 
 from overfill.kv.handshake import KvIdentity
 from overfill.kv.spec import KvSpec
-from overfill.lab.faults.proxy import TcpProxy
+from overfill.lab.chaos.proxy import TcpProxy
 from overfill.making.tiny import make_tiny_pair
 from overfill.rpc import channel
 from overfill.rpc.constants import WIRE_VERSION

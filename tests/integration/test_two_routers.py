@@ -9,7 +9,7 @@ from mocks import mock_worker
 
 from overfill.client import AsyncClient
 from overfill.errors import ShuttingDown
-from overfill.lab.faults.proxy import TcpProxy
+from overfill.lab.chaos.proxy import TcpProxy
 from overfill.request.params import SamplingParams
 from overfill.routing.tier import DEFAULT_TIER
 from overfill.settings.config import DecodeConfig, PrefillConfig, RouterConfig

@@ -1,6 +1,6 @@
 """A gRPC proxy that damages, drops, delays or reorders the messages that a server sends, chosen by a seed.
 
-``overfill.lab.faults.proxy`` works on the bytes of a connection, so it forwards keepalive pings. This proxy opens
+``overfill.lab.chaos.proxy`` works on the bytes of a connection, so it forwards keepalive pings. This proxy opens
 and accepts connections, so it answers pings itself.
 """
 

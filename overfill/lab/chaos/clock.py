@@ -26,10 +26,9 @@ class Clocks:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._library = folder / "clock.so"
-        compiler = find_compiler(C_COMPILERS)
-        self.available = sys.platform == "linux" and compiler is not None
-        if self.available:
-            assert compiler is not None
+        compiler = find_compiler(C_COMPILERS) if sys.platform == "linux" else None
+        self.available = compiler is not None
+        if compiler is not None:
             command = [compiler, "-O2", "-shared", "-fPIC", str(_SOURCE), "-o", str(self._library), "-ldl", "-pthread"]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
 

@@ -9,34 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overfill.lab.chaos.fault_plan import Phase
+from overfill.lab.chaos.fault_plan import KV_PHASES, PHASES, Phase
 from overfill.lab.chaos.probe import Recent
-
-STAGE_OF: dict[Phase, str] = {
-    "queued": "router",
-    "reserving": "decode",
-    "prefill": "prefill",
-    "handoff": "decode",
-    "decode": "decode",
-    "finishing": "decode",
-    "lending": "prefill",
-    "saving": "prefill",
-}
-"""Phase -> the stage whose processes report that a request is in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldRequest:
-    """A request that a process holds in a phase.
+    """A request that a process holds in a phase; all fields are empty if no request entered the phase in time.
 
     Attributes:
         breakpoint: Identifier of the breakpoint that holds the request.
         process: Name of that process.
     """
 
-    breakpoint: int
-    process: str
-    request: str
+    breakpoint: int = 0
+    process: str = ""
+    request: str = ""
 
 
 class ProbeControl:
@@ -63,10 +51,9 @@ class ProbeControl:
         return self._request_processes.get(request, {})
 
     async def hold_next(self, phase: Phase, hold: float, timeout: float) -> HeldRequest:
-        """Waits for the next request that enters ``phase``. It is held there for ``hold`` seconds or until ``release``.
+        """Waits ``timeout`` seconds for the next request that enters ``phase``.
 
-        Raises:
-            TimeoutError: No request entered the phase within ``timeout`` seconds.
+        The process holds the request there for ``hold`` seconds, or until ``release``.
         """
         breakpoint = next(self._ids)
         held: asyncio.Future[HeldRequest] = asyncio.get_running_loop().create_future()
@@ -76,14 +63,15 @@ class ProbeControl:
         try:
             async with asyncio.timeout(timeout):
                 return await held
+        except TimeoutError:
+            return HeldRequest()
         finally:
             del self._waiting[breakpoint]
             self.send({"remove": breakpoint})
 
-    def release(self, held: HeldRequest | None) -> None:
-        """Lets a held request go on; None does nothing."""
-        if held is not None:
-            self.send({"release": held.breakpoint}, held.process)
+    def release(self, held: HeldRequest) -> None:
+        """Lets a held request go on."""
+        self.send({"release": held.breakpoint}, held.process)
 
     def send(self, packet: dict[str, Any], name: str | None = None) -> None:
         """Sends ``packet`` to all processes that are connected, or to the one with this name and its ranks."""
@@ -112,7 +100,7 @@ class ProbeControl:
 
     def _on(self, name: str, message: dict[str, Any]) -> None:
         request, breakpoint = message["request"], message["breakpoint"]
-        self._request_processes[request] = self.processes_of(request) | {STAGE_OF[message["at"]]: name}
+        self._request_processes[request] = self.processes_of(request) | {(PHASES | KV_PHASES)[message["at"]]: name}
         if breakpoint is None:
             return
         held = HeldRequest(breakpoint, name, request)

@@ -6,7 +6,7 @@ import itertools
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,10 +17,13 @@ Phase = Literal["queued", "reserving", "prefill", "handoff", "decode", "finishin
 Target = Literal["router", "prefill", "decode", "client"]
 
 FAULTS: tuple[FaultName, ...] = get_args(FaultName)
-PHASES: tuple[Phase, ...] = ("queued", "reserving", "prefill", "handoff", "decode", "finishing")
-"""Phases of every request."""
+PHASES: dict[Phase, Target] = {
+    "queued": "router", "reserving": "decode", "prefill": "prefill", "handoff": "decode", "decode": "decode",
+    "finishing": "decode",
+}  # fmt: skip
+"""Phases of every request -> the stage whose processes report that a request is in it."""
 
-KV_PHASES: tuple[Phase, ...] = ("lending", "saving")
+KV_PHASES: dict[Phase, Target] = {"lending": "prefill", "saving": "prefill"}
 """Phases that some requests cause in other processes: a worker lends KV that another pulls, or writes KV to disk. The
 process with the loan or the file counts as the one that prefills."""
 
@@ -31,11 +34,6 @@ TARGETS: dict[FaultName, tuple[Target, ...]] = {
     "vanish": ("client",),
 }
 """Fault -> the targets that it can hit."""
-
-OF_RANKS: frozenset[FaultName] = frozenset({"kill", "freeze"})
-"""Faults that can hit ranks of a worker alone."""
-
-NO_RANKS: Mapping[Target, int] = {}
 
 _SECONDS: dict[FaultName, tuple[float, float]] = {
     # The range includes the 10 s after which a silent peer is given up.
@@ -78,56 +76,61 @@ class PlannedFault:
     worker: str = ""
 
 
-def targets_of(hosts: bool, wanted: Sequence[Target] = ()) -> dict[FaultName, tuple[Target, ...]]:
-    """Returns fault -> the targets that it can hit: those of ``wanted`` only, if it can hit one of these.
+@dataclass(frozen=True, slots=True)
+class FaultChoice:
+    """The faults among which a plan chooses.
 
-    Args:
-        hosts: whether each process runs on a host of its own. A host can vanish with its process.
-    """
-    possible = {**TARGETS, "vanish": get_args(Target)} if hosts else TARGETS
-    return {fault: tuple(t for t in each if t in wanted) or each for fault, each in possible.items()}
-
-
-def draw(
-    seed: int,
-    pause: float,
-    faults: Sequence[FaultName] = FAULTS,
-    phases: Sequence[Phase] = PHASES,
-    targets: Mapping[FaultName, tuple[Target, ...]] = TARGETS,
-    num_ranks: Mapping[Target, int] = NO_RANKS,
-) -> Iterator[PlannedFault]:
-    """Draws random faults without end. Each depends only on the seed and its number.
-
-    Args:
-        pause: Mean seconds of rest between two faults.
-        targets: Fault -> targets that it may hit.
+    Attributes:
+        targets: Targets to prefer: a fault that can hit one of these hits no other.
+        hosts: Whether each process runs on a host of its own. A host can vanish with its process.
         num_ranks: Target -> ranks of each of its workers, where these have any.
     """
-    for number in itertools.count():
-        rng = random.Random(f"{seed}/{number}")
-        kind = rng.choice(faults)
-        fault = _make(rng, number, kind, rng.choice(phases), rng.choice(targets[kind]), num_ranks)
-        yield replace(fault, after=round(rng.uniform(0.3, 1.7) * pause, 3))
 
+    faults: Sequence[FaultName] = FAULTS
+    phases: Sequence[Phase] = tuple(PHASES)
+    targets: Sequence[Target] = ()
+    hosts: bool = False
+    num_ranks: Mapping[Target, int] = field(default_factory=dict)
 
-def matrix(
-    seed: int,
-    times: int,
-    faults: Sequence[FaultName] = FAULTS,
-    phases: Sequence[Phase] = PHASES,
-    targets: Mapping[FaultName, tuple[Target, ...]] = TARGETS,
-    num_ranks: Mapping[Target, int] = NO_RANKS,
-) -> list[PlannedFault]:
-    """Returns every fault in every phase ``times`` times, in random order. Each fault's targets alternate."""
-    rng = random.Random(seed)
-    cells = [
-        (fault, phase, targets[fault][turn % len(targets[fault])])
-        for fault in faults
-        for phase in phases
-        for turn in range(times)
-    ]
-    rng.shuffle(cells)
-    return [_make(rng, number, *cell, num_ranks) for number, cell in enumerate(cells)]
+    def targets_of(self, fault: FaultName) -> tuple[Target, ...]:
+        """Returns the targets that the fault may hit."""
+        possible = get_args(Target) if self.hosts and fault == "vanish" else TARGETS[fault]
+        return tuple(target for target in possible if target in self.targets) or possible
+
+    def draw(self, seed: int, pause: float) -> Iterator[PlannedFault]:
+        """Draws random faults without end. Each depends only on the seed and its number.
+
+        Args:
+            pause: Mean seconds of rest between two faults.
+        """
+        for number in itertools.count():
+            rng = random.Random(f"{seed}/{number}")
+            kind = rng.choice(self.faults)
+            fault = self._fault(rng, number, kind, rng.choice(self.phases), rng.choice(self.targets_of(kind)))
+            yield replace(fault, after=round(rng.uniform(0.3, 1.7) * pause, 3))
+
+    def matrix(self, seed: int, times: int) -> list[PlannedFault]:
+        """Returns every fault in every phase ``times`` times, in random order. Each fault's targets alternate."""
+        rng = random.Random(seed)
+        cells = [
+            (fault, phase, target)
+            for fault in self.faults
+            for phase in self.phases
+            for target in itertools.islice(itertools.cycle(self.targets_of(fault)), times)
+        ]
+        rng.shuffle(cells)
+        return [self._fault(rng, number, *cell) for number, cell in enumerate(cells)]
+
+    def _fault(self, rng: random.Random, number: int, kind: FaultName, phase: Phase, target: Target) -> PlannedFault:
+        ranks: tuple[int, ...] = ()
+        if kind in ("kill", "freeze") and (count := self.num_ranks.get(target)):
+            ranks = rng.choice([(), (rng.randrange(count),), tuple(range(count))])  # the process, a rank, or all
+        longest = _FREEZE_OF_RANKS if ranks and kind == "freeze" else _SECONDS.get(kind, (0.0, 0.0))
+        seconds = round(rng.uniform(*longest), 2)
+        if kind == "vanish" and target == "client":
+            seconds = 0.0  # it does not come back
+        jump = round(rng.uniform(-_MAX_JUMP, _MAX_JUMP), 1) if kind == "clock" else 0.0
+        return PlannedFault(number, kind, phase, target, seconds, jump, ranks=ranks)
 
 
 def rolling_restart(workers: Sequence[str], pause: float) -> list[PlannedFault]:
@@ -149,17 +152,3 @@ def read_report(report: Path) -> list[PlannedFault]:
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{report} is not a report of overfill chaos: {error}") from error
-
-
-def _make(
-    rng: random.Random, number: int, kind: FaultName, phase: Phase, target: Target, num_ranks: Mapping[Target, int]
-) -> PlannedFault:
-    ranks: tuple[int, ...] = ()
-    if kind in OF_RANKS and (count := num_ranks.get(target)):  # the process, one of its ranks, or all of them
-        ranks = rng.choice([(), (rng.randrange(count),), tuple(range(count))])
-    longest = _FREEZE_OF_RANKS if ranks and kind == "freeze" else _SECONDS.get(kind, (0.0, 0.0))
-    seconds = round(rng.uniform(*longest), 2)
-    if kind == "vanish" and target == "client":
-        seconds = 0.0  # it does not come back
-    jump = round(rng.uniform(-_MAX_JUMP, _MAX_JUMP), 1) if kind == "clock" else 0.0
-    return PlannedFault(number, kind, phase, target, seconds, jump, ranks=ranks)

@@ -6,14 +6,13 @@ import asyncio
 import os
 import resource
 import signal
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
 import psutil
 
 from overfill.lab.chaos.fault_plan import FaultName, PlannedFault
-from overfill.lab.chaos.stack import BreakableStack, Link, ranks_of
+from overfill.lab.chaos.stack import BreakableStack, ranks_of
 from overfill.stack.child import Child
 
 SILENCING: frozenset[FaultName] = frozenset({"kill", "drain", "freeze", "partition", "vanish"})
@@ -32,94 +31,83 @@ _LOST_RANK = 25.0  # seconds after which a worker must have ended that has lost 
 _POLL = 0.05
 
 
-class FaultInjector:
-    """Injects faults into the processes of ``stack``."""
+async def inject(stack: BreakableStack, fault: PlannedFault, name: str, begun: Callable[[], None]) -> str | None:
+    """Injects the fault into process ``name``, ends it, and restarts the process if it has exited.
 
-    def __init__(self, stack: BreakableStack) -> None:
-        self._stack = stack
-        self._cut: Counter[Link] = Counter()  # faults that cut a link; it belongs to the processes at both ends
+    Args:
+        begun: called when the fault has begun.
 
-    async def inject(self, fault: PlannedFault, name: str, begun: Callable[[], None]) -> str | None:
-        """Injects the fault into process ``name``, ends it, and restarts the process if it has exited.
+    Returns a description if the process did not exit as it should, else None.
+    """
+    child = stack.process(name)
+    with ExitStack() as undo:
+        _begin(stack, fault, child, undo)
+        begun()
+        problem = await _outlast(fault, child, stack.placed.routers[0].grace_period)
+    if child.returncode is not None:
+        stack.restart(name)
+    return problem
 
-        Args:
-            begun: called when the fault has begun.
 
-        Returns a description if the process did not exit as it should, else None.
-        """
-        child = self._stack.process(name)
-        with ExitStack() as undo:
-            self._begin(fault, name, child, undo)
-            begun()
-            problem = await self._outlast(fault, child)
-        if child.returncode is not None:
-            self._stack.restart(name)
-        return problem
+def _begin(stack: BreakableStack, fault: PlannedFault, child: Child, undo: ExitStack) -> None:
+    links = stack.links.by_process[child.name]
+    match fault.kind:
+        case "kill" | "freeze" if fault.ranks:
+            ranks = ranks_of(child.pid)
+            for number in fault.ranks:
+                ranks[number].send_signal(signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
+                undo.callback(_go_on, ranks[number])
+        case "kill":
+            os.kill(child.pid, signal.SIGKILL)
+        case "drain":
+            os.kill(child.pid, signal.SIGTERM)
+        case "freeze":
+            os.kill(child.pid, signal.SIGSTOP)
+            undo.callback(os.kill, child.pid, signal.SIGCONT)
+        case "partition":
+            for link in links:
+                link.partition()
+                undo.callback(link.heal)
+        case "delay" | "loss" | "bandwidth":
+            attribute, value, usual = _LINK_FAULTS[fault.kind]
+            for link in links:
+                setattr(link, attribute, value)
+                undo.callback(setattr, link, attribute, usual)
+        case "corrupt":
+            stack.control.send({"corrupt": _CORRUPT_CHUNKS}, child.name)
+        case "clock":
+            stack.clocks.jump(child.name, fault.jump)
+            undo.callback(stack.clocks.jump, child.name, 0.0)
+        case "disk":
+            # No file can grow and no shared memory can be allocated, as on a full disk.
+            _limit_files(child, 0)
+            undo.callback(_limit_files, child, resource.RLIM_INFINITY)
+        case "vanish":
+            # The link is down first, so that no peer hears of the end of the process or of its connections.
+            host = stack.links.hosts[child.name]
+            host.partition()
+            os.kill(child.pid, signal.SIGKILL)
+            undo.callback(host.reboot)
+        case "slow":
+            raise AssertionError("slow is a fault of clients")
 
-    def _begin(self, fault: PlannedFault, name: str, child: Child, undo: ExitStack) -> None:
-        links = self._stack.links.by_process[name]
-        match fault.kind:
-            case "kill" | "freeze" if fault.ranks:
-                ranks = ranks_of(child.pid)
-                for number in fault.ranks:
-                    ranks[number].send_signal(signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
-                    undo.callback(_go_on, ranks[number])
-            case "kill":
-                os.kill(child.pid, signal.SIGKILL)
-            case "drain":
-                os.kill(child.pid, signal.SIGTERM)
-            case "freeze":
-                os.kill(child.pid, signal.SIGSTOP)
-                undo.callback(os.kill, child.pid, signal.SIGCONT)
-            case "partition":
-                for link in links:
-                    self._cut[link] += 1
-                    link.partition()
-                    undo.callback(self._heal, link)
-            case "delay" | "loss" | "bandwidth":
-                attribute, value, usual = _LINK_FAULTS[fault.kind]
-                for link in links:
-                    setattr(link, attribute, value)
-                    undo.callback(setattr, link, attribute, usual)
-            case "corrupt":
-                self._stack.control.send({"corrupt": _CORRUPT_CHUNKS}, name)
-            case "clock":
-                self._stack.clocks.jump(name, fault.jump)
-                undo.callback(self._stack.clocks.jump, name, 0.0)
-            case "disk":
-                # No file can grow and no shared memory can be allocated, as on a full disk.
-                _limit_files(child, 0)
-                undo.callback(_limit_files, child, resource.RLIM_INFINITY)
-            case "vanish":
-                # The link is down first, so that no peer hears of the end of the process or of its connections.
-                self._stack.links.hosts[name].partition()
-                os.kill(child.pid, signal.SIGKILL)
-                undo.callback(self._stack.links.hosts[name].reboot)
-            case "slow":
-                raise AssertionError("slow is a fault of clients")
 
-    def _heal(self, link: Link) -> None:
-        self._cut[link] -= 1
-        if not self._cut[link]:
-            link.heal()
-
-    async def _outlast(self, fault: PlannedFault, child: Child) -> str | None:
-        """Waits until the fault is to end. Returns a description if the process did not exit as it should."""
-        if fault.ranks:
-            if fault.kind == "kill" or fault.seconds > _LOST_RANK:
-                return await _ensure_exit(child, _LOST_RANK, "it had lost a rank")
-            await _wait_for_exit(child, fault.seconds)
-            return None
-        if fault.kind == "drain":
-            patience = self._stack.placed.routers[0].grace_period + _EXIT_SLACK
-            problem = await _ensure_exit(child, patience, "SIGTERM")
-            return problem if problem or not child.returncode else _describe_exit(child)
-        if fault.kind in ("kill", "vanish"):
-            await _wait_for_exit(child, _EXIT_SLACK)
-            await asyncio.sleep(fault.seconds)
-            return None
+async def _outlast(fault: PlannedFault, child: Child, grace_period: float) -> str | None:
+    """Waits until the fault is to end. Returns a description if the process did not exit as it should."""
+    if fault.ranks:
+        if fault.kind == "kill" or fault.seconds > _LOST_RANK:
+            return await _ensure_exit(child, _LOST_RANK, "it had lost a rank")
+        await _wait_for_exit(child, fault.seconds)
+        return None
+    if fault.kind == "drain":
+        problem = await _ensure_exit(child, grace_period + _EXIT_SLACK, "SIGTERM")
+        return problem if problem or not child.returncode else _describe_exit(child)
+    if fault.kind in ("kill", "vanish"):
+        await _wait_for_exit(child, _EXIT_SLACK)
         await asyncio.sleep(fault.seconds)
-        return None if child.returncode is None else _describe_exit(child)
+        return None
+    await asyncio.sleep(fault.seconds)
+    return None if child.returncode is None else _describe_exit(child)
 
 
 def _go_on(rank: psutil.Process) -> None:

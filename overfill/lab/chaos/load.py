@@ -13,16 +13,17 @@ from typing import Literal
 
 import grpc.aio
 
-from overfill.client import AsyncClient, ClientTls, Options, SamplingParams, Usage
+from overfill.client import Answer, AnswerPart, AsyncClient, ClientTls, Options, SamplingParams, Timing, Usage
 from overfill.errors import OverfillError, Overloaded, Unavailable
 from overfill.pair.reference import GREEDY
 from overfill.routing.tier import DEFAULT_TIER, NO_FALLBACK
 
 Ending = Literal["answered", "refused", "given up", "failed", "vanished"]
 
+NO_ANSWER = Answer("", (), None, "length", Usage(0, 0, 0), Timing(), "", "", 0, "", "", 0, None, None, None)
+
 _TIMEOUT = 300.0  # seconds for one request; a timeout counts as failed
 _SLOW = 0.15  # seconds that a slow client waits after each part
-_UNUSED = Usage(0, 0, 0)
 _ENDINGS: dict[type[OverfillError], Ending] = {Overloaded: "refused", Unavailable: "given up"}
 
 SAMPLED = (
@@ -40,19 +41,17 @@ SAMPLED = (
 
 @dataclass(slots=True)
 class RequestResult:
-    """Result of one request.
+    """A request and its result.
 
     Attributes:
-        ending: "refused": the stack was overloaded. "given up": it lost too many workers and said that another try may
-            succeed. "vanished": the client disconnected on purpose. "failed": any other error.
         tier: Tier or adapter that was asked.
         fallback: Tier that may go on with the answer; "none" means no other.
         sampling: Parameters of the request. A sampled answer has the seed here that the router used.
         sample_index: Number of the answer, from which other tokens are drawn with the same seed.
-        answer_start: Index of the first prompt token that the decoder computes; None means the prompt's length.
-        parts: Tier and index of the first token of each part of the answer.
-        revision: Revision that the answer names; empty in a stack without revisions.
-        told_parts: The same for those parts that began while the answer streamed, as the stream told them.
+        ending: "refused": the stack was overloaded. "given up": it lost too many workers and said that another try may
+            succeed. "vanished": the client disconnected on purpose. "failed": any other error.
+        answer: The whole answer; ``NO_ANSWER`` unless the ending is "answered".
+        told_parts: Parts of the answer that began while it streamed, as the stream told them.
         longest_pause: Longest time without a new token, in seconds, including the wait for the first one.
         slow: True if the client read slowly.
         sent: When the request was sent, as of ``time.monotonic``.
@@ -66,33 +65,25 @@ class RequestResult:
     sample_index: int = 0
     ending: Ending = "answered"
     error: str = ""
-    token_ids: tuple[int, ...] = ()
-    finish_reason: Literal["stop", "length", "tool_calls"] = "length"
-    answer_start: int | None = None
-    parts: tuple[tuple[str, int], ...] = ()
-    told_parts: tuple[tuple[str, int], ...] = ()
-    revision: str = ""
-    migrations: int = 0
+    answer: Answer = NO_ANSWER
+    told_parts: tuple[AnswerPart, ...] = ()
     longest_pause: float = 0.0
     slow: bool = False
     sent: float = 0.0
-    usage: Usage = _UNUSED
 
     @property
     def changed_tier(self) -> bool:
         """True if another tier than the one that was asked wrote a token."""
-        return any(tier != self.tier for tier, _ in self.parts)
+        return any(part.tier != self.tier for part in self.answer.parts)
 
     @property
     def tier_problem(self) -> str | None:
         """What is wrong with the parts that the answer names; None if they can be right."""
-        if others := {tier for tier, _ in self.parts} - {self.tier, self.fallback}:
+        if others := {part.tier for part in self.answer.parts} - {self.tier, self.fallback}:
             return f"{self.request}: tier {self.tier} was asked, but {', '.join(sorted(others))} wrote a part"
         # The first message of the stream names the tier that begins, unless it changes before the first token.
-        told, begun = (tuple(part for part in parts if part[1]) for parts in (self.told_parts, self.parts))
-        if told != begun:
-            return f"{self.request}: the stream told of {told}, and the end of {begun}"
-        return None
+        told, begun = ([one for one in parts if one.first_index] for parts in (self.told_parts, self.answer.parts))
+        return None if told == begun else f"{self.request}: the stream told of {told}, and the end of {begun}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +179,7 @@ class RequestSender:
         else:
             self._idle.append(client)
         if result.ending == "answered" and turn < self._mix.turns:
-            self._chats.append((turn, [*result.prompt, *result.token_ids]))
+            self._chats.append((turn, [*result.prompt, *result.answer.token_ids]))
         self.results.append(result)
         return result
 
@@ -225,18 +216,13 @@ class RequestSender:
         options |= {"tier": result.tier, "fallback": result.fallback, "sample_index": result.sample_index}
         async with client.stream(result.prompt, **options) as stream:
             async for delta in stream:
-                result.told_parts += tuple((part.tier, part.first_index) for part in delta.parts)
+                result.told_parts += delta.parts
                 if delta.token_ids:
                     now = time.monotonic()
                     result.longest_pause = max(result.longest_pause, now - last)
                     last = now
                 if result.slow:
                     await asyncio.sleep(_SLOW)
-            answer = stream.answer
-        result.token_ids, result.finish_reason = answer.token_ids, answer.finish_reason
+            result.answer = stream.answer
         if not result.sampling.greedy:
-            result.sampling = replace(result.sampling, seed=answer.seed)
-        result.parts = tuple((part.tier, part.first_index) for part in answer.parts)
-        result.migrations = answer.migrations
-        result.usage, result.revision = answer.usage, answer.identity.revision
-        result.answer_start = answer.identity.answer_start or None
+            result.sampling = replace(result.sampling, seed=result.answer.seed)

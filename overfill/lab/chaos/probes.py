@@ -7,7 +7,6 @@ the functions that a request passes through, and runs MODULE as ``__main__``. Th
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import importlib
 import io
 import os
@@ -17,9 +16,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
+from overfill.lab.chaos.patching import around, damage_received, damage_sent, runs_vllm
 from overfill.lab.chaos.probe import Probe, Recent
 from overfill.lab.chaos.rank_probes import give_probes, watch_rank_pulls
-from overfill.lab.faults.patching import around, damage_received, damage_sent, runs_vllm
 
 _DECODE_TOKENS = 3  # token index from which on a sequence is in the phase decode
 
@@ -56,71 +55,47 @@ def watch_router(probe: Probe) -> None:
         task.add_done_callback(tasks.discard)
 
 
-class _Scheduling:
-    """Holds prompts when an engine has scheduled their first chunk, before it computes."""
+def watch_prefill(probe: Probe) -> Recent[str, str]:
+    """Watches a prefill worker. Returns sequence -> request, of those that the worker has accepted."""
+    from overfill.engine.sequence import PrefillScheduled
 
-    def __init__(self, probe: Probe) -> None:
-        self._probe = probe
-        self.requests: Recent[str, str] = Recent()  # sequence -> request
+    requests: Recent[str, str] = Recent()
 
-    def held(self, emit: Callable[[list[Any]], None]) -> Callable[[list[Any]], None]:
-        """Returns ``emit`` with the hold. Every engine emits on its own thread."""
-        from overfill.engine.sequence import PrefillScheduled
+    # By name: the library never imports services.
+    @around(importlib.import_module("services.prefill.servicer").PrefillServicer, "_accept")
+    def accept_and_note(accept: Any, self: Any, start: Any, *rest: Any) -> Any:
+        lease = accept(self, start, *rest)
+        requests[lease.sequence.id] = start.request_id
+        return lease
 
-        def emit_and_hold(events: list[Any]) -> None:
-            emit(events)
-            if scheduled := [event for event in events if isinstance(event, PrefillScheduled)]:
-                self._probe.hold_thread("prefill", self.requests.get(scheduled[0].id, ""))
+    # An engine's thread makes this event when it has scheduled the prompt's first chunk, before it computes.
+    @around(PrefillScheduled, "__init__")
+    def init_held(init: Any, self: Any, id: str, *rest: Any) -> None:
+        init(self, id, *rest)
+        probe.hold_thread("prefill", requests.get(id, ""))
 
-        return emit_and_hold
-
-
-def watch_prefill(probe: Probe) -> None:
-    scheduling = _watch_prefill_service(probe)
-
-    @around(importlib.import_module("services.loading"), "load_half_of")
-    async def load_held(load: Any, *arguments: Any) -> Any:
-        loaded = await load(*arguments)
-        return dataclasses.replace(loaded, new_core=lambda emit, *rest: loaded.new_core(scheduling.held(emit), *rest))
+    damage_sent(probe.flip)
+    _watch_loans(probe)
+    _watch_disk(probe)
+    return requests
 
 
 def watch_prefill_beside_decode(probe: Probe) -> None:
     """Watches the prefill stage of a worker with both: prompts of other workers, and its own."""
     from overfill.engine.colocated import ColocatedEngine
-    from overfill.engine.load import LoadedColocated
 
-    scheduling = _watch_prefill_service(probe)
-
-    @around(LoadedColocated, "new_core")
-    def new_core_held(new_core: Any, self: Any, emit_prefill: Any, emit_decode: Any, *rest: Any) -> Any:
-        return new_core(self, scheduling.held(emit_prefill), scheduling.held(emit_decode), *rest)
+    requests = watch_prefill(probe)
 
     @around(importlib.import_module("services.colocated.local_prefill").LocalPrefills, "sequence")
-    async def sequence_and_tell(own_sequence: Any, self: Any, session: Any) -> Any:
+    async def sequence_and_note(own_sequence: Any, self: Any, session: Any) -> Any:
         sequence = await own_sequence(self, session)
-        scheduling.requests[sequence.id] = session.start.request_id
+        requests[sequence.id] = session.start.request_id
         return sequence
 
     @around(ColocatedEngine, "_copy")
     def copy_held(copy: Any, self: Any, here: Any, computed: Any) -> Any:
-        probe.hold_thread("handoff", scheduling.requests.get(computed.id, ""))
+        probe.hold_thread("handoff", requests.get(computed.id, ""))
         return copy(self, here, computed)
-
-
-def _watch_prefill_service(probe: Probe) -> _Scheduling:
-    scheduling = _Scheduling(probe)
-
-    # By name: the library never imports services.
-    @around(importlib.import_module("services.prefill.servicer").PrefillServicer, "_accept")
-    def accept_and_tell(accept: Any, self: Any, start: Any, *rest: Any) -> Any:
-        lease = accept(self, start, *rest)
-        scheduling.requests[lease.sequence.id] = start.request_id
-        return lease
-
-    damage_sent(probe.flip)
-    _watch_loans(probe)
-    _watch_disk(probe)
-    return scheduling
 
 
 def _watch_loans(probe: Probe) -> None:
@@ -211,7 +186,7 @@ def watch_decode(probe: Probe) -> None:
         watch_rank_pulls(probe)
 
 
-WATCH: dict[str, tuple[Callable[[Probe], None], ...]] = {
+WATCH: dict[str, tuple[Callable[[Probe], object], ...]] = {
     "services.router.main": (watch_router,),
     "services.prefill.main": (watch_prefill,),
     "services.decode.main": (watch_decode,),

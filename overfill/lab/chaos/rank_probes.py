@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from functools import cache
 from typing import Any
 
+from overfill.lab.chaos.patching import around, damage_received, damage_sent
 from overfill.lab.chaos.probe import Probe
-from overfill.lab.faults.patching import around, damage_received, damage_sent
-
-_started: list[Probe] = []
 
 
 class RankProbe:
@@ -25,13 +24,13 @@ class RankProbe:
         return start, self._arguments
 
 
+@cache
 def start(path: str, name: str) -> RankProbe:
-    """Starts the probe if this process is a rank."""
-    if multiprocessing.parent_process() is not None and not _started:
+    """Starts the probe, once, if this process is a rank."""
+    if multiprocessing.parent_process() is not None:
         probe = Probe(path, f"{name}/{os.getpid()}")
         damage_sent(probe.flip)
         damage_received(probe.flip)
-        _started.append(probe)
     return RankProbe(path, name)
 
 

@@ -14,7 +14,7 @@ import psutil
 
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.chaos.control import ProbeControl
-from overfill.lab.faults.proxy import TcpProxy
+from overfill.lab.chaos.proxy import TcpProxy
 from overfill.lab.hosts.network import Host
 from overfill.lab.hosts.place import place_on_hosts
 from overfill.settings.config import ServiceConfig
@@ -27,7 +27,10 @@ _PROBES = "overfill.lab.chaos.probes"
 
 
 Link = TcpProxy | Host
-"""Both have the attributes ``delay``, ``loss`` and ``rate``, and the methods ``partition`` and ``heal``."""
+"""Both have the attributes ``delay``, ``loss`` and ``rate``, and the methods ``partition`` and ``heal``.
+
+A proxy is a link of the processes at both of its ends, so that faults may partition it twice.
+"""
 
 
 @dataclass(frozen=True, slots=True)

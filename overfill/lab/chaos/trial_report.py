@@ -12,7 +12,7 @@ from rich.table import Table
 
 from overfill.lab.chaos.fault_plan import FAULTS, KV_PHASES, PHASES
 from overfill.lab.chaos.load import RequestResult
-from overfill.lab.chaos.memory import lifetimes
+from overfill.lab.chaos.memory import growth
 from overfill.lab.chaos.trial import TrialResult
 from overfill.pair.reference import Summary
 from overfill.routing.tier import NO_FALLBACK
@@ -56,14 +56,8 @@ class TrialReport:
         """
         result = self.result
         freed = result.freed_after is not None and result.freed_after <= FREED_WITHIN
-        whole = freed and not result.leaked and not result.unclean_exits
-        return (
-            self.summary.passed
-            and not result.ended("failed")
-            and not result.tier_problems
-            and whole
-            and not self.unused
-        )
+        problems = [result.leaked, result.unclean_exits, result.ended("failed"), result.tier_problems, self.unused]
+        return self.summary.passed and freed and not any(problems)
 
     def cells(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Returns fault -> phase -> counts of the faults and of the requests held for them."""
@@ -87,10 +81,10 @@ class TrialReport:
             "requests": len(asked),
             "answers": len(answered),
             "right": self._count_right(answered),
-            "migrations": sum(one.migrations for one in answered),
+            "migrations": sum(one.answer.migrations for one in answered),
             "with_fallback": sum(one.fallback != NO_FALLBACK for one in answered),
             "changed_tier": sum(one.changed_tier for one in answered),
-            "changed_within": sum(len(one.parts) > 1 for one in answered),
+            "changed_within": sum(len(one.answer.parts) > 1 for one in answered),
         }
 
     def _count_right(self, answered: Iterable[RequestResult]) -> int:
@@ -101,20 +95,17 @@ class TrialReport:
         endings = Counter(one.ending for one in result.results)
         errors = Counter(one.error for one in result.results if one.error)
         sampled = [one for one in result.ended("answered") if not one.sampling.greedy]
-        moved = sum(one.migrations > 0 for one in sampled)
+        moved = sum(one.answer.migrations > 0 for one in sampled)
         return {
             "passed": self.passed,
             "settings": self.settings,
-            **{f"{stage}_engine": engine for stage, engine in result.engines.items()},
+            **{f"{stage}_engine": result.engines(stage) for stage in ("prefill", "decode")},
             "seconds": round(result.seconds, 1),
             "capacity_per_second": result.capacity,
             "requests_per_second": result.rate,
             "requests": len(result.results),
             "endings": dict(endings),
-            "answers": self.summary.answers,
-            "correct": self.summary.correct,
-            "identical": self.summary.identical,
-            "ties": self.summary.ties,
+            **asdict(self.summary),
             "errors": dict(errors.most_common(20)),
             "faults": len(result.injected),
             "missed": [asdict(fault) for fault in result.missed],
@@ -135,7 +126,7 @@ class TrialReport:
             "tiers": self.tiers(),
             "tier_problems": result.tier_problems,
             "cells": self.cells(),
-            "lives": [asdict(lifetime) for lifetime in lifetimes(result.memory_samples)],
+            "lives": growth(result.memory_samples),
             "strikes": [asdict(one) for one in result.injected],
         }
 

@@ -6,8 +6,7 @@ import asyncio
 import itertools
 import json
 import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -19,17 +18,14 @@ from overfill.cli.output import console
 from overfill.lab.chaos.fault_plan import (
     FAULTS,
     KV_PHASES,
-    NO_RANKS,
     PHASES,
+    FaultChoice,
     FaultName,
     Phase,
     PlannedFault,
     Target,
-    draw,
-    matrix,
     read_report,
     rolling_restart,
-    targets_of,
 )
 from overfill.settings.tiers import TierSpec, check_tiers
 from overfill.settings.values import EngineChoice
@@ -43,7 +39,6 @@ if TYPE_CHECKING:
 _ROUTERS = 2
 _MAX_NUM_SEQS = 4  # sequences per worker; a small number makes requests queue
 _LONGEST = 1024  # tokens of a prompt with its answer, unless the workers have a limit
-_TIME_LIMIT = 3600.0  # seconds after which no new fault begins
 _CONCURRENT_FAULTS = 2
 _SOAK_LOAD = 0.7  # rate of a soak's requests, as a share of the capacity
 _FALLBACK_SHARE = 0.25  # share of the requests that allow the next tier to go on with their answer
@@ -142,11 +137,21 @@ class ChaosOptions:
     report: Path | None = option_field(None, "Write a JSON report to this file.", OutPath("file"))
 
     @property
-    def num_ranks(self) -> Mapping[Target, int]:
+    def num_ranks(self) -> dict[Target, int]:
         """Target -> ranks of each of its workers; empty if none has several."""
         engines: dict[Target, EngineChoice] = {"prefill": self.prefill_engine, "decode": self.decode_engine}
-        on_vllm = {stage: self.tensor_parallel_size for stage, engine in engines.items() if engine == "vllm"}
-        return on_vllm if self.tensor_parallel_size > 1 else NO_RANKS
+        size = self.tensor_parallel_size
+        return {stage: size for stage, engine in engines.items() if engine == "vllm" and size > 1}
+
+    @property
+    def workers(self) -> dict[str, Any]:
+        """Number of workers of each kind, by argument of ``describe``."""
+        prefill, decode = (0, 0) if self.colocated else (2, 3)
+        return {
+            "colocated": self.colocated,
+            "prefill": prefill if self.prefill is None else self.prefill,
+            "decode": decode if self.decode is None else self.decode,
+        }
 
 
 @click.command("chaos")
@@ -183,11 +188,13 @@ def chaos_command(**values: Any) -> int:
     from overfill.stack.pairs import tier_pair
 
     options = ChaosOptions(**values)
-    _check_stack(options)
-    faults = _choose_faults(options)
-    with ExitStack() as exits:
-        progress = exits.enter_context(show_progress())
-        folder = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="overfill-")))
+    try:
+        _check_stack(options)
+        faults = _choose_faults(options)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    with show_progress() as progress, tempfile.TemporaryDirectory(prefix="overfill-") as name:
+        folder = Path(name)
         plan, prompts = _prepare(options, folder, progress)
         if options.rolling_restart:
             faults = rolling_restart([worker.id for worker in plan.of_stage("prefill")], options.pause)
@@ -204,15 +211,8 @@ def chaos_command(**values: Any) -> int:
             turns=options.turns,
             longest=plan.workers[0].config.max_model_len or _LONGEST,
         )
-        trial = Trial(
-            faults,
-            mix,
-            options.requests,
-            options.streams,
-            load_fraction=_SOAK_LOAD if options.soak else None,
-            seconds=options.soak * 60 if options.soak else _TIME_LIMIT,
-            concurrent_faults=_CONCURRENT_FAULTS,
-        )
+        soak = {"load_fraction": _SOAK_LOAD, "seconds": options.soak * 60} if options.soak else {}
+        trial = Trial(faults, mix, options.requests, options.streams, concurrent_faults=_CONCURRENT_FAULTS, **soak)
         result = asyncio.run(run_trial(plan, trial, progress, options.hosts))
         references = {one.name: load_references(one.tiers) for one in plan.routers[0].revisions}
         for of_revision in references.values():
@@ -231,67 +231,48 @@ def chaos_command(**values: Any) -> int:
 
 
 def _check_stack(options: ChaosOptions) -> None:
-    """Raises click.UsageError if a stage has too few workers for faults, or if options of the stack conflict."""
+    """Raises ValueError if a stage has too few workers for faults, or if options of the stack conflict."""
     tiers = options.tier
     if options.canary_pair is not None and (tiers or options.colocated or options.num_adapters):
-        raise click.UsageError("--canary-pair: leave out --tier, --colocated and --num-adapters")
+        raise ValueError("--canary-pair: leave out --tier, --colocated and --num-adapters")
     if tiers:
         check_replaced("pair", "decode")
-        try:
-            check_tiers(tiers)
-        except ValueError as error:
-            raise click.UsageError(f"--tier: {error}") from error
+        check_tiers(tiers)
         if sum(tier.replicas for tier in tiers) + options.colocated < 2:
-            raise click.UsageError("--tier: give at least two decode workers, as NAME=PAIR:2: faults take one of them")
+            raise ValueError("--tier: give at least two decode workers, as NAME=PAIR:2: faults take one of them")
         if len({tier.pair == "tiny" for tier in tiers}) > 1:
-            raise click.UsageError("--tier: all tiers have the pair tiny, or none: they share the full model")
-    for stage, count in _count_workers(options).items():
+            raise ValueError("--tier: all tiers have the pair tiny, or none: they share the full model")
+    for stage in ("prefill",) if tiers else ("prefill", "decode"):
         # A worker with both stages may be the only one that prefills: requests wait while a fault takes it.
         least = (1 if stage == "prefill" and options.colocated else 2) - options.colocated
-        if stage != "colocated" and count < least and not (tiers and stage == "decode"):
-            raise click.UsageError(
-                f"--{stage} {count}: give at least {least}, because faults take a worker of each stage"
-            )
+        if (count := options.workers[stage]) < least:
+            raise ValueError(f"--{stage} {count}: give at least {least}, because faults take a worker of each stage")
     if options.tensor_parallel_size > 1 and not options.num_ranks:
-        raise click.UsageError(
+        raise ValueError(
             f"--tensor-parallel-size {options.tensor_parallel_size}: give --prefill-engine or --decode-engine vllm"
         )
 
 
-def _count_workers(options: ChaosOptions) -> dict[str, Any]:
-    """Returns the number of workers of each kind."""
-    prefill, decode = (0, 0) if options.colocated else (2, 3)
-    return {
-        "colocated": options.colocated,
-        "prefill": prefill if options.prefill is None else options.prefill,
-        "decode": decode if options.decode is None else options.decode,
-    }
-
-
 def _choose_faults(options: ChaosOptions) -> Iterable[PlannedFault]:
-    """Returns the faults that the options choose. Raises click.UsageError if they conflict."""
+    """Returns the faults that the options choose. Raises ValueError if they conflict."""
     choices = (options.matrix, options.soak, options.replay, options.rolling_restart or None)
     if sum(choice is not None for choice in choices) > 1:
-        raise click.UsageError(
+        raise ValueError(
             "--matrix, --soak, --replay and --rolling-restart each choose the faults: give only one of them"
         )
-    if options.replay is not None:
-        try:
-            faults = read_report(options.replay)
-        except ValueError as error:
-            raise click.UsageError(str(error)) from error
-        possible = targets_of(options.hosts)
-        if any(fault.target not in possible[fault.kind] for fault in faults):
-            raise click.UsageError(f"{options.replay} has hosts that vanish: add --hosts")
-        if any(fault.ranks and max(fault.ranks) >= options.num_ranks.get(fault.target, 0) for fault in faults):
-            raise click.UsageError(f"{options.replay} has faults of ranks: give as many with --tensor-parallel-size")
-        return faults
     caused = [phase for phase, does in zip(KV_PHASES, (options.turns > 1, options.kv_disk), strict=True) if does]
     phases = options.phase or (*PHASES, *caused)
-    among = (options.fault or FAULTS, phases, targets_of(options.hosts, options.target), options.num_ranks)
+    among = FaultChoice(options.fault or FAULTS, phases, options.target, options.hosts, options.num_ranks)
+    if options.replay is not None:
+        faults, possible = read_report(options.replay), FaultChoice(hosts=options.hosts)
+        if any(fault.target not in possible.targets_of(fault.kind) for fault in faults):
+            raise ValueError(f"{options.replay} has hosts that vanish: add --hosts")
+        if any(fault.ranks and max(fault.ranks) >= among.num_ranks.get(fault.target, 0) for fault in faults):
+            raise ValueError(f"{options.replay} has faults of ranks: give as many with --tensor-parallel-size")
+        return faults
     if options.matrix is not None:
-        return matrix(options.seed, options.matrix, *among)
-    drawn = draw(options.seed, options.pause, *among)
+        return among.matrix(options.seed, options.matrix)
+    drawn = among.draw(options.seed, options.pause)
     return drawn if options.soak is not None else list(itertools.islice(drawn, options.num_faults))
 
 
@@ -327,7 +308,7 @@ def _prepare(options: ChaosOptions, folder: Path, progress: Report) -> tuple[Pla
         if canary == "tiny":
             canary = str(make_tiny_pair(folder / "canary", head_dim=head_dim, seed=1))
         settings |= {"kv_memory": options.kv_memory or "8MiB"} | (_TINY_ON_VLLM if on_vllm else {})
-    spec = describe(pair, routers=_ROUTERS, threads=1, settings=settings, tiers=tiers, **_count_workers(options))
+    spec = describe(pair, routers=_ROUTERS, threads=1, settings=settings, tiers=tiers, **options.workers)
     spec = resolve_pairs(spec if canary is None else _with_canary(spec, canary), progress)
     plan = place(spec)
     tokenizer = load_tokenizer(Path(plan.routers[0].pair) / "full")

@@ -1,14 +1,14 @@
 """Makes hosts: network namespaces on a bridge, each with an address and a link that can be slow, lossy or down.
 
-Needs Linux, root, and the programs ``ip``, ``tc`` and ``nsenter``. A host shares files, memory and process ids with
+Needs Linux, root, and the programs ``ip`` and ``nsenter``. A host shares files, memory and process ids with
 this machine; only its network is apart. Workers offer each other shared memory over abstract Unix sockets, which end at
 a network namespace, so KV has to cross the link.
 
 The bridge has a namespace of its own, so that this machine's packet filter (such as Docker's) does not see its frames.
 This machine is on the bridge too, so that clients here reach the hosts.
 
-A host's link has one device in its namespace (``eth0``) and one on the bridge. The kernel's tbf limits the rate at both
-devices. netem is not used, because kernels may be built without it: ``relay.c`` delays and drops frames instead.
+A host's link has one device in its namespace (``eth0``) and one on the bridge. A process of ``relay.c`` carries the
+frames between the two, and limits, delays and drops them. netem is not used: kernels may be built without it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ from overfill.errors import OverfillError
 from overfill.process.compiled import C_COMPILERS, find_compiler
 
 _SOURCE = Path(__file__).with_name("relay.c")
-_PROGRAMS = {"ip": "iproute2", "tc": "iproute2", "nsenter": "util-linux"}  # program -> Debian's package
+_PROGRAMS = {"ip": "iproute2", "nsenter": "util-linux"}  # program -> Debian's package
 _TUN = Path("/dev/net/tun")
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
 _TIMEOUT = 30.0  # seconds for one command
-_QUEUE_SECONDS, _MIN_QUEUE = 0.1, 64 * 1024  # queue in front of a limited rate, in seconds and at least in bytes
-_BURST_SECONDS, _MIN_BURST = 0.002, 16 * 1024  # what may pass at once
 
 # Removes bridge and namespaces when its stdin ends. The kernel closes its stdin when this process dies.
 _REMOVE = """
@@ -51,9 +49,7 @@ class CannotMakeHosts(OverfillError):
 
 
 class Host:
-    """One host of ``make_hosts``. Its link can be changed while processes run on it.
-
-    Setting an attribute of the link raises CannotMakeHosts when the kernel refuses it.
+    """One host of ``make_hosts``. The last three attributes, of its link, may be set while processes run on it.
 
     Attributes:
         name: Name of its network namespace.
@@ -83,13 +79,13 @@ class Host:
         return ["nsenter", f"--net=/run/netns/{self.name}", "--"]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        changes = name in ("delay", "loss", "rate") and value != getattr(self, name)
         super().__setattr__(name, value)
-        if changes and name == "rate":
-            for space, device in ((self.name, "eth0"), (self._switch, self.device)):
-                run(f"tc -n {space} qdisc {_token_bucket(device, value)}")
-        elif changes:
-            self._set_relay()
+        if name in ("delay", "loss", "rate"):
+            assert self._relay is not None
+            assert self._relay.stdin is not None
+            settings = round(self.delay * 1e9), self.loss, self.rate or 0
+            self._relay.stdin.write(b"%d %.9f %.0f\n" % settings)
+            self._relay.stdin.flush()
 
     def partition(self) -> None:
         """Takes the link down: nothing leaves or reaches the host, and its address is silent."""
@@ -125,12 +121,6 @@ class Host:
             f"ip -n {space} link set lo up",
             f"ip -n {space} link set eth0 up",
         )
-
-    def _set_relay(self) -> None:
-        assert self._relay is not None
-        assert self._relay.stdin is not None
-        self._relay.stdin.write(b"%d %.9f\n" % (round(self.delay * 1e9), self.loss))
-        self._relay.stdin.flush()
 
     def stop(self) -> None:
         """Ends the process that carries the link's frames. Its devices go with it."""
@@ -223,14 +213,6 @@ def free_subnet(routes: Sequence[str]) -> str:
             return subnet
 
 
-def _token_bucket(device: str, rate: float | None) -> str:
-    """Returns what ``tc qdisc`` does so that ``device`` sends ``rate`` bytes per second; None ends the limit."""
-    if rate is None:
-        return f"del dev {device} root"
-    burst, limit = max(_MIN_BURST, round(rate * _BURST_SECONDS)), max(_MIN_QUEUE, round(rate * _QUEUE_SECONDS))
-    return f"replace dev {device} root tbf rate {round(8 * rate)}bit burst {burst} limit {limit}"
-
-
 def run(*commands: str) -> str:
     """Runs commands, written as in a shell, one after the other, and returns the last one's output.
 
@@ -242,8 +224,6 @@ def run(*commands: str) -> str:
         done = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=_TIMEOUT, check=False)
         if done.returncode != 0:
             said = " ".join(done.stderr.split()) or f"it exited with status {done.returncode}"
-            if "tbf" in command and "qdisc kind is unknown" in said:
-                said = "this kernel has no tbf, which limits rates: load its module sch_tbf"
             raise CannotMakeHosts(f"`{command}` failed: {said}")
         output = done.stdout
     return output

@@ -1,9 +1,10 @@
-// Carries Ethernet frames between two TAP devices, each frame after a delay, and drops some of them.
+// Carries Ethernet frames between two TAP devices at a limited rate, each frame after a delay, and drops some of them.
 //
 // usage: relay FD FD SEED
 //
-// Each line on stdin, "NANOSECONDS SHARE", sets the delay and the share of lost frames, both for each direction. The
-// end of stdin ends the relay. It does in user space what the kernel's netem does, because many kernels lack netem.
+// Each line on stdin, "NANOSECONDS SHARE RATE", sets the delay, the share of lost frames and the bytes per second (0
+// means no limit), for each direction. The end of stdin ends the relay. It does in user space what the kernel's netem
+// does, because many kernels lack netem.
 
 #define _GNU_SOURCE
 #include <errno.h>
@@ -21,6 +22,9 @@ enum {
   kFrameBytes = 1536,  // an MTU of 1500, and the Ethernet header
   kMaxQueued = 8192,   // frames per direction; more are dropped, as by a full queue
   kBatch = 64,         // frames that are read before due frames are written
+  // Frames in front of a limited rate; more are dropped. At least these bytes may wait, or what takes this time.
+  kQueueBytes = 64 * 1024,
+  kQueueNs = 100 * 1000 * 1000,
 };
 
 struct Frame {
@@ -33,10 +37,11 @@ struct Direction {
   int from, to;
   struct Frame *frames;  // ring of kMaxQueued frames
   uint32_t head, count;
+  int64_t free_at;  // when the last frame has left a limited link
 };
 
 static int64_t delay_ns;
-static double loss;
+static double loss, rate;
 static uint64_t random_state;
 
 static int64_t now_ns(void) {
@@ -56,12 +61,15 @@ static void read_frames(struct Direction *d) {
   char dropped[kFrameBytes];
   for (int i = 0; i < kBatch; i++) {
     struct Frame *next = &d->frames[(d->head + d->count) % kMaxQueued];
-    int drop = d->count == kMaxQueued || (loss > 0 && uniform() < loss);
+    int64_t now = now_ns(), start = rate > 0 && d->free_at > now ? d->free_at : now;
+    int full = d->count == kMaxQueued || (start - now > kQueueNs && (start - now) * 1e-9 * rate > kQueueBytes);
+    int drop = full || (loss > 0 && uniform() < loss);
     ssize_t size = read(d->from, drop ? dropped : next->bytes, kFrameBytes);
     if (size <= 0) return;
     if (drop) continue;
     next->size = size;
-    next->due = now_ns() + delay_ns;
+    d->free_at = start + (rate > 0 ? (int64_t)(size * 1e9 / rate) : 0);
+    next->due = d->free_at + delay_ns;
     d->count++;
   }
 }
@@ -85,10 +93,11 @@ static int read_settings(void) {  // returns 0 at the end of stdin
   char *line = text;
   for (char *end; (end = strchr(line, '\n')); line = end + 1) {
     long long ns;
-    double share;
-    if (sscanf(line, "%lld %lf", &ns, &share) == 2) {
+    double share, bytes;
+    if (sscanf(line, "%lld %lf %lf", &ns, &share, &bytes) == 3) {
       delay_ns = ns;
       loss = share;
+      rate = bytes;
     }
   }
   return 1;
@@ -101,7 +110,7 @@ int main(int argc, char **argv) {
   fcntl(a, F_SETFL, O_NONBLOCK);
   fcntl(b, F_SETFL, O_NONBLOCK);
   prctl(PR_SET_TIMERSLACK, 1);
-  struct Direction directions[2] = {{a, b, NULL, 0, 0}, {b, a, NULL, 0, 0}};
+  struct Direction directions[2] = {{a, b, NULL, 0, 0, 0}, {b, a, NULL, 0, 0, 0}};
   for (int i = 0; i < 2; i++) {
     directions[i].frames = calloc(kMaxQueued, sizeof(struct Frame));
     if (!directions[i].frames) return 1;

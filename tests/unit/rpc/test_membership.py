@@ -8,7 +8,7 @@ import pytest
 
 from overfill.errors import Incompatible, Unavailable
 from overfill.kv.journal import KeyJournal
-from overfill.lab.faults.proxy import TcpProxy
+from overfill.lab.chaos.proxy import TcpProxy
 from overfill.rpc import membership as membership_module
 from overfill.rpc.access import Role
 from overfill.rpc.membership import Membership

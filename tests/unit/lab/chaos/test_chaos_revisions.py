@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+
+from chaos_answers import answered
 
 from overfill.lab.chaos.load import RequestResult
 from overfill.lab.chaos.trial import TrialResult
@@ -18,14 +19,14 @@ PROMPT = [20 + 7 * i for i in range(30)]
 
 def test_an_answer_is_judged_by_the_pair_of_the_revision_that_it_names(tiny_pair: Path, tmp_path: Path) -> None:
     old, new = (TwoStageReference(pair) for pair in (tiny_pair, make_tiny_pair(tmp_path / "new", seed=1)))
-    parts = (("default", 0),)
-    old_right, new_right = (
-        RequestResult(name, PROMPT, token_ids=tuple(reference.generate(PROMPT, 6)), parts=parts, revision=name)
-        for name, reference in (("r1", old), ("r2", new))
-    )
-    assert len(old_right.token_ids) == len(new_right.token_ids) == 6
-    mixed = replace(new_right, request="mixed", token_ids=old_right.token_ids)
-    unknown = replace(old_right, request="unknown", revision="r3")
+    first, second = (tuple(reference.generate(PROMPT, 6)) for reference in (old, new))
+    assert len(first) == len(second) == 6
+    old_right, new_right, mixed, unknown = (
+        RequestResult(name, PROMPT, answer=answered(("default", 0), token_ids=token_ids, revision=revision))
+        for name, token_ids, revision in (
+            ("r1", first, "r1"), ("r2", second, "r2"), ("mixed", first, "r2"), ("unknown", first, "r3"),
+        )
+    )  # fmt: skip
     result = TrialResult([old_right, new_right, mixed, unknown], freed_after=0.0)
     summary, wrong = result.judge({"r1": {"default": old}, "r2": {"default": new}}, 6, silent)
     assert (summary.correct, wrong) == (2, {"mixed", "unknown"})

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from chaos_answers import answered
 
 from overfill.lab.chaos.load import SAMPLED, RequestMix, RequestResult
 from overfill.lab.chaos.trial import TrialResult
@@ -33,9 +34,9 @@ def results(tiny_pair: Path) -> list[RequestResult]:
     for seed, sampling in enumerate(SAMPLED):
         asked = replace(sampling, seed=seed, max_tokens=MAX_TOKENS)
         for prompt, answer in zip(PROMPTS, llm.generate(PROMPTS, asked), strict=True):
-            result = RequestResult(f"{seed}-{len(prompt)}", prompt, sampling=asked, parts=((DEFAULT_TIER, 0),))
-            result.token_ids, result.finish_reason = tuple(answer.token_ids), answer.finish_reason
-            found.append(result)
+            given = {"token_ids": tuple(answer.token_ids), "finish_reason": answer.finish_reason}
+            received = answered((DEFAULT_TIER, 0), **given)
+            found.append(RequestResult(f"{seed}-{len(prompt)}", prompt, sampling=asked, answer=received))
     return found
 
 
@@ -50,7 +51,7 @@ def test_answers_of_the_engine_are_right(
     report = judged(references, results)
     assert report.passed, report.wrong
     assert report.as_dict()["sampled"] == {"answers": len(results), "right": len(results), "migrated": 0}
-    assert len({one.token_ids for one in results}) == len(results)
+    assert len({one.answer.token_ids for one in results}) == len(results)
 
 
 def test_a_wrong_token_is_noticed_wherever_it_is(
@@ -59,10 +60,10 @@ def test_a_wrong_token_is_noticed_wherever_it_is(
     for index in (0, 1, 7):
         changed = []
         for one in results:
-            ids = list(one.token_ids)
+            ids = list(one.answer.token_ids)
             if index < len(ids):
                 ids[index] = (ids[index] + 1) % 512
-                changed.append(replace(one, token_ids=tuple(ids)))
+                changed.append(replace(one, answer=replace(one.answer, token_ids=tuple(ids))))
         report = judged(references, changed)
         assert len(changed) >= len(PROMPTS)
         assert report.wrong == {one.request for one in changed}

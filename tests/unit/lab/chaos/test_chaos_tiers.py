@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from chaos_answers import answered, parts
 
 from overfill.lab.chaos.load import RequestMix, RequestResult
 from overfill.lab.chaos.trial import TrialResult
@@ -19,8 +20,8 @@ SWITCHED = (("full", 0), ("fast", 3))
 TOLD = (("fast", 3),)
 
 
-def result(parts: tuple[tuple[str, int], ...], told: tuple[tuple[str, int], ...], fallback: str) -> RequestResult:
-    return RequestResult("r", [5], "full", fallback, parts=parts, told_parts=told)
+def result(written: tuple[tuple[str, int], ...], told: tuple[tuple[str, int], ...], fallback: str) -> RequestResult:
+    return RequestResult("r", [5], "full", fallback, answer=answered(*written), told_parts=parts(*told))
 
 
 @pytest.mark.parametrize(
@@ -31,8 +32,8 @@ def result(parts: tuple[tuple[str, int], ...], told: tuple[tuple[str, int], ...]
         (result((("fast", 0),), (("fast", 0),), "fast"), None),
         (result(SWITCHED, TOLD, "none"), "tier full was asked, but fast wrote a part"),
         (result(SWITCHED, TOLD, "default"), "tier full was asked, but fast wrote a part"),
-        (result(SWITCHED, (), "fast"), "the stream told of ()"),
-        (result(SWITCHED, (("fast", 4),), "fast"), "the stream told of (('fast', 4),)"),
+        (result(SWITCHED, (), "fast"), "the stream told of []"),
+        (result(SWITCHED, (("fast", 4),), "fast"), "told of [AnswerPart(tier='fast', first_index=4)], and the end of"),
     ],
 )
 def test_a_change_of_tier_must_be_asked_for_and_told_as_it_is(one: RequestResult, problem: str | None) -> None:
@@ -49,11 +50,14 @@ def test_each_part_is_judged_at_the_token_that_the_answer_names(tiny_tiers: tupl
     answer: list[int] = []
     for tier in ["full"] * 3 + ["fast"] * 3:
         answer.append(references[tier].score(prompt, [*answer, 0])[-1].reference_id)
-    good = RequestResult("good", prompt, "full", "fast", token_ids=tuple(answer), parts=SWITCHED)
-    late, early = (replace(good, request=f"at {at}", parts=(("full", 0), ("fast", at))) for at in (4, 2))
+    good = RequestResult("good", prompt, "full", "fast", answer=answered(*SWITCHED, token_ids=tuple(answer)))
+    late, early = (
+        replace(good, request=f"at {at}", answer=replace(good.answer, parts=parts(("full", 0), ("fast", at))))
+        for at in (4, 2)
+    )
     summary, wrong = TrialResult([good, late, early]).judge({"": references}, 6, silent)
     assert (summary.correct, wrong) == (1, {"at 4", "at 2"})
-    other = RequestResult("other", prompt, "default", "none", parts=(("default", 0),))
+    other = RequestResult("other", prompt, "default", "none", answer=answered(("default", 0)))
     counts = TrialReport(TrialResult([good, late, other]), summary, wrong, {}).tiers()
     assert (counts["full"]["answers"], counts["full"]["right"], counts["full"]["changed_within"]) == (2, 1, 2)
     assert (counts["default"]["changed_tier"], counts["default"]["with_fallback"]) == (0, 0)
@@ -73,10 +77,11 @@ def test_an_adapters_answer_is_judged_from_where_its_decoder_began(tiny_pair: Pa
     references = {"default": reference} | reference.with_adapters(folders)
     prompt = [20 + 7 * i for i in range(30)]
     answer = references["task-1"].generate(prompt, 6, 25)
-    good = RequestResult("good", prompt, "task-1", token_ids=tuple(answer), parts=(("task-1", 0),), answer_start=25)
-    good = replace(good, finish_reason="length" if len(answer) == 6 else "stop")
-    wrong_start = replace(good, request="start", answer_start=29)
-    wrong_writer = replace(good, request="writer", parts=(("task-0", 0),))
+    given = {"token_ids": tuple(answer), "finish_reason": "length" if len(answer) == 6 else "stop"}
+    good, wrong_start, wrong_writer = (
+        RequestResult(name, prompt, "task-1", answer=answered((writer, 0), answer_start=start, **given))
+        for name, writer, start in (("good", "task-1", 25), ("start", "task-1", 29), ("writer", "task-0", 25))
+    )
     summary, wrong = TrialResult([good, wrong_start, wrong_writer]).judge({"": references}, 6, silent)
     assert (summary.correct, wrong) == (1, {"start", "writer"})
     assert wrong_writer.tier_problem == "writer: tier task-1 was asked, but task-0 wrote a part"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from chaos_answers import answered
 
 from overfill.client import Usage
 from overfill.lab.chaos.load import RequestMix, RequestResult, RequestSender
@@ -21,7 +22,7 @@ async def sent(mix: RequestMix, endings: str) -> list[list[int]]:
     sender = RequestSender(mix, ["127.0.0.1:1"])
 
     async def read(client: object, result: RequestResult) -> None:
-        result.token_ids = (9,)
+        result.answer = answered(token_ids=(9,))
         result.ending = "answered" if endings[len(sender.results)] == "a" else "failed"
 
     sender._read = read  # type: ignore[method-assign, assignment]
@@ -47,8 +48,9 @@ async def test_without_turns_no_prompt_goes_on() -> None:
 
 
 def test_shares_of_kv_are_those_of_answers_and_after_the_faults() -> None:
-    early = RequestResult("early", [0] * 10, sent=1.0, usage=Usage(10, 1, 8, peer_tokens=3, disk_tokens=5))
-    late = RequestResult("late", [0] * 30, sent=3.0, usage=Usage(30, 1, 6))
+    usage = Usage(10, 1, 8, peer_tokens=3, disk_tokens=5)
+    early = RequestResult("early", [0] * 10, sent=1.0, answer=answered(usage=usage))
+    late = RequestResult("late", [0] * 30, sent=3.0, answer=answered(usage=Usage(30, 1, 6)))
     lost = replace(early, request="lost", ending="failed")
     trial = TrialResult([early, late, lost], freed_after=0.0, calm_from=2.0)
     assert trial.cached_shares() == pytest.approx({"memory": 6 / 40, "peer": 3 / 40, "disk": 5 / 40})
@@ -58,8 +60,8 @@ def test_shares_of_kv_are_those_of_answers_and_after_the_faults() -> None:
 
 @pytest.mark.parametrize(("peer_tokens", "unused"), [(0, ["peer"]), (16, [])])
 def test_a_trial_without_the_imports_that_it_is_for_has_failed(peer_tokens: int, unused: list[str]) -> None:
-    one = RequestResult("one", [0] * 20, parts=(("default", 0),), told_parts=(("default", 0),))
-    one.usage = Usage(20, 1, 16, peer_tokens=peer_tokens)
+    answer = answered(("default", 0), usage=Usage(20, 1, 16, peer_tokens=peer_tokens))
+    one = RequestResult("one", [0] * 20, answer=answer, told_parts=answer.parts)
     trial = TrialResult([one], freed_after=0.0)
     report = TrialReport(trial, RIGHT, set(), {}, ("peer",))
     assert (report.passed, report.as_dict()["unused_sources"]) == (not unused, unused)

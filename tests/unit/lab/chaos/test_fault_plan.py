@@ -15,27 +15,25 @@ from overfill.lab.chaos.fault_plan import (
     FAULTS,
     PHASES,
     TARGETS,
+    FaultChoice,
     PlannedFault,
-    draw,
-    matrix,
     read_report,
     rolling_restart,
-    targets_of,
 )
 from overfill.lab.chaos.trial import InjectedFault
 from overfill.lab.commands.chaos import chaos_command
 
 
 def test_a_seed_draws_the_same_faults() -> None:
-    whole = list(itertools.islice(draw(7, 2.0), 50))
-    assert list(itertools.islice(draw(7, 2.0), 50)) == whole
-    assert list(itertools.islice(draw(8, 2.0), 50)) != whole
-    assert {fault.kind for fault in itertools.islice(draw(7, 2.0), 500)} == set(FAULTS)
+    whole = list(itertools.islice(FaultChoice().draw(7, 2.0), 50))
+    assert list(itertools.islice(FaultChoice().draw(7, 2.0), 50)) == whole
+    assert list(itertools.islice(FaultChoice().draw(8, 2.0), 50)) != whole
+    assert {fault.kind for fault in itertools.islice(FaultChoice().draw(7, 2.0), 500)} == set(FAULTS)
     assert all(fault.target in TARGETS[fault.kind] for fault in whole)
 
 
 def test_drawn_faults_keep_to_the_given_kinds_phases_and_targets() -> None:
-    drawn = list(itertools.islice(draw(0, 1.0, ["kill", "slow"], ["handoff"], targets_of(False, ["decode"])), 40))
+    drawn = list(itertools.islice(FaultChoice(["kill", "slow"], ["handoff"], ["decode"]).draw(0, 1.0), 40))
     assert {(f.kind, f.phase, f.target) for f in drawn} == {
         ("kill", "handoff", "decode"),
         ("slow", "handoff", "client"),  # its only target
@@ -43,22 +41,24 @@ def test_drawn_faults_keep_to_the_given_kinds_phases_and_targets() -> None:
 
 
 def test_a_process_vanishes_with_its_host_only() -> None:
-    assert targets_of(hosts=False) == TARGETS
-    assert targets_of(hosts=True) == TARGETS | {"vanish": ("router", "prefill", "decode", "client")}
-    assert targets_of(True, ["decode", "client"])["vanish"] == ("decode", "client")
+    on_hosts, some = FaultChoice(hosts=True), FaultChoice(targets=["decode", "client"], hosts=True)
+    assert {fault: FaultChoice().targets_of(fault) for fault in FAULTS} == TARGETS
+    everywhere = {"vanish": ("router", "prefill", "decode", "client")}
+    assert {fault: on_hosts.targets_of(fault) for fault in FAULTS} == TARGETS | everywhere
+    assert some.targets_of("vanish") == ("decode", "client")
 
 
 def test_a_matrix_has_every_cell_as_often_as_asked_and_every_target() -> None:
-    faults = matrix(0, 6)
+    faults = FaultChoice().matrix(0, 6)
     cells = Counter((f.kind, f.phase) for f in faults)
     assert cells == dict.fromkeys(itertools.product(FAULTS, PHASES), 6)
     assert {(f.kind, f.target) for f in faults} == {(f, t) for f in FAULTS for t in TARGETS[f]}
     assert [f.number for f in faults] == list(range(len(faults)))
-    assert matrix(0, 6) == faults != matrix(1, 6)
+    assert FaultChoice().matrix(0, 6) == faults != FaultChoice().matrix(1, 6)
 
 
 def test_the_faults_of_a_report_are_those_that_were_injected(tmp_path: Path) -> None:
-    faults = list(itertools.islice(draw(3, 1.0), 9))
+    faults = list(itertools.islice(FaultChoice().draw(3, 1.0), 9))
     report = tmp_path / "report.json"
     injected = [
         asdict(InjectedFault(**asdict(fault), at=1.0, victim="decode-0", request="chaos-1", took=2.0))
@@ -82,7 +82,7 @@ def test_a_rolling_restart_drains_each_worker_once_in_their_order(tmp_path: Path
 
 
 def test_faults_hit_a_worker_one_of_its_ranks_or_all_of_them(tmp_path: Path) -> None:
-    faults = matrix(0, 40, ["kill", "freeze", "drain"], ["decode"], num_ranks={"decode": 2})
+    faults = FaultChoice(["kill", "freeze", "drain"], ["decode"], num_ranks={"decode": 2}).matrix(0, 40)
     hit = {kind: {(f.target, f.ranks) for f in faults if f.kind == kind} for kind in ("kill", "freeze", "drain")}
     whole = {(target, ()) for target in TARGETS["drain"]}
     ranks = {("decode", (0,)), ("decode", (1,)), ("decode", (0, 1))}

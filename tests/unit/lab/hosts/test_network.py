@@ -22,7 +22,7 @@ def test_without_root_the_error_says_so(as_root, monkeypatch):
         pass
 
 
-@pytest.mark.parametrize(("program", "package"), [("ip", "iproute2"), ("tc", "iproute2"), ("nsenter", "util-linux")])
+@pytest.mark.parametrize(("program", "package"), [("ip", "iproute2"), ("nsenter", "util-linux")])
 def test_a_missing_program_is_named_with_its_package(as_root, monkeypatch, program, package):
     monkeypatch.setattr(network.shutil, "which", lambda name: None if name == program else f"/usr/sbin/{name}")
     with pytest.raises(CannotMakeHosts, match=f"the program {program} is missing, .*: install {package}"):

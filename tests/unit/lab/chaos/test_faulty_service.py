@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import faulty_service as faults
 import pytest
 
 from overfill.engine.vllm.store import VllmKvStore
 from overfill.kv.cache import KvCache
-from overfill.lab.faults import service as faults
 from overfill.settings.config import DecodeConfig
 
 

@@ -34,6 +34,7 @@ class TcpProxy:
         self._rng = random.Random(seed)
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._partitions = 0
         self._open = asyncio.Event()
         self._open.set()
         self.address = ""
@@ -55,12 +56,18 @@ class TcpProxy:
         self._target = (host, int(port))
 
     def partition(self) -> None:
-        """Stops all traffic in both directions. Connections stay open; new ones are accepted but not forwarded."""
+        """Stops all traffic in both directions, until ``heal`` is called as often.
+
+        Connections stay open; new ones are accepted but not forwarded.
+        """
+        self._partitions += 1
         self._open.clear()
 
     def heal(self) -> None:
-        """Ends the partition. Data held back is forwarded first."""
-        self._open.set()
+        """Ends a partition. After the last one, data held back is forwarded first."""
+        self._partitions -= 1
+        if not self._partitions:
+            self._open.set()
 
     def cut(self) -> None:
         """Closes every connection. New ones are forwarded as usual."""

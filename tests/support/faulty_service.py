@@ -1,4 +1,4 @@
-"""Runs a service with one fault in it: ``python -m overfill.lab.faults.service FAULT MODULE [ARGS...]``.
+"""Runs a service with one fault in it: ``python -m tests.support.faulty_service FAULT MODULE [ARGS...]``.
 
 ``hang-step``, ``out-of-memory`` and ``slow-steps`` work on either engine. vLLM is recognised by the setting ``engine``.
 ``poison`` and ``share-answers`` are for vLLM only.
@@ -41,7 +41,7 @@ from overfill.kv.blocks import BlockPool
 from overfill.kv.cache import KvCache
 from overfill.kv.chunks import Chunk
 from overfill.kv.keys import token_bytes
-from overfill.lab.faults.patching import around, damage_received, runs_vllm
+from overfill.lab.chaos.patching import around, damage_received, runs_vllm
 from overfill.model.quantize import Int8Matrix
 from overfill.model.transformer import Transformer
 
@@ -190,7 +190,7 @@ FAULTS = {install.__name__.replace("_", "-"): install for install in _FAULTS}
 def main() -> None:
     """Installs ``sys.argv[1]`` and runs the module ``sys.argv[2]`` as ``__main__`` with the rest."""
     if len(sys.argv) < 3 or sys.argv[1] not in FAULTS:
-        print(f"usage: python -m overfill.lab.faults.service {{{','.join(FAULTS)}}} MODULE [ARGS...]", file=sys.stderr)
+        print(f"usage: python -m tests.support.faulty_service {{{','.join(FAULTS)}}} MODULE [ARGS...]", file=sys.stderr)
         raise SystemExit(2)
     fault, module = sys.argv[1:3]
     FAULTS[fault]()

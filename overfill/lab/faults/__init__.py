@@ -1,1 +1,0 @@
-"""Tools that inject faults into services and into the connections between them."""
