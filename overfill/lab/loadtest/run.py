@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any
 
 from overfill.lab.loadtest.plan import LoadPlan
 from overfill.lab.traffic.figures import latencies
@@ -66,7 +65,7 @@ def run_test(
 
 
 def _target(plan: LoadPlan, tls: ClientTls | None, api_key: str | None) -> OpenAiTarget | GrpcTarget:
-    own: dict[str, Any] = {"fallback": plan.fallback, "allow_brownout": plan.allow_brownout}
+    own = {name: value for name in ("fallback", "allow_brownout") if (value := getattr(plan, name))}
     if plan.http:
         return OpenAiTarget(plan.target, plan.model, api_key, tls=tls, **own)
     return GrpcTarget(plan.address, tls, api_key, **own)
