@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from io import StringIO
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from overfill.version import __version__
 
 _BINS = 40
 _MIN_PER_BIN = 5
+_TENTHS = 10
+"""Number of groups, by time to first token, in the plot of its parts."""
 _FAILURES = 20
 """Number of errors that the report lists, the most frequent first."""
 _WIDTH = 120
@@ -102,8 +104,10 @@ def _plots(done: Sequence[Outcome]) -> str:
         _stack(axes["over time"], bins, 0.9 * width)
         axes["over time"].set(xlabel=_DUE, ylabel="mean (ms)")
         axes["over time"].set_title("Parts of the time to first token", loc="left")
-        ranked = np.array(sorted(timed, key=lambda outcome: outcome.ttft), dtype=object)
-        _stack(axes["by rank"], dict(enumerate(np.array_split(ranked, min(10, len(ranked))), 1)), 0.9)
+        ranked = sorted(timed, key=lambda outcome: outcome.ttft)
+        ends = [len(ranked) * tenth // _TENTHS for tenth in range(_TENTHS + 1)]
+        tenths = enumerate(pairwise(ends), 1)
+        _stack(axes["by rank"], {tenth: ranked[low:high] for tenth, (low, high) in tenths if low < high}, 0.9)
         axes["by rank"].set(xlabel="tenth of the answers, fastest first")
         labels = axes["by rank"].get_legend_handles_labels()
         figure.legend(*labels, ncols=8, loc="outside lower center", fontsize="small", frameon=False)
@@ -131,5 +135,5 @@ def _stack(axes: Any, groups: Mapping[float, Sequence[Outcome]], width: float) -
     for name in (*TTFT_PARTS, "unattributed"):
         heights = [1e3 * np.mean([max(0.0, one.ttft_parts[name]) for one in group]) for group in groups.values()]
         axes.bar([*groups], heights, width, bottom=bottom, label=name.replace("_", " "))
-        bottom = bottom + heights
+        bottom += heights
     axes.grid(axis="y", alpha=0.3)
