@@ -14,7 +14,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from overfill.client import TTFT_PARTS
 from overfill.lab.loadtest.plan import LoadPlan
@@ -66,7 +66,7 @@ def _description(plan: LoadPlan, outcomes: Sequence[Outcome]) -> str:
 def _failures(outcomes: Sequence[Outcome]) -> list[Table]:
     """Returns a table of the most frequent errors; none if no request failed."""
     errors = Counter(outcome.error for outcome in outcomes if outcome.error is not None)
-    table = Table("times", "error")
+    table = Table("times", Column("error", overflow="fold"))
     for error, count in errors.most_common(_FAILURES):
         table.add_row(str(count), error[:300])
     return [table] if errors else []
@@ -74,7 +74,7 @@ def _failures(outcomes: Sequence[Outcome]) -> list[Table]:
 
 def _options(plan: LoadPlan) -> Table:
     """Returns a table of the options that are set. Of a path only the file name, to reveal no folder names."""
-    table = Table("option", "value")
+    table = Table("option", Column("value", overflow="fold"))
     for name, value in ((field.name, getattr(plan, field.name)) for field in fields(plan)):
         if value:
             shown = value.name if isinstance(value, Path) else ", ".join(value) if name == "tier" else str(value)
