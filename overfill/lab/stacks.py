@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from overfill.client import Client
+from overfill.lab.cpu_clock import cpu_seconds
 from overfill.stack.describe import describe
 from overfill.stack.placed import place
 from overfill.stack.process_runner import running
@@ -23,12 +24,18 @@ class ServedStack:
         url: its OpenAI endpoint, including ``/v1``.
         model: name of its model.
         processes: name of each process -> its id; the router is ``router``.
+        tiers: name of each worker that decodes -> its tier.
     """
 
     address: str
     url: str
     model: str
     processes: Mapping[str, int]
+    tiers: Mapping[str, str]
+
+    def cpu_seconds(self, tier: str) -> float:
+        """Returns the CPU time so far of what serves a tier: the router, the prefill workers, its decode workers."""
+        return cpu_seconds(*(id for name, id in self.processes.items() if self.tiers.get(name, tier) == tier))
 
 
 @contextmanager
@@ -50,6 +57,6 @@ def served(
         with Client(stack.addresses[0]) as client:
             model, status = client.models()[0].name, client.status()
         workers = {worker.id: stack.worker(worker.id).pid for worker in placed.workers}
-        yield ServedStack(
-            stack.addresses[0], f"http://{status.http_address}/v1", model, {"router": status.process.pid, **workers}
-        )
+        tiers = {worker.id: worker.tier for worker in placed.workers if worker.tier is not None}
+        url, processes = f"http://{status.http_address}/v1", {"router": status.process.pid, **workers}
+        yield ServedStack(stack.addresses[0], url, model, processes, tiers)

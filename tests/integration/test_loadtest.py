@@ -37,7 +37,7 @@ def test_a_trace_over_grpc_meets_its_objectives(stack, tmp_path, capfd):
     assert [len(record["times"]) for record in found] == [10] * 6
     assert [round(record["due"], 3) for record in found] == pytest.approx([0.05 * i for i in range(6)], abs=0.01)
     assert all(record["timing"]["prefill_compute"] > 0 for record in found)
-    assert page.read_text().count("<svg") == 2
+    assert page.read_text().count("<svg") == 1
 
 
 def test_users_over_openai_miss_an_impossible_objective(stack, tmp_path, capfd):

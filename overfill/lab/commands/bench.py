@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import click
 
 from overfill.lab.commands.bench_curve import curve_command
@@ -14,6 +16,9 @@ from overfill.lab.commands.bench_vllm import vllm_command
 @click.group("bench")
 def bench_group() -> None:
     """Measure engines, the router, or whole servers on this machine."""
+    # SIGTERM stops a command's servers, as Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    click.get_current_context().call_on_close(lambda: signal.signal(signal.SIGTERM, before))
 
 
 for command in (

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from overfill.model.manifest import Pair
 
-_F = TypeVar("_F", bound=Callable[..., Any])
+pair_option = click.option(
+    "--pair", default="default", show_default=True, help="default, fast, identity, or the folder of a pair."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON line per figure instead of a table.")
+install_option = click.option(
+    "--install", is_flag=True, help="First install missing peers and tools into OVERFILL_HOME/envs."
+)
 
 
 class Listed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -34,32 +41,8 @@ class Listed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
         return tuple(self._item.convert(part.strip(), param, ctx) for part in parts)
 
 
-class Counts(Listed):
-    """A comma-separated list of positive whole numbers, such as ``1,8,32``."""
-
-    def __init__(self) -> None:
-        super().__init__("numbers", click.IntRange(1))
-
-
-def pair_option(command: _F) -> _F:
-    """``--pair``: the model pair to run."""
-    return click.option(
-        "--pair", default="default", show_default=True, help="default, fast, identity, or the folder of a pair."
-    )(command)
-
-
-def json_option(command: _F) -> _F:
-    """``--json``: a line per figure instead of a table."""
-    return click.option("--json", "as_json", is_flag=True, help="Print a JSON line per figure instead of a table.")(
-        command
-    )
-
-
-def install_option(command: _F) -> _F:
-    """``--install``: whether to install peers and tools that are missing."""
-    return click.option(
-        "--install", is_flag=True, help="First install missing peers and tools into OVERFILL_HOME/envs."
-    )(command)
+Counts = partial(Listed, "numbers", click.IntRange(1))
+"""Type of a comma-separated list of positive whole numbers, such as ``1,8,32``."""
 
 
 def peer_pythons(peers: Iterable[str], install: bool) -> dict[str, Path]:
@@ -81,20 +64,14 @@ def peer_pythons(peers: Iterable[str], install: bool) -> dict[str, Path]:
     return found
 
 
-def pair_folder(name: str) -> Path:
-    """Folder of a pair; prepares a named pair on first use, with progress bars."""
+def load_pair(name: str) -> Pair:
+    """Loads the manifest of a pair; prepares a named pair on first use, with progress bars."""
     from overfill.cli.progress import show_progress
+    from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
 
     with show_progress() as report:
-        return resolve_pair(name, report)
-
-
-def load_pair(name: str) -> Pair:
-    """Loads the manifest of a pair, as ``pair_folder`` finds it."""
-    from overfill.model.manifest import Pair
-
-    return Pair.load(pair_folder(name))
+        return Pair.load(resolve_pair(name, report))
 
 
 def log_line(process: str, line: str) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 from overfill.cli.options import TIER
-from overfill.cli.output import console
 from overfill.lab.commands.bench_options import json_option, log_line
 from overfill.settings.tiers import TierSpec
 
@@ -68,21 +67,21 @@ def quality_command(
     threads: int | None,
     write: Path | None,
     as_json: bool,
-) -> None:
+) -> int:
     """Measure what tiers and adapters answer right, how fast, and what a right answer costs.
 
     Four synthetic tasks read the same prompts; an answer is right if its text is exactly the expected one. A tier is
     asked all tasks, an adapter its own. The stack keeps no KV of prompts, so that every writer pays for its own. CPU
-    seconds are those of the router and all workers; with --target they are not known.
+    seconds are those of the router, the prefill workers and the tier's decode workers; with --target they are not
+    known. Exits with 1 when a request failed.
 
     With --write, write the tasks' training data, and measure nothing.
     """
     from overfill.api.tokenizer import Tokenizer
     from overfill.cli.progress import show_progress
-    from overfill.lab.cpu_clock import cpu_seconds
     from overfill.lab.measurement import print_measurements
     from overfill.lab.stacks import served
-    from overfill.lab.tasks.quality import measure_quality, quality_table
+    from overfill.lab.tasks.quality import measure_quality
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
 
@@ -94,28 +93,18 @@ def quality_command(
         tokenizer = Tokenizer.load(Pair.load(Path(tiers[0].pair)).full_path)
         if write is not None:
             _write(tokenizer, write)
-            return
+            return 0
         cpu = None
         if target is None:  # a stack without prefix caches
             settings = {"prefix_cache": False, "adapters": None if adapters is None else str(adapters.resolve())}
             stack = opened.enter_context(
                 served(Path(tiers[0].pair), settings=settings, log=log_line, tiers=tiers, threads=threads)
             )
-            target, cpu = stack.url, lambda: sum(map(cpu_seconds, stack.processes.values()))
-        found = list(
-            measure_quality(
-                target.rstrip("/"),
-                _exams(tokenizer, tokens, examples, shots),
-                {"prompt_tokens": tokens, "shots": shots, "answers": examples, "concurrency": concurrency},
-                concurrency=concurrency,
-                cpu=cpu,
-                report=report,
-            )
-        )
-    if as_json:
-        print_measurements(found, as_json)
-    else:
-        console().print(quality_table(found))
+            target, cpu = stack.url, stack.cpu_seconds
+        exams = _exams(tokenizer, tokens, examples, shots)
+        of = {"prompt_tokens": tokens, "shots": shots, "answers": examples, "concurrency": concurrency}
+        found = list(measure_quality(target, exams, of, concurrency=concurrency, cpu=cpu, report=report))
+    return print_measurements(found, as_json)
 
 
 def _write(tokenizer: Tokenizer, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import Any
 
@@ -43,7 +42,7 @@ def loadtest_command(connection: ClientConnection, **options: Any) -> int:
         plan = LoadPlan(target=connection.address, **options)
         requests = plan.load()  # reports an unreadable trace before anything starts
     try:
-        outcomes = run_test(plan, requests, connection.tls, connection.api_key or None, sys.stderr)
+        outcomes = run_test(plan, requests, connection.tls, connection.api_key or None)
     except RequestFailed as error:
         return nothing_measured(str(error))
     return conclude(plan, outcomes)

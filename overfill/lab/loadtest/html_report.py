@@ -1,76 +1,58 @@
-"""Writes the report of a load test: one self-contained HTML file with plots. Needs no display."""
+"""Writes the report of a load test: one self-contained HTML file with tables and plots. Needs no display."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from html import escape
 from io import StringIO
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from rich.table import Table
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Column, Table
 
 from overfill.client import TTFT_PARTS
 from overfill.lab.loadtest.plan import LoadPlan
 from overfill.lab.traffic.outcome import PERCENTILES, Outcome, samples
 from overfill.version import __version__
 
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
-
 _BINS = 40
 _MIN_PER_BIN = 5
-_GROUPS = 10
+_TENTHS = 10
 """Number of groups, by time to first token, in the plot of its parts."""
 _FAILURES = 20
 """Number of errors that the report lists, the most frequent first."""
-_COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#9c9c9c")
+_WIDTH = 120
+_LATENCIES = {"ttft": "first token", "itl": "between tokens", "e2e": "end to end"}
 _DUE = "when the request was to be sent, seconds since the start"
-_LINES = {50: "#1b9e77", 90: "#d95f02", 99: "#7570b3"}
-
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .8rem;border-bottom:1px solid #ddd;text-align:left}
-svg{width:100%;height:auto}h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}
-"""
+_STYLE = "body{font-family:sans-serif;max-width:62rem;margin:auto}pre{line-height:1.2;overflow-x:auto}svg{width:100%}"
 
 
 def write_report(
-    path: Path, plan: LoadPlan, outcomes: Sequence[Outcome], tables: Mapping[str, Table], passed: bool
+    path: Path, plan: LoadPlan, outcomes: Sequence[Outcome], tables: Iterable[Table], passed: bool
 ) -> None:
-    """Writes the report to ``path``. ``outcomes`` are sorted by due time; times count from the start of the test.
-
-    Args:
-        tables: by title. The page shows the last one, the objectives, first.
-    """
+    """Writes the report to ``path``. ``outcomes`` are sorted by due time; times count from the start of the test."""
     late = [1e3 * (outcome.sent - outcome.due) for outcome in outcomes if outcome.sent is not None] or [0.0]
-    errors = Counter(outcome.error for outcome in outcomes if outcome.error is not None).most_common(_FAILURES)
-    found = [
-        _table(
-            title, [str(column.header) for column in table.columns], zip(*(c.cells for c in table.columns), strict=True)
-        )
-        for title, table in tables.items()
-    ]
-    body = [
-        f"<h1>Load test: {'every objective met' if passed else 'objectives missed'}</h1>",
-        f"<p>{escape(_description(plan, outcomes))}</p>",
-        *found[-1:],
-        *found[:-1],
-        f"<p>The client sent 99 % of the requests within {np.percentile(late, 99):.1f} ms of when due.</p>",
-        *_plots([outcome for outcome in outcomes if outcome.ok]),
-    ]
-    if errors:
-        body.append(_table("Failures", ("times", "error"), ((count, error[:300]) for error, count in errors)))
-    body.append(_table("Options", ("option", "value"), _options(plan)))
+    done = [outcome for outcome in outcomes if outcome.ok]
+    text = Console(file=StringIO(), record=True, width=_WIDTH, highlight=False, markup=False, emoji=False)
+    text.print(
+        _description(plan, outcomes),
+        f"The client sent 99 % of the requests within {np.percentile(late, 99):.1f} ms of when due.",
+        *tables,
+        *_failures(outcomes),
+        _options(plan),
+        sep="\n",
+    )
     path.write_text(
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Load test</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(body)}<p>overfill {__version__}</p></body></html>\n",
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Load test</title><style>{_STYLE}</style>'
+        f"</head><body><h1>Load test: {'every objective met' if passed else 'objectives missed'}</h1>\n"
+        f"{text.export_html(code_format='<pre>{code}</pre>', inline_styles=True)}\n{_plots(done) if done else ''}"
+        f"<p>overfill {__version__}</p></body></html>\n",
         encoding="utf-8",
     )
 
@@ -81,96 +63,77 @@ def _description(plan: LoadPlan, outcomes: Sequence[Outcome]) -> str:
     return f"{source}, {pace}, {'OpenAI over HTTP' if plan.http else 'gRPC'}."
 
 
-def _options(plan: LoadPlan) -> list[tuple[str, str]]:
-    """Returns the options that are set. Of a path only the file name, to reveal no folder names."""
-    values = ((field.name, getattr(plan, field.name)) for field in fields(plan))
-    return [
-        (name, value.name if isinstance(value, Path) else ", ".join(value) if name == "tier" else str(value))
-        for name, value in values
-        if value
-    ]
+def _failures(outcomes: Sequence[Outcome]) -> list[Table]:
+    """Returns a table of the most frequent errors; none if no request failed."""
+    errors = Counter(outcome.error for outcome in outcomes if outcome.error is not None)
+    table = Table("times", Column("error", overflow="fold"))
+    for error, count in errors.most_common(_FAILURES):
+        table.add_row(str(count), error[:300])
+    return [table] if errors else []
 
 
-def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    cells = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<h2>{title}</h2><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table>"
+def _options(plan: LoadPlan) -> Table:
+    """Returns a table of the options that are set. Of a path only the file name, to reveal no folder names."""
+    table = Table("option", Column("value", overflow="fold"))
+    for name, value in ((field.name, getattr(plan, field.name)) for field in fields(plan)):
+        if value:
+            shown = value.name if isinstance(value, Path) else ", ".join(value) if name == "tier" else str(value)
+            table.add_row(name, shown)
+    return table
 
 
-def _plots(done: Sequence[Outcome]) -> list[str]:
-    plots = ["<h2>Latencies over time</h2>", _svg(lambda: _over_time(done))] if done else []
-    if timed := [outcome for outcome in done if outcome.ttft_parts]:
-        plots += [
-            "<h2>Parts of the time to first token</h2>",
-            "<p>Left: means over time. Right: means per tenth of the answers, from the fastest to the slowest. "
-            "Time that no part of the server covers is unattributed: network and client.</p>",
-            _svg(lambda: _parts(timed)),
-        ]
-    return plots
-
-
-def _over_time(done: Sequence[Outcome]) -> Any:
-    figure, rows = plt.subplots(3, 1, figsize=(10, 8), sharex=True)
-    bins = _binned(done)
-    for axes, name, label in zip(
-        rows, ("ttft", "itl", "e2e"), ("first token", "between tokens", "end to end"), strict=True
-    ):
+def _plots(done: Sequence[Outcome]) -> str:
+    """Returns an SVG: latencies over time, and parts of the time to first token if the server tells them."""
+    timed = [outcome for outcome in done if outcome.ttft_parts]
+    rows: Any = [[name, name] for name in _LATENCIES] + ([["over time", "by rank"]] if timed else [])
+    figure = Figure(figsize=(10, 3 * len(rows)), layout="constrained")
+    axes: dict[str, Any] = figure.subplot_mosaic(rows)
+    bins, _ = _over_time(done)
+    for name, label in _LATENCIES.items():
+        values = {middle: found for middle, part in bins.items() if (found := samples(part, name))}
         for percentile in PERCENTILES:
-            points = [
-                (middle, 1e3 * np.percentile(values, percentile))
-                for middle, _, of_bin in bins
-                if (values := samples(of_bin, name))
-            ]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=_LINES[percentile], marker=".", label=f"p{percentile}")
-        axes.set(ylabel=f"{label} (ms)", ylim=(0, None))
-        axes.grid(alpha=0.3)
-    # Above the axes, because the highest points are often the last ones.
-    rows[0].legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
-    rows[-1].set_xlabel(_DUE)
-    return figure
+            heights = [1e3 * np.percentile(found, percentile) for found in values.values()]
+            axes[name].plot([*values], heights, marker=".", label=f"p{percentile}")
+        axes[name].set(ylabel=f"{label} (ms)", xlim=(0, max(1e-3, done[-1].due)), ylim=(0, None))
+        axes[name].grid(alpha=0.3)
+    axes["ttft"].set_title("Latencies over time", loc="left")
+    axes["ttft"].legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    axes["e2e"].set_xlabel(_DUE)
+    if timed:
+        bins, width = _over_time(timed)
+        _stack(axes["over time"], bins, 0.9 * width)
+        axes["over time"].set(xlabel=_DUE, ylabel="mean (ms)")
+        axes["over time"].set_title("Parts of the time to first token", loc="left")
+        ranked = sorted(timed, key=lambda outcome: outcome.ttft)
+        ends = [len(ranked) * tenth // _TENTHS for tenth in range(_TENTHS + 1)]
+        tenths = enumerate(pairwise(ends), 1)
+        _stack(axes["by rank"], {tenth: ranked[low:high] for tenth, (low, high) in tenths if low < high}, 0.9)
+        axes["by rank"].set(xlabel="tenth of the answers, fastest first")
+        labels = axes["by rank"].get_legend_handles_labels()
+        figure.legend(*labels, ncols=8, loc="outside lower center", fontsize="small", frameon=False)
+    svg = StringIO()
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(svg, format="svg")
+    return svg.getvalue()[svg.getvalue().index("<svg") :]
 
 
-def _parts(timed: Sequence[Outcome]) -> Any:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), sharey=False)
-    middles, widths, of_bins = zip(*_binned(timed), strict=True)
-    _stack(left, middles, of_bins, max(1e-3, 0.9 * widths[0]))
-    left.set(xlabel=_DUE, ylabel="time to first token (ms)")
-    ranked = sorted(timed, key=lambda outcome: outcome.ttft)
-    groups = [list(group) for group in np.array_split(np.array(ranked, dtype=object), _GROUPS) if len(group)]
-    _stack(right, range(1, len(groups) + 1), groups, 0.9)
-    right.set(xlabel="tenth of the answers, fastest first", xticks=range(1, len(groups) + 1))
-    handles = right.get_legend_handles_labels()
-    figure.legend(*handles, ncols=len(_COLOURS), loc="upper center", fontsize="small", frameon=False)
-    return figure
+def _over_time(done: Sequence[Outcome]) -> tuple[dict[float, list[Outcome]], float]:
+    """Divides outcomes, sorted by due time, into parts of equal duration.
+
+    Returns:
+        The outcomes of each part that has some, by its middle, and the parts' duration; both times in seconds.
+    """
+    count = max(1, min(_BINS, len(done) // _MIN_PER_BIN))
+    width = max(1e-3, done[-1].due) / count
+    parts = groupby(done, lambda outcome: min(count - 1, int(outcome.due / width)))
+    return {(index + 0.5) * width: list(part) for index, part in parts}, width
 
 
-def _stack(axes: Any, places: Sequence[float], groups: Sequence[Sequence[Outcome]], width: float) -> None:
+def _stack(axes: Any, groups: Mapping[float, Sequence[Outcome]], width: float) -> None:
+    """Draws a bar at the place of each group: the means of the parts of the time to first token."""
     bottom = np.zeros(len(groups))
-    for name, colour in zip((*TTFT_PARTS, "unattributed"), _COLOURS, strict=True):
-        heights = np.array(
-            [1e3 * np.mean([max(0.0, outcome.ttft_parts[name]) for outcome in group]) for group in groups]
-        )
-        axes.bar(places, heights, width, bottom=bottom, color=colour, label=name.replace("_", " "))
+    for name in (*TTFT_PARTS, "unattributed"):
+        heights = [1e3 * np.mean([max(0.0, one.ttft_parts[name]) for one in group]) for group in groups.values()]
+        axes.bar([*groups], heights, width, bottom=bottom, label=name.replace("_", " "))
         bottom += heights
     axes.grid(axis="y", alpha=0.3)
-
-
-def _binned(done: Sequence[Outcome]) -> list[tuple[float, float, list[Outcome]]]:
-    """Divides outcomes by due time. Returns the middle, the width and the outcomes of each part that has some."""
-    count = max(1, min(_BINS, len(done) // _MIN_PER_BIN))
-    edges = np.linspace(0.0, max(1e-3, *(outcome.due for outcome in done)), count + 1)
-    places = np.clip(np.searchsorted(edges, [outcome.due for outcome in done], side="right") - 1, 0, count - 1)
-    parts = [[one for one, place in zip(done, places, strict=True) if place == part] for part in range(count)]
-    bins = zip(pairwise(map(float, edges)), parts, strict=True)
-    return [((low + high) / 2, high - low, part) for (low, high), part in bins if part]
-
-
-def _svg(draw: Callable[[], Any]) -> str:
-    with mpl.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "overfill"}):
-        figure = draw()
-        figure.tight_layout()
-        text = StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-        plt.close(figure)
-    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -171,7 +171,7 @@ class LoadPlan:
             requests = requests if self.rate is None else set_rate(requests, self.rate)
         elif self.rate is not None:
             count = self.requests or int(self.rate * self.seconds * 2) + 100
-            requests = synthetic(count, "poisson", self.rate, self.prompt_tokens, self.output_tokens, self.seed)
+            requests = synthetic(count, self.rate, self.prompt_tokens, self.output_tokens, self.seed)
         else:
             requests = [TraceRequest(0.0, self.prompt_tokens, self.output_tokens)]
         if self.open_loop:

@@ -26,16 +26,10 @@ def conclude(plan: LoadPlan, outcomes: Sequence[Outcome]) -> int:
     if not outcomes:
         return nothing_measured("no request was sent")
     verdicts = judge(plan.objectives, outcomes)
-    shown: dict[str, Sequence[Measurement]] = {
-        "Figures": figures(outcomes),
-        "Tiers": [*_of_tiers(outcomes, of_each_request(verdicts))],
-        "Objectives": verdicts,
-    }
-    tables = {title: measurements_table(rows, _PERCENTILES) for title, rows in shown.items() if rows}
-    if sys.stderr.isatty():
-        print(file=sys.stderr)  # below the progress line
-    for table in tables.values():
-        console().print(table)
+    of_tiers = list(_of_tiers(outcomes, of_each_request(verdicts)))
+    shown: list[Sequence[Measurement]] = [figures(outcomes), of_tiers, verdicts]
+    tables = [measurements_table(rows, _PERCENTILES) for rows in shown if rows]
+    console().print(*tables, sep="\n")
     if errors := [outcome.error or "" for outcome in outcomes if not outcome.ok]:
         print(f"loadtest: {len(errors)} requests failed; the first: {errors[0]}", file=sys.stderr)
     missed = [verdict for verdict in verdicts if not verdict.reached]
@@ -53,7 +47,7 @@ def conclude(plan: LoadPlan, outcomes: Sequence[Outcome]) -> int:
 
 
 def nothing_measured(reason: str) -> int:
-    print(f"\nloadtest: nothing was measured: {reason}", file=sys.stderr)
+    print(f"loadtest: nothing was measured: {reason}", file=sys.stderr)
     return NOT_MEASURED
 
 

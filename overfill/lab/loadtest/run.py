@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any, TextIO
 
 from overfill.lab.loadtest.plan import LoadPlan
 from overfill.lab.traffic.figures import latencies
@@ -21,16 +21,15 @@ _WARM_UP_TOKENS = (64, 4)  # prompt, answer
 _WARM_UP_BLOCK = -1
 """Block of the warm-up's prompt, which no trace has. So no later prompt finds it in a prefix cache."""
 
-_TERMINAL_SECONDS = 1.0
-_LOG_SECONDS = 10.0
+_LINE_SECONDS = 10.0
 _RECENT = 500
 """Number of the latest outcomes whose latencies the progress line shows."""
 
 
 def run_test(
-    plan: LoadPlan, requests: Iterable[TraceRequest], tls: ClientTls | None, api_key: str | None, err: TextIO
+    plan: LoadPlan, requests: Iterable[TraceRequest], tls: ClientTls | None, api_key: str | None
 ) -> list[Outcome]:
-    """Plays the ``requests`` of a plan and writes progress to ``err``. Returns the outcomes, sorted by due time.
+    """Plays the ``requests`` of a plan, with progress on stderr. Returns the outcomes, sorted by due time.
 
     Ctrl-C ends the test. Requests that have not ended then have failed, and in an open loop those not sent too.
 
@@ -43,7 +42,7 @@ def run_test(
     async def play() -> None:
         async with _target(plan, tls, api_key) as target:
             await _warm_up(plan, target)
-            progress = asyncio.create_task(_show_progress(outcomes, total, err))
+            progress = asyncio.create_task(_show_progress(outcomes, total))
             try:
                 await run_load(
                     target,
@@ -66,7 +65,7 @@ def run_test(
 
 
 def _target(plan: LoadPlan, tls: ClientTls | None, api_key: str | None) -> OpenAiTarget | GrpcTarget:
-    own: dict[str, Any] = {"fallback": plan.fallback, "allow_brownout": plan.allow_brownout}
+    own = {name: value for name in ("fallback", "allow_brownout") if (value := getattr(plan, name))}
     if plan.http:
         return OpenAiTarget(plan.target, plan.model, api_key, tls=tls, **own)
     return GrpcTarget(plan.address, tls, api_key, **own)
@@ -81,20 +80,16 @@ async def _warm_up(plan: LoadPlan, target: Target) -> None:
             raise RequestFailed(outcome.error)
 
 
-async def _show_progress(outcomes: Sequence[Outcome], total: int | None, err: TextIO) -> None:
-    """Writes one line that is updated in a terminal, or a line every 10 s in a log."""
-    began, terminal = time.monotonic(), err.isatty()
-    start, end = ("\r\033[K", "") if terminal else ("", "\n")
+async def _show_progress(outcomes: Sequence[Outcome], total: int | None) -> None:
+    """Writes a line every 10 s."""
+    began = time.monotonic()
     while True:
-        await asyncio.sleep(_TERMINAL_SECONDS if terminal else _LOG_SECONDS)
+        await asyncio.sleep(_LINE_SECONDS)
+        recent = latencies(outcomes[-_RECENT:], ("ttft", "itl"))
         parts = [
             f"{time.monotonic() - began:.0f} s",
             f"{len(outcomes)}{'' if total is None else f' of {total}'} answered",
             f"{sum(not outcome.ok for outcome in outcomes)} failed",
-            *(
-                f"{one.name}_p90 {1e3 * (one.p90 or 0):.0f} ms"
-                for one in latencies(outcomes[-_RECENT:], ("ttft", "itl"))
-            ),
+            *(f"{one.name}_p90 {1e3 * (one.p90 or 0):.0f} ms" for one in recent),
         ]
-        err.write(f"{start}{', '.join(parts)}{end}")
-        err.flush()
+        print(", ".join(parts), file=sys.stderr, flush=True)

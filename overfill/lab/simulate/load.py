@@ -77,7 +77,7 @@ class Load:
                     "trace", f"{name!r}: expected synthetic:RATE or synthetic:RATE:REQUESTS, both above 0"
                 )
             count, rate = int(own["count"] or self.requests or 1000), float(own["rate"] or self.rate or 1.0)
-            return synthetic(count, "poisson", rate, *lengths, self.seed)
+            return synthetic(count, rate, *lengths, self.seed)
         if kind in get_args(TraceKind):
             requests = read_trace(Path(path), self.requests, kind)  # type: ignore[arg-type]
         else:

@@ -74,7 +74,9 @@ class CompletionEvents:
             raise RequestFailed(error_message(data))
         if ours := event.get("overfill"):
             choice = ours["choices"][0]
-            self.timing, self.tier = timing(choice["timing"]), choice.get("tier") or ""
+            known = {f.name: choice["timing"].get(f"{f.name}_ms") for f in fields(Timing)}
+            self.timing = Timing(**{name: None if ms is None else ms / 1e3 for name, ms in known.items()})
+            self.tier = choice.get("tier") or ""
         choices = event.get("choices") or ()
         text = "".join(choice.get("text") or (choice.get("delta") or {}).get("content") or "" for choice in choices)
         self.text += text
@@ -88,12 +90,6 @@ class CompletionEvents:
         """Call it when the stream has ended. Raises RequestFailed if the answer was incomplete."""
         if not self._finished:
             raise RequestFailed("the stream broke off")
-
-
-def timing(parts: dict[str, float | None]) -> Timing:
-    """Converts the milliseconds of an answer's ``overfill`` object."""
-    known = {f.name: parts.get(f"{f.name}_ms") for f in fields(Timing)}
-    return Timing(**{name: None if ms is None else ms / 1e3 for name, ms in known.items()})
 
 
 def error_message(text: str) -> str:

@@ -30,7 +30,7 @@ class OpenAiTarget:
         extensions: Use two extensions that vLLM and our endpoint have, and others may refuse: answers of full length
             (``ignore_eos``), and a token count in every message. Without them, every message counts as one token until
             the usage at the end corrects the number.
-        fallback, allow_brownout: Fields of every request that only our endpoint has.
+        own: Fields of every request that only our endpoint has: ``fallback`` and ``allow_brownout``.
     """
 
     def __init__(
@@ -41,14 +41,13 @@ class OpenAiTarget:
         *,
         tls: ClientTls | None = None,
         extensions: bool = True,
-        fallback: str = "",
-        allow_brownout: bool = False,
+        **own: Any,
     ) -> None:
         self._url = url.rstrip("/")
         self._model = model
         self._tls = tls
         self._extensions = extensions
-        self._own = {"fallback": fallback, "allow_brownout": allow_brownout}
+        self._own = own
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
 
     async def __aenter__(self) -> Self:
@@ -104,19 +103,11 @@ class GrpcTarget:
 
     Args:
         tls, key: Those of ``AsyncClient``.
-        fallback, allow_brownout: Fields of every request.
+        own: Options of every request: ``fallback`` and ``allow_brownout``.
     """
 
-    def __init__(
-        self,
-        address: str,
-        tls: ClientTls | None = None,
-        key: str | None = None,
-        *,
-        fallback: str = "",
-        allow_brownout: bool = False,
-    ) -> None:
-        self._fallback, self._allow_brownout = fallback, allow_brownout or None
+    def __init__(self, address: str, tls: ClientTls | None = None, key: str | None = None, **own: Any) -> None:
+        self._own = own
         try:
             self._client = AsyncClient(address, tls=tls, api_key=key)
         except ValueError as error:
@@ -135,13 +126,7 @@ class GrpcTarget:
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         tokens = 0
         try:
-            async with self._client.stream(
-                list(prompt),
-                sampling=sampling,
-                tier=tier,
-                fallback=self._fallback,
-                allow_brownout=self._allow_brownout,
-            ) as stream:
+            async with self._client.stream(list(prompt), sampling=sampling, tier=tier, **self._own) as stream:
                 async for delta in stream:
                     tokens += len(delta.token_ids)
                     yield tokens

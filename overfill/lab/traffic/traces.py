@@ -10,21 +10,22 @@ Two published formats are read. Neither contains text, only lengths.
 from __future__ import annotations
 
 import csv
-import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import islice
+from functools import partial
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, FiniteFloat, PositiveInt, ValidationError
 
 from overfill.errors import InvalidRequest
 
 MOONCAKE_BLOCK = 512
 """Prompt tokens per hash in Mooncake's traces."""
 
-Arrivals = Literal["poisson", "burst"]
 TraceKind = Literal["azure", "mooncake"]
 
 
@@ -72,8 +73,8 @@ def read_trace(path: Path, limit: int | None = None, kind: TraceKind | None = No
     kind = kind or ("azure" if path.suffix == ".csv" else "mooncake")
     try:
         with path.open(encoding="utf-8-sig") as lines:
-            records = _azure(path, lines) if kind == "azure" else _mooncake(path, lines)
-            requests = list(islice(records, limit))
+            records = islice(_azure(lines) if kind == "azure" else _mooncake(lines), limit)
+            requests = [_request(f"{path}, line {number}", read) for number, read in records]
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest("trace", f"{path} cannot be read: {error}") from None
     if not requests:
@@ -144,22 +145,11 @@ def scale_rate(requests: Sequence[TraceRequest], factor: float) -> list[TraceReq
     return [replace(request, arrival=request.arrival / factor) for request in requests]
 
 
-def synthetic(
-    count: int, arrivals: Arrivals, rate: float, prompt_tokens: int, output_tokens: int, seed: int
-) -> list[TraceRequest]:
-    """Returns ``count`` requests of equal length.
-
-    Args:
-        arrivals: ``poisson`` at ``rate`` per second on average; ``burst`` all at once, ignoring ``rate``.
-    """
+def synthetic(count: int, rate: float, prompt_tokens: int, output_tokens: int, seed: int) -> list[TraceRequest]:
+    """Returns ``count`` requests of equal length, with Poisson arrivals: on average ``rate`` per second."""
     generator = random.Random(seed)
-    requests = []
-    now = 0.0
-    for _ in range(count):
-        requests.append(TraceRequest(now, prompt_tokens, output_tokens))
-        if arrivals == "poisson":
-            now += generator.expovariate(rate)
-    return requests
+    arrivals = accumulate((generator.expovariate(rate) for _ in range(count - 1)), initial=0.0)
+    return [TraceRequest(arrival, prompt_tokens, output_tokens) for arrival in arrivals]
 
 
 def sessions(
@@ -196,55 +186,46 @@ def sessions(
     return [replace(request, arrival=request.arrival - start) for request in requests]
 
 
-def _azure(path: Path, lines: Iterator[str]) -> Iterator[TraceRequest]:
+class _AzureLine(BaseModel):
+    arrival: datetime = Field(alias="TIMESTAMP")
+    prompt_tokens: PositiveInt = Field(alias="ContextTokens")
+    output_tokens: PositiveInt = Field(alias="GeneratedTokens")
+
+    def request(self) -> TraceRequest:
+        return TraceRequest(self.arrival.timestamp(), self.prompt_tokens, self.output_tokens)
+
+
+class _MooncakeLine(BaseModel):
+    timestamp: FiniteFloat
+    input_length: PositiveInt
+    output_length: PositiveInt
+    hash_ids: tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...] = ()
+
+    def request(self) -> TraceRequest:
+        return TraceRequest(self.timestamp / 1e3, self.input_length, self.output_length, self.hash_ids)
+
+
+_Read = Callable[[], _AzureLine | _MooncakeLine]
+
+
+def _azure(lines: Iterator[str]) -> Iterator[tuple[int, _Read]]:
+    """Yields the number of each line, and what reads it."""
     reader = csv.DictReader(lines)
-    for row in reader:
-        where = f"{path}, line {reader.line_num}"
-        stamp = _field(where, row, "TIMESTAMP")
-        try:
-            # The trace has seven digits after the second; datetime parses six.
-            arrival = datetime.fromisoformat(str(stamp)[:26]).timestamp()
-        except ValueError:
-            raise InvalidRequest("trace", f"{where}: TIMESTAMP is not a date and time: {stamp!r}") from None
-        yield TraceRequest(arrival, _length(where, row, "ContextTokens"), _length(where, row, "GeneratedTokens"))
+    return ((reader.line_num, partial(_AzureLine.model_validate, row)) for row in reader)
 
 
-def _mooncake(path: Path, lines: Iterator[str]) -> Iterator[TraceRequest]:
-    for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise InvalidRequest("trace", f"{where}: not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise InvalidRequest("trace", f"{where}: must be an object, got {line.strip()[:60]}")
-        stamp, blocks = _field(where, record, "timestamp"), record.get("hash_ids", [])
-        if isinstance(stamp, bool) or not isinstance(stamp, (int, float)):
-            raise InvalidRequest("trace", f"{where}: timestamp must be a number of milliseconds, got {stamp!r}")
-        if not isinstance(blocks, list) or not all(type(block) is int and 0 <= block < 1 << 31 for block in blocks):
-            raise InvalidRequest("trace", f"{where}: hash_ids must be a list of whole numbers below 2**31")
-        lengths = _length(where, record, "input_length"), _length(where, record, "output_length")
-        yield TraceRequest(stamp / 1e3, *lengths, tuple(blocks))
+def _mooncake(lines: Iterator[str]) -> Iterator[tuple[int, _Read]]:
+    read = _MooncakeLine.model_validate_json
+    return ((number, partial(read, line)) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _field(where: str, record: Mapping[str, object], name: str) -> object:
-    value = record.get(name)
-    if value is None:
-        raise InvalidRequest("trace", f"{where}: {name} is missing; the fields are {', '.join(map(str, record))}")
-    return value
-
-
-def _length(where: str, record: Mapping[str, object], name: str) -> int:
-    value = _field(where, record, name)
+def _request(where: str, read: _Read) -> TraceRequest:
     try:
-        length = int(value) if isinstance(value, (int, str)) else 0
-    except ValueError:
-        length = 0
-    if length < 1:
-        raise InvalidRequest("trace", f"{where}: {name} must be a whole number of at least 1, got {value!r}")
-    return length
+        return read().request()
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        what = ": ".join([where, *map(str, wrong["loc"][:1]), wrong["msg"]])
+        raise InvalidRequest("trace", f"{what}, got {str(wrong['input'])[:60]!r}") from None
 
 
 def _ids(generator: random.Random, vocab_size: int, count: int) -> list[int]:

@@ -1,8 +1,12 @@
-"""Tests that ``overfill bench router`` runs and makes its measurements."""
+"""Tests the subcommands of ``overfill bench``, and that ``bench router`` makes its measurements."""
 
+import signal
+
+import click
 import pytest
 from click.testing import CliRunner
 
+from overfill.cli.main import main
 from overfill.lab.bench.router.cost import measure_cost
 from overfill.lab.commands.bench import bench_group
 
@@ -49,3 +53,18 @@ def test_the_installed_peers_are_measured_unless_others_are_named(arguments, mea
 def test_these_are_the_subcommands():
     names = ["curve", "decode", "prefill", "quality", "router", "vllm"]
     assert list(bench_group.commands) == names
+
+
+def test_sigterm_lets_a_benchmark_stop_its_servers(monkeypatch):
+    before, stopped = signal.getsignal(signal.SIGTERM), []
+
+    def measure():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            stopped.append(True)
+
+    monkeypatch.setitem(bench_group.commands, "wait", click.Command("wait", callback=measure))
+    assert main(["bench", "wait"]) == 130
+    assert stopped
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -18,7 +18,7 @@ def test_certificates_and_key_come_from_the_variables_of_client_commands(
 ) -> None:
     runs: list[Any] = []
 
-    def run_test(plan: LoadPlan, requests: Any, tls: Any, api_key: Any, err: Any) -> list[Any]:
+    def run_test(plan: LoadPlan, requests: Any, tls: Any, api_key: Any) -> list[Any]:
         runs.append((plan, tls, api_key))
         return []
 

@@ -41,7 +41,7 @@ def test_an_idle_stack_s_time_to_first_token_is_prefill_and_messages():
 
 @pytest.mark.parametrize("mtbf", [None, 5.0])
 def test_workers_with_both_stages_alone_answer_everything(mtbf):
-    trace = synthetic(80, "poisson", 4, 300, 100, 0)
+    trace = synthetic(80, 4, 300, 100, 0)
     result = run(trace, TIGHT, prefill=0, decode=0, colocated=3, mtbf=mtbf, seed=2, check=True)
     assert all(request.ok for request in result.requests)
     assert result.figures["workers.prefill"] == result.figures["workers.default"] >= 3, "each is in both pools"
@@ -63,7 +63,7 @@ def test_prompts_leave_the_answers_of_a_worker_with_both_stages_within_the_objec
 
 
 def test_runs_repeat_and_another_seed_differs():
-    trace = synthetic(200, "poisson", 4, 400, 60, 0)
+    trace = synthetic(200, 4, 400, 60, 0)
     scaling = ScalingConfig(prefill=Bounds(1, 4), decode=Bounds(1, 4), stabilise=10)
     runs = [run(trace, TIGHT, prefill=2, decode=2, mtbf=40, scaling=scaling, seed=seed) for seed in (1, 1, 2)]
     times = [[(r.first, r.last) for r in result.requests] for result in runs]
@@ -150,7 +150,7 @@ def test_a_draining_worker_occupies_its_machine_until_it_has_left():
 def test_what_is_too_large_or_too_much_is_refused():
     trace = [TraceRequest(0.0, 100, 10), TraceRequest(0.1, 5000, 10)]
     assert [r.error for r in run(trace, TIGHT).requests] == ["", "PromptTooLong"]
-    crowd = run(synthetic(200, "poisson", 20, 500, 50, 0), TIGHT, max_wait=1.0)
+    crowd = run(synthetic(200, 20, 500, 50, 0), TIGHT, max_wait=1.0)
     errors = [r.error for r in crowd.requests]
     assert set(errors) == {"", "Overloaded"}
     assert crowd.figures["failed"] == errors.count("Overloaded")
@@ -160,7 +160,7 @@ def test_what_prefill_sends_to_a_worker_that_has_just_died_is_lost():
     """Messages are slow, so first tokens and KV are in transit whenever a decode worker dies."""
     profile = replace(CPU, hop=0.3, startup=2)
     for seed in range(10):
-        trace = synthetic(40, "poisson", 3, 200, 50, seed)
+        trace = synthetic(40, 3, 200, 50, seed)
         result = run(trace, profile, prefill=2, decode=3, mtbf=5, seed=seed, check=True)
         assert all(request.ok for request in result.requests)
 
@@ -189,7 +189,7 @@ def test_prefixes_that_are_cached_are_not_computed_again():
 
 
 def test_sizes_meet_the_objective_and_one_worker_less_does_not():
-    trace = synthetic(150, "poisson", 6, 512, 64, 0)
+    trace = synthetic(150, 6, 512, 64, 0)
     profile = replace(CPU, decode=replace(CPU.decode, per_sequence=0.02))
     sizes = smallest_sizes(trace, profile, SimulationOptions(objective=OBJECTIVE), 0.95, costs=(3, 1))
     assert [size.value for size in sizes] == sorted(size.value for size in sizes)
@@ -209,7 +209,7 @@ TIERS = (SimTier("full", FULL, share=3, objective=HURRIED), SimTier("fast", CPU,
 
 def test_a_brownout_gives_answers_to_the_next_tier_instead_of_refusals():
     """Twice what the tier can do, then a fifth of it."""
-    trace = concatenate([synthetic(rate * 60, "poisson", rate, 200, 60, 0) for rate in (16, 2)])
+    trace = concatenate([synthetic(rate * 60, rate, 200, 60, 0) for rate in (16, 2)])
     options = {"prefill": 4, "tiers": TIERS, "max_wait": 1.0}
     refused = run(trace, **options)
     simulation = Simulation(trace, CPU, SimulationOptions(brownout=("full", "fast"), **options))
@@ -227,6 +227,6 @@ def test_a_brownout_gives_answers_to_the_next_tier_instead_of_refusals():
 def test_the_scaler_moves_the_pool_of_the_loaded_tier():
     scaling = ScalingConfig(prefill=Bounds(1, 4), decode=Bounds(1, 6))
     tiers = (SimTier("full", FULL, share=1, objective=HURRIED), SimTier("fast", CPU, share=0))
-    result = run(synthetic(900, "poisson", 15, 200, 60, 0), replace(CPU, startup=2), tiers=tiers, scaling=scaling)
+    result = run(synthetic(900, 15, 200, 60, 0), replace(CPU, startup=2), tiers=tiers, scaling=scaling)
     assert result.figures["workers.full"] > 2
     assert result.figures["workers.fast"] == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from click.testing import CliRunner, Result
 
 from overfill.api.tokenizer import Tokenizer
 from overfill.lab.commands.bench_quality import quality_command
+from overfill.lab.stacks import ServedStack
 from overfill.lab.tasks.cases import TASKS, cases, conversations
-from overfill.lab.traffic.outcome import RequestFailed
 from overfill.making.conversations import encode, read_conversations
 from overfill.model.manifest import Pair
 from overfill.settings.tiers import TierSpec
@@ -56,14 +56,15 @@ class Endpoint:
     """An endpoint with two tiers and an adapter of ``row``. The adapter knows every answer but the first one.
 
     Attributes:
+        known: questions and the adapter's answers.
         bodies: requests for answers.
-        status: HTTP status of answers.
+        refuses: tells whether it refuses a question.
     """
 
     def __init__(self, known: dict[str, str]) -> None:
+        self.known = known
         self.bodies: list[dict[str, Any]] = []
-        self.status = 200
-        self._known = known
+        self.refuses: Callable[[str], bool] = lambda question: False
 
     async def models(self, request: web.Request) -> web.Response:
         same = {"full_digest": "a", "decoder_digest": "a"}
@@ -83,9 +84,10 @@ class Endpoint:
     async def answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.bodies.append(body)
-        if self.status != 200:
-            return web.json_response({"error": {"message": "too many requests"}}, status=self.status)
-        text = self._known[body["messages"][-1]["content"]] if body["model"] == "fast:row-1" else "I do not know."
+        question = body["messages"][-1]["content"]
+        if self.refuses(question):
+            return web.json_response({"error": {"message": "too many requests"}}, status=429)
+        text = self.known[question] if body["model"] == "fast:row-1" else "I do not know."
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         events = [{"choices": [{"delta": {"content": part}}]} for part in (text[:3], text[3:])]
@@ -143,16 +145,32 @@ def test_each_writer_is_scored_beside_the_full_model(tiny_pair: Path, endpoint: 
     # A tier learns the task from two worked examples of it. The adapter gets its question alone.
     lengths = {body["model"]: len(body["messages"]) for body in served.bodies}
     assert lengths == {"fast:full": 5, "fast:fast": 5, "fast:row-1": 1}
-    (line,) = [line for line in run(*options).output.splitlines() if "row-1" in line]
+    (line,) = [line for line in run(*options).output.splitlines() if "row-1" in line and "right" in line]
     assert "0.75" in line.split()
+    assert done.return_value == 0
 
 
-def test_an_endpoint_that_refuses_is_an_error(tiny_pair: Path, endpoint: tuple[str, Endpoint]) -> None:
+def test_failed_requests_are_counted_and_the_other_answers_are_scored(
+    tiny_pair: Path, endpoint: tuple[str, Endpoint]
+) -> None:
     url, served = endpoint
-    served.status = 429
-    done = run(f"--tier=full={tiny_pair}", f"--target={url}", "--examples=8")
-    assert isinstance(done.exception, RequestFailed)
-    assert "HTTP 429: too many requests" in str(done.exception)
+    options = f"--tier=full={tiny_pair}", f"--target={url}", f"--examples={QUESTIONS}", "--shots=0", "--json"
+    refused = list(served.known)[1]
+    for refuses, failed, right in ((lambda question: question == refused, 1, 0.6667), (lambda question: True, 4, None)):
+        served.refuses = refuses
+        done = run(*options)
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        assert done.return_value == 1
+        assert {row["value"] for row in rows if row["name"] == "failed"} == {failed}
+        assert [row["value"] for row in rows if (row["name"], row["writer"]) == ("right", "row-1")] == [right]
+        assert f"row-1, row: {failed} requests failed; the first: HTTP 429: too many requests" in done.stderr
+
+
+def test_the_cpu_time_of_a_tier_leaves_out_the_decode_workers_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overfill.lab.stacks.cpu_seconds", lambda *processes: sum(processes))
+    processes = {"router": 1, "prefill-0": 2, "decode-full-0": 4, "decode-fast-0": 8}
+    stack = ServedStack("", "", "", processes, {"decode-full-0": "full", "decode-fast-0": "fast"})
+    assert (stack.cpu_seconds("full"), stack.cpu_seconds("fast")) == (7, 11)
 
 
 @pytest.mark.slow
@@ -166,5 +184,6 @@ def test_a_stack_is_started_and_its_cpu_time_counted(tiny_tiers: tuple[TierSpec,
     cpu = {(row["task"], row["writer"]): row["value"] for row in rows if row["name"] == "answer_cpu"}
     assert cpu.keys() == {(task, tier) for task in TASKS for tier in ("full", "fast")} | {("row", "row")}
     assert all(value > 0 for value in cpu.values())
+    assert done.return_value == 0
     # Random weights answer nothing right, so no right answer has a cost.
     assert {row["value"] for row in rows if row["name"] == "right_answer_cpu"} == {None}

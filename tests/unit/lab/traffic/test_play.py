@@ -10,7 +10,7 @@ import pytest
 from overfill.client import Timing
 from overfill.lab.traffic.outcome import RequestFailed
 from overfill.lab.traffic.play import closed_loop, open_loop, run_load
-from overfill.lab.traffic.traces import TraceRequest, synthetic
+from overfill.lab.traffic.traces import TraceRequest
 
 TIMING = Timing(ttft=0.9, router_queue=0.2, total=2.0)
 
@@ -56,7 +56,7 @@ async def played(counts, failure=None, **request):
 @pytest.mark.parametrize(("concurrency", "together"), [(None, 6), (2, 2), (3, 3), (lambda _: 3, 3)])
 async def test_a_closed_loop_has_its_concurrency_and_an_open_one_never_waits(concurrency, together):
     target = BarrierTarget(together)
-    requests = synthetic(6, "burst", 1, 8, 5, 0)
+    requests = [TraceRequest(0.0, 8, 5)] * 6
     outcomes = await run_load(target, requests, 100, concurrency=concurrency, timeout=60)
     assert target.max_concurrent == together
     assert [len(outcome.times) for outcome in outcomes] == [5] * 6
@@ -109,21 +109,21 @@ async def test_a_loop_that_is_over_sends_nothing_more_and_waits_for_what_runs():
 
 async def test_endless_requests_end_with_the_time():
     ended = []
-    requests = itertools.cycle(synthetic(2, "burst", 1, 8, 5, 0))
+    requests = itertools.cycle([TraceRequest(0.0, 8, 5)] * 2)
     outcomes = await run_load(BarrierTarget(1), requests, 100, concurrency=2, duration=0.05, ended=ended.append)
     assert len(outcomes) > 2
     assert sorted(ended, key=outcomes.index) == outcomes
 
 
 async def test_a_request_that_takes_too_long_has_failed():
-    (outcome,) = await run_load(BarrierTarget(2), synthetic(1, "burst", 1, 8, 5, 0), 100, timeout=0.05)
+    (outcome,) = await run_load(BarrierTarget(2), [TraceRequest(0.0, 8, 5)], 100, timeout=0.05)
     assert not outcome.ok
     assert outcome.error == "not finished after 0.05 s"
 
 
 async def test_requests_that_an_interrupted_run_leaves_have_failed():
     ended = []
-    run = asyncio.create_task(run_load(BarrierTarget(4), synthetic(3, "burst", 1, 8, 5, 0), 100, ended=ended.append))
+    run = asyncio.create_task(run_load(BarrierTarget(4), [TraceRequest(0.0, 8, 5)] * 3, 100, ended=ended.append))
     await asyncio.sleep(0.05)
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -165,6 +165,6 @@ async def test_prompts_are_made_before_they_are_due(monkeypatch):
     made, target = [], CannedTarget([1])
     prompt = TraceRequest.prompt
     monkeypatch.setattr(TraceRequest, "prompt", lambda *args: made.append(len(target.prompts)) or prompt(*args))
-    await run_load(target, synthetic(3, "burst", 1, 8, 5, 0), 100)
+    await run_load(target, [TraceRequest(0.0, 8, 5)] * 3, 100)
     assert made == [0, 0, 0]
     assert len({tuple(prompt) for prompt in target.prompts}) == 3, "no two prompts are equal"

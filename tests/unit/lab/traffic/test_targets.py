@@ -16,7 +16,7 @@ from overfill.lab.traffic.figures import figures
 from overfill.lab.traffic.outcome import Objective, Outcome, RequestFailed
 from overfill.lab.traffic.play import run_load
 from overfill.lab.traffic.targets import GrpcTarget, OpenAiTarget
-from overfill.lab.traffic.traces import TraceRequest, synthetic
+from overfill.lab.traffic.traces import TraceRequest
 from overfill.rpc import certificates
 from overfill.rpc.access import Role
 from overfill.rpc.tls import ClientTls, ServerTls
@@ -106,7 +106,7 @@ def fake():
         yield server
 
 
-LOAD = synthetic(5, "burst", 1, 7, 4, 0)
+LOAD = [TraceRequest(0.0, 7, 4)] * 5
 
 
 @pytest.mark.parametrize(("per_message", "texts"), [(1, 1), (3, 1), (1, 2)])
@@ -134,7 +134,7 @@ async def test_our_endpoint_is_told_tiers_and_key_and_tells_its_time(fake):
 
 async def test_broken_answers_are_failures_and_not_latencies(fake):
     async with OpenAiTarget(fake.url) as target:
-        outcomes = await run_load(target, synthetic(3, "burst", 1, 7, 13, 0), 100)
+        outcomes = await run_load(target, [TraceRequest(0.0, 7, 13)] * 3, 100)
     found = {one.name: one.value for one in figures(outcomes)}
     assert [outcome.error for outcome in outcomes] == ["the stream broke off"] * 3
     assert found["failed"] == 3
