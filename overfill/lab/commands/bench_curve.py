@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,20 +79,12 @@ def curve_command(
         click.echo(line, err=True)
 
     folder = Folder(out, conditions(seconds, loaded, peers))
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the servers, as Ctrl-C does
-    try:
-        with (out / "servers.log").open("a") as servers:
-            failed = run_sweeps(
-                planned,
-                folder,
-                seconds,
-                loaded,
-                pythons,
-                say,
-                lambda process, line: print(f"{process} | {line}", file=servers, flush=True),
-            )
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with (out / "servers.log").open("a") as servers:
+
+        def log(process: str, line: str) -> None:
+            print(f"{process} | {line}", file=servers, flush=True)
+
+        failed = run_sweeps(planned, folder, seconds, loaded, pythons, say, log)
     measured = folder.read()
     if not measured:
         return 1
