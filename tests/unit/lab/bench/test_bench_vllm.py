@@ -236,12 +236,10 @@ GOOD = Measurement("decode_decoder_32", 0.97, "tokens/s", 0.95, at_least=True)
 BAD = Measurement("ttft_512", 1.3, "ms", 1.15)
 
 
-def test_the_file_has_the_run_and_every_figure(command, tmp_path):
-    file = tmp_path / "run.jsonl"
-    result = command([GOOD, BAD], f"--json={file}", "--batch=1,4", "--engine-args", '{"enforce_eager": true}')
+def test_the_lines_have_the_run_and_every_figure(command):
+    result = command([GOOD, BAD], "--json", "--batch=1,4", "--engine-args", '{"enforce_eager": true}')
     assert result.return_value == 1
-    assert "missed" in result.stdout  # the table
-    run, good, bad = map(json.loads, file.read_text().splitlines())
+    run, good, bad = map(json.loads, result.stdout.splitlines())
     assert (run["name"], run["batches"]) == ("run", [1, 4])
     assert run["engine_args"].items() >= {"enforce_eager": True}.items()
     assert {"vllm", "vllm_tested", "torch", "device", "device_name", "dtype", "threads", "kv_memory"} <= run.keys()
@@ -249,25 +247,28 @@ def test_the_file_has_the_run_and_every_figure(command, tmp_path):
     assert not bad["reached"]
 
 
-def test_lines_on_stdout_stand_alone(command):
-    result = command([GOOD], "--host", "--json", "-")
-    assert result.return_value == 0
-    assert [json.loads(line)["name"] for line in result.stdout.splitlines()] == ["run", "decode_decoder_32"]
+def test_a_table_shows_what_was_missed_also_of_a_run_that_breaks_off(command):
+    assert "missed" in command([GOOD, BAD], "--host").stdout
+    assert "missed" in command([GOOD, BAD, InternalError("the worker is gone")], "--host").stdout
 
 
-@pytest.mark.parametrize(
-    ("kind", "text"),
-    [(InternalError, "the worker is gone"), (ZeroDivisionError, "ZeroDivisionError: the worker is gone")],
-)
+@pytest.mark.parametrize("kind", [InternalError, ZeroDivisionError])
 @pytest.mark.parametrize("mode", [(), ("--host",)], ids=["stages", "host"])
-def test_a_run_that_breaks_off_leaves_its_figures_and_the_reason(command, tmp_path, kind, text, mode):
-    file, cause = tmp_path / "run.jsonl", kind("the worker is gone")
-    result = command([GOOD, cause], f"--json={file}", *mode)
+def test_a_run_that_breaks_off_leaves_its_figures_and_the_reason(command, kind, mode):
+    cause = kind("the worker is gone")
+    result = command([GOOD, cause], "--json", *mode)
     assert result.exception is cause
-    *_, good, error = map(json.loads, file.read_text().splitlines())
+    *_, good, error = map(json.loads, result.stdout.splitlines())
     assert good["name"] == "decode_decoder_32"
-    assert error["text"] == text
+    assert error["text"] == f"{kind.__name__}: the worker is gone"
     assert error["notes"] == ["decode-0 | something went wrong"]
+
+
+def test_a_peer_that_fails_has_its_own_lines(command):
+    cause = PeerFailed("plain vLLM failed")
+    cause.add_note("out of memory")
+    *_, error = map(json.loads, command([cause], "--json").stdout.splitlines())
+    assert error["notes"] == ["out of memory"]
 
 
 @pytest.mark.parametrize(
