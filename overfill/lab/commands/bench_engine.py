@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from overfill.cli.options import dtype_option, option_errors
-from overfill.lab.commands.bench_options import Counts, json_option, load_pair, pair_option
+from overfill.lab.commands.bench_options import Counts, json_option, load_pair
 
 if TYPE_CHECKING:
     from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
@@ -26,7 +26,9 @@ def _common_options(command: _F) -> _F:
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: the cores]"),
         dtype_option,
-        pair_option,
+        click.option(
+            "--pair", default="default", show_default=True, help="default, fast, identity, or the folder of a pair."
+        ),
     ):
         command = option(command)
     return command

@@ -41,13 +41,6 @@ class Counts(Listed):
         super().__init__("numbers", click.IntRange(1))
 
 
-def pair_option(command: _F) -> _F:
-    """``--pair``: the model pair to run."""
-    return click.option(
-        "--pair", default="default", show_default=True, help="default, fast, identity, or the folder of a pair."
-    )(command)
-
-
 def json_option(command: _F) -> _F:
     """``--json``: a line per figure instead of a table."""
     return click.option("--json", "as_json", is_flag=True, help="Print a JSON line per figure instead of a table.")(
@@ -81,20 +74,14 @@ def peer_pythons(peers: Iterable[str], install: bool) -> dict[str, Path]:
     return found
 
 
-def pair_folder(name: str) -> Path:
-    """Folder of a pair; prepares a named pair on first use, with progress bars."""
+def load_pair(name: str) -> Pair:
+    """Loads the manifest of a pair; prepares a named pair on first use, with progress bars."""
     from overfill.cli.progress import show_progress
+    from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
 
     with show_progress() as report:
-        return resolve_pair(name, report)
-
-
-def load_pair(name: str) -> Pair:
-    """Loads the manifest of a pair, as ``pair_folder`` finds it."""
-    from overfill.model.manifest import Pair
-
-    return Pair.load(pair_folder(name))
+        return Pair.load(resolve_pair(name, report))
 
 
 def log_line(process: str, line: str) -> None:
