@@ -153,7 +153,17 @@ class BenchDecoder(BenchEngine):
 
     def steps(self, count: int) -> list[float]:
         """Decodes ``count`` tokens of every sequence, greedily. Returns the seconds of each step."""
-        return [self._step() for _ in range(count)]
+        times = []
+        for _ in range(count):
+            remaining, start = len(self._ids), time.perf_counter()
+            while remaining > 0:
+                self._engine.step()
+                for event in self._events():
+                    if not isinstance(event, StepSampled) or event.finishes:
+                        raise InternalError(f"unexpected event in a decode run: {event}")
+                    remaining -= len(event.ids)
+            times.append(time.perf_counter() - start)
+        return times
 
     def end(self) -> None:
         """Frees the sequences."""
@@ -161,18 +171,6 @@ class BenchDecoder(BenchEngine):
             self._engine.handle(Release(id))
         self._ids = []
         self._events()
-
-    def _step(self) -> float:
-        """Runs the engine until every sequence has one more token. Returns the seconds."""
-        remaining = len(self._ids)
-        start = time.perf_counter()
-        while remaining > 0:
-            self._engine.step()
-            for event in self._events():
-                if not isinstance(event, StepSampled) or event.finishes:
-                    raise InternalError(f"unexpected event in a decode run: {event}")
-                remaining -= len(event.ids)
-        return time.perf_counter() - start
 
 
 class BenchPrefiller(BenchEngine):
