@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from overfill.model.manifest import Pair
-
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class Listed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -34,25 +32,11 @@ class Listed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
         return tuple(self._item.convert(part.strip(), param, ctx) for part in parts)
 
 
-class Counts(Listed):
-    """A comma-separated list of positive whole numbers, such as ``1,8,32``."""
-
-    def __init__(self) -> None:
-        super().__init__("numbers", click.IntRange(1))
-
-
-def json_option(command: _F) -> _F:
-    """``--json``: a line per figure instead of a table."""
-    return click.option("--json", "as_json", is_flag=True, help="Print a JSON line per figure instead of a table.")(
-        command
-    )
-
-
-def install_option(command: _F) -> _F:
-    """``--install``: whether to install peers and tools that are missing."""
-    return click.option(
-        "--install", is_flag=True, help="First install missing peers and tools into OVERFILL_HOME/envs."
-    )(command)
+COUNTS = Listed("numbers", click.IntRange(1))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON line per figure instead of a table.")
+install_option = click.option(
+    "--install", is_flag=True, help="First install missing peers and tools into OVERFILL_HOME/envs."
+)
 
 
 def peer_pythons(peers: Iterable[str], install: bool) -> dict[str, Path]:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from overfill.lab.commands.bench_options import Counts, json_option, load_pair
+from overfill.lab.commands.bench_options import COUNTS, json_option, load_pair
 from overfill.stack.child import TAIL_LINES
 
 if TYPE_CHECKING:
     import torch
 
-    from overfill.lab.bench.vllm.engines import Log
     from overfill.lab.measurement import Measurement
+    from overfill.lab.stacks import Log
     from overfill.telemetry.progress import Report
 
 _MIN_KV_BYTES = 1 << 30
@@ -37,12 +37,12 @@ def _text(numbers: Iterable[int]) -> str:
 @click.option(
     "--batch",
     "batches",
-    type=Counts(),
+    type=COUNTS,
     help=f"Sequences that decode.  [default: {_text(_BATCHES)}; {_text(_HOST_ROWS)} with --host]",
 )
 @click.option(
     "--prompts",
-    type=Counts(),
+    type=COUNTS,
     help=f"Prompt lengths, in tokens; longer ones are cut to the model's context.  [default: {_text(_PROMPTS)}]",
 )
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each engine.")

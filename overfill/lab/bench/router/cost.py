@@ -25,7 +25,7 @@ from overfill.lab.cpu_clock import cpu_seconds, family
 from overfill.lab.measurement import Measurement
 from overfill.lab.peers.process import PeerFailed
 from overfill.lab.peers.routers import STARTS, RunningRouter, StartRouter, bare
-from overfill.lab.stacks import served
+from overfill.lab.stacks import Log, served
 from overfill.pair.store import MOCK, resolve_pair
 from overfill.process.open_files import allow_connections
 from overfill.telemetry.progress import Report, silent
@@ -60,8 +60,6 @@ _DELAYED_ACK = 0.005
 """Seconds by which quick acknowledgements must shorten the mean first token, to be used for a router. Linux delays an
 acknowledgement by up to 40 ms, and a router without TCP_NODELAY waits for it on a connection that is used again."""
 _START_SECONDS, _SETTLE_SECONDS = 60.0, 0.4
-
-Log = Callable[[str, str], None]
 
 
 @dataclass(slots=True)

@@ -13,8 +13,9 @@ from statistics import median
 from typing import NamedTuple
 
 from overfill.errors import InternalError
-from overfill.lab.bench.vllm.engines import EngineRounds, Log, PlainEngine, StackEngine, VllmSettings, stack_engines
+from overfill.lab.bench.vllm.engines import EngineRounds, PlainEngine, StackEngine, VllmSettings, stack_engines
 from overfill.lab.measurement import Measurement
+from overfill.lab.stacks import Log
 from overfill.making.identity_pair import identity_pair
 from overfill.model.manifest import Pair
 from overfill.telemetry.progress import Report
@@ -97,9 +98,6 @@ def measure_stages(
     pair: Pair, plan: StagesPlan, settings: VllmSettings, report: Report, log: Log
 ) -> Iterator[Measurement]:
     """Yields each figure when it is known.
-
-    Args:
-        log: Called with the name and each line of output of our processes.
 
     Raises:
         StartFailed, PeerFailed: an engine did not start.
