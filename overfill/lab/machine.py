@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from overfill.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+_ROOT = Path(__file__).parents[2]
 
 
 def describe_machine() -> dict[str, Any]:
@@ -15,23 +20,42 @@ def describe_machine() -> dict[str, Any]:
 
     In a checkout the version has the commit, with ``-dirty`` where files differ from it.
     """
+    commit = ""
+    if (_ROOT / ".git").exists():
+        commit = _output("git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--exclude=*")
+    version = f"{__version__} ({commit})" if commit else __version__
+    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "overfill": version}
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Returns the device and torch's version; of a GPU also its memory in bytes, its driver and CUDA's version."""
+    import torch
+
+    found = {"torch": torch.__version__, "device": str(device), "device_name": _processor()}
+    if device.type != "cuda":
+        return found
+    gpu = torch.cuda.get_device_properties(device)
+    drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    return found | {
+        "device_name": gpu.name,
+        "device_memory": gpu.total_memory,
+        "compute_capability": f"{gpu.major}.{gpu.minor}",
+        "cuda": torch.version.cuda,
+        "driver": next(iter(drivers), None),
+    }
+
+
+def _processor() -> str | None:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    commit = _commit()
-    version = f"{__version__} ({commit})" if commit else __version__
-    return {"processor": next(names, None), "cores": len(os.sched_getaffinity(0)), "overfill": version}
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
-def _commit() -> str:
-    """Returns the commit of the checkout that this package is in; empty if there is none."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return ""
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+def _output(*command: str) -> str:
+    """Returns what a program prints; empty if it fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -14,6 +14,9 @@ from overfill.stack.describe import describe
 from overfill.stack.placed import place
 from overfill.stack.process_runner import running
 
+Log = Callable[[str, str], None]
+"""Called with a process's name and each line of its output."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServedStack:
@@ -39,14 +42,11 @@ class ServedStack:
 
 
 @contextmanager
-def served(
-    pair: Path, *, settings: Mapping[str, Any], log: Callable[[str, str], None], **shape: Any
-) -> Iterator[ServedStack]:
+def served(pair: Path, *, settings: Mapping[str, Any], log: Log, **shape: Any) -> Iterator[ServedStack]:
     """Starts a stack of one router, and yields it when it is ready. Stops it at the end.
 
     Args:
         settings: settings of its workers by name.
-        log: called with a process's name and each line of its output.
         shape: further arguments of ``overfill.stack.describe``: workers, threads, tiers.
 
     Raises:

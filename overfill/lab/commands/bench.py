@@ -14,19 +14,12 @@ from overfill.lab.commands.bench_vllm import vllm_command
 
 
 @click.group("bench")
-def bench_group() -> None:
+@click.pass_context
+def bench_group(context: click.Context) -> None:
     """Measure engines, the router, or whole servers on this machine."""
-    # SIGTERM stops a command's servers, as Ctrl-C does.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    click.get_current_context().call_on_close(lambda: signal.signal(signal.SIGTERM, before))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops what was started, as Ctrl-C does
+    context.call_on_close(lambda: signal.signal(signal.SIGTERM, before))
 
 
-for command in (
-    curve_command,
-    decode_command,
-    prefill_command,
-    quality_command,
-    router_command,
-    vllm_command,
-):
+for command in (curve_command, decode_command, prefill_command, quality_command, router_command, vllm_command):
     bench_group.add_command(command)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import click
 
 from overfill.cli.options import Number
-from overfill.lab.bench.curve.plan import OWN, SHAPES, SYSTEMS, sweeps
-from overfill.lab.commands.bench_options import Counts, install_option, json_option, load_pair, peer_pythons
+from overfill.lab.bench.curve.plan import OWN, SHAPES, SYSTEMS, plan_points
+from overfill.lab.commands.bench_options import COUNTS, install_option, json_option, load_pair, peer_pythons
 from overfill.lab.measurement import print_measurements
 
 
@@ -36,7 +37,7 @@ from overfill.lab.measurement import print_measurements
     help="split: a worker per stage. colocated: one with both. identity: the full model alone in our engine. vllm: the "
     "full model in vLLM's server. Repeatable; by default all.",
 )
-@click.option("--concurrency", type=Counts(), default="1,2,4,8,16", show_default=True, help="Requests at a time.")
+@click.option("--concurrency", type=COUNTS, default="1,2,4,8,16", show_default=True, help="Requests at a time.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Rounds of shape a.")
 @click.option(
     "--seconds", type=Number(1), default=40.0, show_default=True, help="About how long a point's requests take."
@@ -66,34 +67,24 @@ def curve_command(
     more than 5 % and by more than guidellm's rounds differ.
     """
     from overfill.lab.bench.curve.report import checks, comparison, losses, save_plot
-    from overfill.lab.bench.curve.run import Folder, conditions, run_sweeps
+    from overfill.lab.bench.curve.run import Folder, conditions, measure_points
     from overfill.process.extras import require
 
     require("loadtest", "`overfill bench curve`", "aiohttp", "matplotlib")
-    planned = sweeps(shapes, systems, concurrency, rounds)
-    tools = {point.tool for sweep in planned for point in sweep.points} - {OWN}
+    planned = plan_points(shapes, systems, concurrency, rounds)
+    tools = {point.tool for point in planned} - {OWN}
     peers = sorted(tools | {"vllm"} & set(systems))
     pythons = peer_pythons(peers, install)
     loaded = {name: load_pair("identity" if name in ("identity", "vllm") else pair) for name in systems}
 
-    def say(line: str) -> None:
-        click.echo(line, err=True)
-
+    say = partial(click.echo, err=True)
     folder = Folder(out, conditions(seconds, loaded, peers))
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the servers, as Ctrl-C does
-    try:
-        with (out / "servers.log").open("a") as servers:
-            failed = run_sweeps(
-                planned,
-                folder,
-                seconds,
-                loaded,
-                pythons,
-                say,
-                lambda process, line: print(f"{process} | {line}", file=servers, flush=True),
-            )
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with (out / "servers.log").open("a") as servers:
+
+        def log(process: str, line: str) -> None:
+            print(f"{process} | {line}", file=servers, flush=True)
+
+        failed = measure_points(planned, folder, seconds, loaded, pythons, say, log)
     measured = folder.read()
     if not measured:
         return 1
@@ -101,7 +92,7 @@ def curve_command(
     date = datetime.now(UTC).isoformat(timespec="seconds")
     document = folder.conditions | {
         "date": date,
-        "points": [one.to_json() for one in measured],
+        "points": [asdict(point) | asdict(figures) for point, figures in measured.items()],
         "comparison": [json.loads(row.to_json()) for row in rows],
         "checks": [json.loads(row.to_json()) for row in checked],
     }

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from overfill.cli.options import dtype_option, option_errors
-from overfill.lab.commands.bench_options import Counts, json_option, load_pair, pair_option
+from overfill.lab.commands.bench_options import COUNTS, json_option, load_pair
 
 if TYPE_CHECKING:
-    from overfill.kv.spec import DTypeName, KvCacheDtype, Quantization
+    from overfill.kv.spec import KvCacheDtype, Quantization
     from overfill.lab.bench.engine.measure import EngineRun
     from overfill.lab.measurement import Measurement
 
@@ -26,7 +25,9 @@ def _common_options(command: _F) -> _F:
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
         click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: the cores]"),
         dtype_option,
-        pair_option,
+        click.option(
+            "--pair", default="default", show_default=True, help="default, fast, identity, or the folder of a pair."
+        ),
     ):
         command = option(command)
     return command
@@ -35,7 +36,7 @@ def _common_options(command: _F) -> _F:
 @click.command("decode", short_help="Tokens per second of decode, beside the bound.")
 @_common_options
 @click.option(
-    "--batch", "batches", type=Counts(), default="1,8,32,64", show_default=True, help="Sequences in a decode step."
+    "--batch", "batches", type=COUNTS, default="1,8,32,64", show_default=True, help="Sequences in a decode step."
 )
 @click.option("--context", type=click.IntRange(2), default=512, show_default=True, help="Mean tokens per sequence.")
 @click.option("--steps", type=click.IntRange(1), default=16, show_default=True, help="Decode steps in a turn.")
@@ -79,29 +80,20 @@ def decode_command(
 
 @click.command("prefill", short_help="Prompt tokens per second of prefill, beside the bound.")
 @_common_options
-@click.option("--context", "lengths", type=Counts(), default="512,2048", show_default=True, help="Tokens per prompt.")
-@click.option("--batch", "batches", type=Counts(), default="1,4", show_default=True, help="Prompts at once.")
+@click.option("--context", "lengths", type=COUNTS, default="512,2048", show_default=True, help="Tokens per prompt.")
+@click.option("--batch", "batches", type=COUNTS, default="1,4", show_default=True, help="Prompts at once.")
 @option_errors()
 def prefill_command(as_json: bool, lengths: tuple[int, ...], batches: tuple[int, ...], **common: Any) -> int:
     """Measure prefill: prompt tokens per second of the full model, for one prompt and for several at once."""
     return _print(lambda run: run.prefill(lengths, batches), as_json, **common)
 
 
-def _print(
-    measure: Callable[[EngineRun], Iterator[Measurement]],
-    as_json: bool,
-    *,
-    pair: str,
-    dtype: DTypeName | None,
-    threads: int | None,
-    device: str,
-    rounds: int,
-) -> int:
+def _print(measure: Callable[[EngineRun], Iterator[Measurement]], as_json: bool, pair: str, **common: Any) -> int:
     from overfill.cli.progress import show_progress
     from overfill.lab.bench.engine.measure import EngineRun
     from overfill.lab.measurement import print_measurements
 
     loaded = load_pair(pair)
     with show_progress() as report:
-        found = list(measure(EngineRun(loaded, dtype, device, threads or len(os.sched_getaffinity(0)), rounds, report)))
+        found = list(measure(EngineRun(loaded, report=report, **common)))
     return print_measurements(found, as_json)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +10,6 @@ import click
 
 if TYPE_CHECKING:
     from overfill.model.manifest import Pair
-
-pair_option = click.option(
-    "--pair", default="default", show_default=True, help="default, fast, identity, or the folder of a pair."
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON line per figure instead of a table.")
-install_option = click.option(
-    "--install", is_flag=True, help="First install missing peers and tools into OVERFILL_HOME/envs."
-)
 
 
 class Listed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -41,8 +32,11 @@ class Listed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
         return tuple(self._item.convert(part.strip(), param, ctx) for part in parts)
 
 
-Counts = partial(Listed, "numbers", click.IntRange(1))
-"""Type of a comma-separated list of positive whole numbers, such as ``1,8,32``."""
+COUNTS = Listed("numbers", click.IntRange(1))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON line per figure instead of a table.")
+install_option = click.option(
+    "--install", is_flag=True, help="First install missing peers and tools into OVERFILL_HOME/envs."
+)
 
 
 def peer_pythons(peers: Iterable[str], install: bool) -> dict[str, Path]:

@@ -25,7 +25,8 @@ def router_command(peers: tuple[str, ...] | None, install: bool, seconds: float,
 
     All get the same streamed chat completions over HTTP, and each has its own workers behind it: mock ones, or a bare
     server that sends the same event for every token. That server alone is the lower bound. The rows in which our router
-    loses most come first. Dynamo runs in a network namespace, which needs root. Exits with 1 when a bound is missed.
+    loses most come first. Dynamo is measured only where loopback is the only network, because its mocker listens on all
+    addresses. Exits with 1 when a bound is missed.
     """
     from overfill.cli.progress import show_progress
     from overfill.lab.bench.router.cost import measure_cost

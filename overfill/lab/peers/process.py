@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from types import MappingProxyType
 
 from overfill.errors import OverfillError
@@ -34,7 +34,7 @@ class PeerFailed(OverfillError):
 
 @contextmanager
 def peer_processes(environment: Mapping[str, str | None] = MappingProxyType({}), grace: float = 5.0) -> Iterator[Start]:
-    """Yields a function that starts a process, and stops all of them at the end. Call it on the main thread only.
+    """Yields a function that starts a process, and ends all with their children. Call it on the main thread only.
 
     The function takes a name, a command, and how to wait for the process. ``ready`` says whether it answers; by default
     nothing is waited for. ``seconds`` is the longest wait. ``orphaned`` is as of ``Child``. It returns the process, and
@@ -70,6 +70,9 @@ def peer_processes(environment: Mapping[str, str | None] = MappingProxyType({}),
         yield start
     finally:
         stop(children, grace)
+        for child in children:  # ``stop`` leaves the children of a process that has exited
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
 
 
 def answers(port: int, path: str, body: str | None = None) -> bool:

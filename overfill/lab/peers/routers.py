@@ -6,27 +6,25 @@ A bare server, which is the lower bound of a router, starts in the same way.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import psutil
+
 from overfill.lab.cpu_clock import family
 from overfill.lab.peers.environment import python_of, version_of
-from overfill.lab.peers.loopback import alone, beside, within
-from overfill.lab.peers.process import HOST, Start, answers, peer_processes
+from overfill.lab.peers.process import HOST, PeerFailed, Start, answers, peer_processes
 from overfill.pair.store import MOCK, resolve_pair
 from overfill.stack.ports import free_ports
 
 MODEL = "mock"
 """Name of the model that each peer serves."""
 
-_START_SECONDS = 60.0
 _DYNAMO_STEP = 0.00574
 """Seconds of a decode step of Dynamo's mocker when its KV cache is nearly empty."""
 _DYNAMO_SPEEDUP = 1000
@@ -43,7 +41,6 @@ class RunningRouter:
         address: ``host:port`` of its HTTP endpoint.
         about: What runs, in words: release, and what is behind it.
         router, workers: Their processes, with all descendants.
-        network: A process in whose network namespace the router listens; None means that of this process.
         token: Text of each token; empty means that tokens differ, and that each event has one.
     """
 
@@ -52,7 +49,6 @@ class RunningRouter:
     about: str
     router: tuple[int, ...]
     workers: tuple[int, ...] = ()
-    network: int | None = None
     token: bytes = b"~"
 
 
@@ -78,10 +74,15 @@ def bare(step: float, sequences: int) -> Iterator[RunningRouter]:
 
 @contextmanager
 def dynamo(step: float, sequences: int) -> Iterator[RunningRouter]:
-    """Starts Dynamo's front end with its mocker, in a network namespace: the mocker listens on all addresses.
+    """Starts Dynamo's front end with its mocker, which listens on all addresses.
 
-    Arguments and errors are those of ``bare``; PeerFailed is also raised if no namespace can be made.
+    Arguments and errors are those of ``bare``; PeerFailed is also raised if this machine is on another network.
     """
+    if networks := [name for name, device in psutil.net_if_stats().items() if device.isup and name != "lo"]:
+        raise PeerFailed(
+            f"dynamo's mocker would listen on {', '.join(networks)} too. Run this command with loopback alone, "
+            "`unshare -rn sh -c 'ip link set lo up && overfill bench router'`, or leave the peer out"
+        )
     python, model = _installed("dynamo"), resolve_pair(MOCK) / "model"
     (port,) = free_ports(HOST, 1)
     front = [python, "-m", "dynamo.frontend", "--http-host", HOST, "--http-port", str(port)]
@@ -94,20 +95,10 @@ def dynamo(step: float, sequences: int) -> Iterator[RunningRouter]:
         # It caches models at home.
         settings |= {"DYN_FILE_KV": folder, "HOME": folder, "DYN_LOG": "error", "HF_HUB_OFFLINE": "1"}
         with peer_processes(settings) as start:
-            router = start("dynamo", alone("dynamo's mocker", front)).pid
-            deadline = time.monotonic() + _START_SECONDS
-            while _shares_our_network(router) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            workers = start("dynamo's mocker", beside(router, mocker), partial(_answers_within, router, port))
-            yield RunningRouter(
-                f"{HOST}:{port}",
-                MODEL,
-                f"dynamo {version_of('dynamo')} before its mocker",
-                family(router),
-                family(workers.pid),
-                network=router,
-                token=b"",
-            )
+            router = start("dynamo", front).pid
+            workers = start("dynamo's mocker", mocker, partial(_answers, port)).pid
+            about = f"dynamo {version_of('dynamo')} before its mocker"
+            yield RunningRouter(f"{HOST}:{port}", MODEL, about, family(router), family(workers), token=b"")
 
 
 @contextmanager
@@ -172,22 +163,6 @@ def _gateway(peer: str, module: list[str], port: int, worker: str, sequences: in
     command += ["--worker-urls", worker, "--worker-startup-check-interval", "1", "--policy", "round_robin"]
     command += ["--max-concurrent-requests", str(2 * sequences), "--disable-retries", "--disable-circuit-breaker"]
     return [*command, "--log-level", "error"]
-
-
-def _shares_our_network(process: int) -> bool:
-    """Returns False for a process that has exited, too."""
-    try:
-        return os.path.samefile(f"/proc/{process}/ns/net", "/proc/self/ns/net")
-    except OSError:
-        return False
-
-
-def _answers_within(process: int, port: int) -> bool:
-    """Returns False if the process, in whose namespace the router listens, has exited: its end is the error to show."""
-    try:
-        return within(process, partial(_answers, port))
-    except OSError:
-        return False
 
 
 def _answers(port: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 OURS, OTHERS = ("split", "colocated"), ("identity", "vllm")
@@ -71,58 +71,23 @@ class Point:
         return f"{self.shape.upper()} {self.system}, {self.concurrency} at a time, round {self.round}, by {self.tool}"
 
 
-@dataclass(frozen=True, slots=True)
-class Sweep:
-    """The points that one start of a system serves."""
-
-    shape: RequestShape
-    system: str
-    points: tuple[Point, ...]
-
-
-def sweeps(shapes: Collection[str], systems: Collection[str], concurrency: Sequence[int], rounds: int) -> list[Sweep]:
-    """Returns the sweeps in order. Within a round every system has its turn, so that a slower machine slows all.
+def plan_points(
+    shapes: Collection[str], systems: Collection[str], concurrency: Sequence[int], rounds: int
+) -> list[Point]:
+    """Returns the points in order. Within a round every system has its turn, so that a slower machine slows all.
 
     Args:
         rounds: of the first shape; the others have one.
     """
-    found = []
-    for shape in (shape for name, shape in SHAPES.items() if name in shapes):
-        in_rounds = shape.name == _IN_ROUNDS
-        for number in range(1, (rounds if in_rounds else 1) + 1):
+    found: list[Point] = []
+    for shape in (name for name in SHAPES if name in shapes):
+        for number in range(1, (rounds if shape == _IN_ROUNDS else 1) + 1):
             for system in (name for name in SYSTEMS if name in systems):
-                found.append(_sweep(shape, system, (GUIDELLM,), number, concurrency))
-            if in_rounds and number == 1 and APART_FROM in systems:
-                found.append(_sweep(shape, APART, (GUIDELLM, AIPERF, OWN), number, concurrency))
+                found += [Point(shape, system, GUIDELLM, number, users) for users in concurrency]
+            if (shape, number) == (_IN_ROUNDS, 1) and APART_FROM in systems:
+                tools = (GUIDELLM, AIPERF, OWN)
+                found += [Point(shape, APART, tool, number, users) for users in concurrency for tool in tools]
     return found
-
-
-def _sweep(shape: RequestShape, system: str, tools: Sequence[str], number: int, concurrency: Sequence[int]) -> Sweep:
-    points = [Point(shape.name, system, tool, number, users) for users in concurrency for tool in tools]
-    return Sweep(shape, system, tuple(points))
-
-
-def left_of(planned: Sequence[Sweep], done: Collection[str]) -> list[Sweep]:
-    """Returns the sweeps without the points whose names are in ``done``, and without sweeps that have none left."""
-    rest = [Sweep(s.shape, s.system, tuple(p for p in s.points if p.name not in done)) for s in planned]
-    return [sweep for sweep in rest if sweep.points]
-
-
-_START: Mapping[str, float] = {"vllm": 60.0}
-_OUR_START, _WARM_UP = 12.0, 20.0
-_TOOL: Mapping[str, float] = {GUIDELLM: 12.0, AIPERF: 16.0, OWN: 1.0}
-"""Seconds that a start and a warm-up, and a tool besides its requests, took on two cores."""
-
-
-def seconds_of(planned: Sequence[Sweep], seconds: float) -> float:
-    """Returns about how many seconds the sweeps take, with ``seconds`` of requests per point."""
-    starts = sum(_START.get(sweep.system, _OUR_START) + _WARM_UP for sweep in planned)
-    return starts + sum(seconds_of_points(sweep.points, seconds) for sweep in planned)
-
-
-def seconds_of_points(points: Sequence[Point], seconds: float) -> float:
-    """Returns about how many seconds points take on a system that runs."""
-    return sum(seconds + _TOOL[point.tool] for point in points)
 
 
 @dataclass(frozen=True, slots=True)

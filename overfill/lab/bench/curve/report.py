@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-from overfill.lab.bench.curve.plan import APART_FROM, GUIDELLM, OTHERS, OURS, SHAPES, SYSTEMS
+import numpy as np
+
+from overfill.lab.bench.curve.plan import APART_FROM, GUIDELLM, OTHERS, OURS, SHAPES, SYSTEMS, Point
 from overfill.lab.bench.curve.results import PointFigures
-from overfill.lab.bench.curve.run import Measured
 from overfill.lab.measurement import Measurement
+
+Measured = Mapping[Point, PointFigures]
+"""The finished points of a curve."""
 
 _AGREE, _FULL_LENGTH = 0.05, 0.99
 """Largest difference of two tools' figures that counts as agreement; smallest share of an answer that counts as all."""
@@ -29,7 +34,7 @@ _OF_TOOLS = {
 _COLOURS = dict(zip(SYSTEMS, ("#d95f02", "#1b9e77", "#7570b3", "#666666"), strict=True))
 
 
-def comparison(measured: Iterable[Measured]) -> list[Measurement]:
+def comparison(measured: Measured) -> list[Measurement]:
     """Returns the medians of our two systems, each beside the best of the others, the largest loss first."""
     found = _rounds(measured)
     rows: list[tuple[float, Measurement]] = []
@@ -56,35 +61,35 @@ def losses(rows: Sequence[Measurement]) -> int:
     return sum(1 for row in rows if row.peer_ratio is not None and (row.peer_ratio < 1) == (row.unit == "tokens/s"))
 
 
-def checks(measured: Sequence[Measured]) -> list[Measurement]:
+def checks(measured: Measured) -> list[Measurement]:
     """Returns whether the points count: failed requests, length of answers, and how far the tools differ.
 
     A tool is compared with guidellm on the same system, which leaves a core to the tool. The bound is 5 %, or the
     spread of guidellm's rounds of the same load on the curve if they differ by more.
     """
     rows = [
-        Measurement("failed requests", sum(one.figures.failed for one in measured), "requests", bound=0),
+        Measurement("failed requests", sum(one.failed for one in measured.values()), "requests", bound=0),
         Measurement(
             "shortest mean answer",
-            min(one.figures.answer / SHAPES[one.point.shape].answer for one in measured),
+            min(figures.answer / SHAPES[point.shape].answer for point, figures in measured.items()),
             "of what was asked",
             bound=_FULL_LENGTH,
             at_least=True,
         ),
     ]
-    rounds, found = _rounds(measured), {one.point: one.figures for one in measured}
-    for one in measured:
-        beside = found.get(replace(one.point, tool=GUIDELLM))
-        if one.point.tool == GUIDELLM or beside is None:
+    rounds = _rounds(measured)
+    for point, figures in measured.items():
+        beside = measured.get(replace(point, tool=GUIDELLM))
+        if point.tool == GUIDELLM or beside is None:
             continue
-        at = (one.point.shape, one.point.system, one.point.concurrency)
+        at = (point.shape, point.system, point.concurrency)
         for name, value in _OF_TOOLS.items():
-            by_round = [value(figures) for figures in rounds.get((at[0], APART_FROM, at[2]), [beside])]
+            by_round = [value(one) for one in rounds.get((at[0], APART_FROM, at[2]), [beside])]
             spread = (max(by_round) - min(by_round)) / median(by_round)
             rows.append(
                 Measurement(
-                    f"{at[0].upper()} {at[1]} at {at[2]}: {name}, {one.point.tool} beside guidellm, difference",
-                    abs(value(one.figures) / value(beside) - 1),
+                    f"{at[0].upper()} {at[1]} at {at[2]}: {name}, {point.tool} beside guidellm, difference",
+                    abs(value(figures) / value(beside) - 1),
                     "",
                     bound=round(max(_AGREE, spread), 4),
                     peer="guidellm's rounds",
@@ -103,7 +108,7 @@ def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     return front[::-1]
 
 
-def save_plot(path: Path, measured: Iterable[Measured], title: str) -> None:
+def save_plot(path: Path, measured: Measured, title: str) -> None:
     """Plots tokens/s against tokens/s per user: a panel per shape, a line per system, bars over the rounds."""
     import matplotlib as mpl
 
@@ -121,19 +126,10 @@ def save_plot(path: Path, measured: Iterable[Measured], title: str) -> None:
             )
             if not lines:
                 continue
-            x, left, right = _bars([[one.per_user for one in rounds] for _, rounds in lines])
-            y, below, above = _bars([[one.tokens_per_s for one in rounds] for _, rounds in lines])
-            axis.errorbar(
-                x,
-                y,
-                xerr=(left, right),
-                yerr=(below, above),
-                marker="o",
-                capsize=2,
-                color=_COLOURS[system],
-                label=system,
-            )
-            for users, at in zip([users for users, _ in lines], zip(x, y, strict=True), strict=True):
+            x, x_bars = _bars([[one.per_user for one in rounds] for _, rounds in lines])
+            y, y_bars = _bars([[one.tokens_per_s for one in rounds] for _, rounds in lines])
+            axis.errorbar(x, y, xerr=x_bars, yerr=y_bars, marker="o", capsize=2, color=_COLOURS[system], label=system)
+            for (users, _), *at in zip(lines, x, y, strict=True):
                 axis.annotate(str(users), at, textcoords="offset points", xytext=(4, 4), fontsize=8)
             middles += zip(x, y, strict=True)
         front = pareto(middles)
@@ -150,17 +146,16 @@ def save_plot(path: Path, measured: Iterable[Measured], title: str) -> None:
     plt.close(figure)
 
 
-def _bars(values: Sequence[Sequence[float]]) -> tuple[list[float], list[float], list[float]]:
-    """Returns the medians, and how far they are above the minima and below the maxima."""
-    middle = [median(one) for one in values]
-    low = [at - min(one) for at, one in zip(middle, values, strict=True)]
-    return middle, low, [max(one) - at for at, one in zip(middle, values, strict=True)]
+def _bars(values: Sequence[Sequence[float]]) -> tuple[Any, Any]:
+    """Returns arrays: the medians; and two rows, how far they are above the minima and below the maxima."""
+    low, middle, high = np.transpose([np.percentile(one, (0, 50, 100)) for one in values])
+    return middle, np.array((middle - low, high - middle))
 
 
-def _rounds(measured: Iterable[Measured]) -> dict[tuple[str, str, int], list[PointFigures]]:
+def _rounds(measured: Measured) -> dict[tuple[str, str, int], list[PointFigures]]:
     """Returns guidellm's figures by shape, system and concurrency; one per round."""
     found: dict[tuple[str, str, int], list[PointFigures]] = defaultdict(list)
-    for one in measured:
-        if one.point.tool == GUIDELLM:
-            found[one.point.shape, one.point.system, one.point.concurrency].append(one.figures)
+    for point, figures in measured.items():
+        if point.tool == GUIDELLM:
+            found[point.shape, point.system, point.concurrency].append(figures)
     return dict(found)

@@ -7,10 +7,10 @@ the tools interpolate percentiles differently, and guidellm counts a request onc
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -81,32 +81,35 @@ def figures_of(outcomes: Sequence[Outcome], tokens_per_s: float | None = None) -
     )
 
 
-def read_guidellm(path: Path) -> PointFigures:
-    """Reads the report of ``guidellm run`` with one benchmark. Raises FormatChanged if a part is missing."""
-    report = _load(GUIDELLM, _text(GUIDELLM, path))
-    names = ("time_to_first_token_ms", "inter_token_latency_ms", "output_tokens")
-    outcomes = [
-        _outcome(*(_number(GUIDELLM, one, name) for name in names))
-        for one in _field(GUIDELLM, report, "benchmarks.0.requests.successful")
-    ]
-    for status in ("errored", "incomplete"):
-        count = int(_number(GUIDELLM, report, f"benchmarks.0.metrics.request_totals.{status}"))
-        outcomes += [Outcome(0.0, (), status)] * count
-    return figures_of(outcomes, _number(GUIDELLM, report, "benchmarks.0.metrics.output_tokens_per_second.total.mean"))
+def read_guidellm(folder: Path) -> PointFigures:
+    """Reads the report of one benchmark that ``guidellm run`` wrote. Raises FormatChanged if a part is missing."""
+    with _tested_format(GUIDELLM):
+        (benchmark,) = json.loads((folder / "report.json").read_text())["benchmarks"]
+        metrics = benchmark["metrics"]
+        outcomes = [
+            _outcome(one["time_to_first_token_ms"], one["inter_token_latency_ms"], one["output_tokens"])
+            for one in benchmark["requests"]["successful"]
+        ]
+        for status in ("errored", "incomplete"):
+            outcomes += [Outcome(0.0, (), status)] * int(metrics["request_totals"][status])
+        rate = float(metrics["output_tokens_per_second"]["total"]["mean"])
+    return figures_of(outcomes, rate)
 
 
 def read_aiperf(folder: Path) -> PointFigures:
     """Reads the folder that ``aiperf profile`` wrote, with its records. Raises FormatChanged if a part is missing."""
-    total = _load(AIPERF, _text(AIPERF, folder / "profile_export_aiperf.json"))
-    records = [_load(AIPERF, line) for line in _text(AIPERF, folder / "profile_export.jsonl").splitlines()]
     names = ("time_to_first_token", "inter_token_latency", "output_sequence_length")
-    outcomes = [
-        Outcome(0.0, (), str(error))
-        if (error := one.get("error"))
-        else _outcome(*(_number(AIPERF, one, f"metrics.{name}.value") for name in names))
-        for one in records
-    ]
-    return figures_of(outcomes, _number(AIPERF, total, "output_token_throughput.avg"))
+    with _tested_format(AIPERF):
+        records = map(json.loads, (folder / "profile_export.jsonl").read_text().splitlines())
+        outcomes = [
+            Outcome(0.0, (), str(one["error"]))
+            if one.get("error")
+            else _outcome(*(one["metrics"][name]["value"] for name in names))
+            for one in records
+        ]
+        total = json.loads((folder / "profile_export_aiperf.json").read_text())
+        rate = float(total["output_token_throughput"]["avg"])
+    return figures_of(outcomes, rate)
 
 
 def _outcome(ttft: float, gap: float, tokens: float) -> Outcome:
@@ -114,36 +117,14 @@ def _outcome(ttft: float, gap: float, tokens: float) -> Outcome:
     return Outcome(0.0, (ttft / 1e3, (ttft + gap * (tokens - 1)) / 1e3), counted=int(tokens))
 
 
-def _text(tool: str, path: Path) -> str:
+@contextmanager
+def _tested_format(tool: str) -> Iterator[None]:
+    """Raises FormatChanged if the body cannot read the tool's output."""
     try:
-        return path.read_text()
-    except OSError as error:
-        raise FormatChanged(f"{tool} wrote no {path.name} ({error.strerror}), although it succeeded") from None
-
-
-def _load(tool: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise FormatChanged(f"{tool}'s output is not JSON: {error}") from None
-
-
-def _field(tool: str, data: Any, path: str) -> Any:
-    """Returns the field of ``tool``'s output at a path such as ``benchmarks.0.metrics``."""
-    value = data
-    for part in path.split("."):
-        try:
-            value = value[int(part) if isinstance(value, list) else part]
-        except (KeyError, IndexError, TypeError, ValueError):
-            value = None
-    if value is None:
+        yield
+    except (OSError, ValueError, LookupError, TypeError) as error:
         tested = ", ".join(ENVIRONMENTS[tool].requirements)
         raise FormatChanged(
-            f"{tool}'s output lacks the field {path}: another release may have changed the format; "
-            f"install the tested one, {tested}"
-        )
-    return value
-
-
-def _number(tool: str, data: Any, path: str) -> float:
-    return float(_field(tool, data, path))
+            f"{tool}'s output cannot be read ({type(error).__name__}: {error}). Another release may have changed the "
+            f"format: install the tested one, {tested}"
+        ) from error

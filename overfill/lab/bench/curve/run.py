@@ -1,44 +1,30 @@
-"""Runs the sweeps of a curve, and keeps each finished point in a folder, so that a run can be continued."""
+"""Measures the points of a curve, and keeps each finished one in a folder, so that a run can be continued."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+from dataclasses import asdict
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from overfill.errors import InvalidRequest, OverfillError
-from overfill.lab.bench.curve.plan import Point, Sweep, left_of, seconds_of, seconds_of_points
+from overfill.lab.bench.curve.plan import SHAPES, Point
 from overfill.lab.bench.curve.results import OBJECTIVE, PointFigures
 from overfill.lab.bench.curve.systems import LIMITS, started
 from overfill.lab.bench.curve.tools import measure, warm_up
 from overfill.lab.machine import describe_machine
 from overfill.lab.peers.environment import version_of
+from overfill.lab.stacks import Log
 from overfill.model.manifest import Pair
 
 Say = Callable[[str], None]
 
 _LIMIT, _MIN_LIMIT = 10.0, 300.0
 """A tool is stopped after this multiple of a point's planned seconds, and this many more: it hangs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A finished point. ``figures.requests`` and ``figures.failed`` are as many as were asked for."""
-
-    point: Point
-    figures: PointFigures
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self.point) | asdict(self.figures)
-
-    @classmethod
-    def of_json(cls, data: dict[str, Any]) -> Measured:
-        point = Point(**{name: data.pop(name) for name in Point.__slots__})
-        return cls(point, PointFigures(**data))
 
 
 class Folder:
@@ -64,12 +50,17 @@ class Folder:
         self.conditions: dict[str, Any] = before | now
         _write(file, self.conditions)
 
-    def add(self, measured: Measured) -> None:
-        _write(self._points / f"{measured.point.name}.json", measured.to_json())
+    def add(self, point: Point, figures: PointFigures) -> None:
+        _write(self._points / f"{point.name}.json", asdict(point) | asdict(figures))
 
-    def read(self) -> list[Measured]:
+    def read(self) -> dict[Point, PointFigures]:
         """Returns all finished points, those of earlier runs too."""
-        return [Measured.of_json(json.loads(file.read_text())) for file in sorted(self._points.glob("*.json"))]
+        found = {}
+        for file in sorted(self._points.glob("*.json")):
+            data = json.loads(file.read_text())
+            point = Point(**{name: data.pop(name) for name in Point.__slots__})
+            found[point] = PointFigures(**data)
+        return found
 
 
 def _write(path: Path, data: object) -> None:
@@ -92,63 +83,55 @@ def conditions(seconds: float, pairs: Mapping[str, Pair], peers: Iterable[str]) 
     }
 
 
-def run_sweeps(
-    planned: Sequence[Sweep],
+def measure_points(
+    planned: Sequence[Point],
     folder: Folder,
     seconds: float,
     pairs: Mapping[str, Pair],
     pythons: Mapping[str, Path],
     say: Say,
-    log: Callable[[str, str], None],
+    log: Log,
 ) -> list[Point]:
     """Measures the points that the folder lacks, or has with failed requests. Returns those that failed.
 
-    A later call tries the failed ones again.
+    A system is started once for the points of a shape in a round. A later call tries the failed points again.
 
     Args:
         seconds: about how long each point's requests take.
         pythons: interpreter of each peer's environment.
         say: called with each line about the progress.
-        log: as of ``started``.
     """
     finished = folder.read()
-    rest = left_of(planned, {one.point.name for one in finished if not one.figures.failed})
-    points = sum(len(sweep.points) for sweep in rest)
-    skipped = sum(len(sweep.points) for sweep in planned) - points
-    if skipped:
-        say(f"{skipped} of {points + skipped} points are finished already, and are skipped")
-    expected, limit = seconds_of(rest, seconds), _LIMIT * seconds + _MIN_LIMIT
-    for sweep in rest:
-        say(f"{sweep.shape.title}; {sweep.system}, round {sweep.points[0].round}: {len(sweep.points)} points")
-    end = datetime.now(UTC) + timedelta(seconds=expected)
-    say(f"{points} points of {seconds:g} s: about {expected / 60:.0f} minutes, until {end:%H:%M} UTC")
+    rest = [point for point in planned if point not in finished or finished[point].failed]
+    if skipped := len(planned) - len(rest):
+        say(f"{skipped} of {len(planned)} points are finished already, and are skipped")
+    say(f"{len(rest)} points: at least {len(rest) * seconds / 60:.0f} minutes")
+    limit = _LIMIT * seconds + _MIN_LIMIT
     # Rounds and tools repeat a point with the same number of requests.
-    asked = {_load_of(one.point): one.figures.requests + one.figures.failed for one in finished}
+    asked = {_load_of(point): figures.requests + figures.failed for point, figures in finished.items()}
     failed: list[Point] = []
     began = time.monotonic()
-    while rest:
-        sweep = rest.pop(0)
-        waiting = list(sweep.points)
+    for (name, system, _), points in groupby(rest, attrgetter("shape", "system", "round")):
+        shape, waiting = SHAPES[name], list(points)
         try:
-            with started(sweep.system, sweep.shape, pairs, pythons.get("vllm"), log) as endpoint:
-                pace = warm_up(sweep.shape, endpoint, limit)
+            with started(system, shape, pairs, pythons, log) as endpoint:
+                pace = warm_up(shape, endpoint, limit)
                 while waiting:
                     point = waiting.pop(0)
                     requests = asked.setdefault(_load_of(point), pace.requests(point.concurrency, seconds))
                     try:
-                        figures = measure(point, sweep.shape, endpoint, requests, pythons, limit)
+                        figures = measure(point, shape, endpoint, requests, pythons, limit)
                     except OverfillError as error:
                         failed.append(point)
                         say(_failure(str(point), error))
                         continue
-                    folder.add(Measured(point, figures))
-                    number = points - len(waiting) - sum(len(other.points) for other in rest)
-                    left = seconds_of(rest, seconds) + seconds_of_points(waiting, seconds)
-                    left *= (time.monotonic() - began) / max(1.0, expected - left)  # as much slower as it was so far
-                    say(f"[{number}/{points}] {point}: {_line(figures)}; {left / 60:.0f} minutes left")
+                    folder.add(point, figures)
+                    number = rest.index(point) + 1
+                    left = (time.monotonic() - began) * (len(rest) / number - 1)
+                    say(f"[{number}/{len(rest)}] {point}: {_line(figures)}; about {left / 60:.0f} minutes left")
         except OverfillError as error:
             failed += waiting
-            say(_failure(f"{sweep.system}, {sweep.shape.title}", error))
+            say(_failure(f"{system}, {shape.title}", error))
     return failed
 
 

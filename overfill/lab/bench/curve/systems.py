@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from overfill.lab.bench.curve.plan import APART, APART_FROM, RequestShape
 from overfill.lab.bench.curve.tools import Endpoint
 from overfill.lab.peers.vllm_server import vllm_server
-from overfill.lab.stacks import served
+from overfill.lab.stacks import Log, served
 from overfill.model.manifest import Pair
 
 LIMITS = {"max_num_seqs": 64, "max_model_len": 2048, "kv_memory": 1 << 30}
@@ -20,7 +20,7 @@ LIMITS = {"max_num_seqs": 64, "max_model_len": 2048, "kv_memory": 1 << 30}
 
 @contextmanager
 def started(
-    system: str, shape: RequestShape, pairs: Mapping[str, Pair], vllm: Path | None, log: Callable[[str, str], None]
+    system: str, shape: RequestShape, pairs: Mapping[str, Pair], pythons: Mapping[str, Path], log: Log
 ) -> Iterator[Endpoint]:
     """Starts a system and yields its endpoint once it is ready. Call it on the main thread only.
 
@@ -28,8 +28,7 @@ def started(
 
     Args:
         pairs: pair of each system. vLLM serves the full model of its own.
-        vllm: interpreter of vLLM's environment.
-        log: called with a process's name and each line of its output.
+        pythons: interpreter of vLLM's environment, by its name.
 
     Raises:
         StartFailed, PeerFailed: a process exited.
@@ -37,7 +36,7 @@ def started(
     if system == APART and len(cores := sorted(os.sched_getaffinity(0))) > 1:
         os.sched_setaffinity(0, cores[:-1])
         try:
-            with started(APART_FROM, shape, pairs, vllm, log) as endpoint:
+            with started(APART_FROM, shape, pairs, pythons, log) as endpoint:
                 os.sched_setaffinity(0, cores[-1:])
                 yield endpoint
         finally:
@@ -47,9 +46,7 @@ def started(
     caches = shape.prefix > 0
     tokenizer, vocab_size = pair.full_path, pair.full_config.vocab_size
     if system == "vllm":
-        if vllm is None:
-            raise AssertionError("vLLM's environment is checked before the run")
-        with vllm_server(vllm, pair.full_path, prefix_cache=caches, **LIMITS) as url:
+        with vllm_server(pythons["vllm"], pair.full_path, prefix_cache=caches, **LIMITS) as url:
             yield Endpoint(url, str(pair.full_path), tokenizer, vocab_size)
         return
     split = system == "split"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from overfill.lab.bench.curve import results
-from overfill.lab.bench.curve.plan import GUIDELLM, OWN, WAVE, AnswerPace, Point, RequestShape
+from overfill.lab.bench.curve.plan import AIPERF, GUIDELLM, OWN, WAVE, AnswerPace, Point, RequestShape
 from overfill.lab.bench.curve.results import PointFigures
 from overfill.lab.peers.process import PeerFailed, peer_processes
 from overfill.lab.traffic.outcome import Outcome
@@ -65,18 +65,16 @@ def measure(
         return replace(found, tool_cpu=time.process_time() - began)
     # The system does not matter here: all get the same prompts.
     seed = 1000 * point.round + 10 * point.concurrency + ord(shape.name)
+    make_command, read = {
+        GUIDELLM: (_guidellm, results.read_guidellm),
+        AIPERF: (_aiperf, results.read_aiperf),
+    }[point.tool]
     with tempfile.TemporaryDirectory(prefix="overfill-curve-") as folder:
-        command = (_guidellm if point.tool == GUIDELLM else _aiperf)(
-            Path(folder), shape, at, requests, point.concurrency, seed
-        )
+        command = make_command(Path(folder), shape, at, requests, point.concurrency, seed)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         _run(point.tool, [str(pythons[point.tool]), *command], limit)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        found = (
-            results.read_guidellm(Path(folder) / "report.json")
-            if point.tool == GUIDELLM
-            else results.read_aiperf(Path(folder))
-        )
+        found = read(Path(folder))
     if (sent := found.requests + found.failed) != requests:
         raise PeerFailed(f"{point.tool} reports {sent} of {requests} requests")
     return replace(found, tool_cpu=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)

@@ -57,24 +57,19 @@ class MachineProbe:
         ]
 
     def measure(self) -> Machine:
-        """Measures bandwidth and matrix rate, in about a second on two cores."""
-        return Machine(self.bandwidth(), self.matrix_rate())
+        """Measures bandwidth and matrix rate, in about a second on two cores.
 
-    def bandwidth(self) -> float:
-        """Bytes read per second by the fastest of two sums, a dot product and (on a CPU) one hash per thread."""
-        as_integers = self._buffer.view(torch.int64)
-        routines: list[Callable[[], object]] = [
-            self._buffer.sum,
-            as_integers.sum,
-            lambda: torch.dot(self._buffer, self._buffer),
-        ]
+        Memory is read by two sums, a dot product and (on a CPU) one hash per thread. The fastest counts, as does the
+        fastest shape of a matrix product.
+        """
+        floats, integers = self._buffer, self._buffer.view(torch.int64)
+        reads: list[Callable[[], object]] = [floats.sum, integers.sum, partial(torch.dot, floats, floats)]
         if self._device.type == "cpu":
-            routines.append(self._hash)
-        return self._buffer.nbytes / min(self._seconds(routine) for routine in routines)
-
-    def matrix_rate(self) -> float:
-        """Floating-point operations per second in the fastest of several shapes."""
-        return max(2 * x.numel() * len(w) / self._seconds(partial(linear, x, w)) for x, w in self._products)
+            reads.append(self._hash)
+        return Machine(
+            floats.nbytes / min(map(self._seconds, reads)),
+            max(2 * x.numel() * len(w) / self._seconds(partial(linear, x, w)) for x, w in self._products),
+        )
 
     def _hash(self) -> None:
         view = self._buffer.numpy().data.cast("B")

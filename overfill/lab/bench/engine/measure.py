@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -40,12 +41,13 @@ class EngineRun:
     Args:
         dtype: Data type of weights and activations. None means the device's native one.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        threads: CPU threads.
+        threads: CPU threads. None means one for each core.
     """
 
     def __init__(
-        self, pair: Pair, dtype: DTypeName | None, device: str, threads: int, rounds: int, report: Report
+        self, pair: Pair, dtype: DTypeName | None, device: str, threads: int | None, rounds: int, report: Report
     ) -> None:
+        threads = threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(threads)
         where = resolve_device(device)
         dtype = dtype or native_dtype(where)

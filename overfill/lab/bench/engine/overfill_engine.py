@@ -115,11 +115,6 @@ class BenchEngine:
                 raise event.error
         return events
 
-    def _prompt(self, length: int, seed: int) -> list[int]:
-        """Random token ids. Speed does not depend on which ids they are."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(self._stage.pair.full_config.vocab_size, (length,), generator=generator).tolist()
-
 
 class BenchDecoder(BenchEngine):
     """Decodes on made-up KV: no prompt is computed, because the speed does not depend on values."""
@@ -145,20 +140,30 @@ class BenchDecoder(BenchEngine):
 
     def begin(self, batch: int, prompt_tokens: int, steps: int) -> None:
         """Starts ``batch`` sequences after a prompt of ``prompt_tokens`` tokens, with room for ``steps`` more each."""
-        prompt, limit = self._prompt(prompt_tokens, 0), StopRule.of(_GREEDY, (), steps + 2)
+        limit = StopRule.of(_GREEDY, (), steps + 2)
         for index in range(batch):
-            sequence = DecodeSequence(f"{self.name}-{index}", list(prompt), [], _GREEDY, limit)
+            sequence = DecodeSequence(f"{self.name}-{index}", [0] * prompt_tokens, [], _GREEDY, limit)
             sequence.adapter = index % self._adapters if self._adapters else None
             self._engine.handle(Reserve(sequence))
             (event,) = self._events()
             if not isinstance(event, Reserved):
                 raise InternalError(f"the engine reserved no KV blocks: {event}")
             self._ids.append(sequence.id)
-            self._engine.handle(Start(sequence.id, prompt[-1]))
+            self._engine.handle(Start(sequence.id, 0))
 
     def steps(self, count: int) -> list[float]:
         """Decodes ``count`` tokens of every sequence, greedily. Returns the seconds of each step."""
-        return [self._step() for _ in range(count)]
+        times = []
+        for _ in range(count):
+            remaining, start = len(self._ids), time.perf_counter()
+            while remaining > 0:
+                self._engine.step()
+                for event in self._events():
+                    if not isinstance(event, StepSampled) or event.finishes:
+                        raise InternalError(f"unexpected event in a decode run: {event}")
+                    remaining -= len(event.ids)
+            times.append(time.perf_counter() - start)
+        return times
 
     def end(self) -> None:
         """Frees the sequences."""
@@ -166,18 +171,6 @@ class BenchDecoder(BenchEngine):
             self._engine.handle(Release(id))
         self._ids = []
         self._events()
-
-    def _step(self) -> float:
-        """Runs the engine until every sequence has one more token. Returns the seconds."""
-        remaining = len(self._ids)
-        start = time.perf_counter()
-        while remaining > 0:
-            self._engine.step()
-            for event in self._events():
-                if not isinstance(event, StepSampled) or event.finishes:
-                    raise InternalError(f"unexpected event in a decode run: {event}")
-                remaining -= len(event.ids)
-        return time.perf_counter() - start
 
 
 class BenchPrefiller(BenchEngine):
@@ -191,16 +184,17 @@ class BenchPrefiller(BenchEngine):
 
     def prefill(self, lengths: Sequence[int]) -> float:
         """Seconds from submitting prompts of these lengths, all at once, to the first token of each."""
-        prompts = {str(seed): self._prompt(length, seed) for seed, length in enumerate(lengths)}
+        random, vocab_size = torch.Generator().manual_seed(0), self._stage.pair.full_config.vocab_size
+        prompts = [torch.randint(vocab_size, (length,), generator=random).tolist() for length in lengths]
         start = time.perf_counter()
-        for id, prompt in prompts.items():
-            self._engine.handle(Submit(PrefillSequence(id, prompt, _GREEDY)))
+        for id, prompt in enumerate(prompts):
+            self._engine.handle(Submit(PrefillSequence(str(id), prompt, _GREEDY)))
         remaining = len(prompts)
         while remaining:
             if not self._engine.step():
                 raise InternalError("the prompts do not fit into the KV cache")
             remaining -= sum(isinstance(event, PromptComputed) for event in self._events())
         seconds = time.perf_counter() - start
-        for id in prompts:
-            self._engine.handle(Release(id))
+        for id in range(len(prompts)):
+            self._engine.handle(Release(str(id)))
         return seconds

@@ -25,7 +25,7 @@ from overfill.lab.cpu_clock import cpu_seconds, family
 from overfill.lab.measurement import Measurement
 from overfill.lab.peers.process import PeerFailed
 from overfill.lab.peers.routers import STARTS, RunningRouter, StartRouter, bare
-from overfill.lab.stacks import served
+from overfill.lab.stacks import Log, served
 from overfill.pair.store import MOCK, resolve_pair
 from overfill.process.open_files import allow_connections
 from overfill.telemetry.progress import Report, silent
@@ -60,8 +60,6 @@ _DELAYED_ACK = 0.005
 """Seconds by which quick acknowledgements must shorten the mean first token, to be used for a router. Linux delays an
 acknowledgement by up to 40 ms, and a router without TCP_NODELAY waits for it on a connection that is used again."""
 _START_SECONDS, _SETTLE_SECONDS = 60.0, 0.4
-
-Log = Callable[[str, str], None]
 
 
 @dataclass(slots=True)
@@ -140,17 +138,18 @@ class _Turn:
 
     def __init__(self, server: RunningRouter, seconds: float) -> None:
         self.server = server
-        self.figures = RouterFigures(server.about, {_FAILED: 0, _CLIENT: 0})
+        self.figures = RouterFigures(server.about, {_FAILED: 0.0, _CLIENT: 0.0})
+        self._values = self.figures.values
         self._seconds = seconds
         self._settle = min(seconds, _SETTLE_SECONDS)
         self._quick = False
 
     def at_rest(self) -> None:
         time.sleep(self._settle)
-        self._add("memory_at_rest", _memory(self.server) / 2**20)
+        self._values["memory_at_rest"] = _memory(self.server) / 2**20
         cpu = cpu_seconds(*self.server.router)
         time.sleep(self._seconds)
-        self._add("cpu_at_rest", 1e3 * (cpu_seconds(*self.server.router) - cpu) / self._seconds)
+        self._values["cpu_at_rest"] = 1e3 * (cpu_seconds(*self.server.router) - cpu) / self._seconds
 
     def first_tokens(self) -> None:
         """Measures the time to first token, without and with quick acknowledgements, and keeps what is better."""
@@ -159,12 +158,12 @@ class _Turn:
         if self._quick:
             self.figures.about += ", quick ACKs"
         for percent in (50, 99):
-            self._add(f"ttft_p{percent}", 1e3 * np.percentile(quick if self._quick else plain, percent))
+            self._values[f"ttft_p{percent}"] = 1e3 * float(np.percentile(quick if self._quick else plain, percent))
         largest = []
         for _ in range(_BURSTS):
             with self._running(HttpLoad(self.server, 1, AT_ONCE, once=True)) as counts:
                 largest.append(max(_wait_for_first_tokens(counts, AT_ONCE)))
-        self._add(f"ttft_{AT_ONCE}_at_once_max", 1e3 * statistics.median(largest))
+        self._values[f"ttft_{AT_ONCE}_at_once_max"] = 1e3 * statistics.median(largest)
 
     def _first_tokens(self, quick: bool) -> list[float]:
         self._quick = quick
@@ -175,15 +174,13 @@ class _Turn:
 
     def requests(self, streams: int) -> None:
         """Measures requests of one token, as fast as the router answers them."""
-        router, workers, counts = self._window(1, streams)
-        self._add_cpu(f"request_cpu_{streams}", router, workers, counts.ended)
+        self._window(f"request_cpu_{streams}", 1, streams)
 
     def tokens(self, streams: int) -> None:
         """Measures long answers at a fixed pace."""
-        router, workers, counts = self._window(_ANSWER, streams)
-        self._add_cpu(f"token_cpu_{streams}", router, workers, counts.tokens)
-        self._add(f"tokens_per_event_{streams}", counts.tokens / max(1, counts.events))
-        self._add(f"rate_{streams}", counts.tokens / self._seconds)  # the same for all that keep the pace
+        events, tokens = self._window(f"token_cpu_{streams}", _ANSWER, streams)
+        self._values[f"tokens_per_event_{streams}"] = tokens / max(1, events)
+        self._values[f"rate_{streams}"] = tokens / self._seconds  # the same for all that keep the pace
 
     def memory(self, streams: int) -> None:
         """Measures the memory of streams that have their first token and wait for the next."""
@@ -192,10 +189,14 @@ class _Turn:
         before = _memory(self.server)
         with self._running(HttpLoad(self.server, _ANSWER, streams)) as counts:
             _wait_for_first_tokens(counts, streams)
-            self._add("memory_per_stream", (_memory(self.server) - before) / streams / 1024)
+            self._values["memory_per_stream"] = (_memory(self.server) - before) / streams / 1024
 
-    def _window(self, tokens: int, streams: int) -> tuple[float, float, Received]:
-        """Keeps requests running. Returns CPU seconds of router and workers, and what a window of the load received."""
+    def _window(self, name: str, tokens: int, streams: int) -> tuple[int, int]:
+        """Keeps requests of ``tokens`` tokens running. Returns the events and tokens that arrived within a window.
+
+        Adds the CPU time, in microseconds per token, or per request of one token. It is NaN if a busy machine let none
+        through.
+        """
         with self._running(HttpLoad(self.server, tokens, streams)) as counts:
             _wait_for_first_tokens(counts, streams)
             time.sleep(self._settle)
@@ -205,25 +206,20 @@ class _Turn:
             router, workers = cpu_seconds(*self.server.router) - router, cpu_seconds(*self.server.workers) - workers
             used = (time.process_time() - client) / (time.perf_counter() - start)
             after = counts()
-        self._add(_CLIENT, max(self.figures.values[_CLIENT], used))
-        ended, events, tokens = (getattr(after, of) - getattr(before, of) for of in ("ended", "events", "tokens"))
-        return router, workers, Received(ended=ended, events=events, tokens=tokens)
+        self._values[_CLIENT] = max(self._values[_CLIENT], used)
+        ended, events, received = (getattr(after, of) - getattr(before, of) for of in ("ended", "events", "tokens"))
+        count = (ended if tokens == 1 else received) or math.nan
+        self._values[name] = 1e6 * router / count
+        if self.server.workers:
+            self._values[f"workers_{name}"] = 1e6 * workers / count
+        return events, received
 
     @contextmanager
     def _running(self, load: HttpLoad) -> Iterator[Callable[[], Received]]:
         with running(replace(load, quick_ack=self._quick)) as counts:
             yield counts
-            self._add(_FAILED, self.figures.values[_FAILED] + counts().failed)
+            self._values[_FAILED] += counts().failed
         time.sleep(self._settle)  # the router notices that the client has gone
-
-    def _add_cpu(self, name: str, router: float, workers: float, count: int) -> None:
-        """Adds microseconds for each of ``count`` requests or tokens; NaN if a busy machine let none through."""
-        self._add(name, 1e6 * router / (count or math.nan))
-        if self.server.workers:
-            self._add(f"workers_{name}", 1e6 * workers / (count or math.nan))
-
-    def _add(self, name: str, value: float | np.floating) -> None:
-        self.figures.values[name] = float(value)
 
 
 def rows(ours: RouterFigures, bare: RouterFigures, *peers: RouterFigures) -> list[Measurement]:

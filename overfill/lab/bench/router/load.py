@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from overfill.lab.peers.loopback import enter
+import httptools
+
 from overfill.lab.peers.process import PeerFailed
 from overfill.lab.peers.routers import RunningRouter
 
-PATH = "/v1/chat/completions"
 _PROMPT = "Some words of a prompt. " * 16
-_HEAD = b"POST %b HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+_HEAD = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 _CONTENT = re.compile(rb'"content":"((?:[^"\\]|\\.)+)"')
 _USAGE = re.compile(rb'"completion_tokens":(\d+)')
 _LONGEST_WAIT = 0.05
@@ -69,11 +70,12 @@ class Received:
     ttft: list[float] = field(default_factory=list)
 
 
-def make_body(model: str, tokens: int) -> bytes:
-    """Returns the body of a request for a greedy, streamed chat completion of ``tokens`` tokens."""
+def _request(model: str, tokens: int) -> bytes:
+    """Returns a request for a greedy, streamed chat completion of ``tokens`` tokens."""
     fields = {"model": model, "messages": [{"role": "user", "content": _PROMPT}], "max_tokens": tokens}
     fields |= {"temperature": 0, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
-    return json.dumps(fields).encode()
+    body = json.dumps(fields)
+    return f"{_HEAD}content-length: {len(body)}\r\n\r\n{body}".encode()
 
 
 @contextmanager
@@ -107,13 +109,10 @@ class _Client:
         self.counts = Received()
         self.stop = threading.Event()
         self.selector = selectors.DefaultSelector()
-        body = make_body(load.server.model, load.tokens)
-        self.request = _HEAD % (PATH.encode(), len(body)) + body
+        self.request = _request(load.server.model, load.tokens)
         self.idle: list[_Connection] = []
 
     def run(self) -> None:
-        if self.load.server.network is not None:
-            enter(self.load.server.network)
         rate, sent, start = self.load.rate, 0, time.perf_counter()
         try:
             for _ in range(self.load.streams):
@@ -150,11 +149,10 @@ class _Client:
 
 
 class _Connection:
-    """A connection with one request at a time."""
+    """A connection with one request at a time. Its parser calls the methods ``on_...``."""
 
     def __init__(self, client: _Client) -> None:
         self._client = client
-        self._token = client.load.server.token
         host, _, port = client.load.server.address.rpartition(":")
         self._socket = socket.create_connection((host, int(port)), timeout=30)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -162,9 +160,15 @@ class _Connection:
 
     def begin(self) -> None:
         self._sent, self._first, self._usage = time.perf_counter(), True, 0
-        self._head = True
-        self._received = self._event = b""  # a chunk, and an event, that have not arrived as a whole
+        self._parser: Any = httptools.HttpResponseParser(self)
+        self._body, self._whole = b"", False  # the body has no complete event
         self._socket.sendall(self._client.request)
+
+    def on_body(self, data: bytes) -> None:
+        self._body += data
+
+    def on_message_complete(self) -> None:
+        self._whole = True
 
     def close(self) -> None:
         with suppress(KeyError):
@@ -180,42 +184,20 @@ class _Connection:
         if self in self._client.idle:  # the server ends connections that nothing uses
             self._client.idle.remove(self)
             return self.close()
-        self._received += data
-        if self._head:
-            head, found, rest = self._received.partition(b"\r\n\r\n")
-            if found and head.startswith(b"HTTP/1.1 200"):
-                self._head, self._received = False, rest
-            elif found or not data:
-                return self._client.ended(self, False)
-            else:
-                return None
-        body, end = self._chunks()
-        whole, _, self._event = (self._event + body).rpartition(b"\n\n")
-        self._count(whole)
-        if end or not data:
-            self._client.ended(self, end and self._usage == self._client.load.tokens)
-
-    def _chunks(self) -> tuple[bytes, bool]:
-        """Takes the whole chunks from what was received. Returns their content, and whether the last was among them."""
-        buffer, at, parts = self._received, 0, []
-        while (line := buffer.find(b"\r\n", at)) >= 0:
-            size = int(buffer[at:line], 16)
-            if len(buffer) < line + size + 4:
-                break
-            parts.append(buffer[line + 2 : line + 2 + size])
-            at = line + size + 4
-            if not size:
-                return b"".join(parts), True
-        self._received = buffer[at:]
-        return b"".join(parts), False
+        self._parser.feed_data(data)
+        events, _, self._body = self._body.rpartition(b"\n\n")
+        self._count(events)
+        if self._whole or not data:
+            complete = self._parser.get_status_code() == 200 and self._usage == self._client.load.tokens
+            self._client.ended(self, complete)
 
     def _count(self, events: bytes) -> None:
-        counts = self._client.counts
+        counts, token = self._client.counts, self._client.load.server.token
         if found := _CONTENT.findall(events):
             if self._first:
                 self._first = False
                 counts.ttft.append(time.perf_counter() - self._sent)
             counts.events += len(found)
-            counts.tokens += sum(map(len, found)) // len(self._token) if self._token else len(found)
+            counts.tokens += sum(map(len, found)) // len(token) if token else len(found)
         if b'"usage"' in events and (usage := _USAGE.search(events)):
             self._usage = int(usage[1])

@@ -27,15 +27,13 @@ from overfill.lab.bench.vllm.plain import PlainVllm, serve
 from overfill.lab.bench.vllm.window import CpuTimes, DecodeWindow, decode_window
 from overfill.lab.cpu_clock import cpu_seconds
 from overfill.lab.peers.process import PeerFailed
-from overfill.lab.stacks import ServedStack, served
+from overfill.lab.stacks import Log, ServedStack, served
 from overfill.lab.traffic.openai import completion_body, error_message
 from overfill.lab.traffic.outcome import RequestFailed
 from overfill.settings.tiers import TierSpec
 from overfill.stack.child import TAIL_LINES
 from overfill.stack.process_runner import child_environment
 from overfill.telemetry.progress import Report
-
-Log = Callable[[str, str], None]
 
 STEPS, SECONDS = 64, 1.0
 """A window of ours has so many steps and seconds at least, unless the answers are too short for it."""

@@ -13,10 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from overfill.lab.bench.vllm.engines import EngineRounds, Log, PlainEngine, VllmSettings, stack_engines
+from overfill.lab.bench.vllm.engines import EngineRounds, PlainEngine, VllmSettings, stack_engines
 from overfill.lab.bench.vllm.plain import InProcessVllm
 from overfill.lab.bench.vllm.window import DecodeWindow
 from overfill.lab.measurement import Measurement
+from overfill.lab.stacks import Log
 from overfill.making.tiny import make_tiny_pair
 from overfill.model.manifest import Pair
 from overfill.telemetry.progress import Report

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import truediv
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from overfill.errors import InternalError
-from overfill.lab.bench.vllm.engines import EngineRounds, Log, PlainEngine, StackEngine, VllmSettings, stack_engines
-from overfill.lab.bench.vllm.window import DecodeWindow
+from overfill.lab.bench.vllm.engines import EngineRounds, PlainEngine, StackEngine, VllmSettings, stack_engines
 from overfill.lab.measurement import Measurement
+from overfill.lab.stacks import Log
 from overfill.making.identity_pair import identity_pair
 from overfill.model.manifest import Pair
 from overfill.telemetry.progress import Report
@@ -41,8 +43,8 @@ MAX_EXPOSED = {2048: 0.05}
 
 _PEER = "plain vLLM"
 
-DecodeRound = Mapping[str, tuple[DecodeWindow, ...]]
-"""``decoder`` and ``full`` -> the window under our worker, and that of plain vLLM."""
+DecodeRound = tuple[float, ...]
+"""Tokens per second of the decoder under our worker and in plain vLLM, and of the full model under both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +76,8 @@ class StagesPlan:
         return max(rows, self.max_model_len(context)) * 9 // 8
 
 
-@dataclass(frozen=True, slots=True)
-class PromptRound:
-    """One request to the stack, and the same prompt in plain vLLM. Times are in seconds.
+class PromptRound(NamedTuple):
+    """One request to the stack, and the same prompt in plain vLLM. Times are in milliseconds.
 
     Attributes:
         ttft: Time to first token, measured by the client.
@@ -98,9 +99,6 @@ def measure_stages(
 ) -> Iterator[Measurement]:
     """Yields each figure when it is known.
 
-    Args:
-        log: Called with the name and each line of output of our processes.
-
     Raises:
         StartFailed, PeerFailed: an engine did not start.
     """
@@ -120,7 +118,8 @@ def measure_stages(
         turns = EngineRounds(plan.rounds, pair.full_config.vocab_size, report)
 
         def decode_round(batch: int) -> DecodeRound:
-            return {half: turns.decode(batch, DECODE_PROMPT, max_answer, ours[half], plain[half]) for half in ours}
+            turn = (turns.decode(batch, DECODE_PROMPT, max_answer, ours[half], plain[half]) for half in plain)
+            return tuple(window.rate for windows in turn for window in windows)
 
         lengths = plan.lengths(context)
         report("Warming up", 0, 1)
@@ -144,29 +143,24 @@ def _prompt_round(length: int, turns: EngineRounds, ours: StackEngine, plain: Ma
     (plain_ttft,) = plain["full"].answer(prompt, 1)
     steps = plain["decoder"].answer(same_length, ANSWER)
     return PromptRound(
-        ttft=times[0],
+        ttft=1e3 * times[0],
         exposed=timing.handoff_exposed / timing.prefill_compute,
-        second=times[1] - times[0],
-        plain_ttft=plain_ttft,
-        plain_step=median(after - before for before, after in pairwise(steps)),
+        second=1e3 * (times[1] - times[0]),
+        plain_ttft=1e3 * plain_ttft,
+        plain_step=1e3 * median(after - before for before, after in pairwise(steps)),
     )
 
 
 def decode_figures(batch: int, rounds: Sequence[DecodeRound]) -> list[Measurement]:
     """Figures of one batch."""
-
-    def rates(half: str, engine: int) -> list[float]:
-        return [found[half][engine].rate for found in rounds]
-
-    def gains(engine: int) -> list[float]:
-        return [decoder / full for decoder, full in zip(rates("decoder", engine), rates("full", engine), strict=True)]
-
+    decoder, plain_decoder, full, plain_full = zip(*rounds, strict=True)
+    gain, plain_gain = (list(map(truediv, *halves)) for halves in ((decoder, full), (plain_decoder, plain_full)))
     return [
         Measurement.beside(name, values, unit, _PEER, peers, limit, at_least=True)
         for name, values, unit, peers, limit in (
-            (f"decode_decoder_{batch}", rates("decoder", 0), "tokens/s", rates("decoder", 1), MIN_DECODE.get(batch)),
-            (f"decode_full_{batch}", rates("full", 0), "tokens/s", rates("full", 1), None),
-            (f"decode_gain_{batch}", gains(0), "of the full model", gains(1), MIN_GAIN),
+            (f"decode_decoder_{batch}", decoder, "tokens/s", plain_decoder, MIN_DECODE.get(batch)),
+            (f"decode_full_{batch}", full, "tokens/s", plain_full, None),
+            (f"decode_gain_{batch}", gain, "of the full model", plain_gain, MIN_GAIN),
         )
     ]
 
@@ -177,9 +171,7 @@ def prompt_figures(length: int, asked: int, rounds: Sequence[PromptRound]) -> li
     Args:
         asked: The length that the user gave; ``length`` is shorter where the model's context is.
     """
-    ttft, plain_ttft = [1e3 * r.ttft for r in rounds], [1e3 * r.plain_ttft for r in rounds]
-    second, plain_step = [1e3 * r.second for r in rounds], [1e3 * r.plain_step for r in rounds]
-    exposed = [r.exposed for r in rounds]
+    ttft, exposed, second, plain_ttft, plain_step = zip(*rounds, strict=True)
     return [
         Measurement.beside(f"ttft_{length}", ttft, "ms", _PEER, plain_ttft, MAX_TTFT.get(asked)),
         Measurement.median(f"handoff_exposed_{length}", exposed, "of the prefill", MAX_EXPOSED.get(asked)),

@@ -5,15 +5,15 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from functools import partial
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from overfill.lab.bench.router.cost import RouterFigures, measure_router, rows
 from overfill.lab.bench.router.load import HttpLoad, running
-from overfill.lab.peers import loopback
 from overfill.lab.peers.process import PeerFailed
-from overfill.lab.peers.routers import RunningRouter, bare
+from overfill.lab.peers.routers import RunningRouter, bare, dynamo
 
 HEAD = b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'
 TAIL = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":1}}\n\ndata: [DONE]\n\n'
@@ -162,13 +162,8 @@ def test_rows_begin_where_we_lose_most_and_end_with_the_bare_server():
     assert {row.peer_value for row in found[6:] if row.name == "failed_requests"} == {0, 2}
 
 
-class TestNamespaces:
-    def test_they_need_root_and_the_message_says_so(self, monkeypatch):
-        monkeypatch.setattr(os, "geteuid", partial(int, 1000))
-        with pytest.raises(PeerFailed, match=r"dynamo listens on all addresses.*only root.*leave the peer out"):
-            loopback.alone("dynamo", ["program"])
-
-    def test_a_missing_program_is_named(self, monkeypatch):
-        monkeypatch.setenv("PATH", "")
-        with pytest.raises(PeerFailed, match="the programs unshare, nsenter, ip are missing"):
-            loopback.alone("dynamo", ["program"])
+def test_dynamo_is_refused_where_others_could_reach_it(monkeypatch):
+    devices = {name: SimpleNamespace(isup=name != "tunl0") for name in ("lo", "eth0", "tunl0")}
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: devices)
+    with pytest.raises(PeerFailed, match=r"would listen on eth0 too\. .*unshare.*or leave the peer out"), dynamo(1, 1):
+        pass
