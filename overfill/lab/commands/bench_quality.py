@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from overfill.cli.options import TIER
+from overfill.cli.output import console
 from overfill.lab.commands.bench_options import json_option, log_line
+from overfill.lab.measurement import print_measurements
 from overfill.settings.tiers import TierSpec
 
 if TYPE_CHECKING:
@@ -79,9 +81,8 @@ def quality_command(
     """
     from overfill.api.tokenizer import Tokenizer
     from overfill.cli.progress import show_progress
-    from overfill.lab.measurement import print_measurements
     from overfill.lab.stacks import served
-    from overfill.lab.tasks.quality import measure_quality
+    from overfill.lab.tasks.quality import measure_quality, quality_table
     from overfill.model.manifest import Pair
     from overfill.pair.store import resolve_pair
 
@@ -104,7 +105,11 @@ def quality_command(
         exams = _exams(tokenizer, tokens, examples, shots)
         of = {"prompt_tokens": tokens, "shots": shots, "answers": examples, "concurrency": concurrency}
         found = list(measure_quality(target, exams, of, concurrency=concurrency, cpu=cpu, report=report))
-    return print_measurements(found, as_json)
+    if as_json:
+        print_measurements(found, as_json)
+    else:
+        console().print(quality_table(found))
+    return 0 if all(one.reached for one in found) else 1
 
 
 def _write(tokenizer: Tokenizer, folder: Path) -> None:

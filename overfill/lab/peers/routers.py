@@ -72,17 +72,19 @@ def bare(step: float, sequences: int) -> Iterator[RunningRouter]:
         yield RunningRouter(f"{HOST}:{port}", MODEL, "bare uvicorn", (process,))
 
 
+def other_networks() -> list[str]:
+    """Returns the names of the network devices besides loopback that are up."""
+    return [name for name, device in psutil.net_if_stats().items() if device.isup and name != "lo"]
+
+
 @contextmanager
 def dynamo(step: float, sequences: int) -> Iterator[RunningRouter]:
     """Starts Dynamo's front end with its mocker, which listens on all addresses.
 
     Arguments and errors are those of ``bare``; PeerFailed is also raised if this machine is on another network.
     """
-    if networks := [name for name, device in psutil.net_if_stats().items() if device.isup and name != "lo"]:
-        raise PeerFailed(
-            f"dynamo's mocker would listen on {', '.join(networks)} too. Run this command with loopback alone, "
-            "`unshare -rn sh -c 'ip link set lo up && overfill bench router'`, or leave the peer out"
-        )
+    if networks := other_networks():
+        raise PeerFailed(f"dynamo's mocker would listen on {', '.join(networks)} too")
     python, model = _installed("dynamo"), resolve_pair(MOCK) / "model"
     (port,) = free_ports(HOST, 1)
     front = [python, "-m", "dynamo.frontend", "--http-host", HOST, "--http-port", str(port)]

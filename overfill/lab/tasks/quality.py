@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import click
+from rich.table import Table
 
 from overfill.lab.measurement import Measurement
 from overfill.lab.traffic.outcome import RequestFailed
@@ -121,6 +122,24 @@ def measure_quality(
         if failures:
             click.echo(f"{writer.name}, {task}: {len(failures)} requests failed; the first: {failures[0]}", err=True)
     report("Asking", len(turns), len(turns))
+
+
+def quality_table(measurements: Sequence[Measurement]) -> Table:
+    """A table with a line for each task and writer, and a column for each figure."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for one in measurements:
+        line = lines.setdefault((str(one.of["task"]), str(one.of["writer"])), [])
+        line.append("–" if math.isnan(one.value) else f"{one.value:.3g}")
+    table = Table("task", "writer")
+    for title in dict.fromkeys(f"{one.name.replace('_', ' ')}, {one.unit}" for one in measurements):
+        table.add_column(title, justify="right")
+    before = ""
+    for (task, writer), cells in lines.items():
+        if before not in ("", task):
+            table.add_section()
+        table.add_row("" if task == before else task, writer, *cells)
+        before = task
+    return table
 
 
 async def _take(

@@ -165,5 +165,5 @@ def test_rows_begin_where_we_lose_most_and_end_with_the_bare_server():
 def test_dynamo_is_refused_where_others_could_reach_it(monkeypatch):
     devices = {name: SimpleNamespace(isup=name != "tunl0") for name in ("lo", "eth0", "tunl0")}
     monkeypatch.setattr(psutil, "net_if_stats", lambda: devices)
-    with pytest.raises(PeerFailed, match=r"would listen on eth0 too\. .*unshare.*or leave the peer out"), dynamo(1, 1):
+    with pytest.raises(PeerFailed, match="would listen on eth0 too"), dynamo(1, 1):
         pass

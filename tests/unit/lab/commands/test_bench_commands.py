@@ -1,6 +1,8 @@
 """Tests the subcommands of ``overfill bench``, and that ``bench router`` makes its measurements."""
 
+import os
 import signal
+import sys
 
 import click
 import pytest
@@ -48,6 +50,20 @@ def test_the_installed_peers_are_measured_unless_others_are_named(arguments, mea
     )
     CliRunner().invoke(bench_group, ["router", *arguments], standalone_mode=False, catch_exceptions=False)
     assert asked == measured
+
+
+def test_dynamo_is_measured_where_loopback_is_the_only_network(monkeypatch):
+    ran = []
+    monkeypatch.setattr("overfill.lab.commands.bench_router.peer_pythons", lambda *_: {})
+    monkeypatch.setattr("overfill.lab.bench.router.cost.measure_cost", lambda peers, *_, **__: ran.append(peers) or [])
+    monkeypatch.setattr(os, "execvp", lambda program, command: ran.append(command) or sys.exit())
+    for networks in (["eth0"], []):
+        monkeypatch.setattr("overfill.lab.peers.routers.other_networks", lambda networks=networks: networks)
+        CliRunner().invoke(bench_group, ["router", "--peers=dynamo"])
+    command, measured = ran
+    assert command[:2] == ["unshare", "-rn"]
+    assert command[-len(sys.orig_argv) :] == [sys.executable, *sys.orig_argv[1:]]
+    assert measured == ("dynamo",)
 
 
 def test_these_are_the_subcommands():
