@@ -44,9 +44,7 @@ def router_command(peers: tuple[str, ...] | None, install: bool, seconds: float,
     peer_pythons(peers, install)
     if "dynamo" in peers and other_networks():
         if missing := [program for program in ("unshare", "ip") if shutil.which(program) is None]:
-            raise click.UsageError(
-                f"dynamo needs {' and '.join(missing)}: install them, or leave it out"
-            )
+            raise click.UsageError(f"dynamo needs {' and '.join(missing)}: install them, or leave it out")
         os.execvp(_ALONE[0], [*_ALONE, sys.executable, *sys.orig_argv[1:]])
     with show_progress() as report:
         found = measure_cost(peers, seconds, log_line, report=report)
