@@ -42,7 +42,7 @@ def test_traces_of_both_kinds_in_a_row(capsys, tmp_path):
     assert figures(capsys)["requests"] == 3
     azure.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.1,0,4\n")
     assert main(["simulate", "--trace", str(azure)]) == 2
-    assert "line 2: ContextTokens must be a whole number of at least 1" in capsys.readouterr().err
+    assert "line 2: ContextTokens: Input should be greater than 0, got '0'" in capsys.readouterr().err
 
 
 def test_sizes_and_scaling(capsys):
