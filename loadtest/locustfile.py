@@ -73,7 +73,6 @@ class OpenAiUser(TimedUser):
         answer.end()
 
 
-@events.init_command_line_parser.add_listener
 def add_options(parser: LocustArgumentParser, **_: Any) -> None:
     """Adds the options of the synthetic requests to locust's."""
     group = parser.add_argument_group("OverFill", "Synthetic requests.")
@@ -83,7 +82,6 @@ def add_options(parser: LocustArgumentParser, **_: Any) -> None:
     group.add_argument("--tier", default="", help="Tier of the requests; empty means the server's default tier.")
 
 
-@events.init.add_listener
 def choose_user(environment: Environment, **_: Any) -> None:
     """Keeps the class of users that the scheme of ``--host`` names, unless the command line names classes."""
     given: Any = environment.parsed_options
@@ -95,3 +93,7 @@ def choose_user(environment: Environment, **_: Any) -> None:
 def _prompt(given: Any) -> list[int]:
     # The seed is random, so that no two processes send the same prompts.
     return TraceRequest(0.0, given.prompt_tokens, given.output_tokens).prompt(given.vocab_size, random.getrandbits(64))
+
+
+events.init_command_line_parser.add_listener(add_options)
+events.init.add_listener(choose_user)
