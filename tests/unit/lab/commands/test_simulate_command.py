@@ -99,7 +99,7 @@ def test_workers_with_both_stages_alone_and_beside_others(capsys):
     [
         ((*TIERS, "--brownout", "full > cheap"), 2, "there is no tier 'cheap'"),
         ((*TIERS, "--decode", "2"), 2, "leave out --decode"),
-        ((*TIERS, "--size"), 2, "leave out --size"),
+        ((*TIERS, "--size"), 2, "--size and --tier exclude each other"),
         (("--tier", "full=cpu,bytes=2"), 2, "bytes is unknown; allowed are share, weights"),
         (("--tier", "full=cpu,weights=-1"), 2, "weights must be a number above 0, got '-1'"),
         (("--tier", "full=cpu,share=0"), 2, "no request asks for any tier"),
@@ -108,7 +108,7 @@ def test_workers_with_both_stages_alone_and_beside_others(capsys):
         (("--trace", "synthetic:fast"), 2, "expected synthetic:RATE or synthetic:RATE:REQUESTS"),
         (("--trace", "sessions:3:0:100"), 2, "expected sessions:CHATS:TURNS:TOKENS"),
         (("--kv-disk-size", "much"), 2, "must be a size such as 50GiB, got 'much'"),
-        (("--colocated", "1", "--size"), 2, "leave out --size"),
+        (("--colocated", "1", "--size"), 2, "--size and --colocated exclude each other"),
         (("--decode", "0"), 2, "each stage needs a worker"),
         (("--size", "--autoscale"), 2, "exclude each other"),
         (("--max-workers", "4"), 2, "needs --autoscale"),
